@@ -1,0 +1,336 @@
+"""The configuration: defaults, a preset, a TOML file, the environment and flags, merged and checked once.
+
+Layers, weakest first: the defaults below, the preset that `model.name` names, the TOML file,
+`LENSD_SECTION__FIELD` variables, flags. Inner code receives the few values it needs, never this whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import string
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from daemon.errors import ConfigError
+from daemon.records import Contrast, Recipe
+
+ENV_PREFIX = "LENSD_"
+ENV_NOT_SETTINGS = {"LENSD_CACHE_DIR"}
+PRESETS = Path(__file__).parent / "presets"
+DEFAULT_MODEL = "smollm2-135m"
+
+Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
+LOG_FORMATS = ("auto", "console", "json")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    name: str = DEFAULT_MODEL  # bundled preset, local folder, TransformerLens or Hugging Face name
+    dtype: Dtype = "float32"
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    quantization: Literal["none"] = "none"
+
+
+class SaeSection(Section):
+    """One dictionary: `release` and `id` as SAELens names them, or `path` to a SAELens folder."""
+
+    release: str | None = None
+    id: str | None = None
+    path: Path | None = None
+
+    @model_validator(mode="after")
+    def check_one_source(self) -> SaeSection:
+        if (self.path is None) == (self.release is None):
+            raise ValueError("give either path, or release and id")
+        if (self.release is None) != (self.id is None):
+            raise ValueError("release and id go together")
+        return self
+
+
+class ContrastSection(Section):
+    reference: str
+    positive: str
+    negative: str
+
+
+class AnalysisSection(Section):
+    seed: int = 0  # of the stability noise
+    noise_sigma: NonNegativeFloat = 0.1  # standard deviation, in units of the residual stream
+    noise_draws: Annotated[int, Field(ge=1, le=256)] = 8  # draws per text, out of the noise bank
+    stability_top_k: PositiveInt = 10  # features compared
+    entropy_top_k: PositiveInt = 50  # features whose magnitudes are normalised
+
+
+class BatchingSection(Section):
+    max_batch_tokens: PositiveInt = 1024  # tokens per forward pass, padding included
+    max_batch_samples: PositiveInt | None = None  # samples per forward pass
+    max_text_tokens: PositiveInt = 1024  # a longer text is rejected
+    window_tokens: PositiveInt = 16_384  # tokens sorted by length at a time, and queued ahead
+
+
+class InboxSection(Section):
+    path: Path = Path("inbox")
+    settle_seconds: NonNegativeFloat = 1.0  # a file must be unchanged this long
+    rescan_seconds: PositiveFloat = 5.0
+    max_attempts: PositiveInt = 3
+    on_success: Literal["move", "delete"] = "move"  # to done/, or delete
+    max_record_bytes: PositiveInt = 1 << 20
+    max_nesting: PositiveInt = 32
+    max_file_bytes: PositiveInt = 256 << 20  # of a .json file, uncompressed: it is read whole
+    part_records: PositiveInt = 1024
+
+
+class OutboxSection(Section):
+    path: Path = Path("outbox")
+    values: Literal["float32", "float16"] = "float32"  # type of stored activations
+
+
+class HttpSection(Section):
+    enabled: bool = True
+    address: str = "127.0.0.1:9478"  # host:port
+    stall_seconds: PositiveFloat = 120.0  # a device busy on one batch for longer is not live
+
+    @field_validator("address")
+    @classmethod
+    def check_address(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError("expected HOST:PORT, e.g. 127.0.0.1:9478")
+        return value
+
+
+class LogSection(Section):
+    format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else json
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(Section):
+    model: ModelSection = ModelSection()
+    sae: Annotated[tuple[SaeSection, ...], Field(min_length=1)]
+    texts: dict[str, str] | None = None  # name -> template; None: chosen by the record's fields
+    contrast: ContrastSection | None = None
+    analysis: AnalysisSection = AnalysisSection()
+    batching: BatchingSection = BatchingSection()
+    inbox: InboxSection = InboxSection()
+    outbox: OutboxSection = OutboxSection()
+    http: HttpSection = HttpSection()
+    log: LogSection = LogSection()
+
+    @field_validator("texts")
+    @classmethod
+    def check_texts(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value is not None and not value:
+            raise ValueError("expected at least one name = template")
+        for name, template in (value or {}).items():
+            if not name.isidentifier():
+                raise ValueError(f"text name {name!r} must be a word, since it names columns")
+            check_template(name, template)
+        return value
+
+    @model_validator(mode="after")
+    def check_contrast(self) -> Config:
+        if self.contrast is None:
+            return self
+        if self.texts is None:
+            raise ValueError("[contrast] names texts, so [texts] must be given too")
+        for role, name in self.contrast:
+            if name not in self.texts:
+                allowed = ", ".join(self.texts)
+                raise ValueError(f"contrast.{role} = {name!r} is not in [texts]: use one of {allowed}")
+        return self
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The configured recipe; None where it is chosen by each file's fields."""
+        if self.texts is None:
+            return None
+        contrast = Contrast(**self.contrast.model_dump()) if self.contrast else None
+        return Recipe(templates=tuple(self.texts.items()), contrast=contrast)
+
+    def results_fingerprint(self) -> str:
+        """Canonical JSON of every setting that changes results; part of a unit's identity."""
+        return json.dumps(
+            {
+                "texts": self.texts,
+                "contrast": self.contrast.model_dump() if self.contrast else None,
+                "analysis": self.analysis.model_dump(),
+                "dtype": self.model.dtype,
+                "quantization": self.model.quantization,
+                "max_text_tokens": self.batching.max_text_tokens,
+                "max_record_bytes": self.inbox.max_record_bytes,
+                "max_nesting": self.inbox.max_nesting,
+                "values": self.outbox.values,
+            },
+            sort_keys=True,
+        )
+
+
+def check_template(name: str, template: str) -> None:
+    """Raises ValueError unless the template names plain fields, e.g. `"{prompt} {fact}"`."""
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {name!r}: {error}") from None
+    fields = [field for _, field, _, _ in parsed if field is not None]
+    if not fields:
+        raise ValueError(f"template {name!r} names no field: write e.g. {name} = '{{prompt}}'")
+    for _, field, spec, conversion in parsed:
+        if field is not None and (not field.isidentifier() or spec or conversion):
+            raise ValueError(f"template {name!r}: {{{field}}} must be a plain field name")
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load_config(
+    path: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Merge and validate every layer.
+
+    `flags` maps dotted keys (`"inbox.path"`) to values; None values are not set.
+    Raises ConfigError with one line that names the source, the key and what is allowed.
+    """
+    layers = [
+        *toml_layer(path),
+        *env_layer(os.environ if env is None else env),
+        *((key, value, "flag") for key, value in (flags or {}).items() if value is not None),
+    ]
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for key, value, origin in layers:
+        set_dotted(values, key, value, origin)
+        origins[key] = origin
+    apply_preset(values, origins)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe(error, origins, path)) from None
+
+
+def toml_layer(path: Path | None) -> Iterator[tuple[str, Any, str]]:
+    if path is None:
+        return
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for section, value in table.items():
+        if isinstance(value, dict) and section not in ("texts", "contrast"):
+            if not value:
+                yield section, {}, str(path)
+            for field, inner in value.items():
+                yield f"{section}.{field}", inner, str(path)
+        else:
+            yield section, value, str(path)
+
+
+def env_layer(env: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+    for name, text in sorted(env.items()):
+        if not name.startswith(ENV_PREFIX) or name in ENV_NOT_SETTINGS:
+            continue
+        key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1)
+        if "." not in key and key not in ("sae", "texts", "contrast"):
+            raise ConfigError(f"environment {name}: expected {ENV_PREFIX}SECTION__FIELD, e.g. LENSD_MODEL__DTYPE")
+        value: Any = text
+        if text.startswith(("[", "{")):
+            try:
+                value = json.loads(text)
+            except ValueError as error:
+                raise ConfigError(f"environment {name}: not valid JSON: {error}") from None
+        yield key, value, f"environment {name}"
+
+
+def set_dotted(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    section, _, field = key.partition(".")
+    if not field:
+        values[section] = value
+        return
+    into = values.setdefault(section, {})
+    if not isinstance(into, dict):
+        raise ConfigError(f"{origin}: {section} must be a table, so {key} can't be set")
+    into[field] = value
+
+
+def apply_preset(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Fill in what the preset named by `model.name` says and no stronger layer does."""
+    model = values.get("model", {})
+    name = model.get("name", DEFAULT_MODEL) if isinstance(model, dict) else DEFAULT_MODEL
+    if name not in preset_names():
+        if "sae" not in values:
+            raise ConfigError(
+                f"no [[sae]] is configured and model.name = {name!r} is not a preset"
+                f" ({', '.join(preset_names())}): add [[sae]] with path, or release and id"
+            )
+        return
+    preset = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+    for section, value in preset.items():
+        if section == "sae":
+            if "sae" not in values:
+                values["sae"] = [resolve_bundled(entry) for entry in value]
+        elif isinstance(values.setdefault(section, {}), dict):
+            values[section] = {**value, **values[section]}
+        origins.setdefault(section, f"preset {name}")
+
+
+def resolve_bundled(entry: dict[str, Any]) -> dict[str, Any]:
+    """A preset's SAE path is relative to the presets folder."""
+    return {**entry, "path": str(PRESETS / entry["path"])} if "path" in entry else entry
+
+
+def describe(error: ValidationError, origins: Mapping[str, str], path: Path | None) -> str:
+    """The first validation error as one line: source, key, what is allowed."""
+    first = error.errors()[0]
+    location = [str(step) for step in first["loc"]]
+    key = ".".join(location)
+    origin = next(
+        (origins[".".join(location[:n])] for n in range(len(location), 0, -1) if ".".join(location[:n]) in origins),
+        str(path) if path else "configuration",
+    )
+    if first["type"] == "extra_forbidden":
+        allowed = allowed_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], allowed, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{origin}: unknown key {key}: {hint}allowed: {', '.join(allowed)}"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = first.get("input")
+    got = f" (got {shown!r})" if isinstance(shown, str | int | float | bool) else ""
+    return f"{origin}: {key + ': ' if key else ''}{message}{got}"
+
+
+def allowed_keys(section: list[str]) -> list[str]:
+    """Field names at a place in the config, for the unknown-key message."""
+    model: Any = Config
+    for step in section:
+        if step.isdigit():
+            continue
+        annotation = model.model_fields[step].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,245 @@
+"""The small frozen records that cross the boundaries between stages.
+
+They hold plain Python and NumPy values only: no tensors, no open files, no configuration.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """Which texts of a sample are compared: names of texts of the same recipe."""
+
+    reference: str
+    positive: str
+    negative: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a record becomes texts: `(name, template)` pairs, and the contrast between them, if any."""
+
+    templates: tuple[tuple[str, str], ...]
+    contrast: Contrast | None
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.templates)
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The record fields that the templates name."""
+        formatter = string.Formatter()
+        return frozenset(
+            field
+            for _, template in self.templates
+            for _, field, _, _ in formatter.parse(template)
+            if field
+        )
+
+    def render(self, values: dict[str, str]) -> tuple[str, ...]:
+        """The texts of one record, in the order of the templates."""
+        return tuple(template.format_map(values) for _, template in self.templates)
+
+
+CONTRAST_RECIPE = Recipe(
+    templates=(
+        ("prompt", "{prompt}"),
+        ("fact", "{prompt} {fact}"),
+        ("hall", "{prompt} {hallucination}"),
+    ),
+    contrast=Contrast(reference="prompt", positive="fact", negative="hall"),
+)
+PLAIN_RECIPE = Recipe(templates=(("text", "{text}"),), contrast=None)
+BUILT_IN_RECIPES = (CONTRAST_RECIPE, PLAIN_RECIPE)
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What must not change between claiming a file and publishing its results."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An input file that this process owns, lying in its lease folder."""
+
+    name: str  # as it was dropped into the inbox
+    path: Path  # where it lies now
+    attempt: int  # 1 for the first
+    identity: FileIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A claimed file whose content is known: the unit of delivery."""
+
+    claim: Claim
+    sha256: str  # of the file as it lies there, compressed or not
+    size: int  # bytes
+    unit: str  # 12 hex digits: content and every setting that changes results
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One usable record."""
+
+    record_index: int  # 0-based, counts rejected records too
+    sample_id: str
+    domain: str | None
+    complexity: float | None
+    extra: str | None  # JSON object of the fields that nothing else uses
+    texts: tuple[str, ...]  # in the order of the recipe
+    line: int | None  # 1-based line of the input; None where lines mean nothing
+    byte_offset: int  # of the record's first byte in the uncompressed input
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """One record that can't be used, and why. Never carries the record's text."""
+
+    record_index: int
+    sample_id: str | None
+    line: int | None
+    byte_offset: int
+    reason: str  # short stable word
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of consecutive records of one file: the grain in which work flows and is written.
+
+    `number` counts from 0 within the file and `last` marks the file's end;
+    records == len(samples) + len(rejects).
+    """
+
+    source: Source
+    number: int
+    last: bool
+    recipe: Recipe
+    samples: tuple[Sample, ...]
+    rejects: tuple[Reject, ...]
+    read_seconds: float = 0.0
+    tokenize_seconds: float = 0.0
+
+    @property
+    def records(self) -> int:
+        return len(self.samples) + len(self.rejects)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedSample:
+    """A sample and the token ids of each of its texts, BOS included where the SAEs expect it."""
+
+    sample: Sample
+    token_ids: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.token_ids))
+
+    @property
+    def width(self) -> int:
+        """Length of the longest text, in tokens."""
+        return max(map(len, self.token_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPart:
+    """A part ready for the device; `part.samples` and `samples` hold the same samples in order."""
+
+    part: Part
+    samples: tuple[TokenizedSample, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(sample.n_tokens for sample in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRows:
+    """Sparse activations, one row per (sample, text, layer, position); ragged, sorted by index.
+
+    R rows, `nnz` activations in all; row r owns `indices[offsets[r]:offsets[r + 1]]`.
+    """
+
+    sample_row: IntArray  # (R,) row of the sample in its block
+    text: IntArray  # (R,) index into the recipe's texts
+    layer: IntArray  # (R,) index into the engine's SAEs
+    position: IntArray  # (R,) token position in the text
+    token_id: IntArray  # (R,)
+    offsets: IntArray  # (R + 1,)
+    indices: npt.NDArray[np.uint32]  # (nnz,)
+    values: npt.NDArray[np.float32] | FloatArray  # (nnz,)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSums:
+    """What a file's FVU and mean L0 at one SAE are made of, per sample and summed over its texts."""
+
+    rows: IntArray  # (n,) activations counted
+    l0: FloatArray  # (n,)
+    squared_error: FloatArray  # (n,) sum of ||x - decode(f)||^2
+    squared_norm: FloatArray  # (n,) sum of ||x||^2
+    total: FloatArray  # (n, d_in) sum of x
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The results of one device batch of n samples, on the host.
+
+    `columns` maps each name of `daemon.columns.analysis_columns` to an (n,) array; NaN means undefined.
+    """
+
+    columns: dict[str, npt.NDArray[np.generic]]
+    features: FeatureRows
+    layers: tuple[LayerSums, ...]  # one per SAE
+    forward_seconds: float
+    sae_seconds: float
+    analysis_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SaeInfo:
+    """One loaded dictionary, as the manifest and the columns name it."""
+
+    hook_name: str
+    layer: int
+    d_in: int
+    d_sae: int
+    architecture: str
+    source: str  # release and id, or the path's last component
+    weights_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The loaded model, as the manifest and `lensd_model_info` name it."""
+
+    name: str
+    architecture: str
+    d_model: int
+    n_layers: int
+    dtype: str
+    device: str
+    weights_sha256: str | None  # None where the weights came from a hub
+    saes: tuple[SaeInfo, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sae.layer for sae in self.saes)
