@@ -60,9 +60,7 @@ def analysis_columns(layers: Sequence[int], recipe: Recipe) -> tuple[Column, ...
     columns = [Column(token_count_column(text), "int") for text in recipe.text_names]
     for layer in layers:
         for text in recipe.text_names:
-            columns += [
-                Column(layer_column(layer, text, metric), kind) for metric, kind in LAYER_COLUMNS
-            ]
+            columns += [Column(layer_column(layer, text, metric), kind) for metric, kind in LAYER_COLUMNS]
     contrast = recipe.contrast
     if contrast is not None:
         for metric, _ in CONTRAST_METRICS:

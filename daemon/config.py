@@ -257,7 +257,9 @@ def env_layer(env: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
             continue
         key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1)
         if "." not in key and key not in ("sae", "texts", "contrast"):
-            raise ConfigError(f"environment {name}: expected {ENV_PREFIX}SECTION__FIELD, e.g. LENSD_MODEL__DTYPE")
+            raise ConfigError(
+                f"environment {name}: expected {ENV_PREFIX}SECTION__FIELD, e.g. LENSD_MODEL__DTYPE"
+            )
         value: Any = text
         if text.startswith(("[", "{")):
             try:
@@ -310,7 +312,11 @@ def describe(error: ValidationError, origins: Mapping[str, str], path: Path | No
     location = [str(step) for step in first["loc"]]
     key = ".".join(location)
     origin = next(
-        (origins[".".join(location[:n])] for n in range(len(location), 0, -1) if ".".join(location[:n]) in origins),
+        (
+            origins[".".join(location[:n])]
+            for n in range(len(location), 0, -1)
+            if ".".join(location[:n]) in origins
+        ),
         str(path) if path else "configuration",
     )
     if first["type"] == "extra_forbidden":

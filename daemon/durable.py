@@ -7,7 +7,9 @@ is final, since the kernel may have dropped the dirty pages it could not write.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from pathlib import Path
 
 from daemon.errors import MachineError
@@ -66,3 +68,9 @@ def move_without_replacing(source: Path, target: Path) -> bool:
 def unlink(path: Path) -> None:
     """Remove a file's name."""
     os.unlink(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all that is in it; one that is gone already is fine."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)

@@ -41,10 +41,7 @@ class Recipe:
         """The record fields that the templates name."""
         formatter = string.Formatter()
         return frozenset(
-            field
-            for _, template in self.templates
-            for _, field, _, _ in formatter.parse(template)
-            if field
+            field for _, template in self.templates for _, field, _, _ in formatter.parse(template) if field
         )
 
     def render(self, values: dict[str, str]) -> tuple[str, ...]:
@@ -92,6 +89,7 @@ class Source:
     sha256: str  # of the file as it lies there, compressed or not
     size: int  # bytes
     unit: str  # 12 hex digits: content and every setting that changes results
+    opened_at: float = 0.0  # monotonic seconds, when its first byte was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +210,8 @@ class Block:
     forward_seconds: float
     sae_seconds: float
     analysis_seconds: float
+    computed_tokens: int = 0  # token positions that the model ran, padding included
+    padding_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

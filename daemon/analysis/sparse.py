@@ -1,0 +1,50 @@
+"""Sparse feature activations in a padded form that batches. Knows nothing about what made them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SparseActs:
+    """The active features (> 0) of one SAE at N positions.
+
+    Row r holds `counts[r]` features in its first slots, by ascending index; the slots after them hold
+    index 0 and value 0. `width` is the largest count, and at least 1.
+    """
+
+    indices: Tensor  # (N, width) int64
+    values: Tensor  # (N, width), of the dtype of the activations
+    counts: Tensor  # (N,) int64
+
+    @property
+    def width(self) -> int:
+        return self.indices.shape[1]
+
+    @property
+    def active(self) -> Tensor:
+        """(N, width) bool: the slots that hold a feature."""
+        return torch.arange(self.width, device=self.counts.device) < self.counts.unsqueeze(1)
+
+    def select(self, rows: Tensor) -> SparseActs:
+        """The positions `rows` (M,) int64, in that order, at the same width."""
+        return SparseActs(self.indices[rows], self.values[rows], self.counts[rows])
+
+
+def from_dense(feature_acts: Tensor) -> SparseActs:
+    """Keep exactly the entries > 0 of feature_acts (N, d_sae). Waits for the device once."""
+    positive = feature_acts > 0
+    rows, columns = positive.nonzero(as_tuple=True)  # row by row, columns ascending
+    counts = positive.sum(1)
+    n = len(feature_acts)
+    width = max(1, int(counts.max())) if n else 1
+    starts = counts.cumsum(0) - counts
+    slots = torch.arange(len(rows), device=rows.device) - starts[rows]
+    indices = columns.new_zeros(n, width)
+    values = feature_acts.new_zeros(n, width)
+    indices[rows, slots] = columns
+    values[rows, slots] = feature_acts[rows, columns]
+    return SparseActs(indices, values, counts)

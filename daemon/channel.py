@@ -1,0 +1,77 @@
+"""A bounded queue between two stages, measured in what it holds rather than in items.
+
+Knows nothing about what passes through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class EndOfStream(Exception):
+    """The sender closed the channel and everything in it was taken."""
+
+
+class Channel(Generic[T]):
+    """First in, first out, for one sender and one receiver on one event loop.
+
+    `capacity` is the total weight held (tokens, bytes) before `put` waits. An item that alone is heavier
+    still passes, once the channel is empty. The sender calls `close` on normal return only: a stage that
+    crashes must not look like one that came to its end.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.weight = 0
+        self._items: deque[tuple[T, int]] = deque()
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    async def put(self, item: T, weight: int = 1) -> None:
+        """Add an item, after waiting for room."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._items or self.weight + weight <= self.capacity)
+            self._items.append((item, weight))
+            self.weight += weight
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        """Mark the end of the stream."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def get(self) -> T:
+        """Take the oldest item, waiting for one. Raises EndOfStream at the end."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._items or self._closed)
+            if not self._items:
+                raise EndOfStream
+            return self._take()
+
+    async def get_nowait(self) -> T | None:
+        """Take the oldest item if there is one."""
+        async with self._changed:
+            return self._take() if self._items else None
+
+    def __aiter__(self) -> Channel[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        try:
+            return await self.get()
+        except EndOfStream:
+            raise StopAsyncIteration from None
+
+    def _take(self) -> T:
+        item, weight = self._items.popleft()
+        self.weight -= weight
+        self._changed.notify_all()
+        return item

@@ -1,0 +1,164 @@
+"""The `lensd` command: argv, a TOML file and the environment to a Config, then the right tool.
+
+Heavy imports come inside the commands, so that `--help` and a bad setting answer at once. Exit codes:
+0 done, 1 some files failed or a tolerance was exceeded, 2 bad usage or configuration, 3 the machine failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daemon.errors import ConfigError, LensdError, MachineError
+
+if TYPE_CHECKING:
+    from daemon.config import Config
+
+DONE, SOME_FAILED, BAD_USAGE, MACHINE_FAILED = 0, 1, 2, 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        code: int = args.command(args)
+    except ConfigError as error:
+        return complain(error, BAD_USAGE)
+    except (MachineError, OSError) as error:
+        return complain(error, MACHINE_FAILED)
+    except LensdError as error:
+        return complain(error, SOME_FAILED)
+    except KeyboardInterrupt:
+        return MACHINE_FAILED
+    return code
+
+
+def complain(error: BaseException, code: int) -> int:
+    sys.stderr.write(f"lensd: {error}\n")
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="lensd",
+        description="Reads text with a language model and sparse autoencoders, and writes Parquet.",
+    )
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+    run = add_command(commands, "run", run_daemon, "process what is dropped into the inbox")
+    run.add_argument("--once", action="store_true", help="drain what is there, then exit")
+    run.add_argument("--http", metavar="HOST:PORT", dest="http.address", help="metrics and health")
+    run.add_argument("--no-http", action="store_true", help="serve no metrics and health")
+    demo = add_command(commands, "demo", run_demo, "the bundled 200 samples through the bundled model")
+    verify = add_command(
+        commands, "verify", run_verify, "compare with one-at-a-time TransformerLens + SAELens"
+    )
+    verify.add_argument("file", nargs="?", type=Path, metavar="FILE", help="input file (default: the demo's)")
+    verify.add_argument("--samples", type=positive, metavar="N", help="only the first N samples")
+    verify.add_argument(
+        "--batch-sizes",
+        type=sizes,
+        default=(1, 8, 32),
+        metavar="N,N",
+        help="samples per batch (default 1,8,32)",
+    )
+    verify.add_argument("--json", action="store_true", help="print the report as JSON")
+    check = add_command(commands, "check-config", check_config, "validate settings, folders, model and SAEs")
+    for command in (run, demo, check):
+        command.add_argument("--inbox", metavar="DIR", dest="inbox.path")
+        command.add_argument("--outbox", metavar="DIR", dest="outbox.path")
+    return root
+
+
+def add_command(commands: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
+    """A subcommand with the options that all share; dotted `dest`s are configuration keys."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    command.set_defaults(command=function)
+    command.add_argument("--config", type=Path, metavar="FILE", help="TOML settings")
+    command.add_argument("--model", metavar="NAME", dest="model.name", help="preset, folder or hub name")
+    command.add_argument("--device", metavar="DEV", dest="model.device", help="auto, cpu, cuda, cuda:N")
+    command.add_argument(
+        "--dtype", metavar="T", dest="model.dtype", help="float32, float64, bfloat16, float16"
+    )
+    command.add_argument("--max-batch-tokens", metavar="N", dest="batching.max_batch_tokens")
+    command.add_argument("--log-format", metavar="F", dest="log.format", help="auto, console, json")
+    return command
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("expected a number above 0")
+    return value
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    return tuple(positive(part) for part in text.split(","))
+
+
+def configure(args: argparse.Namespace) -> Config:
+    """The validated configuration, with logging set up as it says."""
+    from daemon.config import load_config
+    from daemon.observe.logs import configure as configure_logs
+
+    flags = {key: value for key, value in vars(args).items() if "." in key}
+    if getattr(args, "no_http", False):
+        flags["http.enabled"] = False
+    elif getattr(args, "once", False) and flags.get("http.address") is None:
+        flags["http.enabled"] = False  # a drain by cron must not collide with the daemon's port
+    config = load_config(args.config, flags=flags)
+    configure_logs(config.log.format, config.log.level)
+    return config
+
+
+def run_daemon(args: argparse.Namespace) -> int:
+    config = configure(args)
+    from daemon.service import serve
+
+    tally = serve(config, once=args.once)
+    return SOME_FAILED if args.once and tally.failed else DONE
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    config = configure(args)
+    from daemon.tools.demo import demo
+
+    return demo(config)
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    config = configure(args)
+    from rich.console import Console
+
+    from daemon.tools.report import print_verification
+    from daemon.tools.verify import verify
+
+    verification = verify(config, args.file, samples=args.samples, batch_sizes=args.batch_sizes)
+    if args.json:
+        sys.stdout.write(json.dumps(verification.as_json(), indent=1) + "\n")
+    else:
+        print_verification(Console(), verification)
+    return DONE if verification.passed else SOME_FAILED
+
+
+def check_config(args: argparse.Namespace) -> int:
+    config = configure(args)
+    from daemon.build import load_compute
+    from daemon.service import check_folders
+
+    check_folders(config.inbox.path, config.outbox.path)
+    info = load_compute(config).engine.info
+    sys.stdout.write(
+        f"ok: {info.name} ({info.architecture}, {info.n_layers} layers, d_model {info.d_model})"
+        f" in {info.dtype} on {info.device}\n"
+    )
+    for sae in info.saes:
+        sys.stdout.write(f"ok: {sae.hook_name}: {sae.source} ({sae.architecture}, d_sae {sae.d_sae})\n")
+    sys.stdout.write(f"ok: inbox {config.inbox.path.resolve()}, outbox {config.outbox.path.resolve()}\n")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

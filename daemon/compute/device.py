@@ -1,0 +1,99 @@
+"""The one thread that owns the device, behind an async face.
+
+Models, SAEs and every tensor stay on that thread; only NumPy arrays leave it. Knows no files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from daemon.analysis.stability import noise_bank
+from daemon.analysis.study import StudySettings, analyse, feature_rows, layer_sums
+from daemon.compute.engine import Engine
+from daemon.compute.packing import Batch
+from daemon.records import Block
+
+R = TypeVar("R")
+
+
+class Device:
+    """Runs blocking calls one at a time on one thread, and says since when it has been at it.
+
+    `busy_since` is the clock's reading at the start of the current call, None while idle;
+    `busy_seconds` sums the time of finished calls; `last_progress` is when the last one ended.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self.busy_since: float | None = None
+        self.busy_seconds = 0.0
+        self.last_progress = clock()
+
+    async def call(self, function: Callable[[], R]) -> R:
+        """Run `function()` on the device thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, function)
+
+    def _timed(self, function: Callable[[], R]) -> R:
+        self.busy_since = began = self._clock()
+        try:
+            with torch.inference_mode():  # thread-local: it must sit here
+                return function()
+        finally:
+            self.last_progress = self._clock()
+            self.busy_seconds += self.last_progress - began
+            self.busy_since = None
+
+    def close(self) -> None:
+        """Wait for the current call and end the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+
+class Study:
+    """The engine and the analysis together: a batch of samples in, a block of columns out."""
+
+    def __init__(self, engine: Engine, settings: StudySettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        first = engine.info.saes[0]
+        dtype = torch.float64 if engine.info.dtype == "float64" else torch.float32
+        self._bank = noise_bank(settings.seed, first.d_in, dtype).to(engine.info.device)
+
+    def run(self, batch: Batch) -> Block:
+        """On the device thread: every analysis column and the sparse features of a batch."""
+        samples = batch.samples
+        texts = [ids for sample in samples for ids in sample.token_ids]
+        extraction = self.engine.extract(texts)
+        began = time.perf_counter()
+        columns = analyse(
+            layers=extraction.layers,
+            recipe=batch.recipe,
+            sample_ids=[sample.sample.sample_id for sample in samples],
+            token_counts=[[len(ids) for ids in sample.token_ids] for sample in samples],
+            settings=self.settings,
+            encode_first=self.engine.encode_first,
+            bank=self._bank,
+        )
+        n_texts = len(batch.recipe.templates)
+        features = feature_rows(
+            layers=extraction.layers,
+            n_texts=n_texts,
+            positions=[len(ids) - 1 for ids in texts],
+            token_ids=[ids[-1] for ids in texts],
+        )
+        return Block(
+            columns=columns,
+            features=features,
+            layers=tuple(layer_sums(layer, n_texts) for layer in extraction.layers),
+            forward_seconds=extraction.forward_seconds,
+            sae_seconds=extraction.sae_seconds,
+            analysis_seconds=time.perf_counter() - began,
+            computed_tokens=extraction.computed_tokens,
+            padding_tokens=extraction.padding_tokens,
+        )

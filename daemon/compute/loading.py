@@ -1,0 +1,142 @@
+"""Resolves a model's name to weights, a tokenizer and a TransformerLens bridge. Knows nothing about SAEs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from daemon.compute.sae import first_line
+from daemon.compute.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
+from daemon.errors import ConfigError
+
+BUNDLED = "smollm2-135m"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLocation:
+    """Where a model's files are: `target` is what `from_pretrained` takes."""
+
+    name: str  # as shown to people
+    target: str
+    weights_sha256: str | None  # None for a hub's model
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model behind TransformerLens's bridge, and what is known of it."""
+
+    bridge: Any  # transformer_lens.model_bridge.TransformerBridge
+    location: ModelLocation
+    architecture: str
+    d_model: int
+    n_layers: int
+    dtype: torch.dtype
+    device: str
+
+
+def locate_model(name: str, cache_dir: Path) -> ModelLocation:
+    """A bundled preset, a local folder, or a TransformerLens or Hugging Face name, in this order.
+
+    Raises ConfigError where a path is named that holds no model.
+    """
+    if name == BUNDLED:
+        return ModelLocation(name, str(smollm2_folder(cache_dir)), WEIGHTS_SHA256)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model {name}: no config.json there: give a folder in Hugging Face format")
+        return ModelLocation(folder.resolve().name, str(folder), folder_sha256(folder))
+    if name.startswith((".", "/", "~")):
+        raise ConfigError(f"model {name}: no such folder")
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    try:
+        official = get_official_model_name(name)
+    except ValueError:  # not one of TransformerLens's names: take it as Hugging Face's
+        official = name
+    return ModelLocation(name, official, None)
+
+
+def folder_sha256(folder: Path) -> str:
+    """One hash over the weight files of a local model."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"model {folder}: no .safetensors there: lensd loads no pickled weights")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(sha256_of(path).encode())
+    return digest.hexdigest()
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the first CUDA device if there is one. Raises ConfigError for one that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"model.device = {device!r}: {first_line(error)}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device = {device!r}: no CUDA device here: use auto or cpu")
+    return device
+
+
+def load_tokenizer(location: ModelLocation) -> Any:
+    """A fast Hugging Face tokenizer. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location.target)
+    except (OSError, ValueError) as error:
+        raise ConfigError(unreachable(location, error)) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"model {location.name}: has no fast tokenizer")
+    return tokenizer
+
+
+def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> LoadedModel:
+    """The model in TransformerLens's bridge, which runs the Hugging Face modules unchanged.
+
+    Raises ConfigError where it can't be had.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_pretrained(
+                location.target, dtype=dtype, attn_implementation="eager"
+            ).to(device)
+            bridge = TransformerBridge.boot_transformers(
+                location.target, hf_model=model, tokenizer=load_tokenizer(location), dtype=dtype
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(unreachable(location, error)) from error
+    bridge.requires_grad_(False).eval()
+    return LoadedModel(
+        bridge=bridge,
+        location=location,
+        architecture=type(model).__name__,
+        d_model=int(bridge.cfg.d_model),
+        n_layers=int(bridge.cfg.n_layers),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def unreachable(location: ModelLocation, error: BaseException) -> str:
+    return (
+        f"model {location.name}: can't be loaded ({first_line(error)}): check model.name and the network,"
+        " or give a local folder in Hugging Face format"
+    )

@@ -1,0 +1,197 @@
+"""SAELens dictionaries, loaded and checked against a model. Knows nothing about batches or analysis."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from daemon.compute.smollm2 import sha256_of
+from daemon.errors import ConfigError
+from daemon.records import SaeInfo
+
+HOOK_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
+WEIGHTS_NAME = "sae_weights.safetensors"
+
+
+class SaeSource(Protocol):
+    """Where a dictionary comes from; `daemon.config.SaeSection` is one."""
+
+    @property
+    def release(self) -> str | None: ...
+    @property
+    def id(self) -> str | None: ...
+    @property
+    def path(self) -> Path | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSae:
+    """A dictionary on the device with what its model must give it."""
+
+    info: SaeInfo
+    sae: Any  # sae_lens.SAE; the library's generics say nothing useful here
+    prepend_bos: bool
+    center_residual: bool  # it was trained on weights processed by TransformerLens
+
+    @property
+    def W_dec(self) -> Tensor:
+        """(d_sae, d_in) decoder rows."""
+        weights: Tensor = self.sae.W_dec
+        return weights
+
+    def residual(self, x: Tensor) -> Tensor:
+        """What the dictionary reads, out of the raw residual x: (..., d_in), in the SAE's dtype.
+
+        `center_writing_weights` makes every write to the residual stream sum to zero over d_model, which
+        equals subtracting that mean from the raw residual.
+        """
+        x = x.to(self.sae.dtype)
+        return x - x.mean(-1, keepdim=True) if self.center_residual else x
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(N, d_in) -> (N, d_sae) dense feature activations."""
+        feature_acts: Tensor = self.sae.encode(x)
+        return feature_acts
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """(N, d_sae) -> (N, d_in). Call right after the `encode` it belongs to: SAEs with run-time
+        normalisation keep its statistics from one to the other."""
+        reconstruction: Tensor = self.sae.decode(feature_acts)
+        return reconstruction
+
+
+def load_saes(
+    sources: Sequence[SaeSource], *, d_model: int, n_layers: int, device: str, dtype: torch.dtype
+) -> tuple[LoadedSae, ...]:
+    """Every dictionary, in order of layer, checked against the model's shape.
+
+    Raises ConfigError, naming the dictionary, where one can't be loaded or does not fit.
+    """
+    loaded = [load_sae(source, device=device, dtype=dtype) for source in sources]
+    for entry in loaded:
+        info = entry.info
+        if info.d_in != d_model:
+            raise ConfigError(
+                f"SAE {info.source}: reads d_in = {info.d_in}, but the model has d_model = {d_model}:"
+                " it belongs to another model"
+            )
+        if info.layer >= n_layers:
+            raise ConfigError(
+                f"SAE {info.source}: hook {info.hook_name}, but the model has {n_layers} layers"
+            )
+    layers = [entry.info.layer for entry in loaded]
+    for layer in layers:
+        if layers.count(layer) > 1:
+            raise ConfigError(f"two SAEs at layer {layer}: columns are named by layer, so keep one of them")
+    if len({entry.prepend_bos for entry in loaded}) > 1:
+        raise ConfigError("the SAEs disagree on prepend_bos, so no one token sequence serves them all")
+    return tuple(sorted(loaded, key=lambda entry: entry.info.layer))
+
+
+def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae:
+    """One dictionary from a SAELens folder or release. Raises ConfigError."""
+    name = source.path.name if source.path is not None else f"{source.release}/{source.id}"
+    if source.path is not None:
+        sae = load_from_folder(source.path, device, dtype)
+    else:
+        sae = load_from_hub(source, device, dtype)
+    sae.requires_grad_(False)
+    architecture = sae.cfg.architecture()
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"SAE {name}: architecture {architecture} is not supported: use one of {', '.join(ARCHITECTURES)}"
+        )
+    hook_name = sae.cfg.metadata.hook_name
+    match = HOOK_NAME.fullmatch(hook_name or "")
+    if match is None:
+        raise ConfigError(
+            f"SAE {name}: hook {hook_name!r} is not supported:"
+            " use a dictionary at blocks.L.hook_resid_pre or blocks.L.hook_resid_post"
+        )
+    kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
+    prepend_bos = sae.cfg.metadata.prepend_bos
+    info = SaeInfo(
+        hook_name=hook_name,
+        layer=int(match[1]),
+        d_in=sae.cfg.d_in,
+        d_sae=sae.cfg.d_sae,
+        architecture=architecture,
+        source=name,
+        weights_sha256=sha256_of(source.path / WEIGHTS_NAME) if source.path else tensors_sha256(sae),
+    )
+    return LoadedSae(
+        info=info,
+        sae=sae,
+        prepend_bos=True if prepend_bos is None else bool(prepend_bos),
+        center_residual=bool(kwargs.get("center_writing_weights", False)),
+    )
+
+
+def load_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
+    from sae_lens import SAE
+
+    for needed in ("cfg.json", WEIGHTS_NAME):
+        if not (path / needed).is_file():
+            raise ConfigError(f"SAE {path}: no {needed} there: give a folder in SAELens format")
+    try:
+        sae = quietly(SAE.load_from_disk, path, device=device, dtype=str(dtype).removeprefix("torch."))
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"SAE {path}: can't be loaded: {first_line(error)}") from error
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        raise ConfigError(
+            f"SAE {path}: SAELens ignores normalize_activations = expected_average_only_in in a folder:"
+            " fold it first (fold_activation_norm_scaling_factor) and save again"
+        )
+    return sae
+
+
+def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype) -> Any:
+    from sae_lens import SAE
+
+    try:
+        return quietly(
+            SAE.from_pretrained,
+            release=source.release,
+            sae_id=source.id,
+            device=device,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+    except ValueError as error:  # an unknown release or id, with SAELens's list of the known
+        raise ConfigError(f"SAE {source.release}/{source.id}: {first_line(error)}") from error
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"SAE {source.release}/{source.id}: can't be fetched from the hub ({first_line(error)}):"
+            " check the network, or give path = a local SAELens folder"
+        ) from error
+
+
+def quietly(load: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a loader without its advice on how to load the model, which lensd follows by itself."""
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load(*args, **kwargs)
+
+
+def tensors_sha256(sae: Any) -> str:
+    """Hash of the parameters as loaded, for dictionaries that are no single file here."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().to(torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

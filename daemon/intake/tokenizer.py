@@ -1,0 +1,82 @@
+"""Turns the texts of a part into token ids with a fast tokenizer. Knows nothing about files or batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from daemon.errors import ConfigError
+from daemon.records import Part, Reject, Sample, TokenizedPart, TokenizedSample
+
+
+class Tokenizer:
+    """A fast Hugging Face tokenizer of its own; `tokenize` blocks and releases the GIL while it works.
+
+    With `prepend_bos`, every text starts with the BOS token, or with EOS where the model has no BOS, as in
+    TransformerLens. No other special token is added.
+    """
+
+    def __init__(self, tokenizer: Any, *, prepend_bos: bool, max_text_tokens: int) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._max_text_tokens = max_text_tokens
+        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if prepend_bos and bos is None:
+            raise ConfigError(
+                "the SAEs expect a BOS token, but the model's tokenizer has neither BOS nor EOS"
+            )
+        self._prefix: tuple[int, ...] = (bos,) if prepend_bos else ()
+
+    def encode(self, texts: list[str]) -> list[tuple[int, ...]]:
+        """Token ids of each text, BOS included."""
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [(*self._prefix, *encoding.ids) for encoding in encodings]
+
+    def tokenize(self, part: Part) -> TokenizedPart:
+        """The part with its samples tokenized; those with an empty or over-long text become rejects."""
+        began = time.perf_counter()
+        encoded = iter(self.encode([text for sample in part.samples for text in sample.texts]))
+        kept: list[TokenizedSample] = []
+        rejects = list(part.rejects)
+        for sample in part.samples:
+            token_ids = tuple(next(encoded) for _ in sample.texts)
+            reject = self._check(sample, token_ids, part.recipe.text_names)
+            if reject is None:
+                kept.append(TokenizedSample(sample, token_ids))
+            else:
+                rejects.append(reject)
+        part = dataclasses.replace(
+            part,
+            samples=tuple(entry.sample for entry in kept),
+            rejects=tuple(sorted(rejects, key=lambda reject: reject.record_index)),
+            tokenize_seconds=time.perf_counter() - began,
+        )
+        return TokenizedPart(part, tuple(kept))
+
+    def _check(
+        self, sample: Sample, token_ids: tuple[tuple[int, ...], ...], names: tuple[str, ...]
+    ) -> Reject | None:
+        for name, ids in zip(names, token_ids, strict=True):
+            if len(ids) == len(self._prefix):
+                return rejected(sample, "empty_text", f"text {name!r} has no tokens: give it some content")
+            if len(ids) > self._max_text_tokens:
+                return rejected(
+                    sample,
+                    "text_too_long",
+                    f"text {name!r} has {len(ids)} tokens, more than batching.max_text_tokens"
+                    f" = {self._max_text_tokens}: shorten it or raise the limit",
+                )
+        return None
+
+
+def rejected(sample: Sample, reason: str, message: str) -> Reject:
+    return Reject(
+        record_index=sample.record_index,
+        sample_id=sample.sample_id,
+        line=sample.line,
+        byte_offset=sample.byte_offset,
+        reason=reason,
+        message=message,
+    )

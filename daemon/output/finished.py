@@ -1,0 +1,51 @@
+"""What the compute stage hands to the writer: one part of a file, all of its results there.
+
+Knows nothing about Parquet and files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from daemon.output.totals import LayerTotals, StageSeconds
+from daemon.records import Block, IntArray, Reject, TokenizedPart
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRows:
+    """Rows `block_rows` of a device batch are the results of the samples at `part_rows` of a part."""
+
+    block: Block
+    block_rows: IntArray  # (m,)
+    part_rows: IntArray  # (m,)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedPart:
+    """A part and the pieces of device batches that together cover each of its samples once."""
+
+    part: TokenizedPart
+    pieces: tuple[BlockRows, ...]
+    rejects: tuple[Reject, ...]  # all of the part, in any order
+    layers: tuple[LayerTotals, ...]  # one per SAE
+    seconds: StageSeconds
+
+    def row_order(self) -> IntArray:
+        """(n,) where each sample's row lies once the pieces' rows are laid end to end.
+
+        Raises AssertionError unless every sample of the part is covered exactly once.
+        """
+        n = len(self.part.samples)
+        part_rows = [piece.part_rows for piece in self.pieces]
+        covered = np.concatenate(part_rows) if part_rows else np.empty(0, np.int64)
+        order = np.argsort(covered, kind="stable")
+        pairs_up = all(len(piece.block_rows) == len(piece.part_rows) for piece in self.pieces)
+        if not pairs_up or not np.array_equal(covered[order], np.arange(n)):
+            part = self.part.part
+            raise AssertionError(
+                f"unit {part.source.unit} part {part.number}: {len(covered)} result rows"
+                f" do not cover its {n} samples exactly once"
+            )
+        return order

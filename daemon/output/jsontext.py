@@ -1,0 +1,24 @@
+"""JSON that every strict parser accepts, whatever strings came in. Knows nothing about what it holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> bytes:
+    """UTF-8 JSON, keys in the order given; a lone surrogate becomes the text of its escape.
+
+    Raises ValueError for NaN and infinities.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    return LONE_SURROGATE.sub(lambda match: f"\\\\u{ord(match[0]):04x}", text).encode()
+
+
+def readable_name(name: str) -> str:
+    """A file name as valid Unicode: bytes that are not UTF-8 as `\\xNN`."""
+    return os.fsencode(name).decode(errors="backslashreplace")

@@ -1,0 +1,98 @@
+"""What a published folder says about itself. Pure: reads no file and no clock.
+
+Knows how results are described, not how they are computed or published.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from daemon.output.jsontext import readable_name
+from daemon.output.totals import LayerTotals, StageSeconds, UnitTotals
+from daemon.records import ModelInfo, Recipe, SaeInfo, Source
+
+DISTRIBUTIONS = ("lensd", "torch", "transformers", "transformer-lens", "sae-lens", "numpy", "pyarrow")
+
+
+def manifest(
+    *,
+    source: Source,
+    recipe: Recipe,
+    info: ModelInfo,
+    totals: UnitTotals,
+    settings: dict[str, Any],
+    seconds: float,
+    created: datetime,
+) -> dict[str, Any]:
+    """The content of `manifest.json`, keys in the order of the file.
+
+    `settings` is the configuration as JSON values; `seconds` runs from the first read of the file to its
+    commit; `created` is in UTC.
+    """
+    return {
+        "unit": source.unit,
+        "created": created.isoformat(timespec="seconds"),
+        "input": {
+            "name": readable_name(source.claim.name),
+            "sha256": source.sha256,
+            "bytes": source.size,
+        },
+        "records": totals.records,
+        "rows": totals.rows,
+        "rejects": totals.rejects,
+        "seconds": round(seconds, 6),
+        "stage_seconds": describe_stages(totals.seconds),
+        "model": describe_model(info),
+        "saes": [describe_sae(sae, layer) for sae, layer in zip(info.saes, totals.layers, strict=True)],
+        "recipe": describe_recipe(recipe),
+        "config": settings,
+        "versions": versions(),
+        "files": [asdict(file) for file in totals.files],
+    }
+
+
+def describe_stages(seconds: StageSeconds) -> dict[str, float]:
+    return {stage: round(value, 6) for stage, value in asdict(seconds).items()}
+
+
+def describe_model(info: ModelInfo) -> dict[str, Any]:
+    fields = asdict(info)
+    del fields["saes"]
+    return fields
+
+
+def describe_sae(sae: SaeInfo, totals: LayerTotals) -> dict[str, Any]:
+    return {
+        "hook": sae.hook_name,
+        "layer": sae.layer,
+        "source": sae.source,
+        "architecture": sae.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "weights_sha256": sae.weights_sha256,
+        "fvu": totals.fvu(),
+        "mean_l0": totals.mean_l0(),
+    }
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "texts": dict(recipe.templates),
+        "contrast": asdict(recipe.contrast) if recipe.contrast else None,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the distributions that shape results, without importing them."""
+    return {"python": platform.python_version()} | {name: installed(name) for name in DISTRIBUTIONS}
+
+
+def installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

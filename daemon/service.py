@@ -1,0 +1,220 @@
+"""Start, serve, drain, stop, in order. The first SIGTERM or SIGINT drains, the second forces.
+
+Knows the configuration and the lifecycle; what happens to a file is `daemon.pipeline`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from daemon.build import QUEUED_PARTS, QUEUED_TEXT_BYTES, Compute, load_compute, read_limits, results_key
+from daemon.compute.device import Device
+from daemon.compute.packing import Packer
+from daemon.config import Config
+from daemon.durable import make_folder
+from daemon.errors import ConfigError, MachineError
+from daemon.intake.inbox import Inbox
+from daemon.observe.http import Health, serve_http
+from daemon.observe.metrics import Metrics
+from daemon.observe.progress import Progress
+from daemon.output.commit import clear_staging
+from daemon.output.delivery import Delivery, Outcome
+from daemon.pipeline import Limits, Pipeline, Tally
+
+HEARTBEAT_SECONDS = 1.0
+
+log = structlog.get_logger()
+
+
+class Forced(MachineError):
+    """A second signal ended the drain."""
+
+
+def ignore(outcome: Outcome) -> None:
+    pass
+
+
+def serve(config: Config, *, once: bool, on_outcome: Callable[[Outcome], None] = ignore) -> Tally:
+    """Run the daemon until it is told to stop, or with `once` until the inbox is drained.
+
+    Raises ConfigError before anything is touched, MachineError where the machine fails or a second signal
+    forces the end.
+    """
+    check_folders(config.inbox.path, config.outbox.path)
+    try:
+        return asyncio.run(Service(config, once=once, on_outcome=on_outcome).run())
+    except* (ConfigError, MachineError, OSError) as group:
+        raise first_leaf(group) from None
+
+
+def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first plain exception inside a group of groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def check_folders(inbox: Path, outbox: Path) -> None:
+    """Make both folders and see that results can be published by a rename. Raises ConfigError."""
+    for key, folder in (("inbox.path", inbox), ("outbox.path", outbox)):
+        try:
+            make_folder(folder)
+        except OSError as error:
+            raise ConfigError(f"{key} = {folder}: can't be made: {error.strerror}") from None
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            raise ConfigError(f"{key} = {folder}: not readable and writable for this user")
+    if inbox.stat().st_dev != outbox.stat().st_dev:
+        raise ConfigError(
+            f"inbox.path = {inbox} and outbox.path = {outbox} are on different file systems:"
+            " put them on one, so that a rename publishes"
+        )
+    if inbox.resolve() == outbox.resolve():
+        raise ConfigError(f"inbox.path and outbox.path are the same folder, {inbox}: use two")
+
+
+class Service:
+    """One run of the daemon."""
+
+    def __init__(self, config: Config, *, once: bool, on_outcome: Callable[[Outcome], None]) -> None:
+        self.config = config
+        self.once = once
+        self.on_outcome = on_outcome
+        self.stop = asyncio.Event()
+        self.metrics = Metrics(CollectorRegistry())
+        self.device = Device()
+        self.health = Health(self.device, stall_seconds=config.http.stall_seconds)
+        self.progress = Progress()
+        self.inbox = Inbox(
+            config.inbox.path,
+            settle_seconds=config.inbox.settle_seconds,
+            rescan_seconds=config.inbox.rescan_seconds,
+            max_attempts=config.inbox.max_attempts,
+            on_success=config.inbox.on_success,
+        )
+
+    async def run(self) -> Tally:
+        self.health.unmet.add("loading the model")
+        with self.signals():
+            async with self.http(), self.heartbeat():
+                try:
+                    compute = await self.load()
+                    self.health.unmet.discard("loading the model")
+                    return await self.drain(compute)
+                finally:
+                    self.device.close()
+
+    async def load(self) -> Compute:
+        began = time.monotonic()
+        log.info("model.loading", model=self.config.model.name)
+        compute = await self.device.call(lambda: load_compute(self.config))
+        info = compute.engine.info
+        self.metrics.describe(info, self.config.batching.max_batch_tokens)
+        log.info(
+            "model.loaded",
+            model=info.name,
+            dtype=info.dtype,
+            device=info.device,
+            saes=[sae.hook_name for sae in info.saes],
+            seconds=round(time.monotonic() - began, 1),
+        )
+        return compute
+
+    async def drain(self, compute: Compute) -> Tally:
+        """Open the inbox and run the pipeline to its end."""
+        config = self.config
+        await self.inbox.open()
+        try:
+            clear_staging(config.outbox.path)
+            pipeline = self.assemble(compute)
+            with self.progress:
+                return await pipeline.run(self.stop, once=self.once)
+        finally:
+            await self.inbox.close()
+
+    def assemble(self, compute: Compute) -> Pipeline:
+        config = self.config
+        return Pipeline(
+            inbox=self.inbox,
+            delivery=Delivery(
+                inbox=self.inbox,
+                outbox=config.outbox.path,
+                info=compute.engine.info,
+                values=config.outbox.values,
+                settings=config.model_dump(mode="json"),
+            ),
+            tokenizer=compute.tokenizer,
+            device=self.device,
+            study=compute.study,
+            packer=Packer(config.batching.max_batch_tokens, config.batching.max_batch_samples),
+            recipe=config.recipe,
+            read_limits=read_limits(config),
+            limits=Limits(
+                queued_text_bytes=QUEUED_TEXT_BYTES,
+                queued_tokens=config.batching.window_tokens,
+                queued_parts=QUEUED_PARTS,
+            ),
+            results_key=results_key(config, compute.engine),
+            metrics=self.metrics,
+            progress=self.progress,
+            on_outcome=self.on_outcome,
+        )
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+
+        def handle(received: signal.Signals) -> None:
+            if not self.stop.is_set():
+                log.info("service.draining", signal=received.name)
+                self.health.unmet.add("draining")
+                self.stop.set()
+            else:
+                log.warning("service.forced", signal=received.name)
+                task.cancel()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, handle, number)
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise Forced("forced to stop: unfinished files were put back into the inbox") from None
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    @contextlib.asynccontextmanager
+    async def http(self) -> AsyncIterator[None]:
+        if not self.config.http.enabled:
+            yield
+            return
+        async with serve_http(self.config.http.address, self.metrics.registry, self.health) as url:
+            log.info("http.listening", url=url)
+            yield
+
+    @contextlib.asynccontextmanager
+    async def heartbeat(self) -> AsyncIterator[None]:
+        async def beat() -> None:
+            while True:
+                self.health.beat()
+                self.metrics.sample(self.inbox, self.device, self.config.outbox.path)
+                await asyncio.sleep(HEARTBEAT_SECONDS)
+
+        task = asyncio.create_task(beat())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task

@@ -1,0 +1,254 @@
+"""The oracle: every analysis column of one sample, computed plainly.
+
+Sequential float64 NumPy on dense vectors, written to be read beside the definitions. It forms the
+d_in x d_in tensor, loops over features and draws, and takes from `daemon.analysis` definitions only: the
+settings and the noise. Knows nothing about batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from daemon.analysis.stability import noise_bank, noise_draws
+from daemon.analysis.study import StudySettings
+from daemon.columns import CONTRAST_METRICS, analysis_columns, layer_column, token_count_column
+from daemon.records import Contrast, FloatArray, Recipe
+
+Value = float | int | str
+EncodeArray = Callable[[FloatArray], FloatArray]  # (M, d_in) -> (M, d_sae)
+
+ROUNDING_EIGENVALUE = 1e-12  # as a share of the largest: what is smaller counts as 0
+ROUNDING_SQUARE = 1e-24  # as a share of the mean squared length of the decoder rows
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLayer:
+    """What one SAE gave for the texts of one sample, in the order of the recipe."""
+
+    layer: int
+    x: Sequence[FloatArray]  # per text (d_in,)
+    feature_acts: Sequence[FloatArray]  # per text (d_sae,), dense
+    reconstruction: Sequence[FloatArray]  # per text (d_in,)
+    W_dec: FloatArray  # (d_sae, d_in)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The geometry of one activation; `axis` is None where there is no shape."""
+
+    centroid: FloatArray | None  # (d_in,), None where nothing fired or the rows cancel out
+    axis: FloatArray | None  # (d_in,)
+    sphericity: float = 0.0
+    elongation: float = 0.0
+    dimensionality: float = 0.0
+    eigenvalue_entropy: float = 0.0
+    misalignment: float = 0.0
+    shape_class: str = "None"
+
+
+def reference_columns(
+    sample_id: str,
+    recipe: Recipe,
+    settings: StudySettings,
+    layers: Sequence[ReferenceLayer],
+    n_tokens: Sequence[int],
+    encode_first: EncodeArray,
+) -> dict[str, Value]:
+    """Each of `daemon.columns.analysis_columns`, in that order; NaN where undefined."""
+    names = recipe.text_names
+    columns: dict[str, Value] = {}
+    for name, tokens in zip(names, n_tokens, strict=True):
+        columns[token_count_column(name)] = int(tokens)
+    for layer in layers:
+        for text, name in enumerate(names):
+            for metric, value in text_metrics(layer, text).items():
+                columns[layer_column(layer.layer, name, metric)] = value
+    if recipe.contrast is not None:
+        columns |= contrast_columns(sample_id, names, recipe.contrast, settings, layers, encode_first)
+    return {
+        column.name: columns[column.name]
+        for column in analysis_columns([lay.layer for lay in layers], recipe)
+    }
+
+
+def text_metrics(layer: ReferenceLayer, text: int) -> dict[str, Value]:
+    """`daemon.columns.LAYER_COLUMNS` of one text at one SAE."""
+    x = as_float64(layer.x[text])
+    feature_acts = as_float64(layer.feature_acts[text])
+    error = float(np.linalg.norm(x - as_float64(layer.reconstruction[text])))
+    size = float(np.linalg.norm(x))
+    shape = inertia(feature_acts, layer.W_dec)
+    return {
+        "l0_norm": len(active_features(feature_acts)),
+        "l2_norm": math.sqrt(sum(float(feature_acts[i]) ** 2 for i in active_features(feature_acts))),
+        "reconstruction_error": error,
+        "relative_error": error / size if size > 0 else math.nan,
+        "gini": gini_coefficient(feature_acts),
+        "sphericity": shape.sphericity,
+        "elongation": shape.elongation,
+        "shape_class": shape.shape_class,
+        "dimensionality": shape.dimensionality,
+        "eigenvalue_entropy": shape.eigenvalue_entropy,
+        "misalignment": shape.misalignment,
+    }
+
+
+def contrast_columns(
+    sample_id: str,
+    names: Sequence[str],
+    contrast: Contrast,
+    settings: StudySettings,
+    layers: Sequence[ReferenceLayer],
+    encode_first: EncodeArray,
+) -> dict[str, Value]:
+    """Every contrast column; the first SAE is read, but for the consistency of the last two."""
+    first = layers[0]
+    reference = inertia(as_float64(first.feature_acts[names.index(contrast.reference)]), first.W_dec)
+    columns: dict[str, float] = {}
+    for name in (contrast.positive, contrast.negative):
+        text = names.index(name)
+        feature_acts = as_float64(first.feature_acts[text])
+        shape = inertia(feature_acts, first.W_dec)
+        columns[f"centroid_drift_{name}"] = angle(reference.centroid, shape.centroid)
+        columns[f"axis_twist_{name}"] = angle_of_lines(reference.axis, shape.axis)
+        similarities = noise_similarities(as_float64(first.x[text]), sample_id, name, settings, encode_first)
+        columns[f"stability_{name}"] = float(np.mean(similarities))
+        columns[f"stability_{name}_std"] = float(np.std(similarities))
+        columns[f"entropy_{name}"] = entropy_of_largest(feature_acts, settings.entropy_top_k)
+        columns[f"cross_layer_consistency_{name}"] = (
+            consistency(as_float64(layers[-2].feature_acts[text]), as_float64(layers[-1].feature_acts[text]))
+            if len(layers) > 1
+            else math.nan
+        )
+    for metric, sign in CONTRAST_METRICS:
+        difference = columns[f"{metric}_{contrast.negative}"] - columns[f"{metric}_{contrast.positive}"]
+        columns[f"{metric}_diff"] = sign * difference
+    return {**columns}
+
+
+def active_features(feature_acts: FloatArray) -> list[int]:
+    return [i for i, value in enumerate(feature_acts) if value > 0]
+
+
+def gini_coefficient(feature_acts: FloatArray) -> float:
+    """Half the mean absolute difference of two magnitudes, relative to their mean."""
+    magnitudes = feature_acts[active_features(feature_acts)]
+    if len(magnitudes) == 0:
+        return 0.0
+    differences = np.abs(magnitudes[:, None] - magnitudes[None, :])
+    return float(differences.mean() / (2 * magnitudes.mean()))
+
+
+def entropy_of_largest(feature_acts: FloatArray, top_k: int) -> float:
+    """Nats."""
+    largest = sorted((float(feature_acts[i]) for i in active_features(feature_acts)), reverse=True)[:top_k]
+    total = sum(largest)
+    return -sum(m / total * math.log(m / total) for m in largest)
+
+
+def inertia(feature_acts: FloatArray, W_dec: FloatArray) -> Shape:
+    """The inertia tensor of the active decoder rows, weighted by their activations."""
+    active = active_features(feature_acts)
+    if not active:
+        return Shape(centroid=None, axis=None)
+    weights = feature_acts[active] / feature_acts[active].sum()
+    rows = as_float64(W_dec[active])
+    d_in = rows.shape[1]
+    mean_square = sum(w * float(row @ row) for w, row in zip(weights, rows, strict=True))
+
+    centroid = np.zeros(d_in)
+    for w, row in zip(weights, rows, strict=True):
+        centroid += w * row
+    tensor = np.zeros((d_in, d_in))
+    for w, row in zip(weights, rows, strict=True):
+        tensor += w * np.outer(row - centroid, row - centroid)
+
+    has_centroid = float(centroid @ centroid) > ROUNDING_SQUARE * mean_square
+    ascending, vectors = np.linalg.eigh(tensor)
+    eigenvalues = [float(value) for value in ascending[::-1]] + [0.0, 0.0]
+    largest = eigenvalues[0]
+    if len(active) == 1 or largest <= ROUNDING_SQUARE * mean_square:
+        return Shape(centroid=centroid if has_centroid else None, axis=None)
+    for k in range(len(eigenvalues)):
+        if k + 1 >= len(active) or eigenvalues[k] <= ROUNDING_EIGENVALUE * largest:
+            eigenvalues[k] = 0.0
+
+    total = sum(eigenvalues)
+    axis = vectors[:, -1]
+    elongation = math.sqrt(eigenvalues[1] / largest)
+    sphericity = math.sqrt(eigenvalues[2] / largest)
+    return Shape(
+        centroid=centroid if has_centroid else None,
+        axis=axis,
+        sphericity=sphericity,
+        elongation=elongation,
+        dimensionality=total**2 / sum(value**2 for value in eigenvalues),
+        eigenvalue_entropy=-sum(v / total * math.log(v / total) for v in eigenvalues if v > 0),
+        misalignment=angle_of_lines(centroid if has_centroid else None, axis),
+        shape_class=shape_class(elongation, sphericity),
+    )
+
+
+def shape_class(elongation: float, sphericity: float) -> str:
+    if elongation > 0.9 and sphericity > 0.9:
+        return "Spherical"
+    if elongation > 0.8 and sphericity < 0.6:
+        return "Oblate"
+    if elongation < 0.6 and sphericity < 0.6:
+        return "Prolate"
+    return "Triaxial"
+
+
+def angle(a: FloatArray | None, b: FloatArray | None) -> float:
+    """Degrees, 0..180, from the parts of b along a and across it; NaN where either is undefined."""
+    if a is None or b is None:
+        return math.nan
+    along = a / np.linalg.norm(a)
+    component = float(along @ b)
+    across = float(np.linalg.norm(b - component * along))
+    return math.degrees(math.atan2(across, component))
+
+
+def angle_of_lines(a: FloatArray | None, b: FloatArray | None) -> float:
+    """Degrees, 0..90: a direction and its opposite are one line."""
+    between = angle(a, b)
+    return min(between, 180.0 - between)
+
+
+def consistency(a: FloatArray, b: FloatArray) -> float:
+    """Cosine over the entries that both dictionaries have, aligned by number alone."""
+    shared = min(len(a), len(b))
+    left, right = np.where(a[:shared] > 0, a[:shared], 0), np.where(b[:shared] > 0, b[:shared], 0)
+    if not left.any() or not right.any():
+        return math.nan
+    return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right)))
+
+
+def noise_similarities(
+    x: FloatArray, sample_id: str, text_name: str, settings: StudySettings, encode_first: EncodeArray
+) -> list[float]:
+    """The Jaccard similarity of the strongest features with and without noise, for each draw."""
+    bank = noise_bank(settings.seed, len(x), torch.float64).numpy()
+    draws = noise_draws(settings.seed, sample_id, text_name, settings.noise_draws)
+    clean = strongest(encode_first(x[None])[0], settings.stability_top_k)
+    similarities = []
+    for row in draws:
+        noisy_x = x + settings.noise_sigma * bank[row]
+        noisy = strongest(encode_first(noisy_x[None])[0], settings.stability_top_k)
+        either = clean | noisy
+        similarities.append(len(clean & noisy) / len(either) if either else 1.0)
+    return similarities
+
+
+def strongest(feature_acts: FloatArray, top_k: int) -> set[int]:
+    """The features of the `top_k` largest activations; of equals, those of lower index."""
+    return set(sorted(active_features(feature_acts), key=lambda i: (-feature_acts[i], i))[:top_k])
+
+
+def as_float64(values: FloatArray) -> FloatArray:
+    return np.asarray(values, dtype=np.float64)

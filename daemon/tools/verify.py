@@ -1,0 +1,310 @@
+"""`lensd verify`: the daemon's batched path against one text at a time, on the same samples.
+
+The reference runs TransformerLens and SAELens on single unpadded texts and the plain definitions of
+`daemon.tools.reference`; the batched path is the daemon's own. Where floating point moves a
+pre-activation across a threshold, a feature flips: flips are counted and reported, and in float32 the rows
+they touch are left out of the column differences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from daemon.build import Compute, load_compute, read_limits, study_settings
+from daemon.columns import Column, analysis_columns
+from daemon.compute.packing import Packer
+from daemon.compute.padded import PaddedEngine
+from daemon.config import Config
+from daemon.errors import ConfigError
+from daemon.intake.reader import read_parts
+from daemon.records import (
+    Claim,
+    FileIdentity,
+    FloatArray,
+    Part,
+    Recipe,
+    Source,
+    TokenizedPart,
+    TokenizedSample,
+)
+from daemon.tools.reference import ReferenceLayer, reference_columns
+
+DEMO_SAMPLES = Path(__file__).parents[1] / "presets" / "demo.jsonl"
+UNLIMITED = 1 << 40
+ABSOLUTE_TOLERANCE = {"float64": 1e-6}
+RELATIVE_TOLERANCE = {"float32": 1e-4}  # of the column's largest magnitude
+MAX_FLIP_RATE = {"float64": 0.0, "float32": 1e-3}  # of active features
+MAX_SET_FLIP_RATE = {"float64": 0.0, "float32": 1e-2}  # of stability values
+
+SET_FLIP = 1e-9  # a stability changes by a whole feature or by rounding
+
+Value = float | int | str
+ObjectArray = npt.NDArray[np.object_]
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnDifference:
+    """The largest difference of one column; `relative` is to the column's largest magnitude."""
+
+    column: str
+    absolute: float
+    relative: float
+    mismatches: int  # rows that differ in kind: a shape class, or undefined on one side only
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSizeReport:
+    batch_size: int  # samples
+    columns: tuple[ColumnDifference, ...]
+    feature_flips: int  # features active on one side only
+    flipped_samples: int
+    set_flips: int  # stability values whose top-k sets differ
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    model: str
+    dtype: str
+    samples: int
+    rejects: int
+    activations: int  # active features in the reference
+    stability_values: int
+    reports: tuple[BatchSizeReport, ...]
+
+    @property
+    def tolerance(self) -> str:
+        if self.dtype in ABSOLUTE_TOLERANCE:
+            return f"{ABSOLUTE_TOLERANCE[self.dtype]:g} absolute, no flips"
+        flips = f"flips at most {MAX_FLIP_RATE[self.dtype]:g} of active features"
+        return f"{RELATIVE_TOLERANCE[self.dtype]:g} relative, {flips}"
+
+    @property
+    def passed(self) -> bool:
+        return all(self.accepts(report) for report in self.reports)
+
+    def accepts(self, report: BatchSizeReport) -> bool:
+        """Whether one batch size stays within the tolerance of the dtype."""
+        return (
+            all(self.within(difference) for difference in report.columns)
+            and report.feature_flips <= MAX_FLIP_RATE[self.dtype] * self.activations
+            and report.set_flips <= MAX_SET_FLIP_RATE[self.dtype] * self.stability_values
+        )
+
+    def within(self, difference: ColumnDifference) -> bool:
+        if difference.mismatches:
+            return False
+        if self.dtype in ABSOLUTE_TOLERANCE:
+            return difference.absolute <= ABSOLUTE_TOLERANCE[self.dtype]
+        return difference.relative <= RELATIVE_TOLERANCE[self.dtype]
+
+    def as_json(self) -> dict[str, object]:
+        return {**dataclasses.asdict(self), "tolerance": self.tolerance, "passed": self.passed}
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What one-at-a-time gave for every sample of one recipe."""
+
+    columns: dict[str, list[Value]]
+    active: list[dict[tuple[int, int], frozenset[int]]]  # per sample: (text, SAE) -> active features
+
+    @property
+    def activations(self) -> int:
+        return sum(len(features) for sample in self.active for features in sample.values())
+
+
+def verify(
+    config: Config, file: Path | None, *, samples: int | None, batch_sizes: Sequence[int]
+) -> Verification:
+    """Compare on the samples of `file` (default: the demo's), at each batch size.
+
+    Raises ConfigError for a dtype without a defined tolerance, FileError for an unusable file.
+    """
+    if config.model.dtype not in MAX_FLIP_RATE:
+        raise ConfigError(
+            f"verify compares in {' or '.join(MAX_FLIP_RATE)}, not {config.model.dtype}: set --dtype"
+        )
+    compute = load_compute(config)
+    parts = asyncio.run(tokenized_parts(config, compute, file or DEMO_SAMPLES))
+    recipe = parts[0].part.recipe
+    chosen = [sample for part in parts for sample in part.samples][:samples]
+    with torch.inference_mode():
+        reference = run_reference(config, compute.engine, recipe, chosen)
+        reports = tuple(
+            compare(
+                size,
+                recipe,
+                compute.engine.info.layers,
+                reference,
+                run_batched(compute, recipe, chosen, size),
+                strict=config.model.dtype in ABSOLUTE_TOLERANCE,
+            )
+            for size in batch_sizes
+        )
+    return Verification(
+        model=compute.engine.info.name,
+        dtype=config.model.dtype,
+        samples=len(chosen),
+        rejects=sum(len(part.part.rejects) for part in parts),
+        activations=reference.activations,
+        stability_values=len(contrast_texts(recipe)) * len(chosen),
+        reports=reports,
+    )
+
+
+async def tokenized_parts(config: Config, compute: Compute, file: Path) -> list[TokenizedPart]:
+    claim = Claim(file.name, file, 1, FileIdentity(0, 0, 0, 0))
+    source = Source(claim=claim, sha256="", size=0, unit="")
+    parts = read_parts(source, recipe=config.recipe, limits=read_limits(config))
+    return [compute.tokenizer.tokenize(part) async for part in parts]
+
+
+def run_reference(
+    config: Config, engine: PaddedEngine, recipe: Recipe, samples: Sequence[TokenizedSample]
+) -> Reference:
+    settings = study_settings(config)
+    columns: dict[str, list[Value]] = {
+        column.name: [] for column in analysis_columns(engine.info.layers, recipe)
+    }
+    active: list[dict[tuple[int, int], frozenset[int]]] = []
+    for sample in samples:
+        layers = single_text_layers(engine, sample)
+        values = reference_columns(
+            sample_id=sample.sample.sample_id,
+            recipe=recipe,
+            settings=settings,
+            layers=layers,
+            n_tokens=[len(ids) for ids in sample.token_ids],
+            encode_first=lambda x: engine.encode_first(torch.from_numpy(x)).double().numpy(),
+        )
+        for name, value in values.items():
+            columns[name].append(value)
+        active.append(
+            {
+                (text, sae): frozenset(np.flatnonzero(feature_acts > 0).tolist())
+                for sae, layer in enumerate(layers)
+                for text, feature_acts in enumerate(layer.feature_acts)
+            }
+        )
+    return Reference(columns, active)
+
+
+def single_text_layers(engine: PaddedEngine, sample: TokenizedSample) -> list[ReferenceLayer]:
+    """Each text of a sample alone through TransformerLens, then through each SAE as SAELens has it."""
+    per_text = [engine.residuals(torch.tensor([ids], device=engine.info.device)) for ids in sample.token_ids]
+    layers = []
+    for number, entry in enumerate(engine.saes):
+        x, feature_acts, reconstruction = [], [], []
+        for residuals in per_text:
+            read = entry.residual(residuals[number][0, -1:])
+            acts = entry.encode(read)
+            reconstruction.append(to_array(entry.decode(acts)[0]))
+            x.append(to_array(read[0]))
+            feature_acts.append(to_array(acts[0]))
+        W_dec = to_array(entry.W_dec)
+        layers.append(ReferenceLayer(entry.info.layer, x, feature_acts, reconstruction, W_dec))
+    return layers
+
+
+def to_array(tensor: torch.Tensor) -> FloatArray:
+    array: FloatArray = tensor.double().cpu().numpy()
+    return array
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """What the daemon's path gave, in the order of the samples."""
+
+    columns: dict[str, list[Value]]
+    active: list[dict[tuple[int, int], frozenset[int]]]
+
+
+def run_batched(
+    compute: Compute, recipe: Recipe, samples: Sequence[TokenizedSample], batch_size: int
+) -> Batched:
+    """Batches as the daemon forms them, of at most `batch_size` samples."""
+    packer = Packer(max_batch_tokens=UNLIMITED, max_batch_samples=batch_size)
+    packer.add(one_part(recipe, samples))
+    columns: dict[str, list[Value]] = {
+        column.name: [0] * len(samples) for column in analysis_columns(compute.engine.info.layers, recipe)
+    }
+    active: list[dict[tuple[int, int], frozenset[int]]] = [{} for _ in samples]
+    while packer:
+        batch = packer.take()
+        block = compute.study.run(batch)
+        rows = [entry.row for entry in batch.entries]
+        for name, values in block.columns.items():
+            for row, value in zip(rows, values.tolist(), strict=True):
+                columns[name][row] = value
+        features = block.features
+        for i, (start, stop) in enumerate(itertools.pairwise(features.offsets.tolist())):
+            place = (int(features.text[i]), int(features.layer[i]))
+            active[rows[features.sample_row[i]]][place] = frozenset(features.indices[start:stop].tolist())
+    return Batched(columns, active)
+
+
+def one_part(recipe: Recipe, samples: Sequence[TokenizedSample]) -> TokenizedPart:
+    source = Source(Claim("verify", Path(), 1, FileIdentity(0, 0, 0, 0)), sha256="", size=0, unit="")
+    part = Part(source, 0, True, recipe, tuple(sample.sample for sample in samples), ())
+    return TokenizedPart(part, tuple(samples))
+
+
+def compare(
+    batch_size: int,
+    recipe: Recipe,
+    layers: Sequence[int],
+    reference: Reference,
+    batched: Batched,
+    strict: bool,
+) -> BatchSizeReport:
+    """`strict` compares every row; else rows with a flip are counted, and left out of the differences."""
+    flips = [
+        sum(len(expected[place] ^ actual[place]) for place in expected)
+        for expected, actual in zip(reference.active, batched.active, strict=True)
+    ]
+    flipped = np.array(flips) > 0
+    differences = []
+    set_flips = 0
+    for column in analysis_columns(layers, recipe):
+        expected = np.array(reference.columns[column.name], dtype=object)
+        actual = np.array(batched.columns[column.name], dtype=object)
+        keep = np.ones(len(expected), dtype=bool) if strict else ~flipped
+        if column.name.startswith("stability"):
+            moved = keep & (np.abs((expected - actual).astype(float)) > SET_FLIP)
+            if column.name.removeprefix("stability_") in contrast_texts(recipe):
+                set_flips += int(moved.sum())
+            keep &= strict | ~moved
+        differences.append(column_difference(column, expected[keep], actual[keep]))
+    return BatchSizeReport(
+        batch_size=batch_size,
+        columns=tuple(differences),
+        feature_flips=sum(flips),
+        flipped_samples=int(flipped.sum()),
+        set_flips=set_flips,
+    )
+
+
+def contrast_texts(recipe: Recipe) -> tuple[str, ...]:
+    contrast = recipe.contrast
+    return (contrast.positive, contrast.negative) if contrast else ()
+
+
+def column_difference(column: Column, expected: ObjectArray, actual: ObjectArray) -> ColumnDifference:
+    if column.kind == "class":
+        mismatches = int((expected != actual).sum())
+        return ColumnDifference(column.name, 0.0, 0.0, mismatches)
+    a, b = expected.astype(float), actual.astype(float)
+    defined = ~(np.isnan(a) | np.isnan(b))
+    mismatches = int((np.isnan(a) != np.isnan(b)).sum())
+    absolute = float(np.abs(a - b)[defined].max(initial=0.0))
+    largest = float(np.abs(a)[defined].max(initial=0.0))
+    return ColumnDifference(column.name, absolute, absolute / largest if largest else absolute, mismatches)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from daemon.output.parquet import ParquetFile
+
+TABLE = pa.table({"x": pa.array(range(10), pa.int64())})
+
+
+def open_file(path, group_tables: float) -> ParquetFile:
+    return ParquetFile(path, TABLE.schema, group_bytes=int(TABLE.nbytes * group_tables), options={})
+
+
+def group_rows(path) -> list[int]:
+    metadata = pq.read_metadata(path)
+    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+
+def test_row_groups_are_of_a_steady_size_and_the_rest_goes_last(tmp_path):
+    file = open_file(tmp_path / "t.parquet", group_tables=2)
+    for _ in range(5):
+        file.append(TABLE)
+    file.close()
+    file.close()
+    assert file.rows == 50
+    assert group_rows(tmp_path / "t.parquet") == [20, 20, 10]
+
+
+def test_a_large_table_stays_one_row_group(tmp_path):
+    file = open_file(tmp_path / "t.parquet", group_tables=0.5)
+    file.append(TABLE)
+    file.append(TABLE)
+    file.close()
+    assert group_rows(tmp_path / "t.parquet") == [10, 10]
+
+
+def test_discarded_content_is_not_written(tmp_path):
+    file = open_file(tmp_path / "t.parquet", group_tables=2)
+    file.append(TABLE)
+    file.discard()
+    file.discard()
+    assert group_rows(tmp_path / "t.parquet") == []
+
+
+def test_a_folder_whose_name_is_not_utf8_is_fine(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    file = open_file(folder / "t.parquet", group_tables=2)
+    file.append(TABLE)
+    file.close()
+    assert pq.read_table(pa.py_buffer((folder / "t.parquet").read_bytes())).equals(TABLE)

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from handmade import (
+    CONTRAST_RECIPE,
+    INFO,
+    expected_features,
+    expected_metrics,
+    finish,
+    finished_from,
+    make_block,
+    make_part,
+    make_source,
+    open_writer,
+)
+
+from daemon.output import writer as writer_module
+from daemon.output.finished import BlockRows, FinishedPart
+from daemon.output.schema import features_schema, metrics_schema
+from daemon.output.totals import UnitTotals
+from daemon.records import PLAIN_RECIPE, Reject, TokenizedPart
+
+
+def parts_of_a_file() -> list[TokenizedPart]:
+    """16 records in three parts; records 5 and 6 are rejects."""
+    return [
+        make_part(0, 0, 5),
+        make_part(1, 5, 7, rejected=(5, 6)),
+        make_part(2, 12, 4, last=True),
+    ]
+
+
+def write(staging: Path, parts: list[FinishedPart], **options: object) -> UnitTotals:
+    writer = open_writer(staging, **options)
+    for part in parts:
+        assert not writer.complete
+        writer.write_part(part)
+    return writer.finish()
+
+
+def rows_of(path: Path) -> list[dict[str, object]]:
+    return pq.read_table(path).to_pylist()
+
+
+def samples_of(parts: list[TokenizedPart]):
+    return [sample for part in parts for sample in part.part.samples]
+
+
+def test_every_column_reads_back_as_the_blocks_said(tmp_path):
+    parts = parts_of_a_file()
+    totals = write(tmp_path / "unit", [finish(part) for part in parts])
+    samples = samples_of(parts)
+    assert rows_of(tmp_path / "unit/metrics.parquet") == expected_metrics(samples)
+    assert rows_of(tmp_path / "unit/features.parquet") == expected_features(samples)
+    assert (totals.records, totals.rows, totals.rejects) == (16, 14, 2)
+
+
+def test_a_recipe_without_contrast_has_no_contrast_columns(tmp_path):
+    part = make_part(0, 0, 3, last=True, recipe=PLAIN_RECIPE)
+    write(tmp_path / "unit", [finish(part)], recipe=PLAIN_RECIPE)
+    rows = rows_of(tmp_path / "unit/metrics.parquet")
+    assert rows == expected_metrics(part.part.samples, PLAIN_RECIPE)
+    assert "l3_text_gini" in rows[0]
+    assert not [name for name in rows[0] if name.endswith("_diff")]
+
+
+def shared_batches(parts: list[TokenizedPart]) -> list[FinishedPart]:
+    """Two batches, each with samples of every part, in reverse order."""
+    pieces: dict[int, list[BlockRows]] = {part.part.number: [] for part in parts}
+    for remainder in (1, 0):
+        chosen = [
+            (part, row)
+            for part in reversed(parts)
+            for row in reversed(range(len(part.samples)))
+            if row % 2 == remainder
+        ]
+        block = make_block([part.part.samples[row] for part, row in chosen])
+        for part in parts:
+            mine = [i for i, (owner, _) in enumerate(chosen) if owner is part]
+            rows = [chosen[i][1] for i in mine]
+            pieces[part.part.number].append(BlockRows(block, np.array(mine), np.array(rows)))
+    return [finished_from(part, pieces[part.part.number]) for part in parts]
+
+
+def test_files_are_byte_identical_however_batches_were_formed(tmp_path):
+    parts = parts_of_a_file()
+    plain = write(tmp_path / "plain", [finish(part) for part in parts])
+    one_by_one = [finish(part, [[row] for row in range(len(part.samples))][::-1]) for part in parts]
+    single = write(tmp_path / "single", [one_by_one[i] for i in (2, 0, 1)])
+    shared = write(tmp_path / "shared", shared_batches(parts)[::-1])
+    assert plain.files == single.files == shared.files
+
+
+def test_row_groups_gather_small_parts(tmp_path, monkeypatch):
+    parts = [finish(part) for part in parts_of_a_file()]
+    write(tmp_path / "gathered", parts)
+    monkeypatch.setattr(writer_module, "METRICS_GROUP_BYTES", 1)
+    write(tmp_path / "eager", parts)
+    metadata = [pq.read_metadata(tmp_path / name / "metrics.parquet") for name in ("gathered", "eager")]
+    assert [file.num_row_groups for file in metadata] == [1, 3]
+    assert rows_of(tmp_path / "gathered/metrics.parquet") == rows_of(tmp_path / "eager/metrics.parquet")
+
+
+def test_rejects_come_in_record_order_and_only_then_is_there_a_file(tmp_path):
+    parts = [make_part(0, 0, 4, rejected=(0, 3)), make_part(1, 4, 3, rejected=(5,), last=True)]
+    write(tmp_path / "unit", [finish(parts[1]), finish(parts[0])])
+    lines = (tmp_path / "unit/rejects.jsonl").read_text(encoding="utf-8").splitlines()
+    rejects = [reject for part in parts for reject in part.part.rejects]
+    assert [json.loads(line) for line in lines] == [
+        {
+            "record_index": reject.record_index,
+            "id": reject.sample_id,
+            "line": reject.line,
+            "byte_offset": reject.byte_offset,
+            "reason": reject.reason,
+            "message": reject.message,
+        }
+        for reject in rejects
+    ]
+    assert list(json.loads(lines[0])) == ["record_index", "id", "line", "byte_offset", "reason", "message"]
+
+    write(tmp_path / "clean", [finish(make_part(0, 0, 2, last=True))])
+    assert not (tmp_path / "clean/rejects.jsonl").exists()
+
+
+def test_a_reject_with_a_lone_surrogate_is_still_valid_utf8():
+    line = writer_module.reject_line(Reject(0, "a\ud83dz", None, 0, "lone_surrogate", "bad \udcff"))
+    entry = json.loads(line.decode("utf-8"))
+    assert (entry["id"], entry["message"]) == (r"a\ud83dz", r"bad \udcff")
+
+
+def test_a_file_of_rejects_alone_has_both_schemas_and_no_rows(tmp_path):
+    totals = write(tmp_path / "unit", [finish(make_part(0, 0, 2, rejected=(0, 1), last=True))])
+    metrics = pq.read_table(tmp_path / "unit/metrics.parquet")
+    features = pq.read_table(tmp_path / "unit/features.parquet")
+    assert metrics.schema.equals(metrics_schema(INFO.layers, CONTRAST_RECIPE))
+    assert features.schema.equals(features_schema("float32"))
+    assert (len(metrics), len(features), totals.rejects) == (0, 0, 2)
+    assert totals.layers[0].fvu() is None
+    assert totals.layers[0].mean_l0() is None
+
+
+def test_a_file_without_records_can_be_finished(tmp_path):
+    totals = write(tmp_path / "unit", [finish(make_part(0, 0, 0, last=True))])
+    assert (totals.records, totals.rows, totals.rejects) == (0, 0, 0)
+
+
+def test_float16_values_keep_what_fits_and_saturate(tmp_path):
+    part = make_part(0, 0, 3, last=True)
+    block = make_block(part.part.samples, dtype=np.float64)
+    largest = int(block.features.values.argmax())
+    block.features.values[largest] = 1e6
+    finished = finished_from(part, [BlockRows(block, np.arange(3), np.arange(3))])
+    write(tmp_path / "unit", [finished], values="float16")
+    table = pq.read_table(tmp_path / "unit/features.parquet")
+    assert table.schema.field("values").type == pa.list_(pa.float16())
+    stored = [value for row in table["values"].to_pylist() for value in row]
+    expected = [value for row in expected_features(part.part.samples) for value in row["values"]]
+    assert stored.count(65504.0) == 1
+    assert sum(a != b for a, b in zip(stored, expected, strict=True)) == 1
+
+
+def test_totals_add_up_over_parts(tmp_path):
+    ticks = iter(range(100))
+    parts = parts_of_a_file()
+    totals = write(tmp_path / "unit", [finish(part) for part in parts], clock=lambda: float(next(ticks)))
+    x = np.array([sample.record_index for sample in samples_of(parts)], float)
+    assert totals.layers[1].rows == 14
+    assert totals.layers[1].mean_l0() == 6.0
+    assert totals.layers[1].fvu() == pytest.approx(14 * 0.5 / (14 * x.var()))
+    assert (totals.seconds.read, totals.seconds.forward) == (0.75, 3.0)
+    assert (totals.seconds.write, totals.seconds.commit) == (3.0, 1.0)  # one tick per call
+
+
+def test_file_totals_are_those_of_the_bytes_on_disk(tmp_path):
+    totals = write(tmp_path / "unit", [finish(part) for part in parts_of_a_file()])
+    assert [(file.name, file.rows) for file in totals.files] == [
+        ("metrics.parquet", 14),
+        ("features.parquet", 84),
+        ("rejects.jsonl", 2),
+    ]
+    for file in totals.files:
+        content = (tmp_path / "unit" / file.name).read_bytes()
+        assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert totals.bytes == sum(path.stat().st_size for path in (tmp_path / "unit").iterdir())
+
+
+@pytest.mark.parametrize("batches", [[[0, 1]], [[0, 1], [1, 2]], [[0, 1, 2], [0]], []])
+def test_a_part_whose_samples_are_not_covered_once_is_a_bug(tmp_path, batches):
+    writer = open_writer(tmp_path / "unit")
+    with pytest.raises(AssertionError, match="exactly once"):
+        writer.write_part(finish(make_part(0, 0, 3), batches))
+    writer.abandon()
+
+
+def test_unexpected_parts_are_bugs(tmp_path):
+    writer = open_writer(tmp_path / "unit")
+    writer.write_part(finish(make_part(0, 0, 3)))
+    writer.write_part(finish(make_part(2, 5, 1)))
+    for number in (0, 2):
+        with pytest.raises(AssertionError, match="not expected"):
+            writer.write_part(finish(make_part(number, 0, 3)))
+    with pytest.raises(AssertionError, match="not expected"):
+        writer.write_part(finish(make_part(1, 3, 2, source=make_source(unit="f" * 12))))
+    with pytest.raises(AssertionError, match="part 1 is missing"):
+        writer.finish()
+    with pytest.raises(AssertionError, match="beyond the last"):
+        writer.write_part(finish(make_part(1, 3, 2, last=True)))
+    writer.abandon()
+
+
+@pytest.mark.parametrize("first_record", [2, 4])
+def test_a_lost_or_repeated_record_is_a_bug(tmp_path, first_record):
+    writer = open_writer(tmp_path / "unit")
+    writer.write_part(finish(make_part(0, 0, 3)))
+    with pytest.raises(AssertionError, match="records from 3 on"):
+        writer.write_part(finish(make_part(1, first_record, 3)))
+    writer.abandon()
+
+
+def test_abandon_removes_the_folder_at_any_time(tmp_path):
+    for number, stop_after in enumerate(("nothing", "early part", "rejects", "finish")):
+        writer = open_writer(tmp_path / str(number))
+        if stop_after == "early part":
+            writer.write_part(finish(make_part(1, 2, 2)))
+        if stop_after in ("rejects", "finish"):
+            writer.write_part(finish(make_part(0, 0, 2, rejected=(1,), last=True)))
+        if stop_after == "finish":
+            writer.finish()
+        writer.abandon()
+        writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_staging_that_exists_is_not_written_into(tmp_path):
+    (tmp_path / "unit").mkdir()
+    with pytest.raises(FileExistsError):
+        open_writer(tmp_path / "unit")

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from daemon.channel import Channel, EndOfStream
+
+
+async def settled(task: asyncio.Task[None]) -> bool:
+    """Whether a task finished after everything that can run has run."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+    return task.done()
+
+
+async def test_put_waits_until_the_weight_fits():
+    channel: Channel[str] = Channel(10)
+    await channel.put("a", 6)
+    waiting = asyncio.create_task(channel.put("b", 6))
+    assert not await settled(waiting)
+    assert await channel.get() == "a"
+    assert await settled(waiting)
+    assert channel.weight == 6
+
+
+async def test_an_item_over_the_capacity_passes_alone():
+    channel: Channel[str] = Channel(10)
+    await channel.put("huge", 100)
+    waiting = asyncio.create_task(channel.put("next", 1))
+    assert not await settled(waiting)
+    assert await channel.get() == "huge"
+    await waiting
+
+
+async def test_closing_ends_the_stream_after_what_is_in_it():
+    channel: Channel[int] = Channel(10)
+    for item in range(3):
+        await channel.put(item)
+    await channel.close()
+    assert [item async for item in channel] == [0, 1, 2]
+    with pytest.raises(EndOfStream):
+        await channel.get()
+
+
+async def test_a_waiting_receiver_wakes_on_close():
+    channel: Channel[int] = Channel(10)
+    receiver = asyncio.create_task(channel.get())
+    await asyncio.sleep(0)
+    await channel.close()
+    with pytest.raises(EndOfStream):
+        await receiver
+
+
+async def test_get_nowait_never_waits():
+    channel: Channel[int] = Channel(10)
+    assert await channel.get_nowait() is None
+    await channel.put(7)
+    assert await channel.get_nowait() == 7

@@ -1,0 +1,205 @@
+"""The command as a user runs it: a process, its exit code and what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+LENSD = (sys.executable, "-m", "daemon.cli")
+PATIENCE = 120.0  # seconds before a wait on a condition gives up
+
+
+def lensd(*args: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LENSD, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), **env},
+        timeout=PATIENCE,
+    )
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    pause = 0.05
+    while not condition():
+        assert time.monotonic() < deadline, f"gave up waiting: {what}"
+        time.sleep(pause)  # between two looks at another process
+
+
+@pytest.fixture(scope="module")
+def tiny_toml(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    path = folder / "lensd.toml"
+    path.write_text(tiny.make_tiny(folder).toml() + "[inbox]\nsettle_seconds = 0\nrescan_seconds = 0.2\n")
+    return path
+
+
+class Daemon:
+    """A running `lensd run` with its HTTP server on a free port."""
+
+    def __init__(self, toml: Path, root: Path, *args: str) -> None:
+        self.inbox = root / "inbox"
+        self.outbox = root / "outbox"
+        self.log = root / "log"
+        command = [*LENSD, "run", "--config", toml, "--inbox", self.inbox, "--outbox", self.outbox]
+        self.process = subprocess.Popen(
+            [*map(str, command), "--http", "127.0.0.1:0", "--log-format", "json", *args],
+            stderr=self.log.open("wb"),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+
+    def events(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def event(self, name: str) -> dict[str, object]:
+        wait_until(
+            lambda: any(event["event"] == name for event in self.events()) or self.process.poll() is not None,
+            name,
+        )
+        return next(event for event in self.events() if event["event"] == name)
+
+    def get(self, path: str) -> tuple[int, str]:
+        url = str(self.event("http.listening")["url"])
+        try:
+            with urllib.request.urlopen(url + path, timeout=PATIENCE) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE)
+
+
+@pytest.fixture
+def daemon(tiny_toml, tmp_path) -> Iterator[Daemon]:
+    started = Daemon(tiny_toml, tmp_path)
+    yield started
+    if started.process.poll() is None:
+        started.process.kill()
+        started.process.wait()
+
+
+def test_help_and_config_errors_come_before_heavy_imports(tmp_path):
+    (tmp_path / "bad.toml").write_text("[model]\ndtype = 'f9'\n")
+    program = (
+        "import sys\n"
+        "from daemon.cli import main\n"
+        "try:\n"
+        "    main(['--help'])\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        f"assert main(['run', '--config', {str(tmp_path / 'bad.toml')!r}]) == 2\n"
+        "heavy = {'torch', 'transformers', 'sae_lens', 'transformer_lens', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith(f"lensd: {tmp_path}/bad.toml: model.dtype:")
+    assert result.stderr.count("\n") == 1
+
+
+def test_once_exits_0_when_all_is_committed(tiny_toml, tmp_path):
+    (tmp_path / "inbox").mkdir()
+    tiny.write_json(tmp_path / "inbox" / "a.json", tiny.contrast_records(4))
+    result = lensd("run", "--config", tiny_toml, "--once", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("outbox/a-*/metrics.parquet"))) == 1
+
+
+def test_once_exits_1_when_a_file_failed(tiny_toml, tmp_path):
+    (tmp_path / "inbox").mkdir()
+    (tmp_path / "inbox" / "bad.json").write_text("[{")
+    result = lensd("run", "--config", tiny_toml, "--once", cwd=tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert (tmp_path / "inbox" / "failed" / "bad.json.reason.json").is_file()
+
+
+def test_bad_usage_and_bad_settings_exit_2(tmp_path):
+    assert lensd("run", "--no-such-flag").returncode == 2
+    result = lensd("run", "--once", "--max-batch-tokens", "many", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("lensd: flag: batching.max_batch_tokens: ")
+    result = lensd("check-config", "--model", str(tmp_path / "nowhere"), cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+
+
+def test_check_config_names_what_it_loaded(tiny_toml, tmp_path):
+    result = lensd("check-config", "--config", tiny_toml, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"ok: model \(LlamaForCausalLM, 4 layers, d_model 32\) in float32 on cpu", result.stdout)
+    assert "ok: blocks.1.hook_resid_post: sae-1 (jumprelu, d_sae 96)" in result.stdout
+
+
+def test_verify_agrees_with_one_at_a_time_in_float64(tiny_toml, tmp_path):
+    path = tiny.write_json(tmp_path / "v.json", tiny.contrast_records(9))
+    result = lensd(
+        "verify", path, "--config", tiny_toml, "--dtype", "float64", "--batch-sizes", "1,4", "--json"
+    )
+    report = json.loads(result.stdout)
+    assert result.returncode == 0, result.stdout
+    assert report["passed"] is True
+    assert [run["batch_size"] for run in report["reports"]] == [1, 4]
+    for run in report["reports"]:
+        assert run["feature_flips"] == run["set_flips"] == 0
+        assert max(column["absolute"] for column in run["columns"]) <= 1e-6
+
+
+def test_the_daemon_takes_files_as_they_come_and_drains_on_sigterm(daemon):
+    daemon.event("model.loaded")
+    wait_until(lambda: daemon.get("/readyz")[0] == 200, "ready")
+    assert daemon.get("/livez")[0] == 200
+    for number in range(3):
+        staged = daemon.inbox / f".{number}.json"
+        tiny.write_json(staged, tiny.contrast_records(5 + number))
+        staged.rename(daemon.inbox / f"{number}.json")
+    wait_until(lambda: len(list(daemon.outbox.glob("*/manifest.json"))) == 3, "three outputs")
+    wait_until(lambda: 'lensd_files_total{outcome="committed"} 3.0' in daemon.get("/metrics")[1], "metric")
+    metrics = daemon.get("/metrics")[1]
+    assert 'lensd_samples_total{outcome="committed"} 18.0' in metrics
+    assert daemon.stop() == 0
+    assert [event["signal"] for event in daemon.events() if event["event"] == "service.draining"] == [
+        "SIGTERM"
+    ]
+    assert sorted(path.name for path in (daemon.inbox / "done").iterdir()) == ["0.json", "1.json", "2.json"]
+
+
+def test_a_second_signal_forces_and_gives_the_file_back(daemon):
+    daemon.event("model.loaded")
+    wait_until(lambda: daemon.get("/readyz")[0] == 200, "ready")
+    staged = daemon.inbox / ".big.jsonl"
+    staged.write_text("\n".join(json.dumps(record) for record in tiny.contrast_records(20_000)))
+    staged.rename(daemon.inbox / "big.jsonl")
+    wait_until(lambda: list(daemon.inbox.glob(".claimed/*/1/big.jsonl")) != [], "claimed")
+    daemon.process.send_signal(signal.SIGTERM)
+    daemon.event("service.draining")
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.process.wait(PATIENCE) == 3
+    assert (daemon.inbox / "big.jsonl").is_file()
+    assert list(daemon.outbox.glob("*/manifest.json")) == []
+    assert "forced to stop" in daemon.log.read_text()
+
+
+def test_a_taken_port_is_one_line(daemon, tiny_toml, tmp_path):
+    url = str(daemon.event("http.listening")["url"])
+    address = url.removeprefix("http://").rstrip("/")
+    result = lensd("run", "--config", tiny_toml, "--http", address, "--inbox", tmp_path / "i2", cwd=tmp_path)
+    assert result.returncode == 2
+    assert address in result.stderr.splitlines()[-1]

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from daemon.config import Config, load_config
+from daemon.errors import ConfigError
+
+
+def load(tmp_path: Path, text: str = "", env: dict[str, str] | None = None, **flags: object) -> Config:
+    path = tmp_path / "lensd.toml"
+    path.write_text(text)
+    return load_config(path, env or {}, {key.replace("__", "."): value for key, value in flags.items()})
+
+
+def test_without_any_setting_the_bundled_preset_is_used():
+    config = load_config(None, {})
+    assert config.model.name == "smollm2-135m"
+    assert [path.name for sae in config.sae if (path := sae.path)] == [
+        "blocks.7.hook_resid_post",
+        "blocks.15.hook_resid_post",
+        "blocks.22.hook_resid_post",
+    ]
+
+
+def test_flags_beat_environment_beats_file_beats_preset(tmp_path):
+    text = '[model]\nname = "gemma-2-2b"\n'
+    text += "[batching]\nmax_batch_tokens = 1\nwindow_tokens = 1\nmax_text_tokens = 1"
+    env = {"LENSD_BATCHING__MAX_BATCH_TOKENS": "2", "LENSD_BATCHING__WINDOW_TOKENS": "2"}
+    config = load(tmp_path, text, env, batching__max_batch_tokens="3")
+    assert config.model.dtype == "bfloat16"  # the preset's
+    assert config.batching.max_text_tokens == 1
+    assert config.batching.window_tokens == 2
+    assert config.batching.max_batch_tokens == 3
+
+
+def test_a_preset_names_the_dictionaries_of_the_original_study():
+    config = load_config(None, {}, {"model.name": "gemma-2-2b"})
+    assert {sae.release for sae in config.sae} == {"gemma-scope-2b-pt-res-canonical"}
+    assert [sae.id for sae in config.sae] == [f"layer_{layer}/width_16k/canonical" for layer in (5, 12, 20)]
+
+
+def test_own_saes_replace_those_of_the_preset(tmp_path):
+    config = load(tmp_path, '[model]\nname = "gpt2-small"\n[[sae]]\npath = "mine"')
+    assert [str(sae.path) for sae in config.sae] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[modle]\nname = 'x'", "unknown key modle: did you mean model?"),
+        ("[model]\nnmae = 'x'", "unknown key model.nmae: did you mean name?"),
+        (
+            "[model]\ndtype = 'f8'",
+            "model.dtype: Input should be 'float32', 'float64', 'bfloat16' or 'float16'",
+        ),
+        (
+            "[batching]\nmax_batch_tokens = -3",
+            "batching.max_batch_tokens: Input should be greater than 0 (got -3)",
+        ),
+        ("[http]\naddress = 'x'", "http.address: expected HOST:PORT"),
+        ("[[sae]]\npath = 'a'\nrelease = 'b'", "give either path, or release and id"),
+        ("[[sae]]\nrelease = 'b'", "release and id go together"),
+        ("[texts]\na = 'no field'", "template 'a' names no field"),
+        ("[texts]\na = '{x!r}'", "{x} must be a plain field name"),
+        ("[texts]\na = '{x'", "template 'a'"),
+        ("[texts]\n'a b' = '{x}'", "text name 'a b' must be a word"),
+        ("[contrast]\nreference = 'a'\npositive = 'b'\nnegative = 'c'", "[texts] must be given too"),
+        (
+            "[texts]\na = '{x}'\n[contrast]\nreference = 'a'\npositive = 'b'\nnegative = 'a'",
+            "contrast.positive = 'b' is not in [texts]: use one of a",
+        ),
+        ("model = 3", "model: Input should be a valid dictionary"),
+        ("[model\n", "not valid TOML"),
+    ],
+)
+def test_a_bad_file_is_one_line_naming_the_file_the_key_and_what_is_allowed(tmp_path, text, expected):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    message = str(caught.value)
+    assert expected in message
+    assert str(tmp_path / "lensd.toml") in message
+    assert "\n" not in message
+
+
+def test_a_bad_variable_is_named():
+    with pytest.raises(ConfigError, match=r"^environment LENSD_MODEL__DTYPE: model\.dtype"):
+        load_config(None, {"LENSD_MODEL__DTYPE": "x"})
+    with pytest.raises(ConfigError, match="environment LENSD_MODLE: expected LENSD_SECTION__FIELD"):
+        load_config(None, {"LENSD_MODLE": "x"})
+
+
+def test_a_variable_can_hold_a_list_as_json():
+    config = load_config(None, {"LENSD_SAE": '[{"path": "a"}]', "LENSD_TEXTS": '{"t": "{body}"}'})
+    assert str(config.sae[0].path) == "a"
+    assert config.recipe is not None
+    assert config.recipe.text_names == ("t",)
+
+
+def test_a_bad_flag_is_named():
+    with pytest.raises(ConfigError, match=r"^flag: inbox\.settle_seconds: .* \(got -1\)$"):
+        load_config(None, {}, {"inbox.settle_seconds": -1})
+
+
+def test_a_missing_file_and_a_model_without_saes_say_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such config file"):
+        load_config(tmp_path / "nowhere.toml", {})
+    with pytest.raises(
+        ConfigError, match=r"not a preset \(gemma-2-2b, gpt2-small, smollm2-135m\): add \[\[sae\]\]"
+    ):
+        load_config(None, {}, {"model.name": "some/model"})
+
+
+def test_only_settings_that_change_results_change_the_fingerprint(tmp_path):
+    base = load(tmp_path).results_fingerprint()
+    assert load(tmp_path, "[batching]\nmax_batch_tokens = 7").results_fingerprint() == base
+    assert load(tmp_path, "[analysis]\nseed = 7").results_fingerprint() != base
+    assert load(tmp_path, "[model]\ndtype = 'float64'").results_fingerprint() != base
+    assert load(tmp_path, "[texts]\na = '{x}'").results_fingerprint() != base

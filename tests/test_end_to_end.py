@@ -1,0 +1,255 @@
+"""The whole daemon through a real inbox, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from daemon.columns import analysis_columns
+from daemon.config import Config, load_config
+from daemon.errors import ConfigError
+from daemon.output.delivery import Outcome
+from daemon.pipeline import Tally
+from daemon.records import CONTRAST_RECIPE
+from daemon.service import serve
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def tiny_toml(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    path = folder / "lensd.toml"
+    path.write_text(tiny.make_tiny(folder).toml())
+    return path
+
+
+@pytest.fixture
+def inbox(tmp_path) -> Path:
+    (tmp_path / "inbox").mkdir()
+    return tmp_path / "inbox"
+
+
+def configured(toml: Path, inbox: Path, **flags: object) -> Config:
+    settings = {
+        "inbox.path": inbox,
+        "outbox.path": inbox.parent / "outbox",
+        "inbox.settle_seconds": 0,
+        "http.enabled": False,
+        **{key.replace("__", "."): value for key, value in flags.items()},
+    }
+    return load_config(toml, {}, settings)
+
+
+def drain(config: Config) -> tuple[Tally, list[Outcome]]:
+    outcomes: list[Outcome] = []
+    return serve(config, once=True, on_outcome=outcomes.append), outcomes
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_every_record_comes_out_with_every_column(tiny_toml, inbox):
+    records = tiny.contrast_records(50)
+    tiny.write_json(inbox / "study.json", records)
+    tally, (outcome,) = drain(configured(tiny_toml, inbox))
+    assert (tally.committed, tally.rows, tally.failed) == (1, 50, 0)
+
+    table = pq.read_table(outcome.folder / "metrics.parquet")
+    expected = [column.name for column in analysis_columns((0, 1, 2), CONTRAST_RECIPE)]
+    assert table.column_names == ["sample_id", "record_index", "domain", "complexity", "extra", *expected]
+    assert table["sample_id"].to_pylist() == [record["id"] for record in records]
+    assert table["record_index"].to_pylist() == list(range(50))
+    assert json.loads(table["extra"][0].as_py()) == {"source": "made up"}
+    assert {name: table[name].null_count for name in expected if table[name].null_count} == {}
+
+    features = pq.read_table(outcome.folder / "features.parquet")
+    assert len(features) == 50 * 3 * 3
+    manifest = manifest_of(outcome.folder)
+    assert manifest["records"] == manifest["rows"] + manifest["rejects"] == 50
+    assert manifest["unit"] == outcome.unit
+    assert [sae["hook"] for sae in manifest["saes"]] == [
+        f"blocks.{layer}.hook_resid_post" for layer in (0, 1, 2)
+    ]
+    assert all(sae["fvu"] > 0 and sae["mean_l0"] > 0 for sae in manifest["saes"])
+    assert (inbox / "done" / "study.json").exists()
+    assert list(inbox.glob("*.json")) == []
+
+
+def test_results_do_not_depend_on_batch_size_or_company(tiny_toml, inbox):
+    records = tiny.contrast_records(40)
+    tables = []
+    for number, flags in enumerate(
+        ({"batching__max_batch_samples": 1}, {"batching__max_batch_tokens": 100_000})
+    ):
+        folder = inbox.parent / str(number)
+        (folder / "inbox").mkdir(parents=True)
+        tiny.write_json(folder / "inbox" / "a.json", records)
+        if number:
+            tiny.write_json(folder / "inbox" / "other.json", tiny.contrast_records(13)[3:])
+        _, outcomes = drain(configured(tiny_toml, folder / "inbox", model__dtype="float64", **flags))
+        folder = next(outcome.folder for outcome in outcomes if outcome.name == "a.json")
+        tables.append(pq.read_table(folder / "metrics.parquet"))
+    for name in tables[0].column_names:
+        first, second = (table[name].to_pylist() for table in tables)
+        if isinstance(first[0], float):
+            assert first == pytest.approx(second, abs=1e-9), name
+        else:
+            assert first == second, name
+
+
+def test_the_same_content_is_recognised(tiny_toml, inbox):
+    records = tiny.contrast_records(5)
+    tiny.write_json(inbox / "first.json", records)
+    tiny.write_json(inbox / "second.json", records)
+    config = configured(tiny_toml, inbox)
+    tally, _ = drain(config)
+    assert (tally.committed, tally.duplicate) == (1, 1)
+    tiny.write_json(inbox / "third.json", records)
+    tally, (outcome,) = drain(config)
+    assert outcome.kind == "duplicate"
+    assert outcome.folder is not None
+    assert len(list(config.outbox.path.glob("*/manifest.json"))) == 1
+    assert sorted(path.name for path in (inbox / "done").iterdir()) == [
+        "first.json",
+        "second.json",
+        "third.json",
+    ]
+
+
+def test_another_seed_is_another_unit(tiny_toml, inbox):
+    for seed in (0, 1):
+        tiny.write_json(inbox / "study.json", tiny.contrast_records(3))
+        tally, _ = drain(configured(tiny_toml, inbox, analysis__seed=seed))
+        assert tally.committed == 1
+
+
+def test_plain_records_have_no_contrast_columns(tiny_toml, inbox):
+    (inbox / "plain.jsonl").write_text('{"text": "hello there"}\n{"text": "and good bye"}\n')
+    _, (outcome,) = drain(configured(tiny_toml, inbox))
+    table = pq.read_table(outcome.folder / "metrics.parquet")
+    assert table["sample_id"].to_pylist() == ["0", "1"]
+    assert "l0_text_gini" in table.column_names
+    assert "stability_diff" not in table.column_names
+
+
+def test_configured_texts_name_the_columns(tiny_toml, inbox):
+    (inbox / "qa.jsonl").write_text('{"q": "who", "a": "me", "b": "you"}\n')
+    config = configured(
+        tiny_toml,
+        inbox,
+        texts={"ask": "{q}", "yes": "{q} {a}", "no": "{q} {b}"},
+        contrast={"reference": "ask", "positive": "yes", "negative": "no"},
+    )
+    _, (outcome,) = drain(config)
+    names = pq.read_schema(outcome.folder / "metrics.parquet").names
+    assert {"l1_ask_gini", "stability_yes", "stability_no_std", "axis_twist_diff"} <= set(names)
+
+
+def test_a_mixed_inbox_accounts_for_everything(tiny_toml, inbox):
+    good = tiny.contrast_records(20)
+    tiny.write_json(inbox / "good.json", good)
+    (inbox / "good.jsonl").write_text("\n".join(json.dumps(record) for record in good[:7]))
+    (inbox / "truncated.json").write_text(json.dumps(good)[:-30])
+    (inbox / "empty.json").write_bytes(b"")
+    fifty = [json.dumps(record) for record in tiny.contrast_records(50)]
+    fifty[3], fifty[20], fifty[49] = (
+        '{"prompt": "only"}',
+        "{oops",
+        '{"prompt": "x", "fact": NaN, "hallucination": "y"}',
+    )
+    (inbox / "three-bad.jsonl").write_text("\n".join(fifty))
+    (inbox / "binary.json").write_bytes(bytes(range(256)) * 10)
+    (inbox / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    (inbox / "folder").mkdir()
+    (inbox / "link.json").symlink_to(inbox / "good.json")
+    (inbox / "half.json.tmp").write_text("[")
+    config = configured(tiny_toml, inbox)
+    tally, outcomes = drain(config)
+
+    assert (tally.committed, tally.failed) == (3, 4)
+    assert (tally.rows, tally.rejects) == (20 + 7 + 47, 3)
+    ended = {outcome.name: outcome for outcome in outcomes}
+    assert {name for name, outcome in ended.items() if outcome.kind == "failed"} == {
+        "truncated.json",
+        "empty.json",
+        "binary.json",
+        "picture.png",
+    }
+    for name in ("truncated.json", "empty.json", "binary.json", "picture.png"):
+        reason = json.loads((inbox / "failed" / f"{name}.reason.json").read_text())
+        assert (inbox / "failed" / name).is_file()
+        assert reason["reason"] == ended[name].reason
+        assert reason["message"]
+    folder = ended["three-bad.jsonl"].folder
+    manifest = manifest_of(folder)
+    assert manifest["records"] == manifest["rows"] + manifest["rejects"] == 50
+    rejects = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+    assert [(reject["record_index"], reject["line"]) for reject in rejects] == [(3, 4), (20, 21), (49, 50)]
+    assert [reject["reason"] for reject in rejects] == ["missing_field", "malformed_json", "not_finite"]
+    left = {path.name for path in inbox.iterdir() if not path.name.startswith(".")}
+    assert left == {"done", "failed", "folder", "link.json", "half.json.tmp"}
+    assert [
+        path for path in config.outbox.path.iterdir() if path.name.startswith(".") and any(path.iterdir())
+    ] == []
+
+
+def test_texts_too_long_or_empty_are_rejects(tiny_toml, inbox):
+    (inbox / "t.jsonl").write_text(
+        json.dumps({"text": "x" * 99}) + "\n" + json.dumps({"text": ""}) + "\n" + json.dumps({"text": "fine"})
+    )
+    _, (outcome,) = drain(configured(tiny_toml, inbox, batching__max_text_tokens=50))
+    rejects = [json.loads(line) for line in (outcome.folder / "rejects.jsonl").read_text().splitlines()]
+    assert [(reject["record_index"], reject["reason"]) for reject in rejects] == [
+        (0, "text_too_long"),
+        (1, "empty_text"),
+    ]
+    assert outcome.rows == 1
+
+
+def test_a_file_that_breaks_after_some_parts_fails_whole(tiny_toml, inbox):
+    import gzip
+
+    lines = "\n".join(json.dumps(record) for record in tiny.contrast_records(40)).encode()
+    (inbox / "broken.jsonl.gz").write_bytes(gzip.compress(lines)[:-20])
+    tiny.write_json(inbox / "fine.json", tiny.contrast_records(3))
+    tally, _ = drain(configured(tiny_toml, inbox, inbox__part_records=4))
+    assert (tally.committed, tally.failed) == (1, 1)
+    reason = json.loads((inbox / "failed" / "broken.jsonl.gz.reason.json").read_text())
+    assert reason["reason"] == "corrupt_compression"
+
+
+def test_many_parts_of_a_file_stay_in_order(tiny_toml, inbox):
+    records = tiny.contrast_records(57)
+    tiny.write_json(inbox / "parts.json", records)
+    _, (outcome,) = drain(configured(tiny_toml, inbox, inbox__part_records=5, batching__max_batch_tokens=200))
+    table = pq.read_table(outcome.folder / "metrics.parquet")
+    assert table["record_index"].to_pylist() == list(range(57))
+
+
+def test_sources_can_be_deleted_instead_of_kept(tiny_toml, inbox):
+    tiny.write_json(inbox / "study.json", tiny.contrast_records(2))
+    drain(configured(tiny_toml, inbox, inbox__on_success="delete"))
+    assert not (inbox / "study.json").exists()
+    assert list((inbox / "done").iterdir()) == []
+
+
+def test_folders_on_two_file_systems_are_refused(tiny_toml, inbox):
+    other = Path("/dev/shm")
+    if not other.is_dir() or os.stat(other).st_dev == os.stat(inbox).st_dev:
+        pytest.skip("no second file system here")
+    config = configured(tiny_toml, inbox, outbox__path=other / f"lensd-{os.getpid()}")
+    try:
+        with pytest.raises(ConfigError, match="different file systems"):
+            drain(config)
+    finally:
+        config.outbox.path.rmdir()
+
+
+def test_one_folder_for_both_is_refused(tiny_toml, inbox):
+    with pytest.raises(ConfigError, match="are the same folder"):
+        drain(configured(tiny_toml, inbox, outbox__path=inbox))
