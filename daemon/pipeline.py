@@ -215,13 +215,21 @@ class Pipeline:
             if outcome is not None:
                 await self.settle(outcome)
 
+    def queued(self) -> dict[str, int]:
+        """Items waiting for each stage."""
+        return {
+            "tokenize": len(self.parts),
+            "compute": len(self.tokenized) + len(self.packer),
+            "write": len(self.finished),
+        }
+
     async def settle(self, outcome: Outcome) -> None:
         """Count how a file ended."""
         kind = outcome.kind
         setattr(self.tally, kind, getattr(self.tally, kind) + 1)
         self.tally.rows += outcome.rows
         self.tally.rejects += outcome.rejects
-        self.metrics.observe_outcome(outcome)
+        self.metrics.observe_outcome(outcome, self.study.engine.info.layers)
         log.info("file.settled", outcome=kind, **outcome.log_fields())
         if outcome.unit is not None and (under_way := self._units.pop(outcome.unit, None)) is not None:
             under_way.set()

@@ -94,6 +94,7 @@ class Service:
         self.device = Device()
         self.health = Health(self.device, stall_seconds=config.http.stall_seconds)
         self.progress = Progress()
+        self.pipeline: Pipeline | None = None
         self.inbox = Inbox(
             config.inbox.path,
             settle_seconds=config.inbox.settle_seconds,
@@ -135,9 +136,9 @@ class Service:
         await self.inbox.open()
         try:
             clear_staging(config.outbox.path)
-            pipeline = self.assemble(compute)
+            self.pipeline = self.assemble(compute)
             with self.progress:
-                return await pipeline.run(self.stop, once=self.once)
+                return await self.pipeline.run(self.stop, once=self.once)
         finally:
             await self.inbox.close()
 
@@ -203,12 +204,31 @@ class Service:
             log.info("http.listening", url=url)
             yield
 
+    def sample(self) -> None:
+        """Set the gauges that describe this moment."""
+        metrics = self.metrics
+        metrics.heartbeat_timestamp_seconds.labels("event_loop").set_to_current_time()
+        since = self.device.busy_since  # a device that is idle, or between two calls, is alive now
+        metrics.heartbeat_timestamp_seconds.labels("device").set(
+            time.time() - (time.monotonic() - since if since is not None else 0.0)
+        )
+        metrics.observe_device(self.device.busy_seconds, time.monotonic())
+        metrics.observe_disk({"inbox": self.config.inbox.path, "outbox": self.config.outbox.path})
+        load = self.inbox.pending()
+        metrics.inbox_files.set(load.files)
+        metrics.inbox_bytes.set(load.bytes)
+        metrics.oldest_pending_seconds.set(load.oldest_seconds)
+        if self.pipeline is not None:
+            for stage, items in self.pipeline.queued().items():
+                metrics.queue_items.labels(stage).set(items)
+            metrics.queue_tokens.set(self.pipeline.tokenized.weight + self.pipeline.packer.tokens)
+
     @contextlib.asynccontextmanager
     async def heartbeat(self) -> AsyncIterator[None]:
         async def beat() -> None:
             while True:
                 self.health.beat()
-                self.metrics.sample(self.inbox, self.device, self.config.outbox.path)
+                self.sample()
                 await asyncio.sleep(HEARTBEAT_SECONDS)
 
         task = asyncio.create_task(beat())

@@ -33,7 +33,7 @@ def cross_layer_consistency(a: SparseActs, b: SparseActs, d_sae_a: int, d_sae_b:
     keys_a, values_a = _restrict(a, limit)
     keys_b, values_b = _restrict(b, limit)
     slots = torch.searchsorted(keys_b, keys_a).clamp(max=b.width - 1)
-    common = (keys_b.gather(1, slots) == keys_a) & (keys_a < limit)
+    common = keys_b.gather(1, slots) == keys_a  # empty slots may meet: their values are 0
     dot = (values_a * values_b.gather(1, slots)).where(common, 0).sum(-1)
     norms = torch.linalg.vector_norm(values_a, dim=-1) * torch.linalg.vector_norm(values_b, dim=-1)
     cosine: Tensor = dot / norms

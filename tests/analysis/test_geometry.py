@@ -13,7 +13,7 @@ from daemon.analysis import geometry as module
 from daemon.analysis.geometry import Geometry, geometry, row_chunks
 from daemon.analysis.sparse import from_dense
 from daemon.columns import SHAPE_CLASSES
-from tests.analysis.synthetic import QUICK, random_acts, random_sae, to_dense
+from tests.analysis.synthetic import QUICK, random_acts, random_sae, residuals, to_dense
 
 SCALARS = ("sphericity", "elongation", "dimensionality", "eigenvalue_entropy", "misalignment")
 
@@ -117,9 +117,9 @@ def test_nothing_active_has_no_shape_and_no_centroid():
     assert not shape.axis.any()
 
 
-@pytest.mark.parametrize("rows", [[[0.1, 0.7]], [[0.1, 0.7]] * 3])
-def test_a_single_place_has_a_centroid_and_no_shape(rows):
-    shape = of_rows(rows, [0.3, 0.9, 0.7][: len(rows)])
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_a_single_place_has_a_centroid_and_no_shape(n):
+    shape = of_rows([[0.1, 0.7]] * n, [0.3, 0.9, 0.7, 0.1, 0.55, 0.23][:n])
     assert class_of(shape) == "None"
     assert [getattr(shape, name).item() for name in SCALARS] == [0] * 5
     assert not shape.axis.any()
@@ -135,6 +135,15 @@ def test_two_features_make_a_line():
     assert shape.axis[0].abs().tolist() == pytest.approx([0, 0.6, 0.8])
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_two_features_close_together_make_a_line_and_no_more(seed):
+    """Rounding alone would give them a width: the spread is 1e-10 of the length of the rows."""
+    near, step = residuals(seed, 2, 6)
+    shape = of_rows([near.tolist(), (near + 1e-10 * step).tolist()], [0.37, 0.91])
+    assert class_of(shape) == "Prolate"
+    assert shape.elongation.item() == shape.sphericity.item() == 0
+
+
 def test_three_features_make_a_plane():
     shape = of_rows([[1.0, 0.2, 0.0, 3.0], [0.0, 1.0, 0.3, 0.1], [0.5, 0.0, 1.0, -1.0]])
     assert shape.elongation.item() > 0
@@ -148,7 +157,10 @@ def test_rows_that_span_less_than_their_number_have_exact_zeros():
 
 
 def test_a_cloud_about_the_origin_has_a_shape_but_no_misalignment():
-    shape = of_rows(cross(1.0, 0.5, 0.3))
+    turned = torch.linalg.qr(residuals(0, 3, 3)).Q  # so that the rows cancel out but for rounding
+    shape = of_rows(
+        (torch.tensor(cross(1.0, 0.5, 0.3), dtype=torch.float64) @ turned).tolist(), [0.7, 0.1, 0.3] * 2
+    )
     assert class_of(shape) == "Prolate"
     assert not shape.centroid.any()
     assert shape.misalignment.isnan().all()

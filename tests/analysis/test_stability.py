@@ -40,6 +40,7 @@ def test_draws_differ_between_seeds_samples_and_texts_however_these_are_spelt():
         (0, "", "abc"),
         (0, "a\0", "bc"),
         (0, "\ud800", "bc"),
+        (0, "\udc00", "bc"),
     ]
     drawn = {tuple(noise_draws(*arguments, k=16).tolist()) for arguments in tuples}
     assert len(drawn) == len(tuples)
@@ -48,7 +49,9 @@ def test_draws_differ_between_seeds_samples_and_texts_however_these_are_spelt():
 def test_draws_and_bank_are_the_same_on_every_machine():
     assert noise_draws(0, "s0", "fact", 8).tolist() == [154, 100, 140, 114, 127, 147, 81, 7]
     bank = noise_bank(0, 4, torch.float64)
-    assert bank[0].tolist() == pytest.approx([0.03959643242655634, 0.835693563036256, 0.25897099845189697, -0.20514196429305373], abs=1e-14)
+    assert bank[0].tolist() == pytest.approx(
+        [0.03959643242655634, 0.835693563036256, 0.25897099845189697, -0.20514196429305373], abs=1e-14
+    )
 
 
 def test_draws_cover_the_bank_evenly():

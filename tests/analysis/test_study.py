@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from daemon.analysis.geometry import geometry
 from daemon.analysis.stability import noise_bank
-from daemon.analysis.study import LayerActivations, analyse, feature_rows, layer_sums
+from daemon.analysis.study import LayerActivations, analyse, feature_rows, layer_metrics, layer_sums
 from daemon.columns import CONTRAST_METRICS, SHAPE_CLASSES, analysis_columns
 from daemon.records import CONTRAST_RECIPE, PLAIN_RECIPE, Contrast, Recipe
 from daemon.tools.reference import ReferenceLayer, reference_columns
@@ -203,6 +204,15 @@ def test_silent_texts_are_undefined_only_where_nothing_can_be_said():
     }
     assert columns["entropy_hall"].tolist() == [0] * 4
     assert columns["l2_prompt_shape_class"].tolist() == ["None"] * 4
+
+
+def test_the_error_relative_to_nothing_is_undefined():
+    layer = dataclasses.replace(
+        make_case().layers[0], x=torch.zeros(12, D_IN), reconstruction=torch.ones(12, D_IN)
+    )
+    metrics = layer_metrics(layer, geometry(layer.acts, layer.W_dec))
+    assert metrics["reconstruction_error"].tolist() == pytest.approx([D_IN**0.5] * 12)
+    assert metrics["relative_error"].isnan().all()
 
 
 def test_layer_sums_are_the_sums_over_a_samples_texts():

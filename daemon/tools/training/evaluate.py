@@ -29,7 +29,7 @@ def measure(sae: SAE, residuals: Tensor) -> dict[str, float]:
     squared_error = 0.0
     l0 = 0.0
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    for x in residuals.split(8192):
+    for x in torch.split(residuals, 8192):
         feature_acts = sae.encode(x)
         squared_error += float((x - sae.decode(feature_acts)).double().square().sum())
         l0 += float((feature_acts > 0).sum())
@@ -157,7 +157,7 @@ def main() -> None:
         mean = residuals.mean(0)
         result = measure(sae, residuals)
         result["loss"] = losses.loss(layer, sae)
-        result["mean_loss"] = losses.loss(layer, lambda x, mean=mean: mean.expand_as(x))
+        result["mean_loss"] = losses.loss(layer, mean.expand_as)
         result["recovered"] = (result["mean_loss"] - result["loss"]) / (result["mean_loss"] - clean_loss)
         measured[layer] = result
     harvest = json.loads((args.activations / "harvest.json").read_text())

@@ -45,7 +45,7 @@ class SampledBatchTopK(torch.nn.Module):
         return acts * (acts >= threshold)
 
 
-class SampledBatchTopKSAE(BatchTopKTrainingSAE):
+class SampledBatchTopKSAE(BatchTopKTrainingSAE):  # type: ignore[misc]  # the library has no types
     def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
         return SampledBatchTopK(self.cfg.k)
 

@@ -1,0 +1,233 @@
+"""One record's bytes to a Sample, or to the reason why not. Knows no files, formats or tokenizers.
+
+Invalid UTF-8 arrives as surrogate escapes, so that it costs one record and not the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from daemon.errors import SampleError
+from daemon.records import BUILT_IN_RECIPES, Recipe, Reject, Sample
+
+REJECT_REASONS = (
+    "malformed_json",
+    "not_an_object",
+    "invalid_utf8",
+    "lone_surrogate",
+    "not_finite",
+    "duplicate_key",
+    "missing_field",
+    "bad_field",
+    "nesting_too_deep",
+    "record_too_large",
+    "text_too_long",
+    "empty_text",
+)
+
+ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record is in its file."""
+
+    record_index: int
+    line: int
+    byte_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """One record as it stands in the file; `text` is None where it was too large to keep."""
+
+    place: Place
+    text: str | None
+
+
+def check_unicode(raw: str) -> None:
+    """Raises SampleError where the record's own text holds bytes that are not UTF-8."""
+    if ESCAPED_BYTE.search(raw):
+        raise SampleError("invalid_utf8", "has bytes that are not UTF-8: save the file as UTF-8")
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise SampleError("not_finite", f"has {name}, which is not JSON: use null or a number")
+
+
+def finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise SampleError("not_finite", "has a number beyond the range of float64")
+    return value
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise SampleError("duplicate_key", f"has the key {printable(twice)} twice: keep one")
+    return result
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=unique_object, parse_constant=refuse_constant, parse_float=finite_float
+)
+
+
+def parse_value(raw: str, max_nesting: int) -> Any:
+    """The JSON value that `raw` is. Raises SampleError."""
+    check_unicode(raw)
+    if depth_of(raw) > max_nesting:
+        raise SampleError("nesting_too_deep", f"nests deeper than inbox.max_nesting = {max_nesting}")
+    try:
+        return DECODER.decode(raw)
+    except json.JSONDecodeError as error:
+        raise SampleError(
+            "malformed_json", f"is not JSON: {error.msg} at character {error.pos + 1}"
+        ) from None
+    except ValueError:  # Python refuses integers of over 4300 digits
+        raise SampleError("not_finite", "has a number of too many digits") from None
+
+
+def depth_of(raw: str) -> int:
+    """How deep brackets nest, strings left out."""
+    deepest = depth = 0
+    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', raw, flags=re.DOTALL):
+        if bracket in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif bracket in "]}":
+            depth -= 1
+    return deepest
+
+
+def choose_recipe(values: Iterable[Any]) -> Recipe | None:
+    """The built-in recipe of the first object that has all the fields of one."""
+    for value in values:
+        if isinstance(value, dict):
+            for recipe in BUILT_IN_RECIPES:
+                if recipe.fields <= value.keys():
+                    return recipe
+    return None
+
+
+def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
+    """Raises SampleError where the record lacks what the recipe needs.
+
+    Strings are used as they are; numbers and booleans as JSON writes them.
+    """
+    if not isinstance(value, dict):
+        raise SampleError("not_an_object", f"is a JSON {json_type(value)}, not an object")
+    check_surrogates(value)
+    fields = recipe.fields
+    texts = recipe.render({field: field_text(value, field) for field in sorted(fields)})
+    extra = dict(value)
+    for field in fields | {"id"}:
+        extra.pop(field, None)
+    domain = take_domain(extra)
+    complexity = take_complexity(extra)
+    return Sample(
+        record_index=place.record_index,
+        sample_id=sample_id_of(value) or str(place.record_index),
+        domain=domain,
+        complexity=complexity,
+        extra=json.dumps(extra, ensure_ascii=False) if extra else None,
+        texts=texts,
+        line=place.line,
+        byte_offset=place.byte_offset,
+    )
+
+
+def take_domain(record: dict[str, Any]) -> str | None:
+    """The domain as text, taken out of the record; an object or array stays where it is."""
+    if isinstance(record.get("domain"), dict | list):
+        return None
+    domain = record.pop("domain", None)
+    return None if domain is None else as_text(domain)
+
+
+def take_complexity(record: dict[str, Any]) -> float | None:
+    """The complexity, taken out of the record if it is a number or null; anything else stays."""
+    complexity = record.get("complexity")
+    if complexity is None:
+        record.pop("complexity", None)
+        return None
+    if isinstance(complexity, bool) or not isinstance(complexity, int | float):
+        return None
+    return to_float(record.pop("complexity"))
+
+
+def to_float(number: int | float) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        raise SampleError("not_finite", "field 'complexity' is beyond the range of float64") from None
+
+
+def check_surrogates(value: Any) -> None:
+    """Raises SampleError where a string holds a lone surrogate, which no UTF-8 file can store."""
+    if isinstance(value, str):
+        if SURROGATE.search(value):
+            raise SampleError(
+                "lone_surrogate", r"has an unpaired \ud800-\udfff escape, which is no character"
+            )
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_surrogates(key)
+            check_surrogates(item)
+    elif isinstance(value, list):
+        for item in value:
+            check_surrogates(item)
+
+
+def field_text(record: dict[str, Any], field: str) -> str:
+    if field not in record:
+        raise SampleError("missing_field", f"has no field {field!r}, which the texts need")
+    value = record[field]
+    if not isinstance(value, str | int | float | bool):
+        raise SampleError("bad_field", f"field {field!r} is a JSON {json_type(value)}: make it a string")
+    return as_text(value)
+
+
+def as_text(value: str | int | float | bool) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def json_type(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def sample_id_of(value: Any) -> str | None:
+    """The record's own id, where it has one that can be shown."""
+    if not isinstance(value, dict):
+        return None
+    found = value.get("id")
+    if isinstance(found, bool) or not isinstance(found, str | int | float) or found == "":
+        return None
+    text = as_text(found)
+    return None if SURROGATE.search(text) else text
+
+
+def printable(text: str) -> str:
+    """A field name for a message: never long, never unprintable."""
+    return ascii(text if len(text) <= 60 else text[:57] + "...")
+
+
+def rejected(place: Place, error: SampleError, sample_id: str | None = None) -> Reject:
+    return Reject(
+        record_index=place.record_index,
+        sample_id=sample_id,
+        line=place.line,
+        byte_offset=place.byte_offset,
+        reason=error.reason,
+        message=f"line {place.line}: the record {error}",
+    )
