@@ -11,13 +11,12 @@ import re
 from collections.abc import Iterator
 
 from daemon.errors import FileError
-from daemon.intake.parsing import Place, RawRecord
+from daemon.intake.parsing import BRACKETS, TOKEN, Place, RawRecord
 
 BOM = b"\xef\xbb\xbf"
 BINARY_PROBE_BYTES = 8192
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 WORD = re.compile(r"[^,\[\]{}\s]+")
-TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 DECODER = json.JSONDecoder(strict=False)
 
 
@@ -82,7 +81,7 @@ class Document:
         """Move to the array under the key `samples` of an object; False where there is none."""
         self._at += 1
         while self._peek() == '"':
-            key, self._at = DECODER.raw_decode(self._text, self._at) if self._string_ends() else ("", -1)
+            key = self._key()
             if self._peek() != ":":
                 raise self._malformed("expected a colon")
             self._at += 1
@@ -94,19 +93,22 @@ class Document:
             self._at += 1
         return False
 
-    def _string_ends(self) -> bool:
-        match = TOKEN.match(self._text, self._at)
-        if match is None:
-            raise self._malformed("a string without an end: the file may be truncated")
-        return True
+    def _key(self) -> str:
+        """Move past the string at the cursor; its text, or nothing where that is no valid JSON."""
+        end = self._end_by_brackets()
+        raw, self._at = self._text[self._at : end], end
+        try:
+            return str(DECODER.decode(raw))
+        except ValueError:
+            return ""  # names no key that matters here; the record it belongs to says so
 
     def _leave_object(self) -> None:
         """From after a member's value to the end of the document."""
         while self._peek() == ",":
             self._at += 1
-            if self._peek() != '"' or not self._string_ends():
+            if self._peek() != '"':
                 raise self._malformed("expected a key")
-            self._at = self._end_of_value()
+            self._key()
             if self._peek() != ":":
                 raise self._malformed("expected a colon")
             self._at += 1
@@ -142,7 +144,9 @@ class Document:
             return self._end_of_word()
         depth = 0
         for match in TOKEN.finditer(self._text, self._at):
-            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+            depth += BRACKETS.get(match[0], 0)
+            if match["close"] == "":
+                break
             if depth <= 0:
                 return match.end()
         raise self._malformed("the file ends in the middle: it may be truncated")

@@ -150,21 +150,32 @@ class Inbox:
         wake = asyncio.Event()
         ended = asyncio.Event()
 
-        async def watch() -> None:
-            try:
-                async for _ in watchfiles.awatch(
-                    self.path, recursive=False, stop_event=ended, watch_filter=None, step=20
-                ):
-                    wake.set()
-            except (OSError, RuntimeError) as error:
-                log.warning("inbox.watch_failed", error=str(error), rescan_seconds=self._rescan_seconds)
-
-        task = asyncio.create_task(watch(), name="watch")
+        task = asyncio.create_task(self._watch(wake, ended), name="watch")
         try:
             yield wake
         finally:
             ended.set()
             await task
+
+    async def _watch(self, wake: asyncio.Event, ended: asyncio.Event) -> None:
+        """Set `wake` whenever something happens in the folder. A watcher that fails is started anew.
+
+        watchfiles fails on a name that is not UTF-8, and where the system has no watches left.
+        """
+        reported = False
+        while not ended.is_set():
+            try:
+                async for _ in watchfiles.awatch(
+                    self.path, recursive=False, stop_event=ended, watch_filter=None, step=20
+                ):
+                    wake.set()
+            except* (OSError, RuntimeError) as group:
+                if not reported:
+                    reason = str(group.exceptions[0])
+                    log.warning("inbox.watch_failed", reason=reason, rescan_seconds=self._rescan_seconds)
+                reported = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), self._rescan_seconds)
 
     def _next(self) -> tuple[Claim | None, float | None]:
         """The next claim; else in how many seconds the next file settles, None where none is there."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -32,6 +33,9 @@ REJECT_REASONS = (
 
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 SURROGATE = re.compile("[\ud800-\udfff]")
+# A string, or a bracket. Possessive, so that no text makes it slow; `close` is empty if the string has no end.
+TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?P<close>"?)|[\[{]|[\]}]', re.DOTALL)
+BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +68,14 @@ def refuse_constant(name: str) -> NoReturn:
 def finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise SampleError("not_finite", "has a number beyond the range of float64")
+        raise SampleError("not_finite", "has a number beyond the range of float64: use a smaller one")
     return value
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise SampleError("duplicate_key", f"has the key {printable(twice)} twice: keep one")
     return result
 
@@ -85,27 +88,28 @@ DECODER = json.JSONDecoder(
 def parse_value(raw: str, max_nesting: int) -> Any:
     """The JSON value that `raw` is. Raises SampleError."""
     check_unicode(raw)
-    if depth_of(raw) > max_nesting:
-        raise SampleError("nesting_too_deep", f"nests deeper than inbox.max_nesting = {max_nesting}")
+    if raw.count("[") + raw.count("{") > max_nesting and depth_of(raw) > max_nesting:
+        raise SampleError(
+            "nesting_too_deep", f"nests deeper than inbox.max_nesting = {max_nesting}: flatten it"
+        )
     try:
         return DECODER.decode(raw)
     except json.JSONDecodeError as error:
         raise SampleError(
-            "malformed_json", f"is not JSON: {error.msg} at character {error.pos + 1}"
+            "malformed_json", f"is not JSON: {error.msg} at its character {error.pos + 1}: correct it"
         ) from None
     except ValueError:  # Python refuses integers of over 4300 digits
-        raise SampleError("not_finite", "has a number of too many digits") from None
+        raise SampleError("not_finite", "has a number of over 4300 digits: shorten it") from None
+    except RecursionError:  # inbox.max_nesting allows more than this Python can follow
+        raise SampleError("nesting_too_deep", "nests too deep to be read: flatten it") from None
 
 
 def depth_of(raw: str) -> int:
     """How deep brackets nest, strings left out."""
     deepest = depth = 0
-    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', raw, flags=re.DOTALL):
-        if bracket in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif bracket in "]}":
-            depth -= 1
+    for token in TOKEN.finditer(raw):
+        depth += BRACKETS.get(token[0], 0)
+        deepest = max(deepest, depth)
     return deepest
 
 
@@ -122,21 +126,25 @@ def choose_recipe(values: Iterable[Any]) -> Recipe | None:
 def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
     """Raises SampleError where the record lacks what the recipe needs.
 
-    Strings are used as they are; numbers and booleans as JSON writes them.
+    Strings are used as they are; numbers and booleans as JSON writes them. What neither a text nor a column
+    uses goes into `extra`, in the record's order.
     """
     if not isinstance(value, dict):
-        raise SampleError("not_an_object", f"is a JSON {json_type(value)}, not an object")
+        raise SampleError(
+            "not_an_object", f"is a JSON {json_type(value)}, not an object: write one as {{...}}"
+        )
     check_surrogates(value)
     fields = recipe.fields
     texts = recipe.render({field: field_text(value, field) for field in sorted(fields)})
-    extra = dict(value)
-    for field in fields | {"id"}:
-        extra.pop(field, None)
-    domain = take_domain(extra)
-    complexity = take_complexity(extra)
+    sample_id, domain, complexity = sample_id_of(value), domain_of(value), complexity_of(value)
+    used = set(fields)
+    for name, column in (("id", sample_id), ("domain", domain), ("complexity", complexity)):
+        if column is not None or value.get(name) is None:
+            used.add(name)
+    extra = {name: item for name, item in value.items() if name not in used}
     return Sample(
         record_index=place.record_index,
-        sample_id=sample_id_of(value) or str(place.record_index),
+        sample_id=sample_id if sample_id is not None else str(place.record_index),
         domain=domain,
         complexity=complexity,
         extra=json.dumps(extra, ensure_ascii=False) if extra else None,
@@ -146,30 +154,27 @@ def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
     )
 
 
-def take_domain(record: dict[str, Any]) -> str | None:
-    """The domain as text, taken out of the record; an object or array stays where it is."""
-    if isinstance(record.get("domain"), dict | list):
-        return None
-    domain = record.pop("domain", None)
-    return None if domain is None else as_text(domain)
+def domain_of(record: dict[str, Any]) -> str | None:
+    """The domain as text; None where it is absent, null, or an object or array."""
+    domain = record.get("domain")
+    return as_text(domain) if isinstance(domain, str | int | float | bool) else None
 
 
-def take_complexity(record: dict[str, Any]) -> float | None:
-    """The complexity, taken out of the record if it is a number or null; anything else stays."""
+def complexity_of(record: dict[str, Any]) -> float | None:
+    """The complexity; None where it is no number."""
     complexity = record.get("complexity")
-    if complexity is None:
-        record.pop("complexity", None)
-        return None
     if isinstance(complexity, bool) or not isinstance(complexity, int | float):
         return None
-    return to_float(record.pop("complexity"))
+    return to_float(complexity)
 
 
 def to_float(number: int | float) -> float:
     try:
         return float(number)
     except OverflowError:
-        raise SampleError("not_finite", "field 'complexity' is beyond the range of float64") from None
+        raise SampleError(
+            "not_finite", "field 'complexity' is beyond the range of float64: use a smaller number"
+        ) from None
 
 
 def check_surrogates(value: Any) -> None:
@@ -177,7 +182,7 @@ def check_surrogates(value: Any) -> None:
     if isinstance(value, str):
         if SURROGATE.search(value):
             raise SampleError(
-                "lone_surrogate", r"has an unpaired \ud800-\udfff escape, which is no character"
+                "lone_surrogate", r"has an unpaired \ud800-\udfff escape, which is no character: drop it"
             )
     elif isinstance(value, dict):
         for key, item in value.items():
@@ -190,7 +195,7 @@ def check_surrogates(value: Any) -> None:
 
 def field_text(record: dict[str, Any], field: str) -> str:
     if field not in record:
-        raise SampleError("missing_field", f"has no field {field!r}, which the texts need")
+        raise SampleError("missing_field", f"has no field {field!r}, which the texts need: add it")
     value = record[field]
     if not isinstance(value, str | int | float | bool):
         raise SampleError("bad_field", f"field {field!r} is a JSON {json_type(value)}: make it a string")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from daemon.errors import FileError, SampleError
 from daemon.intake.document import document_records
@@ -28,7 +27,7 @@ from daemon.records import BUILT_IN_RECIPES, Part, Recipe, Reject, Sample, Sourc
 
 __all__ = ["REJECT_REASONS", "ReadLimits", "content_sha256", "read_parts"]
 
-NAME = re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?$", re.IGNORECASE)
+NAME = re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?\Z", re.IGNORECASE)
 PART_BYTES = 4 << 20  # of raw records, after which a part ends early
 
 
@@ -86,9 +85,22 @@ async def record_groups(source: Source, limits: ReadLimits) -> AsyncIterator[lis
         ):
             yield group
         return
-    records = document_records(await whole(content, limits.max_file_bytes))
-    while group := await asyncio.to_thread(lambda: list(itertools.islice(records, limits.part_records))):
+    document = await whole(content, limits.max_file_bytes)
+    records = await asyncio.to_thread(document_records, document)
+    while group := await asyncio.to_thread(take_group, records, limits.part_records):
         yield group
+
+
+def take_group(records: Iterator[RawRecord], most: int) -> list[RawRecord]:
+    """The next records, at most `most` and about PART_BYTES of them."""
+    group: list[RawRecord] = []
+    weight = 0
+    for record in records:
+        group.append(record)
+        weight += len(record.text or "")
+        if len(group) == most or weight >= PART_BYTES:
+            break
+    return group
 
 
 async def whole(content: AsyncIterator[bytes], max_bytes: int) -> bytes:
@@ -127,27 +139,33 @@ def interpret(
 def parsed(raw: RawRecord, limits: ReadLimits) -> Any:
     """The record's JSON value, or the SampleError that it is."""
     try:
-        if raw.text is None or len(raw.text) > limits.max_record_bytes:
+        if raw.text is None or size_of(raw.text) > limits.max_record_bytes:
             raise SampleError(
-                "record_too_large", f"is larger than inbox.max_record_bytes = {limits.max_record_bytes}"
+                "record_too_large",
+                f"is larger than inbox.max_record_bytes = {limits.max_record_bytes}: shorten it or raise that",
             )
         return parse_value(raw.text, limits.max_nesting)
     except SampleError as error:
         return error
 
 
-def complain_of(group: list[RawRecord], values: Iterable[Any]) -> Recipe:
+def size_of(text: str) -> int:
+    """Bytes of a raw record."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
+
+
+def complain_of(group: list[RawRecord], values: list[Any]) -> NoReturn:
     """Raises the FileError of a file in which no record says what its texts are."""
-    for raw, value in zip(group, values, strict=True):
-        if isinstance(value, SampleError):
-            raise FileError(
-                "no_usable_record",
-                f"none of the first {len(group)} records can be used; the first: line {raw.place.line}:"
-                f" the record {value}",
-            )
-        break
-    wanted = " or ".join("+".join(sorted(recipe.fields)) for recipe in BUILT_IN_RECIPES)
+    if any(isinstance(value, dict) for value in values):
+        wanted = " or ".join("+".join(sorted(recipe.fields)) for recipe in BUILT_IN_RECIPES)
+        raise FileError(
+            "no_recipe",
+            f"none of the first {len(group)} records has the fields {wanted}:"
+            " name your own in [texts] of the configuration",
+        )
+    first = values[0] if isinstance(values[0], SampleError) else "is not an object"
     raise FileError(
-        "no_recipe",
-        f"no record has the fields {wanted}: name your own in [texts] of the configuration",
+        "no_usable_record",
+        f"none of the first {len(group)} records can be used; the first: line {group[0].place.line}:"
+        f" the record {first}",
     )

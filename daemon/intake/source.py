@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -15,14 +15,21 @@ import zstandard
 from daemon.errors import FileError
 
 CHUNK_BYTES = 1 << 20
+SLICE_BYTES = 1 << 10  # of compressed input at a time: a slice of a bomb is at most some 32 MiB
 
 
 async def content_sha256(path: Path) -> tuple[str, int]:
-    """SHA-256 (hex) and size in bytes of a file as it lies there, compressed or not."""
+    """SHA-256 (hex) and size in bytes of a file as it lies there, compressed or not.
+
+    Raises FileError where this user may not read it.
+    """
 
     def digest() -> tuple[str, int]:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+        except PermissionError:
+            raise FileError("unreadable", "lensd may not read the file: give its user read access") from None
 
     return await asyncio.to_thread(digest)
 
@@ -55,9 +62,21 @@ async def chunks(path: Path, compression: str | None) -> AsyncIterator[bytes]:
                 yield chunk
             return
         stream = Decompression(compression)
-        while chunk := await file.read(CHUNK_BYTES // 16):
-            yield await asyncio.to_thread(stream.feed, chunk)
+        while chunk := await file.read(CHUNK_BYTES // 4):
+            pieces = stream.feed(chunk)
+            while piece := await asyncio.to_thread(next_chunk, pieces):
+                yield piece
         stream.finish()
+
+
+def next_chunk(pieces: Iterator[bytes]) -> bytes:
+    """Pieces joined to a chunk of a useful size; nothing at the end."""
+    chunk = bytearray()
+    for piece in pieces:
+        chunk += piece
+        if len(chunk) >= CHUNK_BYTES:
+            break
+    return bytes(chunk)
 
 
 class Decompression:
@@ -66,22 +85,29 @@ class Decompression:
     def __init__(self, suffix: str) -> None:
         self._suffix = suffix
         self._member: Decompressor | None = None
+        self._ended = False  # a member did
 
-    def feed(self, data: bytes) -> bytes:
-        """What these bytes add to the content."""
-        out = bytearray()
-        while data:
-            if self._member is None:
-                self._member = new_decompressor(self._suffix)
-            try:
-                out += self._member.decompress(data)
-            except (zlib.error, zstandard.ZstdError) as error:
-                raise self._damaged(str(error)) from None
-            data = b""
-            if self._member.eof:
-                data = self._member.unused_data
-                self._member = None
-        return bytes(out)
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """What these bytes add to the content, in pieces of bounded size."""
+        for start in range(0, len(data), SLICE_BYTES):
+            rest = data[start : start + SLICE_BYTES]
+            while rest := self._between_members(rest):
+                if self._member is None:
+                    self._member = new_decompressor(self._suffix)
+                try:
+                    yield self._member.decompress(rest)
+                except (zlib.error, zstandard.ZstdError) as error:
+                    raise self._damaged(str(error)) from None
+                rest = b""
+                if self._member.eof:
+                    rest = self._member.unused_data
+                    self._member = None
+                    self._ended = True
+
+    def _between_members(self, data: bytes) -> bytes:
+        """The data without the zeros that may pad a gzip file after a member."""
+        started = self._member is not None or not self._ended
+        return data if started or self._suffix != ".gz" else data.lstrip(b"\0")
 
     def finish(self) -> None:
         if self._member is not None:

@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from daemon.intake.inbox import Inbox, numbered
+from daemon.records import Claim
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def inbox_at(path: Path, **settings: object) -> Inbox:
+    defaults = {"settle_seconds": 0.0, "rescan_seconds": 0.05, "max_attempts": 3, "on_success": "move"}
+    return Inbox(path, **{**defaults, **settings})
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path, **settings: object) -> AsyncIterator[Inbox]:
+    inbox = inbox_at(path, **settings)
+    await inbox.open()
+    try:
+        yield inbox
+    finally:
+        await inbox.close()
+
+
+async def drained(inbox: Inbox) -> list[Claim]:
+    """Every claim, retired at once."""
+    claims = []
+    async for claim in inbox.claims(asyncio.Event(), once=True):
+        claims.append(claim)
+        await inbox.retire(claim)
+    return claims
+
+
+def settled_names(inbox: Inbox) -> list[str]:
+    return [found.name for found, remaining in inbox.scan() if remaining <= 0]
+
+
+async def test_a_file_is_ready_once_it_stayed_the_same_for_long_enough(tmp_path):
+    clock = Clock()
+    inbox = inbox_at(tmp_path, settle_seconds=5.0, clock=clock)
+    path = tmp_path / "a.json"
+    path.write_text("[")
+    assert settled_names(inbox) == []
+    clock.now += 4.9
+    assert settled_names(inbox) == []
+    path.write_text("[]")  # still growing: the wait begins anew
+    clock.now += 4.9
+    assert settled_names(inbox) == []
+    clock.now += 5.0
+    assert settled_names(inbox) == ["a.json"]
+
+
+async def test_a_replaced_file_settles_anew(tmp_path):
+    clock = Clock()
+    inbox = inbox_at(tmp_path, settle_seconds=5.0, clock=clock)
+    (tmp_path / "a.json").write_text("[]")
+    settled_names(inbox)
+    clock.now += 6.0
+    (tmp_path / "new").write_text("[]")
+    (tmp_path / "new").rename(tmp_path / "a.json")
+    assert "a.json" not in settled_names(inbox)
+
+
+async def test_only_regular_files_with_finished_names_are_taken(tmp_path):
+    (tmp_path / "good.json").write_text("[]")
+    for name in (".hidden.json", "backup.json~", "half.json.tmp", "half.json.part"):
+        (tmp_path / name).write_text("[]")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "good.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    async with opened(tmp_path) as inbox:
+        assert [claim.name for claim in await drained(inbox)] == ["good.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".claimed", ".hidden.json", "backup.json~", "done", "failed", "folder.json", "half.json.part",
+        "half.json.tmp", "link.json", "pipe.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"-rf.json",
+        b"new\nline.json",
+        b"caf\xe9.json",
+        b"x" * 250 + b".json",
+        "🧪.json".encode(),
+    ],
+)
+async def test_hostile_names_pass_through(tmp_path, name):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("[]")
+    async with opened(tmp_path) as inbox:
+        (claim,) = await drained(inbox)
+    assert os.fsencode(claim.name) == name
+    assert os.listdir(os.fsencode(tmp_path / "done")) == [name]
+
+
+async def test_claims_are_made_one_at_a_time_oldest_first(tmp_path):
+    for age, name in ((10, "b.json"), (30, "c.json"), (20, "a.json")):
+        (tmp_path / name).write_text("[]")
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    async with opened(tmp_path) as inbox:
+        claims = inbox.claims(asyncio.Event(), once=True)
+        first = await anext(claims)
+        assert first.name == "c.json"
+        assert sorted(path.name for path in tmp_path.glob("*.json")) == ["a.json", "b.json"]
+        await inbox.retire(first)
+        await claims.aclose()
+
+
+async def test_a_name_that_is_under_way_waits_for_its_predecessor(tmp_path):
+    (tmp_path / "a.json").write_text("[1]")
+    async with opened(tmp_path) as inbox:
+        claims = inbox.claims(asyncio.Event(), once=True)
+        first = await anext(claims)
+        (tmp_path / "a.json").write_text("[2]")
+        second = asyncio.create_task(anext(claims))
+        await asyncio.sleep(0.2)  # some rescans
+        assert not second.done()
+        await inbox.retire(first)
+        claim = await second
+        assert claim.path.read_text() == "[2]"
+        await inbox.retire(claim)
+        await claims.aclose()
+    assert sorted(path.name for path in (tmp_path / "done").iterdir()) == ["a.json", "a.json.1"]
+
+
+async def test_files_dropped_later_are_noticed_and_stop_ends_the_wait(tmp_path):
+    stop = asyncio.Event()
+    async with opened(tmp_path, rescan_seconds=3600.0) as inbox:
+        claims = inbox.claims(stop, once=False)
+        waiting = asyncio.create_task(anext(claims))
+        await asyncio.sleep(0.3)  # let the watcher start
+        staged = tmp_path / ".a"
+        staged.write_text("[]")
+        staged.rename(tmp_path / "a.json")
+        claim = await asyncio.wait_for(waiting, 60)
+        await inbox.retire(claim)
+        ending = asyncio.create_task(anext(claims))
+        stop.set()
+        with pytest.raises(StopAsyncIteration):
+            await asyncio.wait_for(ending, 60)
+
+
+async def test_a_missed_event_is_found_by_the_rescan(tmp_path, monkeypatch):
+    async def deaf(*_: object, **__: object) -> AsyncIterator[object]:
+        raise OSError("no inotify here")
+        yield
+
+    monkeypatch.setattr("daemon.intake.inbox.watchfiles.awatch", deaf)
+    async with opened(tmp_path) as inbox:
+        claims = inbox.claims(asyncio.Event(), once=False)
+        waiting = asyncio.create_task(anext(claims))
+        await asyncio.sleep(0)
+        (tmp_path / "a.json").write_text("[]")
+        assert (await asyncio.wait_for(waiting, 60)).name == "a.json"
+        await claims.aclose()
+
+
+async def test_a_change_while_claimed_is_seen(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    async with opened(tmp_path) as inbox:
+        claims = inbox.claims(asyncio.Event(), once=True)
+        claim = await anext(claims)
+        assert await inbox.unchanged(claim)
+        with claim.path.open("a") as file:  # a writer that kept the file open
+            file.write(" ")
+        assert not await inbox.unchanged(claim)
+        await inbox.release(claim)
+        assert (tmp_path / "a.json").read_text() == "[] "
+        await claims.aclose()
+
+
+async def test_a_failed_file_lies_beside_its_reason(tmp_path):
+    (tmp_path / "a.json").write_text("[")
+    async with opened(tmp_path) as inbox:
+        claims = inbox.claims(asyncio.Event(), once=True)
+        claim = await anext(claims)
+        await inbox.fail(claim, "malformed_json", "what happened", "ab12")
+        await claims.aclose()
+    reason = json.loads((tmp_path / "failed/a.json.reason.json").read_text())
+    assert (reason["name"], reason["reason"], reason["message"]) == (
+        "a.json",
+        "malformed_json",
+        "what happened",
+    )
+    assert (reason["attempt"], reason["sha256"]) == (1, "ab12")
+    assert (tmp_path / "failed/a.json").read_text() == "["
+
+
+async def test_nothing_in_done_or_failed_is_ever_replaced(tmp_path):
+    async with opened(tmp_path) as inbox:
+        for text in ("1", "2", "3"):
+            (tmp_path / "a.json").write_text(text)
+            await drained(inbox)
+    assert {path.name: path.read_text() for path in (tmp_path / "done").iterdir()} == {
+        "a.json": "1",
+        "a.json.1": "2",
+        "a.json.2": "3",
+    }
+
+
+async def test_a_dead_process_gives_its_files_back_with_the_attempt_counted(tmp_path):
+    program = """
+import asyncio, sys, os
+from pathlib import Path
+from daemon.intake.inbox import Inbox
+async def main():
+    inbox = Inbox(Path(sys.argv[1]), settle_seconds=0, rescan_seconds=1, max_attempts=2, on_success="move")
+    await inbox.open()
+    claim = await anext(inbox.claims(asyncio.Event(), once=True))
+    print(claim.attempt, flush=True)
+    await asyncio.sleep(3600)
+asyncio.run(main())
+"""
+    (tmp_path / "a.json").write_text("[]")
+    for attempt in (1, 2):
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        with child:
+            assert child.stdout is not None
+            assert child.stdout.readline().strip() == str(attempt).encode()
+            child.send_signal(signal.SIGKILL)
+    async with opened(tmp_path, max_attempts=2) as inbox:
+        assert inbox.recovered == 1
+        assert await drained(inbox) == []
+    reason = json.loads((tmp_path / "failed/a.json.reason.json").read_text())
+    assert reason["reason"] == "attempts_exhausted"
+    assert list((tmp_path / ".claimed").iterdir()) == []
+
+
+async def test_a_living_process_keeps_its_claims(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    async with opened(tmp_path) as first:
+        claims = first.claims(asyncio.Event(), once=True)
+        claim = await anext(claims)
+        async with opened(tmp_path) as second:
+            assert second.recovered == 0
+            assert await drained(second) == []
+        assert claim.path.exists()
+        await first.retire(claim)
+        await claims.aclose()
+
+
+async def test_an_orderly_stop_gives_everything_back_without_charging_an_attempt(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    async with opened(tmp_path) as inbox:
+        claims = inbox.claims(asyncio.Event(), once=True)
+        await anext(claims)
+        await claims.aclose()
+        await inbox.release_all()
+    async with opened(tmp_path) as inbox:
+        (claim,) = await drained(inbox)
+    assert claim.attempt == 1
+
+
+async def test_the_load_counts_what_waits(tmp_path):
+    (tmp_path / "a.json").write_text("12345")
+    (tmp_path / "b.json").write_text("123")
+    os.utime(tmp_path / "b.json", (0, 0))
+    inbox = inbox_at(tmp_path)
+    inbox.scan()
+    load = inbox.pending()
+    assert (load.files, load.bytes) == (2, 8)
+    assert load.oldest_seconds > 1e9
+
+
+def test_numbered_names_fit_the_file_system():
+    assert numbered("a.json", 0, 255) == "a.json"
+    assert numbered("a.json", 3, 255) == "a.json.3"
+    assert len(os.fsencode(numbered("é" * 127 + ".json", 12, 255))) == 255

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import dataclasses
+
+import aiohttp
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+
+from daemon.errors import ConfigError
+from daemon.observe.http import HEARTBEAT_STALE_SECONDS, Health, serve_http
+
+
+@dataclasses.dataclass
+class FakeDevice:
+    busy_since: float | None = None
+
+
+@dataclasses.dataclass
+class FakeClock:
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def device() -> FakeDevice:
+    return FakeDevice()
+
+
+@pytest.fixture
+def health(device, clock) -> Health:
+    return Health(device, stall_seconds=60.0, clock=clock)
+
+
+async def get(url: str) -> tuple[int, str, str]:
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        return response.status, response.headers["Content-Type"], await response.text()
+
+
+async def test_metrics_come_in_prometheus_text(health):
+    registry = CollectorRegistry()
+    Counter("lensd_things", "Things.", registry=registry).inc(3)
+    async with serve_http("127.0.0.1:0", registry, health) as url:
+        status, content_type, body = await get(f"{url}/metrics")
+    assert status == 200
+    assert content_type.startswith("text/plain; version=")
+    assert "lensd_things_total 3.0" in body
+
+
+async def test_ready_follows_what_is_unmet(health):
+    async with serve_http("127.0.0.1:0", CollectorRegistry(), health) as url:
+        health.unmet.add("loading the model")
+        assert (await get(f"{url}/readyz"))[0] == 503
+        assert "loading the model" in (await get(f"{url}/readyz"))[2]
+        assert (await get(f"{url}/livez"))[0] == 200
+        health.unmet.clear()
+        assert (await get(f"{url}/readyz"))[0] == 200
+
+
+async def test_a_device_stuck_in_one_call_is_not_live(health, device, clock):
+    async with serve_http("127.0.0.1:0", CollectorRegistry(), health) as url:
+        device.busy_since = clock.now
+        clock.now += 59
+        health.beat()
+        assert (await get(f"{url}/livez"))[0] == 200
+        clock.now += 2
+        health.beat()
+        status, _, body = await get(f"{url}/livez")
+        assert status == 503
+        assert "device busy on one call for 61 s" in body
+
+
+async def test_a_stalled_event_loop_is_not_live(health, clock):
+    clock.now += HEARTBEAT_STALE_SECONDS + 1
+    assert health.stalled() == ["event loop stalled for 16 s"]
+    health.beat()
+    assert health.stalled() == []
+
+
+async def test_a_taken_address_is_one_clear_line(health):
+    async with serve_http("127.0.0.1:0", CollectorRegistry(), health) as url:
+        address = url.removeprefix("http://")
+        with pytest.raises(ConfigError, match=f"http.address = {address}: can't listen there"):
+            async with serve_http(address, CollectorRegistry(), health):
+                pass

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import pytest
+import structlog
+
+from daemon.observe.logs import configure
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    logging.captureWarnings(False)
+    structlog.reset_defaults()
+
+
+class Utf8(io.StringIO):
+    encoding = "utf-8"
+
+
+def lines(stream: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_json_has_one_event_and_its_fields_a_line():
+    stream = Utf8()
+    configure("json", "info", stream)
+    structlog.get_logger().info("file.settled", file="a.json", rows=3)
+    (line,) = lines(stream)
+    assert (line["event"], line["file"], line["rows"], line["level"]) == ("file.settled", "a.json", 3, "info")
+    assert str(line["timestamp"]).endswith("Z")
+
+
+def test_auto_is_json_where_there_is_no_terminal():
+    stream = Utf8()
+    configure("auto", "info", stream)
+    structlog.get_logger().info("hello")
+    assert lines(stream)[0]["event"] == "hello"
+
+
+def test_console_reads_as_a_line():
+    stream = Utf8()
+    configure("console", "info", stream)
+    structlog.get_logger().info("file.settled", file="a.json")
+    assert "file.settled" in stream.getvalue()
+    assert "file=a.json" in stream.getvalue()
+
+
+def test_lines_below_the_level_are_left_out():
+    stream = Utf8()
+    configure("json", "warning", stream)
+    structlog.get_logger().info("quiet")
+    structlog.get_logger().warning("loud")
+    assert [line["event"] for line in lines(stream)] == ["loud"]
+
+
+def test_libraries_come_out_the_same_way():
+    stream = Utf8()
+    configure("json", "info", stream)
+    logging.getLogger("some.library").warning("watch %s", "out")
+    logging.getLogger("some.library").info("chatter")
+    assert [(line["event"], line["level"]) for line in lines(stream)] == [("watch out", "warning")]
+
+
+def test_a_name_that_is_not_utf8_does_not_break_the_line():
+    for format in ("json", "console"):
+        stream = Utf8()
+        configure(format, "info", stream)
+        structlog.get_logger().info("file.settled", file="caf\udce9.json")
+        assert "caf" in stream.getvalue()
+        stream.getvalue().encode("utf-8")

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from daemon.compute.packing import Batch, Entry
+from daemon.observe.metrics import FILE_OUTCOMES, Metrics
+from daemon.output.delivery import Outcome
+from daemon.output.totals import StageSeconds
+from daemon.records import (
+    PLAIN_RECIPE,
+    Block,
+    Claim,
+    FeatureRows,
+    FileIdentity,
+    ModelInfo,
+    Part,
+    Reject,
+    SaeInfo,
+    Sample,
+    Source,
+    TokenizedPart,
+    TokenizedSample,
+)
+
+SOURCE = Source(Claim("f", Path("f"), 1, FileIdentity(0, 0, 0, 0)), "", 0, "unit")
+SAES = tuple(SaeInfo(f"blocks.{n}.hook_resid_post", n, 4, 8, "jumprelu", "s", "h") for n in (3, 5))
+INFO = ModelInfo("tiny", "Llama", 4, 6, "float32", "cpu", None, SAES)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(CollectorRegistry())
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"lensd_{name}", labels)
+
+
+def tokenized(lengths: list[int], rejects: tuple[Reject, ...] = ()) -> TokenizedPart:
+    samples = [Sample(i, str(i), None, None, None, ("t",), None, 0) for i in range(len(lengths))]
+    part = Part(SOURCE, 0, True, PLAIN_RECIPE, tuple(samples), rejects, tokenize_seconds=0.5)
+    return TokenizedPart(
+        part, tuple(TokenizedSample(s, ((1,) * n,)) for s, n in zip(samples, lengths, strict=True))
+    )
+
+
+def test_every_outcome_is_there_at_zero_before_it_happens(metrics):
+    for outcome in FILE_OUTCOMES:
+        assert value(metrics, "files_total", outcome=outcome) == 0
+    assert value(metrics, "rejects_total", reason="missing_field") == 0
+    assert value(metrics, "tokens_total", kind="padding") == 0
+
+
+def test_tokenized_parts_count_text_tokens_and_rejects(metrics):
+    reject = Reject(2, None, 3, 0, "missing_field", "m")
+    metrics.observe_tokenized(tokenized([3, 5], (reject,)))
+    assert value(metrics, "tokens_total", kind="text") == 8
+    assert value(metrics, "rejects_total", reason="missing_field") == 1
+    assert value(metrics, "sequence_tokens_count") == 2
+    assert value(metrics, "stage_duration_seconds_sum", stage="tokenize") == 0.5
+
+
+def test_a_block_counts_what_the_model_really_ran(metrics):
+    part = tokenized([3, 5])
+    features = FeatureRows(
+        sample_row=np.array([0, 0, 1, 1]),
+        text=np.zeros(4, dtype=int),
+        layer=np.array([0, 1, 0, 1]),
+        position=np.zeros(4, dtype=int),
+        token_id=np.zeros(4, dtype=int),
+        offsets=np.array([0, 2, 2, 5, 6]),
+        indices=np.zeros(6, dtype=np.uint32),
+        values=np.zeros(6, dtype=np.float32),
+    )
+    block = Block({}, features, (), 1.0, 2.0, 3.0, computed_tokens=10, padding_tokens=2)
+    metrics.observe_block(Batch(PLAIN_RECIPE, (Entry(part, 0), Entry(part, 1))), block, INFO)
+    assert value(metrics, "batches_total") == 1
+    assert value(metrics, "tokens_total", kind="computed") == 10
+    assert value(metrics, "tokens_total", kind="padding") == 2
+    assert value(metrics, "batch_texts_sum") == 2
+    assert value(metrics, "feature_l0_sum", layer="3") == 5
+    assert value(metrics, "feature_l0_sum", layer="5") == 1
+    assert value(metrics, "stage_duration_seconds_sum", stage="analysis") == 3.0
+
+
+def test_a_committed_file_counts_its_rows_and_its_fit(metrics):
+    outcome = Outcome(
+        "committed", "f", "u", Path("o"), rows=7, rejects=2, output_bytes=99, seconds=4.0, fvu=(0.1, None),
+        stages=StageSeconds(write=0.25, commit=0.5),
+    )  # fmt: skip
+    metrics.observe_outcome(outcome, (3, 5))
+    assert value(metrics, "files_total", outcome="committed") == 1
+    assert value(metrics, "samples_total", outcome="committed") == 7
+    assert value(metrics, "samples_total", outcome="rejected") == 2
+    assert value(metrics, "output_bytes_total") == 99
+    assert value(metrics, "file_latency_seconds_sum") == 4.0
+    assert value(metrics, "sae_fvu", layer="3") == 0.1
+    assert value(metrics, "sae_fvu", layer="5") is None
+    assert value(metrics, "stage_duration_seconds_sum", stage="commit") == 0.5
+    assert value(metrics, "last_commit_timestamp_seconds") > 0
+
+
+def test_a_failed_file_is_no_commit(metrics):
+    metrics.observe_outcome(Outcome("failed", "f", reason="empty", message="m"), (3, 5))
+    assert value(metrics, "files_total", outcome="failed") == 1
+    assert value(metrics, "file_latency_seconds_count") == 0
+    assert value(metrics, "last_commit_timestamp_seconds") == 0
+
+
+def test_the_model_and_the_build_are_named(metrics):
+    metrics.describe(INFO, 512)
+    saes = "blocks.3.hook_resid_post,blocks.5.hook_resid_post"
+    assert value(metrics, "model_info", model="tiny", dtype="float32", device="cpu", saes=saes) == 1
+    assert value(metrics, "max_batch_tokens") == 512
+
+
+def test_busy_ratio_is_that_since_the_last_look(metrics):
+    start, _ = metrics._busy_before
+    metrics.observe_device(2.0, start + 10.0)
+    assert value(metrics, "device_busy_ratio") == pytest.approx(0.2)
+    metrics.observe_device(7.0, start + 20.0)
+    assert value(metrics, "device_busy_ratio") == pytest.approx(0.5)
+
+
+def test_free_space_is_told_by_the_folders_role(metrics, tmp_path):
+    metrics.observe_disk({"inbox": tmp_path})
+    assert value(metrics, "disk_free_bytes", dir="inbox") > 0
