@@ -132,15 +132,25 @@ class Service:
 
     async def drain(self, compute: Compute) -> Tally:
         """Open the inbox and run the pipeline to its end."""
-        config = self.config
         await self.inbox.open()
         try:
-            clear_staging(config.outbox.path)
             self.pipeline = self.assemble(compute)
+            await self.recover(self.pipeline)
             with self.progress:
                 return await self.pipeline.run(self.stop, once=self.once)
         finally:
             await self.inbox.close()
+
+    async def recover(self, pipeline: Pipeline) -> None:
+        """Count what the inbox took back from dead processes, and clear what they left half-written."""
+        requeued, failed = self.inbox.recovered - self.inbox.exhausted, self.inbox.exhausted
+        removed = await asyncio.to_thread(clear_staging, self.config.outbox.path)
+        for action, count in (("requeued", requeued), ("failed", failed), ("staging_removed", removed)):
+            self.metrics.recovered_files_total.labels(action).inc(count)
+        self.metrics.files_total.labels("failed").inc(failed)
+        pipeline.tally.failed += failed
+        if requeued or failed or removed:
+            log.warning("service.recovered", requeued=requeued, failed=failed, staging_removed=removed)
 
     def assemble(self, compute: Compute) -> Pipeline:
         config = self.config

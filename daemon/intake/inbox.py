@@ -1,36 +1,42 @@
 """The inbox: which files are ready, who works on them, and where they go afterwards.
 
-The one owner of the inbox's state. Knows nothing about what is in a file.
+The one owner of the inbox's state, which lives on one thread. Knows nothing about what is in a file.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import json
 import os
 import stat
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import structlog
-import watchfiles
 
 from daemon import durable
 from daemon.errors import MachineError
-from daemon.intake.lease import Lease, dead_leases, held_files
-from daemon.records import Claim, FileIdentity
+from daemon.intake.filestatus import Stamp, identity_of, kind_of, stamp, stamp_of
+from daemon.intake.lease import HeldFile, Lease, dead_leases, held_files, remove_lease
+from daemon.intake.names import NAME_BYTES, numbered, numbered_stem, printable
+from daemon.intake.watch import watching
+from daemon.records import Claim
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DONE = "done"
 FAILED = "failed"
 CLAIMED = ".claimed"
+REASON_SUFFIX = ".reason.json"
 IGNORED_SUFFIXES = ("~", ".tmp", ".part")
-NAME_BYTES = 255  # of a file name, on every Linux file system
+MAX_NUMBER = 1_000_000  # of names tried for one file
 
 log = structlog.get_logger()
 
@@ -49,9 +55,15 @@ class Candidate:
     """A regular file seen in the inbox."""
 
     name: str
-    size: int
-    mtime_ns: int
-    stamp: tuple[int, int, int, int]  # inode, size, mtime_ns, ctime_ns: what must stay the same
+    stamp: Stamp
+
+    @property
+    def size(self) -> int:
+        return self.stamp[1]
+
+    @property
+    def mtime_ns(self) -> int:
+        return self.stamp[2]
 
 
 class Inbox:
@@ -68,22 +80,33 @@ class Inbox:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path = path
-        self.recovered = 0  # files taken back from dead processes
+        self.recovered = 0  # files that dead processes held and that `open` dealt with
+        self.exhausted = 0  # of these, the files that had their last attempt and failed
         self._settle_seconds = settle_seconds
         self._rescan_seconds = rescan_seconds
         self._max_attempts = max_attempts
         self._on_success = on_success
         self._clock = clock
-        self._seen: dict[str, tuple[tuple[int, int, int, int], float]] = {}  # name -> stamp, since when
-        self._ignored: set[str] = set()  # odd things already reported
-        self._held: dict[str, Claim] = {}
-        self._waiting: list[Claim] = []  # recovered, not yet handed out
+        self._wake = asyncio.Event()  # something may have changed
+        self._seen: dict[str, tuple[Stamp, float]] = {}  # name -> stamp, since when
+        self._ignored: set[str] = set()  # odd things reported and still there
+        self._ready: deque[Candidate] = deque()  # of the last look, not yet claimed
+        self._looked_at = float("-inf")
+        self._waiting: deque[Claim] = deque()  # recovered, not yet handed out
+        self._held: dict[Path, Claim] = {}
         self._load = InboxLoad(0, 0, 0.0)
         self._lease: Lease | None = None
+        # One thread for all of it: releasing everything waits for a claim that a cancelled task left running.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="inbox")
+
+    async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: function(*args, **kwargs)
+        )
 
     async def open(self) -> None:
         """Make the folders, take the lease, take back what dead processes held."""
-        await asyncio.to_thread(self._open)
+        await self._call(self._open)
 
     def _open(self) -> None:
         for name in (DONE, FAILED, CLAIMED):
@@ -91,19 +114,30 @@ class Inbox:
         self._lease = Lease(self.path / CLAIMED)
         for folder in dead_leases(self.path / CLAIMED, self._lease.folder):
             for held in held_files(folder):
-                self._take_back(held.path, held.attempt)
-            durable.remove_folder(folder)
+                self._take_back(held)
+            if not remove_lease(folder):
+                log.warning("inbox.lease_kept", folder=folder.name, why="holds what is not a regular file")
 
-    def _take_back(self, path: Path, attempt: int) -> None:
+    def _take_back(self, held: HeldFile) -> None:
+        """Take what a dead process held for another attempt, or fail it where it had its last."""
+        name = held.path.name
+        identity = identity_of(held.path)
+        if identity is None:
+            return
         self.recovered += 1
-        claim = self._move_in(path, path.name, attempt + 1)
-        if claim is None:
+        claim = Claim(name, held.path, held.attempt, identity)
+        if held.attempt >= self._max_attempts:
+            message = (
+                f"{held.attempt} attempts ended with the process: see the log of each, then drop it again"
+            )
+            self._fail(claim, "attempts_exhausted", message, None)
+            self.exhausted += 1
             return
-        if attempt < self._max_attempts:
-            self._waiting.append(claim)
-            return
-        message = f"{attempt} attempts ended with the process: see the log of each, then drop it again"
-        self._fail(claim, "attempts_exhausted", message, None)
+        target = self.lease.place(name, held.attempt + 1)
+        if durable.move_without_replacing(held.path, target):
+            self._waiting.append(Claim(name, target, held.attempt + 1, identity))
+        else:  # two dead processes held files of one name
+            self._move_out(claim, self.path, numbered_stem)
 
     @property
     def lease(self) -> Lease:
@@ -114,8 +148,9 @@ class Inbox:
     async def close(self) -> None:
         """Give up the lease; claims not settled are taken back at the next start."""
         if self._lease is not None:
-            await asyncio.to_thread(self._lease.close)
+            await self._call(self._lease.close)
             self._lease = None
+        self._thread.shutdown(wait=False)
 
     def pending(self) -> InboxLoad:
         """What waited at the last look."""
@@ -123,102 +158,96 @@ class Inbox:
 
     async def claims(self, stop: asyncio.Event, once: bool) -> AsyncIterator[Claim]:
         """One claim at a time, made when it is asked for, until `stop`, or with `once` until all is taken."""
-        async with self._watching() as wake:
+        async with watching(self.path, self._wake, retry_seconds=self._rescan_seconds):
             while not stop.is_set():
-                wake.clear()
-                claim, settles_in = await asyncio.to_thread(self._next)
+                self._wake.clear()
+                claim, look_in = await self._call(self._next)
                 if claim is not None:
                     yield claim
-                elif once and settles_in is None:
+                elif once and look_in is None:
                     return
                 else:
-                    await self._wait(stop, wake, settles_in)
+                    await self._wait(stop, look_in)
 
-    async def _wait(self, stop: asyncio.Event, wake: asyncio.Event, settles_in: float | None) -> None:
-        """Until something may have changed: a hint of the watcher, the next rescan, or a file settling."""
-        limit = self._rescan_seconds if settles_in is None else min(self._rescan_seconds, settles_in)
-        waits = [asyncio.create_task(event.wait()) for event in (stop, wake)]
+    async def _wait(self, stop: asyncio.Event, look_in: float | None) -> None:
+        """Until something may have changed: a hint, the next rescan, or a file settling."""
+        limit = self._rescan_seconds if look_in is None else min(self._rescan_seconds, look_in)
+        waits = [asyncio.create_task(event.wait()) for event in (stop, self._wake)]
         try:
             await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
 
-    @contextlib.asynccontextmanager
-    async def _watching(self) -> AsyncIterator[asyncio.Event]:
-        """An event that the watcher sets. Events are hints: the rescan is the truth."""
-        wake = asyncio.Event()
-        ended = asyncio.Event()
-
-        task = asyncio.create_task(self._watch(wake, ended), name="watch")
-        try:
-            yield wake
-        finally:
-            ended.set()
-            await task
-
-    async def _watch(self, wake: asyncio.Event, ended: asyncio.Event) -> None:
-        """Set `wake` whenever something happens in the folder. A watcher that fails is started anew.
-
-        watchfiles fails on a name that is not UTF-8, and where the system has no watches left.
-        """
-        reported = False
-        while not ended.is_set():
-            try:
-                async for _ in watchfiles.awatch(
-                    self.path, recursive=False, stop_event=ended, watch_filter=None, step=20
-                ):
-                    wake.set()
-            except* (OSError, RuntimeError) as group:
-                if not reported:
-                    reason = str(group.exceptions[0])
-                    log.warning("inbox.watch_failed", reason=reason, rescan_seconds=self._rescan_seconds)
-                reported = True
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), self._rescan_seconds)
-
     def _next(self) -> tuple[Claim | None, float | None]:
-        """The next claim; else in how many seconds the next file settles, None where none is there."""
+        """The next claim; else in how many seconds to look again, None where nothing waits."""
         if self._waiting:
-            return self._hold(self._waiting.pop(0)), None
-        settles_in: float | None = None
-        for candidate, remaining in self.scan():
-            if candidate.name in self._held:
-                continue  # an earlier file of this name is still under way
-            if remaining > 0:
-                settles_in = remaining if settles_in is None else min(settles_in, remaining)
+            return self._hold(self._waiting.popleft()), None
+        if self._clock() - self._looked_at < self._rescan_seconds:
+            claim = self._take_ready(fresh=False)
+            if claim is not None:
+                return claim, None
+        look_in = self._look()
+        claim = self._take_ready(fresh=True)
+        return claim, None if claim is not None else look_in
+
+    def _look(self) -> float | None:
+        """Look at the folder for what is ready; in how many seconds something else may be, if anything."""
+        names = self._held_names()
+        look_in: float | None = None
+        self._ready.clear()
+        for candidate, settles_in in self.scan():
+            if candidate.name not in names and settles_in <= 0:
+                self._ready.append(candidate)
                 continue
-            claim = self._move_in(self.path / candidate.name, candidate.name, 1)
+            # A name that is under way waits for that one to be settled, which wakes us.
+            wait = self._rescan_seconds if candidate.name in names else settles_in
+            look_in = wait if look_in is None else min(look_in, wait)
+        self._looked_at = self._clock()
+        return look_in
+
+    def _take_ready(self, *, fresh: bool) -> Claim | None:
+        """Claim the first file that the last look found ready; unless `fresh`, if it is still the same."""
+        names = self._held_names()
+        while self._ready:
+            candidate = self._ready.popleft()
+            path = self.path / candidate.name
+            if candidate.name in names or not (fresh or stamp_of(path) == candidate.stamp):
+                continue
+            claim = self._move_in(path, candidate.name)
             if claim is not None:
                 self._seen.pop(candidate.name, None)
-                return self._hold(claim), None
-        waits_for_own = settles_in is None and any((self.path / name).is_file() for name in self._held)
-        return None, self._rescan_seconds if waits_for_own else settles_in
+                return self._hold(claim)
+        return None
+
+    def _held_names(self) -> set[str]:
+        return {claim.name for claim in self._held.values()}
 
     def _hold(self, claim: Claim) -> Claim:
-        self._held[claim.name] = claim
+        self._held[claim.path] = claim
         return claim
 
     def scan(self) -> list[tuple[Candidate, float]]:
         """Look at the folder: admissible files, oldest first, and in how many seconds each is settled."""
         now = self._clock()
-        candidates = sorted(self._candidates(), key=lambda found: (found.mtime_ns, found.name))
+        found = sorted(self._stamps().items(), key=lambda item: (item[1][2], item[0]))
+        seen = self._seen
         self._seen = {
-            found.name: (found.stamp, self._seen[found.name][1])
-            if found.name in self._seen and self._seen[found.name][0] == found.stamp
-            else (found.stamp, now)
-            for found in candidates
+            name: seen[name] if name in seen and seen[name][0] == stamp else (stamp, now)
+            for name, stamp in found
         }
-        oldest = min((found.mtime_ns for found in candidates), default=None)
+        candidates = [Candidate(name, stamp) for name, stamp in found]
         self._load = InboxLoad(
             files=len(candidates),
-            bytes=sum(found.size for found in candidates),
-            oldest_seconds=max(0.0, time.time() - oldest / 1e9) if oldest is not None else 0.0,
+            bytes=sum(candidate.size for candidate in candidates),
+            oldest_seconds=max(0.0, time.time() - candidates[0].mtime_ns / 1e9) if candidates else 0.0,
         )
         return [(found, self._seen[found.name][1] + self._settle_seconds - now) for found in candidates]
 
-    def _candidates(self) -> list[Candidate]:
-        found = []
+    def _stamps(self) -> dict[str, Stamp]:
+        """The regular files that may be taken, by name."""
+        stamps: dict[str, Stamp] = {}
+        odd: dict[str, str] = {}
         with os.scandir(self.path) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or entry.name.endswith(IGNORED_SUFFIXES):
@@ -228,57 +257,50 @@ class Inbox:
                 except FileNotFoundError:
                     continue
                 if stat.S_ISREG(status.st_mode):
-                    stamp = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-                    found.append(Candidate(entry.name, status.st_size, status.st_mtime_ns, stamp))
+                    stamps[entry.name] = stamp(status)
                 elif not stat.S_ISDIR(status.st_mode):
-                    self._report_ignored(entry.name, status.st_mode)
-        return found
+                    odd[entry.name] = kind_of(status.st_mode)
+        for name in odd.keys() - self._ignored:
+            log.warning("inbox.ignored", file=printable(name), kind=odd[name])
+        self._ignored = set(odd)
+        return stamps
 
-    def _report_ignored(self, name: str, mode: int) -> None:
-        if name not in self._ignored:
-            self._ignored.add(name)
-            kind = "symlink" if stat.S_ISLNK(mode) else "not a regular file"
-            log.warning("inbox.ignored", file=name, kind=kind)
-
-    def _move_in(self, path: Path, name: str, attempt: int) -> Claim | None:
+    def _move_in(self, path: Path, name: str) -> Claim | None:
         """Claim by a rename into the lease; None where someone else was faster, or it is no file now."""
-        target = self.lease.place(name, attempt)
-        if target.exists():
-            return None
+        target = self.lease.place(name, 1)
         try:
             durable.rename(path, target)
         except FileNotFoundError:
             return None
         identity = identity_of(target)
-        if identity is None:
-            durable.rename(target, path)
+        if identity is None:  # swapped since it was seen; a link or a folder goes back to where it was
+            durable.move_without_replacing(target, path)
             return None
-        return Claim(name=name, path=target, attempt=attempt, identity=identity)
+        return Claim(name=name, path=target, attempt=1, identity=identity)
 
     async def unchanged(self, claim: Claim) -> bool:
         """Whether the file is still what it was when it was claimed."""
-        return await asyncio.to_thread(identity_of, claim.path) == claim.identity
+        return await self._call(identity_of, claim.path) == claim.identity
 
     async def retire(self, claim: Claim) -> None:
         """Its results are published: move it to `done/`, or delete it."""
-        await asyncio.to_thread(self._retire, claim)
-        self._held.pop(claim.name, None)
+        await self._call(self._retire, claim)
+        self._wake.set()
 
     def _retire(self, claim: Claim) -> None:
         if self._on_success == "delete":
             durable.unlink(claim.path)
+            durable.fsync_folder(claim.path.parent)
         else:
-            self._move_out(claim, self.path / DONE)
-        durable.fsync_folder(claim.path.parent)
+            self._move_out(claim, self.path / DONE, numbered)
+        self._held.pop(claim.path, None)
 
     async def fail(self, claim: Claim, reason: str, message: str, sha256: str | None) -> None:
-        """It can't be used: move it to `failed/`, with its reason beside it."""
-        await asyncio.to_thread(self._fail, claim, reason, message, sha256)
-        self._held.pop(claim.name, None)
+        """It can't be used: move it to `failed/`, with its reason beside it. Replaces nothing there."""
+        await self._call(self._fail, claim, reason, message, sha256)
+        self._wake.set()
 
     def _fail(self, claim: Claim, reason: str, message: str, sha256: str | None) -> None:
-        folder = self.path / FAILED
-        target = self._move_out(claim, folder, reserve=len(".reason.json"))
         content = {
             "name": printable(claim.name),
             "reason": reason,
@@ -287,64 +309,55 @@ class Inbox:
             "sha256": sha256,
             "failed_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        note = folder / f"{target.name}.reason.json"
-        with contextlib.suppress(FileNotFoundError):
-            durable.unlink(note)  # of an earlier file of this name that an operator took away
-        durable.write_file(note, json.dumps(content, indent=2).encode() + b"\n")
-        durable.fsync_folder(folder)
-        durable.fsync_folder(claim.path.parent)
+        draft = self.lease.draft()
+        durable.write_file(draft, json.dumps(content, indent=2).encode() + b"\n")
+        folder = self.path / FAILED
+        for number in range(MAX_NUMBER):
+            target = folder / numbered(claim.name, number, NAME_BYTES - len(REASON_SUFFIX))
+            note = folder / f"{target.name}{REASON_SUFFIX}"
+            if not durable.move_without_replacing(draft, note):
+                continue
+            if self._move(claim, target):
+                return
+            durable.rename(note, draft)
+        raise no_free_name(claim, folder)
 
     async def release(self, claim: Claim) -> None:
         """Put it back into the inbox under its name, or the nearest free one; no attempt is charged."""
-        await asyncio.to_thread(self._move_out, claim, self.path)
-        self._held.pop(claim.name, None)
+        await self._call(self._move_out, claim, self.path, numbered_stem)
+        self._wake.set()
 
     async def release_all(self) -> None:
         """Put back everything that is claimed and not settled."""
+        await self._call(self._release_all)
+        self._wake.set()
+
+    def _release_all(self) -> None:
         for claim in [*self._held.values(), *self._waiting]:
-            if claim.path.exists():
-                await self.release(claim)
+            self._move_out(claim, self.path, numbered_stem)
         self._waiting.clear()
 
-    def _move_out(self, claim: Claim, folder: Path, reserve: int = 0) -> Path:
-        """Move a claimed file into `folder` without replacing anything; where it went."""
-        for number in range(1_000_000):
-            target = folder / numbered(claim.name, number, NAME_BYTES - reserve)
-            try:
-                moved = durable.move_without_replacing(claim.path, target)
-            except OSError as error:
-                if error.errno == errno.ENOENT:
-                    raise MachineError(f"{claim.path} disappeared while it was claimed") from None
-                raise
-            if moved:
-                durable.fsync_folder(folder)
-                return target
-        raise MachineError(f"{folder}: no free name for {printable(claim.name)}: clear the folder")
+    def _move_out(self, claim: Claim, folder: Path, name: Callable[[str, int], str]) -> None:
+        """Move a claimed file into `folder`, under the first of its numbered names that is free."""
+        for number in range(MAX_NUMBER):
+            if self._move(claim, folder / name(claim.name, number)):
+                return
+        raise no_free_name(claim, folder)
+
+    def _move(self, claim: Claim, target: Path) -> bool:
+        """Move a claimed file to a name that must be free, and flush both folders."""
+        try:
+            if not durable.move_without_replacing(claim.path, target):
+                return False
+        except FileNotFoundError:
+            raise MachineError(
+                f"{claim.path} or {target.parent} disappeared while the file was claimed: restart lensd"
+            ) from None
+        durable.fsync_folder(target.parent)
+        durable.fsync_folder(claim.path.parent)
+        self._held.pop(claim.path, None)
+        return True
 
 
-def identity_of(path: Path) -> FileIdentity | None:
-    """What a regular file is, by its metadata; None for anything else, or nothing."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        status = os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-def numbered(name: str, number: int, max_bytes: int) -> str:
-    """`name`, or `name.1`, `name.2`, ..., cut so that it fits `max_bytes`."""
-    suffix = f".{number}" if number else ""
-    raw = os.fsencode(name)
-    room = max_bytes - len(suffix)
-    return os.fsdecode(raw[:room]) + suffix
-
-
-def printable(name: str) -> str:
-    """A file name for JSON: bytes that are not UTF-8 as escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def no_free_name(claim: Claim, folder: Path) -> MachineError:
+    return MachineError(f"{folder}: no free name for {printable(claim.name)}: clear the folder")

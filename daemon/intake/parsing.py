@@ -33,7 +33,7 @@ REJECT_REASONS = (
 
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 SURROGATE = re.compile("[\ud800-\udfff]")
-# A string, or a bracket. Possessive, so that no text makes it slow; `close` is empty if the string has no end.
+# A string or a bracket; possessive, so that no text makes it slow; `close` is empty if a string never ends.
 TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?P<close>"?)|[\[{]|[\]}]', re.DOTALL)
 BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
@@ -100,8 +100,13 @@ def parse_value(raw: str, max_nesting: int) -> Any:
         ) from None
     except ValueError:  # Python refuses integers of over 4300 digits
         raise SampleError("not_finite", "has a number of over 4300 digits: shorten it") from None
-    except RecursionError:  # inbox.max_nesting allows more than this Python can follow
-        raise SampleError("nesting_too_deep", "nests too deep to be read: flatten it") from None
+    except RecursionError:
+        raise too_deep() from None
+
+
+def too_deep() -> SampleError:
+    """For a record that `inbox.max_nesting` admits but this Python can't follow."""
+    return SampleError("nesting_too_deep", "nests too deep to be read: flatten it")
 
 
 def depth_of(raw: str) -> int:

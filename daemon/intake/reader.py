@@ -21,6 +21,7 @@ from daemon.intake.parsing import (
     rejected,
     sample_id_of,
     to_sample,
+    too_deep,
 )
 from daemon.intake.source import chunks, content_sha256
 from daemon.records import BUILT_IN_RECIPES, Part, Recipe, Reject, Sample, Source
@@ -133,6 +134,8 @@ def interpret(
             samples.append(to_sample(value, recipe, raw.place))
         except SampleError as error:
             rejects.append(rejected(raw.place, error, sample_id_of(value)))
+        except RecursionError:
+            rejects.append(rejected(raw.place, too_deep()))
     return recipe, tuple(samples), tuple(rejects)
 
 
@@ -142,7 +145,7 @@ def parsed(raw: RawRecord, limits: ReadLimits) -> Any:
         if raw.text is None or size_of(raw.text) > limits.max_record_bytes:
             raise SampleError(
                 "record_too_large",
-                f"is larger than inbox.max_record_bytes = {limits.max_record_bytes}: shorten it or raise that",
+                f"is larger than inbox.max_record_bytes = {limits.max_record_bytes}: shorten it",
             )
         return parse_value(raw.text, limits.max_nesting)
     except SampleError as error:

@@ -48,11 +48,16 @@ def demo(config: Config) -> int:
     rate = manifest["rows"] / manifest["seconds"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     if outcome.kind == "duplicate":
-        console.print(f"Already there from an earlier run, at {rate:.1f} samples/sec: not computed again.")
+        console.print(
+            f"Already there from an earlier run, at {rate:.1f} samples/sec: not computed again.",
+            highlight=False,
+        )
     else:
         console.print(
             f"{manifest['rows']} samples in {manifest['seconds']:.1f} s: {rate:.1f} samples/sec on"
             f" {len(os.sched_getaffinity(0))} cores in {config.model.dtype};"
-            f" {total:.1f} s with loading; peak memory {peak:.2f} GiB."
+            f" {total:.1f} s with loading; peak memory {peak:.2f} GiB.",
+            soft_wrap=True,
+            highlight=False,
         )
     return 0

@@ -1,19 +1,30 @@
-"""Tables for the terminal, out of published files. Knows nothing about how they were computed."""
+"""Tables for the terminal, at most 80 columns wide. Knows nothing about how the numbers were computed."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from daemon.tools.verify import Verification
+from daemon.columns import CONTRAST_METRICS
 
-CONTRAST_COLUMNS = ("centroid_drift", "axis_twist", "stability", "entropy", "cross_layer_consistency")
+if TYPE_CHECKING:
+    from daemon.tools.verify import Verification
+
+HEADERS = {
+    "centroid_drift": "drift °",
+    "axis_twist": "twist °",
+    "stability": "stability",
+    "entropy": "entropy",
+    "cross_layer_consistency": "consistency",
+}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -21,44 +32,49 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def plain_table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
 def domain_table(folder: Path) -> Table:
-    """Means of the contrast metrics per domain: positive, negative, and their `_diff`."""
+    """Mean contrast of each domain, then of all, then the two texts' own means."""
     metrics = pq.read_table(folder / "metrics.parquet")
     contrast = read_manifest(folder)["recipe"]["contrast"]
-    texts = (contrast["positive"], contrast["negative"], "diff")
-    columns = [f"{metric}_{text}" for metric in CONTRAST_COLUMNS for text in texts]
-    table = Table(title="Means per domain: " + " / ".join(texts), title_justify="left")
+    positive, negative = contrast["positive"], contrast["negative"]
+    table = plain_table(
+        f"Mean contrast: {negative} - {positive}; of stability and consistency {positive} - {negative}"
+    )
     table.add_column("domain")
     table.add_column("samples", justify="right")
-    for metric in CONTRAST_COLUMNS:
-        table.add_column(metric.replace("_", " "), justify="right")
-    domains = [name for name in pc.unique(metrics["domain"]).to_pylist() if name is not None]
-    for name in [*sorted(domains), "all"]:
-        rows = metrics if name == "all" else metrics.filter(pc.equal(metrics["domain"], name))
-        if name == "all":
-            table.add_section()
-        means = [pc.mean(rows[column]).as_py() for column in columns]
-        cells = [" / ".join(number(value) for value in means[i : i + 3]) for i in range(0, len(means), 3)]
-        table.add_row(name, str(len(rows)), *cells)
+    for metric, _ in CONTRAST_METRICS:
+        table.add_column(HEADERS[metric], justify="right")
+    domains = sorted(name for name in pc.unique(metrics["domain"]).to_pylist() if name is not None)
+    for name in domains:
+        add_means(table, name, metrics.filter(pc.equal(metrics["domain"], name)), "diff", "+.3f")
+    table.add_section()
+    add_means(table, "all", metrics, "diff", "+.3f")
+    for text in (positive, negative):
+        add_means(table, f"{text} only", metrics, text, ".3f")
     return table
+
+
+def add_means(table: Table, label: str, rows: pa.Table, which: str, style: str) -> None:
+    means = [pc.mean(rows[f"{metric}_{which}"]).as_py() for metric, _ in CONTRAST_METRICS]
+    table.add_row(label, str(len(rows)), *("-" if mean is None else f"{mean:{style}}" for mean in means))
 
 
 def layer_table(folder: Path) -> Table:
     """What the manifest says of each SAE."""
-    table = Table(title="Dictionaries on these texts", title_justify="left")
-    for header in ("hook", "architecture", "d_sae", "mean L0", "FVU"):
-        table.add_column(header, justify="left" if header in ("hook", "architecture") else "right")
+    table = plain_table("Dictionaries on these texts")
+    table.add_column("hook")
+    table.add_column("architecture")
+    for header in ("d_sae", "mean L0", "FVU"):
+        table.add_column(header, justify="right")
     for sae in read_manifest(folder)["saes"]:
-        table.add_row(
-            sae["hook"], sae["architecture"], str(sae["d_sae"]), number(sae["mean_l0"]), number(sae["fvu"])
-        )
+        fvu = "-" if sae["fvu"] is None else f"{sae['fvu']:.3f}"
+        mean_l0 = "-" if sae["mean_l0"] is None else f"{sae['mean_l0']:.1f}"
+        table.add_row(sae["hook"], sae["architecture"], str(sae["d_sae"]), mean_l0, fvu)
     return table
-
-
-def number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def print_published(console: Console, folder: Path) -> None:
@@ -66,34 +82,39 @@ def print_published(console: Console, folder: Path) -> None:
     console.print(domain_table(folder))
     console.print(layer_table(folder))
     for file in read_manifest(folder)["files"]:
-        console.print(
-            f"{folder / file['name']}  {file['rows']} rows, {file['bytes'] / 1024:.0f} KiB", soft_wrap=True
-        )
-    console.print(folder / "manifest.json", soft_wrap=True)
+        size = f"{file['rows']} rows, {file['bytes'] / 1024:.0f} KiB"
+        console.print(f"{folder / file['name']}  {size}", soft_wrap=True, highlight=False)
+    console.print(str(folder / "manifest.json"), soft_wrap=True, highlight=False)
 
 
 def print_verification(console: Console, verification: Verification) -> None:
-    """Every column with its largest difference at each batch size, and the verdict."""
-    table = Table(
-        title=f"{verification.samples} samples, {verification.model} in {verification.dtype}:"
-        " largest difference from one text at a time",
-        title_justify="left",
+    """Every column with its largest difference at any batch size, and the verdict."""
+    table = plain_table(
+        f"{verification.model} in {verification.dtype}, {verification.samples} samples:"
+        " largest difference from one text at a time"
     )
-    table.add_column("column")
-    for report in verification.reports:
-        for what in ("abs", "rel"):
-            table.add_column(f"batch {report.batch_size} {what}", justify="right")
+    table.add_column("column", no_wrap=True)
+    for header in ("absolute", "relative", "mismatches"):
+        table.add_column(header, justify="right")
     for rows in zip(*(report.columns for report in verification.reports), strict=True):
-        cells = [f"{value:.1e}" for row in rows for value in (row.absolute, row.relative)]
-        mark = "" if all(map(verification.within, rows)) else " [red](over)[/red]"
-        table.add_row(rows[0].column + mark, *cells)
+        mark = "" if all(map(verification.within, rows)) else " over"
+        table.add_row(
+            rows[0].column + mark,
+            f"{max(row.absolute for row in rows):.1e}",
+            f"{max(row.relative for row in rows):.1e}",
+            str(max(row.mismatches for row in rows)),
+            style="red" if mark else None,
+        )
     console.print(table)
     for report in verification.reports:
+        largest = max(report.columns, key=lambda row: row.absolute)
         console.print(
-            f"batch size {report.batch_size}: {report.feature_flips} flips among {verification.activations}"
-            f" active features, in {report.flipped_samples} samples; {report.set_flips} of"
+            f"batch size {report.batch_size}: at most {largest.absolute:.1e} ({largest.column});"
+            f" {report.feature_flips} of {verification.activations} active features flipped,"
+            f" in {report.flipped_samples} samples; {report.set_flips} of"
             f" {verification.stability_values} stability values moved",
             soft_wrap=True,
+            highlight=False,
         )
     verdict = "[green]agrees[/green]" if verification.passed else "[red]differs[/red]"
-    console.print(f"{verdict} within the tolerance: {verification.tolerance}")
+    console.print(f"{verdict}: the tolerance in {verification.dtype} is {verification.tolerance}")

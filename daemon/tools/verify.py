@@ -26,6 +26,7 @@ from daemon.compute.padded import PaddedEngine
 from daemon.config import Config
 from daemon.errors import ConfigError
 from daemon.intake.reader import read_parts
+from daemon.observe.progress import Progress
 from daemon.records import (
     Claim,
     FileIdentity,
@@ -138,7 +139,8 @@ def verify(
     recipe = parts[0].part.recipe
     chosen = [sample for part in parts for sample in part.samples][:samples]
     with torch.inference_mode():
-        reference = run_reference(config, compute.engine, recipe, chosen)
+        with Progress() as progress:
+            reference = run_reference(config, compute.engine, recipe, chosen, progress)
         reports = tuple(
             compare(
                 size,
@@ -169,14 +171,21 @@ async def tokenized_parts(config: Config, compute: Compute, file: Path) -> list[
 
 
 def run_reference(
-    config: Config, engine: PaddedEngine, recipe: Recipe, samples: Sequence[TokenizedSample]
+    config: Config,
+    engine: PaddedEngine,
+    recipe: Recipe,
+    samples: Sequence[TokenizedSample],
+    progress: Progress,
 ) -> Reference:
+    """Each sample alone, text by text."""
     settings = study_settings(config)
     columns: dict[str, list[Value]] = {
         column.name: [] for column in analysis_columns(engine.info.layers, recipe)
     }
     active: list[dict[tuple[int, int], frozenset[int]]] = []
+    progress.add_total(len(samples))
     for sample in samples:
+        progress.advance(1)
         layers = single_text_layers(engine, sample)
         values = reference_columns(
             sample_id=sample.sample.sample_id,

@@ -165,7 +165,7 @@ async def test_a_missed_event_is_found_by_the_rescan(tmp_path, monkeypatch):
         raise OSError("no inotify here")
         yield
 
-    monkeypatch.setattr("daemon.intake.inbox.watchfiles.awatch", deaf)
+    monkeypatch.setattr("daemon.intake.watch.watchfiles.awatch", deaf)
     async with opened(tmp_path) as inbox:
         claims = inbox.claims(asyncio.Event(), once=False)
         waiting = asyncio.create_task(anext(claims))

@@ -1,0 +1,49 @@
+"""What a path is, by its metadata alone: nothing is opened, no link followed, so no FIFO can block."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from daemon.records import FileIdentity
+
+Stamp = tuple[int, int, int, int]  # inode, size, mtime_ns, ctime_ns: what must stay the same
+
+KINDS = (
+    (stat.S_ISLNK, "symlink"),
+    (stat.S_ISFIFO, "fifo"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISBLK, "device"),
+    (stat.S_ISCHR, "device"),
+)
+
+
+def identity_of(path: Path) -> FileIdentity | None:
+    """What a regular file is, by its metadata; None for anything else, or nothing."""
+    status = status_of(path)
+    if status is None:
+        return None
+    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    status = status_of(path)
+    return None if status is None else stamp(status)
+
+
+def status_of(path: Path) -> os.stat_result | None:
+    """Of a regular file. Never opens it, so a FIFO can't block and a link is not followed."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def kind_of(mode: int) -> str:
+    return next((kind for test, kind in KINDS if test(mode)), "not a regular file")

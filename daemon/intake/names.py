@@ -1,0 +1,38 @@
+"""File names: made free by a number, cut to what a file system takes, shown in messages. No files."""
+
+from __future__ import annotations
+
+import os
+
+NAME_BYTES = 255  # of a file name, on every Linux file system
+
+
+def numbered(name: str, number: int, max_bytes: int = NAME_BYTES) -> str:
+    """`name`, then `name.1`, `name.2`, ..., cut to fit `max_bytes`."""
+    suffix = f".{number}" if number else ""
+    return cut(name, max_bytes - len(suffix)) + suffix
+
+
+def numbered_stem(name: str, number: int) -> str:
+    """`a.json.gz`, then `a.1.json.gz`, ...: what the name says about the format stays."""
+    stem, dot, rest = name.partition(".")
+    suffix = f".{number}{dot}{rest}"
+    room = NAME_BYTES - len(os.fsencode(suffix))
+    if not number or room < 1:
+        return numbered(name, number)
+    return cut(stem, room) + suffix
+
+
+def cut(name: str, max_bytes: int) -> str:
+    """At most so many bytes of a name, and no half characters."""
+    raw = os.fsencode(name)
+    if len(raw) <= max_bytes:
+        return name
+    while max_bytes > 1 and raw[max_bytes] & 0xC0 == 0x80:
+        max_bytes -= 1
+    return os.fsdecode(raw[:max_bytes])
+
+
+def printable(name: str) -> str:
+    """A file name for JSON and logs: bytes that are not UTF-8 as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,0 +1,203 @@
+"""Input made to break the reader: it costs a record or a file, never the process or its memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+import tracemalloc
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from daemon.errors import FileError
+from daemon.intake import reader
+from daemon.intake.lines import line_groups
+from daemon.intake.reader import ReadLimits, read_parts
+from daemon.intake.source import Decompression
+from daemon.records import PLAIN_RECIPE, Claim, FileIdentity, Part, Recipe, Source
+
+LIMITS = ReadLimits(max_record_bytes=1 << 20, max_nesting=8, max_file_bytes=4 << 20, part_records=100)
+
+
+async def read(
+    name: str, content: bytes, recipe: Recipe | None = None, limits: ReadLimits = LIMITS
+) -> list[Part]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        path.write_bytes(content)
+        source = Source(Claim(name, path, 1, FileIdentity(0, 0, 0, 0)), sha256="", size=0, unit="u")
+        return [part async for part in read_parts(source, recipe=recipe, limits=limits)]
+
+
+async def reason_of(name: str, content: bytes, **options: object) -> str:
+    with pytest.raises(FileError) as caught:
+        await read(name, content, **options)
+    return caught.value.reason
+
+
+JSONISH = st.text(alphabet='[]{}",:\\ntu0e1-. \n\ud800é', max_size=60)
+
+
+@settings(deadline=None, max_examples=300)
+@given(content=st.one_of(JSONISH.map(lambda text: text.encode("utf-8", "surrogatepass")), st.binary()))
+@example(content=b'{"\\q": 1}')
+@example(content=b'{"samples": [], "\\q": 1}')
+@example(content=b'["\\')
+@example(content=b'[{"a": "]')
+@example(content=b"[NaN, -, 1e999]")
+async def test_any_bytes_are_records_or_a_file_error(content):
+    for name in ("f.json", "f.jsonl", "f.jsonl.gz", "f.json.zst"):
+        try:
+            parts = await read(name, content, recipe=PLAIN_RECIPE)
+        except FileError as error:
+            assert "\n" not in str(error)
+            continue
+        entries = [entry for part in parts for entry in (*part.samples, *part.rejects)]
+        assert sorted(entry.record_index for entry in entries) == list(range(len(entries)))
+        assert entries
+        for entry in entries:
+            assert content[: entry.byte_offset].count(b"\n") + 1 == entry.line
+
+
+@settings(deadline=None)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), min_size=1, max_size=6),
+    cut=st.integers(1, 200),
+)
+async def test_a_truncated_document_is_never_taken_for_a_whole_one(texts, cut):
+    raw = json.dumps([{"text": text} for text in texts], ensure_ascii=False).encode()
+    assert await reason_of("f.json", raw[: -min(cut, len(raw) - 1)]) in ("malformed_json", "empty")
+
+
+async def test_a_string_of_escaped_quotes_without_end_is_read_in_linear_time():
+    quotes = b'"' + b'\\"' * 500_000
+    (part,) = await read("f.jsonl", b'{"text": "a"}\n[[[[[[[[[' + quotes)
+    assert [reject.reason for reject in part.rejects] == ["nesting_too_deep"]
+    assert await reason_of("f.json", b"[" + quotes) == "malformed_json"
+
+
+async def test_many_keys_of_which_the_last_is_twice_are_read_in_linear_time():
+    pairs = ",".join(f'"k{number}":0' for number in range(80_000))
+    (part,) = await read("f.jsonl", f'{{"text": "a"}}\n{{{pairs},"k79999":0}}'.encode())
+    assert [reject.reason for reject in part.rejects] == ["duplicate_key"]
+    assert "'k79999'" in part.rejects[0].message
+
+
+@pytest.mark.parametrize("depth", [500, 900, 1000, 100_000])
+async def test_depth_beyond_what_python_follows_is_a_reject(depth):
+    deep = f'{{"text": "b", "x": {"[" * depth}{"]" * depth}}}'
+    limits = ReadLimits(1 << 20, 10**9, 1 << 20, 100)
+    for name, content in (("f.jsonl", f'{{"text": "a"}}\n{deep}'), ("f.json", f'[{{"text": "a"}}, {deep}]')):
+        (part,) = await read(name, content.encode(), limits=limits)
+        assert part.records == 2
+        assert {reject.reason for reject in part.rejects} <= {"nesting_too_deep"}
+        assert len(part.samples) == (2 if depth == 500 else part.records - len(part.rejects))
+
+
+def bomb(megabytes: int) -> bytes:
+    squeeze = zstandard.ZstdCompressor().compressobj()
+    return b"".join(squeeze.compress(b" " * (1 << 20)) for _ in range(megabytes)) + squeeze.flush()
+
+
+async def test_a_decompression_bomb_is_stopped_at_the_limit():
+    packed = bomb(256)
+    assert len(packed) < 1 << 16
+    tracemalloc.start()
+    try:
+        assert await reason_of("f.json.zst", packed) == "too_large"
+        assert tracemalloc.get_traced_memory()[1] < 160 << 20
+    finally:
+        tracemalloc.stop()
+
+
+async def test_a_line_over_the_limit_is_not_held_in_memory():
+    async def content() -> AsyncIterator[bytes]:
+        yield b'{"text": "'
+        for _ in range(64):
+            yield b"x" * (1 << 20)
+        yield b'"}\n{"text": "a"}'
+
+    tracemalloc.start()
+    try:
+        groups = line_groups(content(), max_record_bytes=1 << 20, group_records=9, group_bytes=1 << 20)
+        ((long, short),) = [group async for group in groups]
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    assert long.text is None
+    assert (short.text, short.place.line, short.place.byte_offset) == ('{"text": "a"}', 2, 13 + (64 << 20))
+
+
+@pytest.mark.parametrize("name", ["f.json", "f.jsonl"])
+async def test_record_sizes_are_bytes_in_every_format(name):
+    record = json.dumps({"text": "é" * 40}, ensure_ascii=False).encode()
+    content = record if name == "f.jsonl" else b"[" + record + b"]"
+    for limit, rejects in ((len(record), 0), (len(record) - 1, 1)):
+        limits = ReadLimits(limit, 8, 1 << 20, 100)
+        (part,) = await read(name, content, recipe=PLAIN_RECIPE, limits=limits)
+        assert len(part.rejects) == rejects
+
+
+LINE = b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("f.jsonl.gz", gzip.compress(LINE) + bytes(512)),
+        ("f.jsonl.gz", gzip.compress(b"") + gzip.compress(LINE) + gzip.compress(b"")),
+        ("f.jsonl.zst", zstandard.compress(b"") + zstandard.compress(LINE)),
+        ("f.jsonl.zst", b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + zstandard.compress(LINE)),
+        ("F.JSONL.GZ", gzip.compress(b"\xef\xbb\xbf" + LINE)),
+    ],
+)
+async def test_odd_but_valid_compression_is_read(name, content):
+    (part,) = await read(name, content)
+    assert [sample.texts for sample in part.samples] == [("a",)]
+
+
+async def test_a_compressed_binary_file_is_recognised():
+    assert await reason_of("f.jsonl.gz", gzip.compress(b"") + gzip.compress(b"\0\1\2")) == "binary"
+
+
+@pytest.mark.parametrize("cut", range(1, 30, 4))
+def test_a_stream_that_ends_early_is_damaged(cut):
+    for suffix, packed in ((".gz", gzip.compress(LINE * 9)), (".zst", zstandard.compress(LINE * 9))):
+        stream = Decompression(suffix)
+        with pytest.raises(FileError):
+            list(stream.feed(packed[:-cut]))
+            stream.finish()
+
+
+async def test_garbage_after_a_member_is_damage():
+    assert await reason_of("f.jsonl.gz", gzip.compress(LINE) + b"junk") == "corrupt_compression"
+    assert await reason_of("f.jsonl.zst", zstandard.compress(LINE) + b"junk!") == "corrupt_compression"
+
+
+@pytest.mark.parametrize("name", ["f.json", "f.jsonl"])
+async def test_parts_are_bounded_in_bytes_too(name, monkeypatch):
+    monkeypatch.setattr(reader, "PART_BYTES", 1000)
+    records = [json.dumps({"text": "x" * 400}) for _ in range(7)]
+    content = "\n".join(records) if name == "f.jsonl" else f"[{','.join(records)}]"
+    parts = await read(name, content.encode())
+    assert [part.records for part in parts] == [3, 3, 1]
+
+
+async def test_some_object_without_the_fields_asks_for_a_recipe():
+    assert await reason_of("f.jsonl", b'{oops\n{"label": 1}') == "no_recipe"
+    assert await reason_of("f.json", b"[1, 2]") == "no_usable_record"
+
+
+async def test_a_column_that_a_text_uses_is_still_a_column():
+    recipe = Recipe((("t", "{domain}: {text} {complexity}"),), None)
+    record = b'{"text": "a", "domain": "d", "complexity": 2, "id": [1], "n": 1}'
+    (part,) = await read("f.json", record, recipe=recipe)
+    (sample,) = part.samples
+    assert sample.texts == ("d: a 2",)
+    assert (sample.domain, sample.complexity, sample.sample_id) == ("d", 2.0, "0")
+    assert sample.extra == '{"id": [1], "n": 1}'
