@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     except LensdError as error:
         return complain(error, SOME_FAILED)
     except KeyboardInterrupt:
+        return MACHINE_FAILED
+    except Exception:  # a bug: Python's own exit code for it, 1, would say that some files failed
+        traceback.print_exc()
         return MACHINE_FAILED
     return code
 

@@ -19,7 +19,7 @@ import structlog
 from daemon.channel import Channel, EndOfStream
 from daemon.compute.assembly import Assembly
 from daemon.compute.device import Device, Study
-from daemon.compute.packing import Batch, Packer
+from daemon.compute.packing import Packer
 from daemon.errors import FileError
 from daemon.intake.inbox import Inbox
 from daemon.intake.reader import ReadLimits, content_sha256, read_parts
@@ -28,7 +28,7 @@ from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
 from daemon.output.delivery import Delivery, Outcome
 from daemon.output.finished import FinishedPart
-from daemon.records import Block, Claim, Part, Recipe, Source, TokenizedPart
+from daemon.records import Claim, Part, Recipe, Source, TokenizedPart
 
 log = structlog.get_logger()
 
@@ -177,10 +177,13 @@ class Pipeline:
             ended = ended or await self.gather(assembly)
             if not self.packer:
                 continue
+            began = time.perf_counter()
             batch = self.packer.take()
+            pack_seconds = time.perf_counter() - began
             block = await self.device.call(lambda batch=batch: self.study.run(batch))  # type: ignore[misc]
-            self.observe_block(batch, block)
-            for finished in assembly.scatter(batch, block):
+            self.metrics.observe_block(batch, block, self.study.engine.info, pack_seconds)
+            self.progress.advance(len(batch.entries))
+            for finished in assembly.scatter(batch, block, pack_seconds):
                 await self.finished.put(finished)
         await self.finished.close()
 
@@ -200,10 +203,6 @@ class Pipeline:
             else:
                 self.packer.add(item)
         return False
-
-    def observe_block(self, batch: Batch, block: Block) -> None:
-        self.metrics.observe_block(batch, block, self.study.engine.info)
-        self.progress.advance(len(batch.entries))
 
     async def write(self) -> None:
         """Stage 4: parts to Parquet; a file's last part publishes it."""

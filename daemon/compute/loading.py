@@ -107,11 +107,8 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
     """
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -133,6 +130,17 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
         dtype=dtype,
         device=device,
     )
+
+
+def quiet_libraries() -> None:
+    """Keep to errors: what a user needs to know of a failed download is said in one line at its end."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
 
 
 def unreachable(location: ModelLocation, error: BaseException) -> str:

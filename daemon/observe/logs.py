@@ -20,24 +20,24 @@ def configure(format: Format, level: str, stream: TextIO | None = None) -> None:
 
     Libraries that use the standard logging come out the same way, from warnings on.
     """
-    stream = sys.stderr if stream is None else stream
-    console = format == "console" or (format == "auto" and stream.isatty())
+    target = SafeStream(stream)
+    console = format == "console" or (format == "auto" and target.isatty())
     shared: list[Any] = [
-        structlog.stdlib.add_log_level if not console else structlog.processors.add_log_level,
+        structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=not console),
     ]
     renderer: list[Any] = (
-        [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+        [structlog.dev.ConsoleRenderer(colors=target.isatty())]
         if console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
     structlog.configure(
         processors=[*shared, *renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(file=SafeStream(stream)),  # type: ignore[arg-type]
+        logger_factory=structlog.WriteLoggerFactory(file=target),  # type: ignore[arg-type]
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(SafeStream(stream))
+    handler = logging.StreamHandler(target)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
@@ -49,14 +49,25 @@ def configure(format: Format, level: str, stream: TextIO | None = None) -> None:
 
 
 class SafeStream:
-    """A text stream that never refuses a character: file names may hold what UTF-8 can't."""
+    """A text stream that never refuses a character: file names may hold what UTF-8 can't.
 
-    def __init__(self, stream: TextIO) -> None:
+    Without a stream it is standard error as it is at each write, so that a live progress line, which
+    takes the place of standard error, can keep itself below the log.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
 
+    @property
+    def _target(self) -> TextIO:
+        return sys.stderr if self._stream is None else self._stream
+
     def write(self, text: str) -> int:
-        encoding = self._stream.encoding or "utf-8"
-        return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        encoding = self._target.encoding or "utf-8"
+        return self._target.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def flush(self) -> None:
-        self._stream.flush()
+        self._target.flush()
+
+    def isatty(self) -> bool:
+        return self._target.isatty()

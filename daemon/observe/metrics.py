@@ -125,13 +125,14 @@ class Metrics:
         for reject in part.part.rejects:
             self.rejects_total.labels(reject.reason).inc()
 
-    def observe_block(self, batch: Batch, block: Block, info: ModelInfo) -> None:
+    def observe_block(self, batch: Batch, block: Block, info: ModelInfo, pack_seconds: float = 0.0) -> None:
         """One device batch."""
         self.batches_total.inc()
         self.tokens_total.labels("computed").inc(block.computed_tokens)
         self.tokens_total.labels("padding").inc(block.padding_tokens)
         self.batch_tokens.observe(block.computed_tokens)
         self.batch_texts.observe(sum(len(sample.token_ids) for sample in batch.samples))
+        self.stage_duration_seconds.labels("pack").observe(pack_seconds)
         self.stage_duration_seconds.labels("forward").observe(block.forward_seconds)
         self.stage_duration_seconds.labels("sae").observe(block.sae_seconds)
         self.stage_duration_seconds.labels("analysis").observe(block.analysis_seconds)
@@ -158,6 +159,7 @@ class Metrics:
                 self.sae_fvu.labels(str(layer)).set(fvu)
 
     def _observe_stages(self, stages: StageSeconds) -> None:
+        self.stage_duration_seconds.labels("queue").observe(stages.queue)
         self.stage_duration_seconds.labels("write").observe(stages.write)
         self.stage_duration_seconds.labels("commit").observe(stages.commit)
 
