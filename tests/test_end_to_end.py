@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from daemon.columns import analysis_columns
+from daemon.compute.device import Study
+from daemon.compute.packing import Batch
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError
 from daemon.output.delivery import Outcome
 from daemon.pipeline import Tally
-from daemon.records import CONTRAST_RECIPE
+from daemon.records import CONTRAST_RECIPE, Block
 from daemon.service import serve
 from tests import tiny
 
@@ -253,3 +255,53 @@ def test_folders_on_two_file_systems_are_refused(tiny_toml, inbox):
 def test_one_folder_for_both_is_refused(tiny_toml, inbox):
     with pytest.raises(ConfigError, match="are the same folder"):
         drain(configured(tiny_toml, inbox, outbox__path=inbox))
+
+
+class BrokenDevice(RuntimeError):
+    pass
+
+
+def test_a_crashing_engine_commits_nothing_and_the_file_is_taken_up_again(tiny_toml, inbox, monkeypatch):
+    tiny.write_json(inbox / "study.json", tiny.contrast_records(30))
+    config = configured(tiny_toml, inbox, batching__max_batch_samples=8)
+    run, calls = Study.run, []
+
+    def crash(study: Study, batch: Batch) -> Block:
+        calls.append(batch)
+        if len(calls) == 3:
+            raise BrokenDevice
+        return run(study, batch)
+
+    monkeypatch.setattr(Study, "run", crash)
+    with pytest.raises(ExceptionGroup) as caught:
+        drain(config)
+    assert caught.group_contains(BrokenDevice)
+    assert list(config.outbox.path.glob("*/manifest.json")) == []
+    assert [path.name for path in inbox.glob(".claimed/*/1/*")] == ["study.json"]
+
+    monkeypatch.setattr(Study, "run", run)
+    tally, (outcome,) = drain(config)
+    assert (tally.committed, outcome.rows) == (1, 30)
+    assert list(inbox.glob(".claimed/*")) == []
+    assert [path.name for path in config.outbox.path.iterdir() if path.name != ".staging"] == [
+        outcome.folder.name
+    ]
+
+
+def test_a_file_written_to_while_it_is_read_is_read_again(tiny_toml, inbox, monkeypatch):
+    path = inbox / "study.jsonl"
+    path.write_text(json.dumps({"text": "first"}) + "\n")
+    writer = path.open("a")
+    run = Study.run
+
+    def write_meanwhile(study: Study, batch: Batch) -> Block:
+        if not writer.closed:
+            writer.write(json.dumps({"text": "second"}) + "\n")
+            writer.close()
+        return run(study, batch)
+
+    monkeypatch.setattr(Study, "run", write_meanwhile)
+    tally, outcomes = drain(configured(tiny_toml, inbox))
+    assert [outcome.kind for outcome in outcomes] == ["requeued", "committed"]
+    assert (tally.requeued, tally.committed, tally.rows) == (1, 1, 2)
+    assert len(list((inbox.parent / "outbox").glob("*/manifest.json"))) == 1

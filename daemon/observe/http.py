@@ -19,6 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from daemon.errors import ConfigError
 
 HEARTBEAT_STALE_SECONDS = 15.0
+LOADING = "loading the model"  # while it is unmet, one call may take as long as it takes
 
 
 class Busy(Protocol):
@@ -32,7 +33,7 @@ class Health:
     """Whether the daemon is alive and ready; written by the service, read by the endpoints.
 
     `unmet` holds what readiness still waits for, in words. A device busy on one call for more than
-    `stall_seconds` is stalled, except while the model loads.
+    `stall_seconds` is stalled, except while LOADING is unmet.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Health:
         if now - self._beat > HEARTBEAT_STALE_SECONDS:
             reasons.append(f"event loop stalled for {now - self._beat:.0f} s")
         since = self._device.busy_since
-        if since is not None and now - since > self._stall_seconds:
+        if LOADING in self.unmet or since is None:
+            return reasons
+        if now - since > self._stall_seconds:
             reasons.append(f"device busy on one call for {now - since:.0f} s")
         return reasons
 

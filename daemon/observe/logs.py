@@ -27,7 +27,12 @@ def configure(format: Format, level: str, stream: TextIO | None = None) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=not console),
     ]
     renderer: list[Any] = (
-        [structlog.dev.ConsoleRenderer(colors=target.isatty())]
+        # The default formatter shows local variables, and with them the text of samples.
+        [
+            structlog.dev.ConsoleRenderer(
+                colors=target.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
         if console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-import time
+from collections import deque
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,8 @@ SAMPLE_OUTCOMES = ("committed", "rejected")
 TOKEN_KINDS = ("text", "computed", "padding")
 STAGES = ("read", "tokenize", "queue", "pack", "forward", "sae", "analysis", "write", "commit")
 RECOVERIES = ("requeued", "failed", "staging_removed")
-LOOPS = ("event_loop", "device")
+
+BUSY_WINDOW_SECONDS = 60.0
 
 STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 LATENCY_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
@@ -60,7 +61,9 @@ class Metrics:
         self.queue_items = gauge("queue_items", "Items waiting for a stage.", "stage")
         self.queue_tokens = gauge("queue_tokens", "Tokens waiting for the device.")
         self.disk_free_bytes = gauge("disk_free_bytes", "Free space under a folder.", "dir")
-        self.device_busy_ratio = gauge("device_busy_ratio", "Share of the last seconds the device worked.")
+        self.device_busy_ratio = gauge(
+            "device_busy_ratio", "Share of the last minute that the device worked."
+        )
         self.max_batch_tokens = gauge("max_batch_tokens", "Tokens of a device batch, at most.")
         self.last_commit_timestamp_seconds = gauge(
             "last_commit_timestamp_seconds", "When a file was last published, in Unix time."
@@ -72,6 +75,8 @@ class Metrics:
         self.stage_duration_seconds = histogram(
             "stage_duration_seconds", "Work of a stage on a part, a batch or a file.", STAGE_BUCKETS, "stage"
         )
+        for stage in STAGES:
+            self.stage_duration_seconds.labels(stage)
         self.file_latency_seconds = histogram(
             "file_latency_seconds", "From first read to commit.", LATENCY_BUCKETS
         )
@@ -84,7 +89,7 @@ class Metrics:
         self.build_info.info(
             {"version": version("lensd"), "python": platform.python_version(), "torch": version("torch")}
         )
-        self._busy_before = (time.monotonic(), 0.0)
+        self._looks: deque[tuple[float, float]] = deque()  # (when, busy seconds until then)
 
     def _counter(
         self, name: str, text: str, label: str | None = None, values: tuple[str, ...] = ()
@@ -164,11 +169,16 @@ class Metrics:
         self.stage_duration_seconds.labels("commit").observe(stages.commit)
 
     def observe_device(self, busy_seconds: float, now: float) -> None:
-        """Set the busy ratio since the last call; `busy_seconds` only grows, `now` is monotonic."""
-        then, busy_then = self._busy_before
+        """Set the busy ratio; `busy_seconds` only grows, `now` is monotonic.
+
+        Over a window, since `busy_seconds` grows by a whole call when the call ends.
+        """
+        self._looks.append((now, busy_seconds))
+        while len(self._looks) > 2 and self._looks[1][0] <= now - BUSY_WINDOW_SECONDS:
+            self._looks.popleft()
+        then, busy_then = self._looks[0]
         if now > then:
             self.device_busy_ratio.set(min(1.0, (busy_seconds - busy_then) / (now - then)))
-        self._busy_before = (now, busy_seconds)
 
     def observe_disk(self, folders: dict[str, Path]) -> None:
         """Free space under each folder, by the name it has in the configuration."""

@@ -5,6 +5,7 @@ Knows counts of samples and the clock, nothing else.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,11 @@ LOG_SECONDS = 10.0
 log = structlog.get_logger()
 
 
+def standard_error() -> Console:
+    """A console there; rich alone would take a pipe for a terminal where FORCE_COLOR is set."""
+    return Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
+
+
 class Progress:
     """Samples done of those read so far; a context manager around a run.
 
@@ -33,9 +39,9 @@ class Progress:
         self._clock = clock
         self._marks: deque[tuple[float, int]] = deque()
         self._logged_at = clock()
-        console = Console(stderr=True) if console is None else console
+        console = standard_error() if console is None else console
         self._bar: RichProgress | None = None
-        if console.is_terminal:
+        if console.is_interactive:
             self._bar = RichProgress(TextColumn("{task.description}"), BarColumn(), console=console)
             self._task = self._bar.add_task(self.line(), total=None, visible=False)
 

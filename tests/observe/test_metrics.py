@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from daemon.compute.packing import Batch, Entry
-from daemon.observe.metrics import FILE_OUTCOMES, Metrics
+from daemon.observe.metrics import FILE_OUTCOMES, STAGES, Metrics
 from daemon.output.delivery import Outcome
 from daemon.output.totals import StageSeconds
 from daemon.records import (
@@ -53,6 +53,8 @@ def test_every_outcome_is_there_at_zero_before_it_happens(metrics):
         assert value(metrics, "files_total", outcome=outcome) == 0
     assert value(metrics, "rejects_total", reason="missing_field") == 0
     assert value(metrics, "tokens_total", kind="padding") == 0
+    for stage in STAGES:
+        assert value(metrics, "stage_duration_seconds_count", stage=stage) == 0
 
 
 def test_tokenized_parts_count_text_tokens_and_rejects(metrics):
@@ -118,12 +120,23 @@ def test_the_model_and_the_build_are_named(metrics):
     assert value(metrics, "max_batch_tokens") == 512
 
 
-def test_busy_ratio_is_that_since_the_last_look(metrics):
-    start, _ = metrics._busy_before
-    metrics.observe_device(2.0, start + 10.0)
+def test_busy_ratio_is_that_of_the_last_minute(metrics):
+    metrics.observe_device(0.0, 1000.0)
+    assert value(metrics, "device_busy_ratio") == 0
+    metrics.observe_device(2.0, 1010.0)
     assert value(metrics, "device_busy_ratio") == pytest.approx(0.2)
-    metrics.observe_device(7.0, start + 20.0)
-    assert value(metrics, "device_busy_ratio") == pytest.approx(0.5)
+    metrics.observe_device(2.0, 1060.0)
+    assert value(metrics, "device_busy_ratio") == pytest.approx(2.0 / 60)
+    metrics.observe_device(2.0, 1070.0)
+    assert value(metrics, "device_busy_ratio") == 0
+
+
+def test_a_device_always_in_long_calls_counts_as_busy(metrics):
+    for second in range(201):
+        metrics.observe_device(20.0 * (second // 20), 1000.0 + second)
+        if second >= 60:
+            assert value(metrics, "device_busy_ratio") == pytest.approx(1.0, abs=20 / 60 + 1e-9)
+    assert value(metrics, "device_busy_ratio") == 1.0
 
 
 def test_free_space_is_told_by_the_folders_role(metrics, tmp_path):

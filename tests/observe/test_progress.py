@@ -19,7 +19,7 @@ class FakeClock:
 
 
 def on_paper(clock: FakeClock) -> Progress:
-    return Progress(Console(file=io.StringIO()), clock)
+    return Progress(Console(file=io.StringIO(), force_terminal=False), clock)
 
 
 def test_the_line_says_done_rate_and_time_left():
@@ -81,7 +81,7 @@ def test_without_a_terminal_a_line_is_logged_now_and_then():
 def test_on_a_terminal_a_bar_is_drawn():
     clock = FakeClock()
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=120)
+    console = Console(file=screen, force_terminal=True, width=120, _environ={"TERM": "xterm"})
     with Progress(console, clock) as progress:
         progress.add_total(4)
         clock.now += 1.0

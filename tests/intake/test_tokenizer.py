@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from daemon.errors import ConfigError
+from daemon.intake.tokenizer import Tokenizer
+from daemon.records import PLAIN_RECIPE, Claim, FileIdentity, Part, Reject, Sample, Source
+from tests import tiny
+
+SOURCE = Source(Claim("f", Path("f"), 1, FileIdentity(0, 0, 0, 0)), "", 0, "unit")
+
+
+def part_of(*texts: str, rejects: tuple[Reject, ...] = ()) -> Part:
+    samples = [Sample(i, f"id{i}", None, None, None, (text,), i + 1, 10 * i) for i, text in enumerate(texts)]
+    return Part(SOURCE, 0, True, PLAIN_RECIPE, tuple(samples), rejects)
+
+
+def tokenizer(**options: object) -> Tokenizer:
+    return Tokenizer(tiny.byte_tokenizer(), **{"prepend_bos": True, "max_text_tokens": 10, **options})
+
+
+def test_texts_become_ids_after_one_bos():
+    part = tokenizer().tokenize(part_of("ab", "c"))
+    assert [len(sample.token_ids[0]) for sample in part.samples] == [3, 2]
+    assert all(sample.token_ids[0][0] == tiny.BOS for sample in part.samples)
+    assert part.n_tokens == 5
+
+
+def test_without_bos_nothing_is_added():
+    part = tokenizer(prepend_bos=False).tokenize(part_of("ab"))
+    assert len(part.samples[0].token_ids[0]) == 2
+
+
+def test_empty_and_overlong_texts_become_rejects_in_order():
+    earlier = Reject(1, None, 2, 5, "malformed_json", "m")
+    part = tokenizer().tokenize(part_of("x" * 10, "fine", "", rejects=(earlier,)))
+    assert [sample.sample.sample_id for sample in part.samples] == ["id1"]
+    assert part.part.samples == (part.samples[0].sample,)
+    assert [reject.reason for reject in part.part.rejects] == [
+        "text_too_long",
+        "malformed_json",
+        "empty_text",
+    ]
+    assert "has 11 tokens, more than batching.max_text_tokens = 10" in part.part.rejects[0].message
+    assert (part.part.rejects[2].line, part.part.rejects[2].byte_offset) == (3, 20)
+
+
+def test_a_model_without_bos_uses_eos_and_without_either_is_refused():
+    bare = tiny.byte_tokenizer()
+    bare.bos_token = None
+    assert Tokenizer(bare, prepend_bos=True, max_text_tokens=9).encode(["a"])[0][0] == tiny.BOS
+    bare.eos_token = None
+    with pytest.raises(ConfigError, match="neither BOS nor EOS"):
+        Tokenizer(bare, prepend_bos=True, max_text_tokens=9)

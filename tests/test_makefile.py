@@ -1,0 +1,56 @@
+"""What `make` does before it installs anything; no test here reaches for a package index."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("Makefile", "pyproject.toml", "deploy/constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def make(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    env.pop("PYTHON", None)
+    return subprocess.run(
+        ["make", *arguments], cwd=tree, env=env, text=True, capture_output=True, stdin=subprocess.DEVNULL
+    )
+
+
+def test_help_names_every_target_and_makes_nothing(tree):
+    result = make(tree)
+    assert result.returncode == 0
+    for target in ("demo", "test", "check", "format", "clean"):
+        assert f"make {target} " in result.stdout
+    assert not (tree / ".venv").exists()
+
+
+@pytest.mark.parametrize("python", ["", "/no/such/python", "false"])
+def test_without_a_fit_python_it_says_so_in_one_line(tree, python):
+    result = make(tree, "test", f"PYTHON={python}")
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if not line.startswith("make")]
+    assert len(said) == 1
+    assert said[0].startswith("lensd needs Python 3.11 or newer")
+    assert not (tree / ".venv").exists()
+
+
+def test_an_installed_tree_is_not_installed_again(tree):
+    (tree / ".venv").mkdir()
+    (tree / ".venv/.ready").touch()
+    assert "installing" in make(tree, "-n", "-W", "pyproject.toml", "test").stdout
+    assert "installing" in make(tree, "-n", "-W", "deploy/constraints.txt", "test").stdout
+    assert "installing" not in make(tree, "-n", "test").stdout
