@@ -1,8 +1,9 @@
-"""Every operation on files that must survive a crash passes through here.
+"""Every operation on files that must survive a crash passes through here, and nothing else does.
 
-Keeping them in one narrow module makes the order of syncs and renames reviewable, and gives tests one
-place to fail. Functions block: call them in a thread. None of them retries; in particular a failed fsync
-is final, since the kernel may have dropped the dirty pages it could not write.
+One narrow module makes the order of syncs and renames reviewable, and gives tests one place where a process
+can be stopped or a disk can fail: `watch_operations` shows a function each operation just before it happens.
+Functions block: call them in a thread. None of them retries; in particular a failed fsync is final, since the
+kernel may have dropped the dirty pages that it could not write.
 """
 
 from __future__ import annotations
@@ -10,29 +11,106 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
+import io
 import os
-import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from daemon.errors import MachineError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 AT_FDCWD = -100  # <fcntl.h>: a path is relative to the working folder
 RENAME_NOREPLACE = 1  # <stdio.h>
 
+OperationName = Literal[
+    "create", "write", "fsync_file", "fsync_folder", "mkdir", "rename", "link", "symlink", "unlink", "rmdir"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One step that changes, or makes durable, what a disk holds.
+
+    `path` is what it acts on; `target` is the new name of a `rename` or a `link`.
+    """
+
+    name: OperationName
+    path: Path
+    target: Path | None = None
+
+
+Observer = Callable[[Operation], None]
+_observers: list[Observer] = []
+
+
+@contextlib.contextmanager
+def watch_operations(observer: Observer) -> Iterator[None]:
+    """Call `observer` before every operation of this process; what it raises takes the operation's place."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def announce(name: OperationName, path: Path, target: Path | None = None) -> None:
+    if _observers:
+        operation = Operation(name, path, target)
+        for observer in _observers:
+            observer(operation)
+
+
+class NewFile(io.FileIO):
+    """An unbuffered file that did not exist before; `create` makes one."""
+
+    def __init__(self, path: Path) -> None:
+        announce("create", path)
+        super().__init__(path, "xb")
+        self._path = path
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """All of `data`, or OSError."""
+        announce("write", self._path)
+        view = memoryview(data).cast("B")
+        written = 0
+        while written < len(view):
+            count = super().write(view[written:])
+            assert count, "a blocking file takes at least one byte"
+            written += count
+        return written
+
+
+def create(path: Path) -> NewFile:
+    """Open a new file for writing. Nothing of it is flushed: see `fsync_file`."""
+    return NewFile(path)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a new file and flush it. The folder's entry is not flushed: see `fsync_folder`."""
+    with create(path) as file:
+        file.write(content)
+    fsync_file(path)
+
 
 def fsync_file(path: Path) -> None:
     """Flush one file's data and metadata to disk. Raises MachineError where the disk refuses."""
-    fsync_path(path, os.O_RDONLY)
+    fsync_path("fsync_file", path, os.O_RDONLY)
 
 
 def fsync_folder(path: Path) -> None:
     """Flush a folder's entries to disk. Raises MachineError where the disk refuses."""
-    fsync_path(path, os.O_RDONLY | os.O_DIRECTORY)
+    fsync_path("fsync_folder", path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def fsync_path(path: Path, flags: int) -> None:
+def fsync_path(name: OperationName, path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
+        announce(name, path)
         os.fsync(descriptor)
     except OSError as error:
         raise MachineError(f"{path}: fsync failed: {error.strerror}: check the disk, then restart") from error
@@ -40,20 +118,24 @@ def fsync_path(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a new file and flush it. The folder's entry is not flushed: see `fsync_folder`."""
-    with path.open("xb") as file:
-        file.write(content)
-    fsync_file(path)
-
-
 def make_folder(path: Path) -> None:
     """Create a folder, and its parents, where missing."""
-    path.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    announce("mkdir", path)
+    path.mkdir(exist_ok=True)
+
+
+def make_new_folder(path: Path) -> None:
+    """Create a folder that must not exist yet (FileExistsError)."""
+    announce("mkdir", path)
+    os.mkdir(path)
 
 
 def rename(source: Path, target: Path) -> None:
-    """Move within one file system, atomically. A non-empty folder at `target` refuses (OSError)."""
+    """Move within one file system, atomically. Replaces a file; a folder that holds anything refuses."""
+    announce("rename", source, target)
     os.rename(source, target)
 
 
@@ -62,11 +144,12 @@ def move_without_replacing(source: Path, target: Path) -> bool:
     renamed = rename_without_replacing(source, target)
     if renamed is not None:
         return renamed
+    announce("link", source, target)
     try:  # link, then unlink: a plain rename would silently replace the target
         os.link(source, target, follow_symlinks=False)
     except FileExistsError:
         return False
-    os.unlink(source)
+    unlink(source)
     return True
 
 
@@ -75,10 +158,10 @@ def rename_without_replacing(source: Path, target: Path) -> bool | None:
 
     None where this file system or C library can't.
     """
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
+    if RENAMEAT2 is None:
         return None
-    if renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE) == 0:
+    announce("rename", source, target)
+    if RENAMEAT2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE) == 0:
         return True
     code = ctypes.get_errno()
     if code == errno.EEXIST:
@@ -88,8 +171,21 @@ def rename_without_replacing(source: Path, target: Path) -> bool | None:
     raise OSError(code, os.strerror(code), str(source), None, str(target))
 
 
+def symlink(path: Path, content: str) -> None:
+    """Create a symbolic link that holds `content`."""
+    announce("symlink", path)
+    os.symlink(content, path)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file's name."""
+    announce("unlink", path)
+    os.unlink(path)
+
+
 def remove_empty_folder(path: Path) -> bool:
     """Remove a folder; False where something is in it. One that is gone already is fine."""
+    announce("rmdir", path)
     try:
         os.rmdir(path)
     except FileNotFoundError:
@@ -101,12 +197,31 @@ def remove_empty_folder(path: Path) -> bool:
     return True
 
 
-def unlink(path: Path) -> None:
-    """Remove a file's name."""
-    os.unlink(path)
-
-
 def remove_folder(path: Path) -> None:
     """Remove a folder and all that is in it; one that is gone already is fine."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+        with os.scandir(path) as entries:
+            found = list(entries)
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                remove_folder(Path(entry.path))
+            else:
+                unlink(Path(entry.path))
+        remove_empty_folder(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock between processes, on a file made where missing; waits for it.
+
+    The lock is the kernel's (flock): it ends with the process, however it ends.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+RENAMEAT2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -43,15 +43,23 @@ def ignore(outcome: Outcome) -> None:
     pass
 
 
-def serve(config: Config, *, once: bool, on_outcome: Callable[[Outcome], None] = ignore) -> Tally:
+def serve(
+    config: Config,
+    *,
+    once: bool,
+    on_outcome: Callable[[Outcome], None] = ignore,
+    load: Callable[[Config], Compute] = load_compute,
+) -> Tally:
     """Run the daemon until it is told to stop, or with `once` until the inbox is drained.
+
+    `load` gives the model, the SAEs and the tokenizer; it is called on the device thread.
 
     Raises ConfigError before anything is touched, MachineError where the machine fails or a second signal
     forces the end.
     """
     check_folders(config.inbox.path, config.outbox.path)
     try:
-        return asyncio.run(Service(config, once=once, on_outcome=on_outcome).run())
+        return asyncio.run(Service(config, once=once, on_outcome=on_outcome, load=load).run())
     except* (ConfigError, MachineError, OSError) as group:
         raise first_leaf(group) from None
 
@@ -85,8 +93,16 @@ def check_folders(inbox: Path, outbox: Path) -> None:
 class Service:
     """One run of the daemon."""
 
-    def __init__(self, config: Config, *, once: bool, on_outcome: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        once: bool,
+        on_outcome: Callable[[Outcome], None],
+        load: Callable[[Config], Compute],
+    ) -> None:
         self.config = config
+        self.load_compute = load
         self.once = once
         self.on_outcome = on_outcome
         self.stop = asyncio.Event()
@@ -117,7 +133,7 @@ class Service:
     async def load(self) -> Compute:
         began = time.monotonic()
         log.info("model.loading", model=self.config.model.name)
-        compute = await self.device.call(lambda: load_compute(self.config))
+        compute = await self.device.call(lambda: self.load_compute(self.config))
         info = compute.engine.info
         self.metrics.describe(info, self.config.batching.max_batch_tokens)
         log.info(

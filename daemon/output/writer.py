@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from daemon.durable import make_folder, remove_folder
+from daemon.durable import make_folder, make_new_folder, remove_folder
 from daemon.output.finished import FinishedPart
 from daemon.output.jsontext import to_json
 from daemon.output.parquet import ParquetFile
@@ -79,7 +79,7 @@ class UnitWriter:
         self._layers = tuple(LayerTotals.zero(sae.d_in) for sae in info.saes)
         self._seconds = StageSeconds()
         make_folder(staging.parent)
-        staging.mkdir()
+        make_new_folder(staging)
         self._metrics = ParquetFile(
             staging / METRICS,
             self._metrics_schema,
