@@ -47,3 +47,23 @@ $(READY): pyproject.toml deploy/constraints.txt
 
 clean:
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+# The reliability tools: real processes with a tiny model. Each says what it counted and fails on a violation.
+KILLS ?= 200
+MINUTES ?= 30
+FILES ?= 10000
+SEED ?= 0
+
+.PHONY: torture several small-files soak
+
+torture: $(READY)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.torture --kills $(KILLS) --seed $(SEED)
+
+several: $(READY)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.several --seed $(SEED)
+
+small-files: $(READY)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.small_files --files $(FILES)
+
+soak: $(READY)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.soak --minutes $(MINUTES)

@@ -24,7 +24,7 @@ from daemon.intake.reader import ReadLimits
 from daemon.intake.tokenizer import Tokenizer
 
 QUEUED_TEXT_BYTES = 16 << 20
-QUEUED_PARTS = 4
+QUEUED_RESULT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ def read_limits(config: Config) -> ReadLimits:
     return ReadLimits(
         max_record_bytes=config.inbox.max_record_bytes,
         max_nesting=config.inbox.max_nesting,
-        max_file_bytes=config.inbox.max_file_bytes,
+        max_decompressed_bytes=config.inbox.max_decompressed_bytes,
+        max_compression_ratio=config.inbox.max_compression_ratio,
         part_records=config.inbox.part_records,
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -60,6 +61,16 @@ class Channel(Generic[T]):
         """Take the oldest item if there is one."""
         async with self._changed:
             return self._take() if self._items else None
+
+    async def batches(self) -> AsyncIterator[list[T]]:
+        """Everything that is there, as often as there is something, until the end."""
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._items or self._closed)
+                if not self._items:
+                    return
+                items = [self._take() for _ in range(len(self._items))]
+            yield items
 
     def __aiter__(self) -> Channel[T]:
         return self

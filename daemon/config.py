@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -96,13 +97,15 @@ class InboxSection(Section):
     on_success: Literal["move", "delete"] = "move"  # to done/, or delete
     max_record_bytes: PositiveInt = 1 << 20
     max_nesting: PositiveInt = 32
-    max_file_bytes: PositiveInt = 256 << 20  # of a .json file, uncompressed: it is read whole
+    max_decompressed_bytes: PositiveInt = 64 << 30  # of a compressed file's content
+    max_compression_ratio: PositiveInt = 1000  # of a compressed file's content to the file
     part_records: PositiveInt = 1024
 
 
 class OutboxSection(Section):
     path: Path = Path("outbox")
     values: Literal["float32", "float16"] = "float32"  # type of stored activations
+    min_free_bytes: NonNegativeInt = 256 << 20  # of the disk; with less, no file is taken up
 
 
 class HttpSection(Section):

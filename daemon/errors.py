@@ -19,6 +19,10 @@ class MachineError(LensdError):
     """The machine failed: a folder that can't be written, a device that is gone, a failed fsync."""
 
 
+class OutOfMemory(LensdError):
+    """The device's memory does not hold a batch."""
+
+
 class FileError(LensdError):
     """An input file as a whole can't be used; it moves to `failed/` with this message.
 

@@ -9,10 +9,13 @@ down instead of looking like a clean end. Knows no signals, no HTTP and no confi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import io
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -20,26 +23,21 @@ from daemon.channel import Channel, EndOfStream
 from daemon.compute.assembly import Assembly
 from daemon.compute.device import Device, Study
 from daemon.compute.packing import Packer
-from daemon.errors import FileError
+from daemon.errors import FileError, MachineError, OutOfMemory
 from daemon.intake.inbox import Inbox
-from daemon.intake.reader import ReadLimits, content_sha256, read_parts
+from daemon.intake.reader import PartReader, ReadLimits, read_parts
+from daemon.intake.source import Content, open_content
 from daemon.intake.tokenizer import Tokenizer
 from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
-from daemon.output.delivery import Delivery, Outcome
+from daemon.output.delivery import Arrival, Delivery, FileFailed, Outcome
 from daemon.output.finished import FinishedPart
-from daemon.records import Claim, Part, Recipe, Source, TokenizedPart
+from daemon.pause import Pause
+from daemon.records import Claim, KeptPart, Part, Recipe, Source, TokenizedPart
+
+SMALL_BYTES = 256 << 10  # up to which a file is read at one go
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class FileFailed:
-    """Follows the parts of a file that turned out to be unusable after some of it was read."""
-
-    source: Source
-    error: FileError
-    parts: int  # handed on before
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,8 @@ class Limits:
 
     queued_text_bytes: int
     queued_tokens: int  # tokenized and ahead of the device, sorted by length together
-    queued_parts: int
+    queued_result_bytes: int
+    max_attempts: int  # begun on one file, after which it fails
 
 
 @dataclass(slots=True)
@@ -61,6 +60,27 @@ class Tally:
     failed: int = 0
     rows: int = 0
     rejects: int = 0
+
+
+@dataclass(slots=True)
+class OpenedFile:
+    """A claimed file as far as one look into it told."""
+
+    claim: Claim
+    content: Content | None = None
+    source: Source | None = None
+    published: Path | None = None  # its results, there already
+    parts: list[Part | KeptPart] | None = None  # of a small file, all of them
+    error: FileError | None = None
+
+    @property
+    def known_source(self) -> Source:
+        assert self.source is not None, "a file without an error is known"
+        return self.source
+
+    def close(self) -> None:
+        if self.content is not None:
+            self.content.close()
 
 
 class Pipeline:
@@ -79,6 +99,8 @@ class Pipeline:
         read_limits: ReadLimits,
         limits: Limits,
         results_key: str,
+        pause: Pause,
+        tally: Tally,
         metrics: Metrics,
         progress: Progress,
         on_outcome: Callable[[Outcome], None],
@@ -95,14 +117,15 @@ class Pipeline:
         self.read_limits = read_limits
         self.limits = limits
         self.results_key = results_key
+        self.pause = pause
         self.metrics = metrics
         self.progress = progress
         self.on_outcome = on_outcome
         self.clock = clock
-        self.tally = Tally()
-        self.parts: Channel[Part | FileFailed] = Channel(limits.queued_text_bytes)
-        self.tokenized: Channel[TokenizedPart | FileFailed] = Channel(limits.queued_tokens)
-        self.finished: Channel[FinishedPart | FileFailed] = Channel(limits.queued_parts)
+        self.tally = tally
+        self.parts: Channel[Part | KeptPart | FileFailed] = Channel(limits.queued_text_bytes)
+        self.tokenized: Channel[TokenizedPart | KeptPart | FileFailed] = Channel(limits.queued_tokens)
+        self.finished: Channel[Arrival] = Channel(limits.queued_result_bytes)
         self._units: dict[str, asyncio.Event] = {}  # under way; set when their outcome is known
 
     async def run(self, stop: asyncio.Event, *, once: bool) -> Tally:
@@ -113,7 +136,7 @@ class Pipeline:
                 group.create_task(self.tokenize(), name="tokenize")
                 group.create_task(self.compute(), name="compute")
                 group.create_task(self.write(), name="write")
-        except asyncio.CancelledError:
+        except* (asyncio.CancelledError, MachineError):
             await self.delivery.give_back()
             raise
         return self.tally
@@ -122,62 +145,135 @@ class Pipeline:
         """Stage 1: claim files and read them as parts, until none is left and none comes back."""
         while True:
             requeued = self.tally.requeued
-            async for claim in self.inbox.claims(stop, once):
-                await self.take(claim)
-            for under_way in list(self._units.values()):
-                await under_way.wait()
+            async for claims in self.inbox.claims(stop, once):
+                if claims[0].attempt == 1:
+                    await self.take(claims)
+                    continue
+                # Work on it ended with the process before: should it do so again, nothing else is under way.
+                await self.idle()
+                await self.take(claims)
+                await self.idle()
+            await self.idle()
             if stop.is_set() or self.tally.requeued == requeued:
                 break
         await self.parts.close()
 
-    async def take(self, claim: Claim) -> None:
-        """Hand a claimed file on, part by part; or settle it at once."""
-        try:
-            source = await self.open(claim)
-        except FileError as error:
-            await self.settle(await self.delivery.fail(claim, error))
-            return
-        if source is None:
-            return
-        handed_on = 0
-        try:
-            async for part in read_parts(source, recipe=self.recipe, limits=self.read_limits):
-                self.progress.add_total(part.records)
-                self.metrics.stage_duration_seconds.labels("read").observe(part.read_seconds)
-                await self.parts.put(part, text_bytes(part))
-                handed_on += 1
-        except FileError as error:
-            await self.parts.put(FileFailed(source, error, handed_on))
+    async def idle(self) -> None:
+        """Wait until every file that was taken has its outcome."""
+        for under_way in list(self._units.values()):
+            await under_way.wait()
 
-    async def open(self, claim: Claim) -> Source | None:
-        """A claim with its content known; None where its results are already published.
+    async def take(self, claims: Sequence[Claim]) -> None:
+        """Hand claimed files on, part by part; or settle them at once."""
+        for opened in await self.pause.outlast(lambda: asyncio.to_thread(self.open_all, claims)):
+            with contextlib.closing(opened):
+                if opened.error is not None:
+                    await self.settle(await self.delivery.fail(opened.claim, opened.error, opened.source))
+                elif await self.begin(opened):
+                    await self.hand_on(opened)
+
+    def open_all(self, claims: Sequence[Claim]) -> list[OpenedFile]:
+        """The files' contents, of small ones as parts. Blocks; one call for all, since each call costs."""
+        opened: list[OpenedFile] = []
+        try:
+            for claim in claims:
+                opened.append(OpenedFile(claim))
+                self.open_file(opened[-1])
+        except OSError:
+            for file in opened:
+                file.close()
+            raise
+        return opened
+
+    def open_file(self, file: OpenedFile) -> None:
+        began = self.clock()
+        try:
+            content = file.content = open_content(file.claim.path, SMALL_BYTES)
+            unit = hashlib.sha256((content.sha256 + self.results_key).encode()).hexdigest()[:12]
+            file.source = source = Source(file.claim, content.sha256, content.size, unit, began)
+            file.published = self.delivery.published(unit)
+            if content.data is not None and file.published is None and file.claim.attempt == 1:
+                reader = PartReader(source, recipe=self.recipe, limits=self.read_limits)
+                file.parts = [*reader.feed(content.data), *reader.finish()]
+        except FileError as error:
+            file.error = error
+
+    async def begin(self, file: OpenedFile) -> bool:
+        """Whether the file is to be worked on; where not, it is settled.
 
         The same content under two names is computed once: the second waits for the first.
         """
-        opened_at = self.clock()
-        sha256, size = await content_sha256(claim.path)
-        unit = hashlib.sha256((sha256 + self.results_key).encode()).hexdigest()[:12]
-        if (other := self._units.get(unit)) is not None:
+        claim, source, folder = file.claim, file.known_source, file.published
+        while (other := self._units.get(source.unit)) is not None:
             await other.wait()
-        if (folder := await self.delivery.published(unit)) is not None:
-            await self.settle(await self.delivery.duplicate(claim, unit, folder))
-            return None
-        source = Source(claim=claim, sha256=sha256, size=size, unit=unit, opened_at=opened_at)
-        self._units[unit] = asyncio.Event()
-        self.metrics.input_bytes_total.inc(size)
-        return source
+            folder = self.delivery.published(source.unit)
+        if folder is not None:
+            await self.settle(await self.delivery.duplicate(claim, source.unit, folder))
+            return False
+        if claim.attempt > self.limits.max_attempts:
+            error = FileError(
+                "attempts_exhausted",
+                f"work on it was begun {self.limits.max_attempts} times and ended with the process:"
+                " see the log of each, then drop it again",
+            )
+            await self.settle(await self.delivery.give_up(source, error))
+            return False
+        self._units[source.unit] = asyncio.Event()
+        self.metrics.input_bytes_total.inc(source.size)
+        return True
+
+    async def hand_on(self, file: OpenedFile) -> None:
+        """The parts of a file to the next stage."""
+        handed_on = 0
+        try:
+            async for part in self.parts_of(file):
+                self.progress.add_total(part.extent.records)
+                if isinstance(part, Part):
+                    self.metrics.stage_duration_seconds.labels("read").observe(part.read_seconds)
+                    await self.parts.put(part, text_bytes(part))
+                else:
+                    self.progress.advance(part.extent.records)
+                    await self.parts.put(part)
+                handed_on += 1
+        except FileError as error:
+            source = file.known_source
+            if handed_on:
+                await self.parts.put(FileFailed(source, error, handed_on))
+            else:
+                await self.settle(await self.delivery.give_up(source, error))
+
+    async def parts_of(self, file: OpenedFile) -> AsyncIterator[Part | KeptPart]:
+        """A file's parts, but for those that an earlier attempt stored."""
+        if file.parts is not None:
+            for part in file.parts:
+                yield part
+            return
+        source, content = file.known_source, file.content
+        assert content is not None
+        stored = await self.delivery.stored(source)
+        stream = content.file if content.file is not None else io.BytesIO(content.data or b"")
+        async for part in read_parts(
+            stream, source, recipe=self.recipe, limits=self.read_limits, stored=stored
+        ):
+            yield part
 
     async def tokenize(self) -> None:
         """Stage 2: texts to token ids, off the event loop."""
-        async for item in self.parts:
-            if isinstance(item, FileFailed):
-                await self.tokenized.put(item)
-                continue
-            part = await asyncio.to_thread(self.tokenizer.tokenize, item)
-            self.metrics.observe_tokenized(part)
-            self.progress.advance(len(part.part.rejects))
-            await self.tokenized.put(part, part.n_tokens)
+        async for items in self.parts.batches():
+            parts = [item for item in items if isinstance(item, Part)]
+            tokenized = iter(await asyncio.to_thread(self.tokenize_all, parts))
+            for item in items:
+                if not isinstance(item, Part):
+                    await self.tokenized.put(item)
+                    continue
+                part = next(tokenized)
+                self.metrics.observe_tokenized(part)
+                self.progress.advance(len(part.part.rejects))
+                await self.tokenized.put(part, part.n_tokens)
         await self.tokenized.close()
+
+    def tokenize_all(self, parts: Sequence[Part]) -> list[TokenizedPart]:
+        return [self.tokenizer.tokenize(part) for part in parts]
 
     async def compute(self) -> None:
         """Stage 3: whenever the device is free, give it the best batch of what is there."""
@@ -185,17 +281,35 @@ class Pipeline:
         ended = False
         while not ended or self.packer:
             ended = ended or await self.gather(assembly)
-            if not self.packer:
-                continue
-            began = time.perf_counter()
-            batch = self.packer.take()
-            pack_seconds = time.perf_counter() - began
-            block = await self.device.call(lambda batch=batch: self.study.run(batch))  # type: ignore[misc]
-            self.metrics.observe_block(batch, block, self.study.engine.info, pack_seconds)
-            self.progress.advance(len(batch.entries))
-            for finished in assembly.scatter(batch, block, pack_seconds):
-                await self.finished.put(finished)
+            if self.packer:
+                for finished in await self.run_batch(assembly):
+                    await self.finished.put(finished, finished.nbytes)
         await self.finished.close()
+
+    async def run_batch(self, assembly: Assembly) -> list[FinishedPart]:
+        """One batch through the device; the parts that it finishes.
+
+        A batch that is too much for the device's memory comes back as smaller ones; a sample that alone is
+        too much becomes a reject.
+        """
+        began = time.perf_counter()
+        batch = self.packer.take()
+        pack_seconds = time.perf_counter() - began
+        try:
+            block = await self.device.call(lambda: self.study.run(batch))
+        except OutOfMemory as error:
+            self.metrics.oom_total.inc()
+            log.warning("device.out_of_memory", samples=len(batch.entries), message=str(error))
+            if len(batch.entries) > 1:
+                self.packer.shrink(batch)
+                self.metrics.max_batch_tokens.set(self.packer.max_batch_tokens)
+                return []
+            self.metrics.rejects_total.labels("out_of_memory").inc()
+            self.progress.advance(1)
+            return assembly.set_aside(batch.entries[0], "out_of_memory", str(error))
+        self.metrics.observe_block(batch, block, self.study.engine.info, pack_seconds)
+        self.progress.advance(len(batch.entries))
+        return assembly.scatter(batch, block, pack_seconds)
 
     async def gather(self, assembly: Assembly) -> bool:
         """Take what is tokenized, up to the window; wait only when idle. True at the end of the stream."""
@@ -206,22 +320,18 @@ class Pipeline:
                 return True
             if item is None:
                 return False
-            if isinstance(item, FileFailed):
+            if not isinstance(item, TokenizedPart):
                 await self.finished.put(item)
             elif (done := assembly.open(item)) is not None:
-                await self.finished.put(done)
+                await self.finished.put(done, done.nbytes)
             else:
                 self.packer.add(item)
         return False
 
     async def write(self) -> None:
-        """Stage 4: parts to Parquet; a file's last part publishes it."""
-        async for item in self.finished:
-            if isinstance(item, FileFailed):
-                outcome = await self.delivery.fail_source(item.source, item.error, item.parts)
-            else:
-                outcome = await self.delivery.write(item)
-            if outcome is not None:
+        """Stage 4: parts to Parquet; a file's last part publishes it, with what else is there."""
+        async for arrivals in self.finished.batches():
+            for outcome in await self.delivery.write(arrivals):
                 await self.settle(outcome)
 
     def queued(self) -> dict[str, int]:

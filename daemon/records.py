@@ -69,6 +69,7 @@ class FileIdentity:
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Claim:
 
     name: str  # as it was dropped into the inbox
     path: Path  # where it lies now
-    attempt: int  # 1 for the first
+    attempt: int  # how often work on it has begun, this time included
     identity: FileIdentity
 
 
@@ -119,15 +120,24 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
+class PartExtent:
+    """Which run of a file's records a part is. Two parts of the same extent of the same file are the same."""
+
+    number: int  # counts from 0 within the file
+    first_record: int  # 0-based record index
+    records: int
+    byte_offset: int  # of the first record in the uncompressed input
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """A run of consecutive records of one file: the grain in which work flows and is written.
 
-    `number` counts from 0 within the file and `last` marks the file's end;
-    records == len(samples) + len(rejects).
+    `last` marks the file's end; extent.records == len(samples) + len(rejects).
     """
 
     source: Source
-    number: int
+    extent: PartExtent
     last: bool
     recipe: Recipe
     samples: tuple[Sample, ...]
@@ -136,8 +146,18 @@ class Part:
     tokenize_seconds: float = 0.0
 
     @property
-    def records(self) -> int:
-        return len(self.samples) + len(self.rejects)
+    def number(self) -> int:
+        return self.extent.number
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPart:
+    """A part whose results an earlier attempt stored already."""
+
+    source: Source
+    extent: PartExtent
+    last: bool
+    recipe: Recipe
 
 
 @dataclass(frozen=True, slots=True)

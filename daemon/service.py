@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,7 +17,14 @@ from pathlib import Path
 import structlog
 from prometheus_client import CollectorRegistry
 
-from daemon.build import QUEUED_PARTS, QUEUED_TEXT_BYTES, Compute, load_compute, read_limits, results_key
+from daemon.build import (
+    QUEUED_RESULT_BYTES,
+    QUEUED_TEXT_BYTES,
+    Compute,
+    load_compute,
+    read_limits,
+    results_key,
+)
 from daemon.compute.device import Device
 from daemon.compute.packing import Packer
 from daemon.config import Config
@@ -26,11 +34,13 @@ from daemon.intake.inbox import Inbox
 from daemon.observe.http import Health, serve_http
 from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
-from daemon.output.commit import clear_staging
+from daemon.output.commit import Outbox
 from daemon.output.delivery import Delivery, Outcome
+from daemon.pause import DISK, FOLDERS, REASONS, FoldersLost, Pause
 from daemon.pipeline import Limits, Pipeline, Tally
 
 HEARTBEAT_SECONDS = 1.0
+PAUSED = "paused: "  # how readiness words a reason to pause
 
 log = structlog.get_logger()
 
@@ -110,14 +120,11 @@ class Service:
         self.device = Device()
         self.health = Health(self.device, stall_seconds=config.http.stall_seconds)
         self.progress = Progress()
+        self.pause = Pause(patient=not once)
+        self.paused: set[str] = set()  # reasons that were told
+        self.tally = Tally()
+        self.inbox: Inbox | None = None
         self.pipeline: Pipeline | None = None
-        self.inbox = Inbox(
-            config.inbox.path,
-            settle_seconds=config.inbox.settle_seconds,
-            rescan_seconds=config.inbox.rescan_seconds,
-            max_attempts=config.inbox.max_attempts,
-            on_success=config.inbox.on_success,
-        )
 
     async def run(self) -> Tally:
         self.health.unmet.add("loading the model")
@@ -126,7 +133,8 @@ class Service:
                 try:
                     compute = await self.load()
                     self.health.unmet.discard("loading the model")
-                    return await self.drain(compute)
+                    await self.work(compute)
+                    return self.tally
                 finally:
                     self.device.close()
 
@@ -146,38 +154,60 @@ class Service:
         )
         return compute
 
-    async def drain(self, compute: Compute) -> Tally:
-        """Open the inbox and run the pipeline to its end."""
-        await self.inbox.open()
+    async def work(self, compute: Compute) -> None:
+        """Run pipelines to their end; another one where the folders of the first were taken away."""
+        with self.progress:
+            while True:
+                try:
+                    return await self.drain(compute)
+                except* FoldersLost as lost:
+                    if self.once or self.stop.is_set():
+                        raise
+                    log.error("service.folders_lost", reason=str(first_leaf(lost)))
+                    self.pause.hold(FOLDERS, str(first_leaf(lost)))
+                await self.folders_back()
+
+    async def folders_back(self) -> None:
+        """Wait until inbox and outbox are there and fit each other."""
+        while (
+            trouble := await asyncio.to_thread(self.folder_trouble)
+        ) is not None and not self.stop.is_set():
+            self.pause.hold(FOLDERS, trouble)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def drain(self, compute: Compute) -> None:
+        """Open inbox and outbox and run a pipeline to its end."""
+        config = self.config
+        inbox = Inbox(
+            config.inbox.path,
+            settle_seconds=config.inbox.settle_seconds,
+            rescan_seconds=config.inbox.rescan_seconds,
+            on_success=config.inbox.on_success,
+            pause=self.pause,
+        )
+        outbox = Outbox(config.outbox.path)
+        await self.pause.outlast(inbox.open)
         try:
-            self.pipeline = self.assemble(compute)
-            await self.recover(self.pipeline)
-            with self.progress:
-                return await self.pipeline.run(self.stop, once=self.once)
+            removed = await self.pause.outlast(lambda: asyncio.to_thread(outbox.open))
+            self.metrics.recovered_files_total.labels("staging_removed").inc(removed)
+            self.inbox = inbox
+            self.pipeline = self.assemble(compute, inbox, outbox)
+            await self.pipeline.run(self.stop, once=self.once)
         finally:
-            await self.inbox.close()
+            await asyncio.to_thread(outbox.close)
+            await inbox.close()
 
-    async def recover(self, pipeline: Pipeline) -> None:
-        """Count what the inbox took back from dead processes, and clear what they left half-written."""
-        requeued, failed = self.inbox.recovered - self.inbox.exhausted, self.inbox.exhausted
-        removed = await asyncio.to_thread(clear_staging, self.config.outbox.path)
-        for action, count in (("requeued", requeued), ("failed", failed), ("staging_removed", removed)):
-            self.metrics.recovered_files_total.labels(action).inc(count)
-        self.metrics.files_total.labels("failed").inc(failed)
-        pipeline.tally.failed += failed
-        if requeued or failed or removed:
-            log.warning("service.recovered", requeued=requeued, failed=failed, staging_removed=removed)
-
-    def assemble(self, compute: Compute) -> Pipeline:
+    def assemble(self, compute: Compute, inbox: Inbox, outbox: Outbox) -> Pipeline:
         config = self.config
         return Pipeline(
-            inbox=self.inbox,
+            inbox=inbox,
             delivery=Delivery(
-                inbox=self.inbox,
-                outbox=config.outbox.path,
+                inbox=inbox,
+                outbox=outbox,
                 info=compute.engine.info,
                 values=config.outbox.values,
                 settings=config.model_dump(mode="json"),
+                pause=self.pause,
             ),
             tokenizer=compute.tokenizer,
             device=self.device,
@@ -188,9 +218,12 @@ class Service:
             limits=Limits(
                 queued_text_bytes=QUEUED_TEXT_BYTES,
                 queued_tokens=config.batching.window_tokens,
-                queued_parts=QUEUED_PARTS,
+                queued_result_bytes=QUEUED_RESULT_BYTES,
+                max_attempts=config.inbox.max_attempts,
             ),
             results_key=results_key(config, compute.engine),
+            pause=self.pause,
+            tally=self.tally,
             metrics=self.metrics,
             progress=self.progress,
             on_outcome=self.on_outcome,
@@ -207,6 +240,7 @@ class Service:
                 log.info("service.draining", signal=received.name)
                 self.health.unmet.add("draining")
                 self.stop.set()
+                self.pause.give_up()
             else:
                 log.warning("service.forced", signal=received.name)
                 task.cancel()
@@ -230,6 +264,43 @@ class Service:
             log.info("http.listening", url=url)
             yield
 
+    def folder_trouble(self) -> str | None:
+        """Why inbox and outbox can't be worked with, if so."""
+        for folder in (self.config.inbox.path, self.config.outbox.path):
+            if not folder.is_dir():
+                return f"{folder}: no such folder"
+            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+                return f"{folder}: not readable and writable for this user"
+        if self.config.inbox.path.stat().st_dev != self.config.outbox.path.stat().st_dev:
+            return f"{self.config.inbox.path} and {self.config.outbox.path} are on different file systems"
+        return None
+
+    def check_machine(self) -> None:
+        """Whether folders and disk allow work; sets the reasons to pause. Blocks."""
+        trouble = self.folder_trouble()
+        self.pause.hold(FOLDERS, trouble)
+        if trouble is not None:
+            return
+        self.metrics.observe_disk({"inbox": self.config.inbox.path, "outbox": self.config.outbox.path})
+        free, floor = shutil.disk_usage(self.config.outbox.path).free, self.config.outbox.min_free_bytes
+        low = (
+            f"{self.config.outbox.path}: {free} bytes free, outbox.min_free_bytes = {floor}: free some space"
+        )
+        self.pause.hold(DISK, low if free < floor else None)
+
+    def tell_pause(self) -> None:
+        """Say where claiming pauses, and why, in metrics, readiness and log."""
+        reasons = self.pause.reasons
+        for reason in REASONS:
+            self.metrics.paused.labels(reason).set(reason in reasons)
+        self.health.unmet = {text for text in self.health.unmet if not text.startswith(PAUSED)}
+        self.health.unmet |= {f"{PAUSED}{message}" for message in reasons.values()}
+        for reason in reasons.keys() - self.paused:
+            log.warning("service.paused", reason=reason, message=reasons[reason])
+        for reason in self.paused - reasons.keys():
+            log.info("service.resumed", reason=reason)
+        self.paused = set(reasons)
+
     def sample(self) -> None:
         """Set the gauges that describe this moment."""
         metrics = self.metrics
@@ -239,11 +310,8 @@ class Service:
             time.time() - (time.monotonic() - since if since is not None else 0.0)
         )
         metrics.observe_device(self.device.busy_seconds, time.monotonic())
-        metrics.observe_disk({"inbox": self.config.inbox.path, "outbox": self.config.outbox.path})
-        load = self.inbox.pending()
-        metrics.inbox_files.set(load.files)
-        metrics.inbox_bytes.set(load.bytes)
-        metrics.oldest_pending_seconds.set(load.oldest_seconds)
+        if self.inbox is not None:
+            metrics.observe_inbox(self.inbox.pending(), self.inbox.take_recovered())
         if self.pipeline is not None:
             for stage, items in self.pipeline.queued().items():
                 metrics.queue_items.labels(stage).set(items)
@@ -255,6 +323,8 @@ class Service:
             while True:
                 self.health.beat()
                 self.sample()
+                await asyncio.to_thread(self.check_machine)
+                self.tell_pause()
                 await asyncio.sleep(HEARTBEAT_SECONDS)
 
         task = asyncio.create_task(beat())

@@ -6,6 +6,7 @@ Knows nothing about the device, Parquet or files.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,10 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from daemon.compute.packing import Batch
+from daemon.compute.packing import Batch, Entry
 from daemon.output.finished import BlockRows, FinishedPart
 from daemon.output.totals import LayerTotals, StageSeconds
-from daemon.records import Block, TokenizedPart
+from daemon.records import Block, Reject, TokenizedPart, TokenizedSample
 
 Key = tuple[str, int]  # unit, part number
 
@@ -31,12 +32,16 @@ class OpenPart:
     seconds: StageSeconds
     opened_at: float
     pieces: list[BlockRows] = field(default_factory=list)
+    set_aside: dict[int, Reject] = field(default_factory=dict)  # by row of the part
 
     def finish(self) -> FinishedPart:
+        part, pieces = self.part, tuple(self.pieces)
+        if self.set_aside:
+            part, pieces = without_rows(part, pieces, set(self.set_aside))
         return FinishedPart(
-            part=self.part,
-            pieces=tuple(self.pieces),
-            rejects=self.part.part.rejects,
+            part=part,
+            pieces=pieces,
+            rejects=(*part.part.rejects, *self.set_aside.values()),
             layers=self.layers,
             seconds=self.seconds,
         )
@@ -83,6 +88,13 @@ class Assembly:
                 finished.append(self._open.pop(key).finish())
         return finished
 
+    def set_aside(self, entry: Entry, reason: str, message: str) -> list[FinishedPart]:
+        """Turn one sample of a part into a reject; the part, if that finishes it."""
+        opened = self._open[key_of(entry.part)]
+        opened.set_aside[entry.row] = reject_of(entry.sample, reason, message)
+        opened.missing -= 1
+        return [] if opened.missing else [self._open.pop(key_of(entry.part)).finish()]
+
     def _add(
         self, opened: OpenPart, batch: Batch, block: Block, rows: np.ndarray, pack_seconds: float
     ) -> None:
@@ -103,6 +115,30 @@ class Assembly:
             sae=block.sae_seconds * share,
             analysis=block.analysis_seconds * share,
         )
+
+
+def without_rows(
+    part: TokenizedPart, pieces: tuple[BlockRows, ...], rows: set[int]
+) -> tuple[TokenizedPart, tuple[BlockRows, ...]]:
+    """A part less some of its samples, and pieces that count the rows that are left."""
+    kept = [row for row in range(len(part.samples)) if row not in rows]
+    new_row = np.full(len(part.samples), -1)
+    new_row[kept] = np.arange(len(kept))
+    samples = tuple(part.samples[row] for row in kept)
+    inner = dataclasses.replace(part.part, samples=tuple(entry.sample for entry in samples))
+    moved = tuple(dataclasses.replace(piece, part_rows=new_row[piece.part_rows]) for piece in pieces)
+    return TokenizedPart(inner, samples), moved
+
+
+def reject_of(sample: TokenizedSample, reason: str, message: str) -> Reject:
+    return Reject(
+        record_index=sample.sample.record_index,
+        sample_id=sample.sample.sample_id,
+        line=sample.sample.line,
+        byte_offset=sample.sample.byte_offset,
+        reason=reason,
+        message=message,
+    )
 
 
 def key_of(part: TokenizedPart) -> Key:

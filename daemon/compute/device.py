@@ -17,6 +17,7 @@ from daemon.analysis.stability import noise_bank
 from daemon.analysis.study import StudySettings, analyse, feature_rows, layer_sums
 from daemon.compute.engine import Engine
 from daemon.compute.packing import Batch
+from daemon.errors import OutOfMemory
 from daemon.records import Block
 
 R = TypeVar("R")
@@ -37,7 +38,7 @@ class Device:
         self.last_progress = clock()
 
     async def call(self, function: Callable[[], R]) -> R:
-        """Run `function()` on the device thread."""
+        """Run `function()` on the device thread. Raises OutOfMemory where its memory is too small."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, function)
 
     def _timed(self, function: Callable[[], R]) -> R:
@@ -45,6 +46,12 @@ class Device:
         try:
             with torch.inference_mode():  # thread-local: it must sit here
                 return function()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise OutOfMemory(str(error).partition("\n")[0]) from None
         finally:
             self.last_progress = self._clock()
             self.busy_seconds += self.last_progress - began
@@ -53,6 +60,13 @@ class Device:
     def close(self) -> None:
         """Wait for the current call and end the thread."""
         self._thread.shutdown(cancel_futures=True)
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether an error says that memory ran out; torch has a type of its own for that on CUDA only."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
 class Study:

@@ -70,6 +70,16 @@ class Packer:
         self.tokens -= sum(sample.n_tokens for sample in batch.samples)
         return batch
 
+    def shrink(self, batch: Batch) -> None:
+        """Take back a batch of several samples that was too much, and never plan one of its cost again."""
+        width = max(sample.width for sample in batch.samples)
+        cost = sum(len(sample.token_ids) for sample in batch.samples) * width
+        self.max_batch_tokens = max(1, min(self.max_batch_tokens, cost) // 2)
+        back = [*batch.entries, *(entry for planned in self._planned for entry in planned.entries)]
+        self._planned.clear()
+        self._waiting = back + self._waiting
+        self.tokens += sum(sample.n_tokens for sample in batch.samples)
+
     def _plan(self, entries: list[Entry]) -> list[Batch]:
         by_recipe: dict[Recipe, list[Entry]] = {}
         for entry in entries:

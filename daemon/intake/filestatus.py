@@ -24,7 +24,7 @@ def identity_of(path: Path) -> FileIdentity | None:
     status = status_of(path)
     if status is None:
         return None
-    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def stamp_of(path: Path) -> Stamp | None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import stat
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
@@ -22,52 +20,37 @@ import structlog
 
 from daemon import durable
 from daemon.errors import MachineError
-from daemon.intake.filestatus import Stamp, identity_of, kind_of, stamp, stamp_of
-from daemon.intake.lease import HeldFile, Lease, dead_leases, held_files, remove_lease
+from daemon.intake.filestatus import identity_of, stamp_of
 from daemon.intake.names import NAME_BYTES, numbered, numbered_stem, printable
+from daemon.intake.scan import Candidate, InboxLoad, Scanner
 from daemon.intake.watch import watching
+from daemon.lease import Lease, dead_leases
+from daemon.pause import FoldersLost, Pause
 from daemon.records import Claim
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Presence = Literal["same", "changed", "gone"]
 
 DONE = "done"
 FAILED = "failed"
 CLAIMED = ".claimed"
+DRAFTS = "drafts"  # of reasons, in the own lease
+FAILING = ".failing"  # locked while a file is moved to FAILED
 REASON_SUFFIX = ".reason.json"
-IGNORED_SUFFIXES = ("~", ".tmp", ".part")
 MAX_NUMBER = 1_000_000  # of names tried for one file
+BATCH_FILES = 32  # claimed at a time, so that small files share the cost
+BATCH_BYTES = 4 << 20
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class InboxLoad:
-    """What waited at the last look."""
-
-    files: int
-    bytes: int
-    oldest_seconds: float  # since the oldest was last written
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A regular file seen in the inbox."""
-
-    name: str
-    stamp: Stamp
-
-    @property
-    def size(self) -> int:
-        return self.stamp[1]
-
-    @property
-    def mtime_ns(self) -> int:
-        return self.stamp[2]
-
-
 class Inbox:
-    """One process's view of an inbox folder. `open` it, take `claims`, settle each one, `close`."""
+    """One process's view of an inbox folder. `open` it, take `claims`, settle each one, `close`.
+
+    A claimed file lies at `.claimed/<lease>/<n>/<name>`, where n says how often work on it has begun: the
+    count is made before the work, so that it survives what the work may do to the process.
+    """
 
     def __init__(
         self,
@@ -75,26 +58,24 @@ class Inbox:
         *,
         settle_seconds: float,
         rescan_seconds: float,
-        max_attempts: int,
         on_success: Literal["move", "delete"],
+        pause: Pause | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Nothing is claimed while `pause` has reasons."""
         self.path = path
-        self.recovered = 0  # files that dead processes held and that `open` dealt with
-        self.exhausted = 0  # of these, the files that had their last attempt and failed
-        self._settle_seconds = settle_seconds
         self._rescan_seconds = rescan_seconds
-        self._max_attempts = max_attempts
         self._on_success = on_success
+        self._pause = Pause() if pause is None else pause
         self._clock = clock
         self._wake = asyncio.Event()  # something may have changed
-        self._seen: dict[str, tuple[Stamp, float]] = {}  # name -> stamp, since when
-        self._ignored: set[str] = set()  # odd things reported and still there
+        self._scanner = Scanner(path, settle_seconds=settle_seconds, clock=clock)
         self._ready: deque[Candidate] = deque()  # of the last look, not yet claimed
         self._looked_at = float("-inf")
-        self._waiting: deque[Claim] = deque()  # recovered, not yet handed out
+        self._waiting: deque[Claim] = deque()  # taken over, not begun again yet
+        self._recovered = 0  # files taken over from dead processes, not yet told
+        self._unclaimable: set[str] = set()  # names reported
         self._held: dict[Path, Claim] = {}
-        self._load = InboxLoad(0, 0, 0.0)
         self._lease: Lease | None = None
         # One thread for all of it: releasing everything waits for a claim that a cancelled task left running.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inbox")
@@ -112,32 +93,35 @@ class Inbox:
         for name in (DONE, FAILED, CLAIMED):
             durable.make_folder(self.path / name)
         self._lease = Lease(self.path / CLAIMED)
-        for folder in dead_leases(self.path / CLAIMED, self._lease.folder):
-            for held in held_files(folder):
-                self._take_back(held)
-            if not remove_lease(folder):
-                log.warning("inbox.lease_kept", folder=folder.name, why="holds what is not a regular file")
+        self._take_over()
 
-    def _take_back(self, held: HeldFile) -> None:
-        """Take what a dead process held for another attempt, or fail it where it had its last."""
-        name = held.path.name
-        identity = identity_of(held.path)
-        if identity is None:
-            return
-        self.recovered += 1
-        claim = Claim(name, held.path, held.attempt, identity)
-        if held.attempt >= self._max_attempts:
-            message = (
-                f"{held.attempt} attempts ended with the process: see the log of each, then drop it again"
-            )
-            self._fail(claim, "attempts_exhausted", message, None)
-            self.exhausted += 1
-            return
-        target = self.lease.place(name, held.attempt + 1)
-        if durable.move_without_replacing(held.path, target):
-            self._waiting.append(Claim(name, target, held.attempt + 1, identity))
-        else:  # two dead processes held files of one name
-            self._move_out(claim, self.path, numbered_stem)
+    def _take_over(self) -> bool:
+        """Take what dead processes had claimed; whether something had to stay where it is for now."""
+        left = False
+        for lease in dead_leases(self.path / CLAIMED, self.lease.folder):
+            for path, attempt in claimed_files(lease):
+                claim = self._take_back(path, attempt)
+                if claim is None:
+                    left = True
+                    continue
+                self._waiting.append(claim)
+                self._recovered += 1
+            durable.remove_folder(lease / DRAFTS)
+        return left
+
+    def _take_back(self, path: Path, attempt: int) -> Claim | None:
+        """Move a claimed file into the own lease; None where a file of its name is there already."""
+        identity = identity_of(path)
+        target = self._place(path.name, attempt)
+        if identity is None or not durable.move_without_replacing(path, target):
+            return None
+        return Claim(path.name, target, attempt, identity)
+
+    def _place(self, name: str, attempt: int) -> Path:
+        """Where a file of this name lies while it is claimed for the given attempt."""
+        folder = self.lease.folder / str(attempt)
+        durable.make_folder(folder)
+        return folder / name
 
     @property
     def lease(self) -> Lease:
@@ -146,24 +130,35 @@ class Inbox:
         return self._lease
 
     async def close(self) -> None:
-        """Give up the lease; claims not settled are taken back at the next start."""
+        """Give up the lease; claims not settled are taken over by the next process."""
         if self._lease is not None:
             await self._call(self._lease.close)
             self._lease = None
         self._thread.shutdown(wait=False)
 
+    def take_recovered(self) -> int:
+        """How many files were taken over from dead processes since the last call."""
+        recovered, self._recovered = self._recovered, 0
+        return recovered
+
     def pending(self) -> InboxLoad:
         """What waited at the last look."""
-        return self._load
+        return self._scanner.load
 
-    async def claims(self, stop: asyncio.Event, once: bool) -> AsyncIterator[Claim]:
-        """One claim at a time, made when it is asked for, until `stop`, or with `once` until all is taken."""
+    async def claims(self, stop: asyncio.Event, once: bool) -> AsyncIterator[list[Claim]]:
+        """Claims as they are asked for, a few small files at a time.
+
+        Ends at `stop`, with `once` when all is taken. A file on which work has begun before comes alone.
+        """
         async with watching(self.path, self._wake, retry_seconds=self._rescan_seconds):
-            while not stop.is_set():
+            while True:
+                await self._pause.over()
+                if stop.is_set():
+                    return
                 self._wake.clear()
-                claim, look_in = await self._call(self._next)
-                if claim is not None:
-                    yield claim
+                claims, look_in = await self._pause.outlast(lambda: self._call(self._next))
+                if claims:
+                    yield claims
                 elif once and look_in is None:
                     return
                 else:
@@ -179,24 +174,39 @@ class Inbox:
             for wait in waits:
                 wait.cancel()
 
-    def _next(self) -> tuple[Claim | None, float | None]:
-        """The next claim; else in how many seconds to look again, None where nothing waits."""
-        if self._waiting:
-            return self._hold(self._waiting.popleft()), None
-        if self._clock() - self._looked_at < self._rescan_seconds:
-            claim = self._take_ready(fresh=False)
-            if claim is not None:
-                return claim, None
+    def _next(self) -> tuple[list[Claim], float | None]:
+        """The next claims; else in how many seconds to look again, None where nothing waits."""
+        if claims := self._begin_again():
+            return claims, None
+        if self._clock() - self._looked_at < self._rescan_seconds and (
+            claims := self._take_ready(fresh=False)
+        ):
+            return claims, None
         look_in = self._look()
-        claim = self._take_ready(fresh=True)
-        return claim, None if claim is not None else look_in
+        claims = self._begin_again() or self._take_ready(fresh=True)
+        return claims, None if claims else look_in
+
+    def _begin_again(self) -> list[Claim]:
+        """Count another attempt for a file taken over, and hand it out alone."""
+        for claim in self._waiting:
+            target = self._place(claim.name, claim.attempt + 1)
+            if durable.move_without_replacing(claim.path, target):
+                self._waiting.remove(claim)
+                identity = identity_of(target) or claim.identity
+                return [self._hold(Claim(claim.name, target, claim.attempt + 1, identity))]
+        return []
 
     def _look(self) -> float | None:
-        """Look at the folder for what is ready; in how many seconds something else may be, if anything."""
+        """Look at the folder for what is ready; in how many seconds something else may be, if anything.
+
+        Raises FoldersLost where the own lease is gone.
+        """
+        if self.path.is_dir() and not self.lease.folder.is_dir():
+            raise FoldersLost(f"{self.lease.folder} disappeared, with the files claimed there")
+        look_in = self._rescan_seconds if self._take_over() or self._waiting else None
         names = self._held_names()
-        look_in: float | None = None
         self._ready.clear()
-        for candidate, settles_in in self.scan():
+        for candidate, settles_in in self._scanner.scan():
             if candidate.name not in names and settles_in <= 0:
                 self._ready.append(candidate)
                 continue
@@ -206,71 +216,58 @@ class Inbox:
         self._looked_at = self._clock()
         return look_in
 
-    def _take_ready(self, *, fresh: bool) -> Claim | None:
-        """Claim the first file that the last look found ready; unless `fresh`, if it is still the same."""
+    def _take_ready(self, *, fresh: bool) -> list[Claim]:
+        """Claim the first of what the last look found ready; unless `fresh`, if it is still the same."""
+        claims: list[Claim] = []
         names = self._held_names()
-        while self._ready:
-            candidate = self._ready.popleft()
+        size = 0
+        while self._ready and len(claims) < BATCH_FILES and size < BATCH_BYTES:
+            candidate = self._ready[0]
             path = self.path / candidate.name
-            if candidate.name in names or not (fresh or stamp_of(path) == candidate.stamp):
-                continue
-            claim = self._move_in(path, candidate.name)
-            if claim is not None:
-                self._seen.pop(candidate.name, None)
-                return self._hold(claim)
-        return None
+            if candidate.name not in names and (fresh or stamp_of(path) == candidate.stamp):
+                try:
+                    claim = self._try_move_in(path, candidate.name)
+                except OSError:
+                    if claims:  # hand these out; the next call meets the same trouble
+                        break
+                    raise
+                if claim is not None:
+                    claims.append(claim)
+                    size += claim.identity.size
+            self._ready.popleft()
+        return claims
+
+    def _try_move_in(self, path: Path, name: str) -> Claim | None:
+        """Claim a file, unless this user may not move it."""
+        try:
+            claim = self._move_in(path, name)
+        except PermissionError as error:
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise
+            if name not in self._unclaimable:
+                log.warning("inbox.unclaimable", file=printable(name), reason=error.strerror)
+            self._unclaimable.add(name)
+            return None
+        if claim is not None:
+            self._scanner.forget(name)
+            self._hold(claim)
+        return claim
 
     def _held_names(self) -> set[str]:
-        return {claim.name for claim in self._held.values()}
+        return {claim.name for claim in (*self._held.values(), *self._waiting)}
 
     def _hold(self, claim: Claim) -> Claim:
         self._held[claim.path] = claim
         return claim
 
-    def scan(self) -> list[tuple[Candidate, float]]:
-        """Look at the folder: admissible files, oldest first, and in how many seconds each is settled."""
-        now = self._clock()
-        found = sorted(self._stamps().items(), key=lambda item: (item[1][2], item[0]))
-        seen = self._seen
-        self._seen = {
-            name: seen[name] if name in seen and seen[name][0] == stamp else (stamp, now)
-            for name, stamp in found
-        }
-        candidates = [Candidate(name, stamp) for name, stamp in found]
-        self._load = InboxLoad(
-            files=len(candidates),
-            bytes=sum(candidate.size for candidate in candidates),
-            oldest_seconds=max(0.0, time.time() - candidates[0].mtime_ns / 1e9) if candidates else 0.0,
-        )
-        return [(found, self._seen[found.name][1] + self._settle_seconds - now) for found in candidates]
-
-    def _stamps(self) -> dict[str, Stamp]:
-        """The regular files that may be taken, by name."""
-        stamps: dict[str, Stamp] = {}
-        odd: dict[str, str] = {}
-        with os.scandir(self.path) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name.endswith(IGNORED_SUFFIXES):
-                    continue
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                if stat.S_ISREG(status.st_mode):
-                    stamps[entry.name] = stamp(status)
-                elif not stat.S_ISDIR(status.st_mode):
-                    odd[entry.name] = kind_of(status.st_mode)
-        for name in odd.keys() - self._ignored:
-            log.warning("inbox.ignored", file=printable(name), kind=odd[name])
-        self._ignored = set(odd)
-        return stamps
-
     def _move_in(self, path: Path, name: str) -> Claim | None:
         """Claim by a rename into the lease; None where someone else was faster, or it is no file now."""
-        target = self.lease.place(name, 1)
+        target = self._place(name, 1)
         try:
             durable.rename(path, target)
         except FileNotFoundError:
+            if not target.parent.is_dir() or not self.path.is_dir():
+                raise
             return None
         identity = identity_of(target)
         if identity is None:  # swapped since it was seen; a link or a folder goes back to where it was
@@ -278,25 +275,29 @@ class Inbox:
             return None
         return Claim(name=name, path=target, attempt=1, identity=identity)
 
-    async def unchanged(self, claim: Claim) -> bool:
-        """Whether the file is still what it was when it was claimed."""
-        return await self._call(identity_of, claim.path) == claim.identity
+    async def recheck(self, claims: Sequence[Claim]) -> list[Presence]:
+        """Whether each file is still what it was when it was claimed."""
+        return await self._call(lambda: [presence(claim) for claim in claims])
 
-    async def retire(self, claim: Claim) -> None:
-        """Its results are published: move it to `done/`, or delete it."""
-        await self._call(self._retire, claim)
+    async def retire(self, claims: Sequence[Claim]) -> None:
+        """Their results are published: move them to `done/`, or delete them. Safe to repeat."""
+        await self._call(self._retire, claims)
         self._wake.set()
 
-    def _retire(self, claim: Claim) -> None:
-        if self._on_success == "delete":
-            durable.unlink(claim.path)
-            durable.fsync_folder(claim.path.parent)
-        else:
-            self._move_out(claim, self.path / DONE, numbered)
-        self._held.pop(claim.path, None)
+    def _retire(self, claims: Sequence[Claim]) -> None:
+        for claim in claims:
+            if not os.path.lexists(claim.path):
+                self._check_lost(claim)  # its user took it away, or an earlier try moved it
+            elif self._on_success == "delete":
+                durable.unlink(claim.path)
+            else:
+                self._move_out(claim, self.path / DONE, numbered)
+        if self._on_success == "move":
+            durable.fsync_folder(self.path / DONE)
+        self._let_go(claims)
 
     async def fail(self, claim: Claim, reason: str, message: str, sha256: str | None) -> None:
-        """It can't be used: move it to `failed/`, with its reason beside it. Replaces nothing there."""
+        """It can't be used: move it to `failed/`, its reason beside it. Replaces no file. Safe to repeat."""
         await self._call(self._fail, claim, reason, message, sha256)
         self._wake.set()
 
@@ -309,54 +310,85 @@ class Inbox:
             "sha256": sha256,
             "failed_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        draft = self.lease.draft()
-        durable.write_file(draft, json.dumps(content, indent=2).encode() + b"\n")
         folder = self.path / FAILED
+        if claim.path in self._held:  # no earlier try came so far
+            self._set_aside(claim, folder, json.dumps(content, indent=2).encode() + b"\n")
+        durable.fsync_folder(folder)
+        self._let_go([claim])
+
+    def _set_aside(self, claim: Claim, folder: Path, reason: bytes) -> None:
+        """Move a file and its reason into `folder`."""
+        draft = self.lease.folder / DRAFTS / "reason"
+        durable.make_folder(draft.parent)
+        if draft.exists():
+            durable.unlink(draft)
+        durable.write_file(draft, reason)
+        # The reason comes first, so that no file lies there without one. What a crash leaves is a reason
+        # without its file; the next to fail under that name replaces it. Locked against other processes.
+        with durable.locked(self.path / CLAIMED / FAILING):
+            target = self._free_name(claim, folder)
+            durable.rename(draft, folder / f"{target.name}{REASON_SUFFIX}")
+            if os.path.lexists(claim.path):
+                durable.rename(claim.path, target)
+        self._held.pop(claim.path, None)
+
+    def _free_name(self, claim: Claim, folder: Path) -> Path:
+        """A name in `folder` that is free, and whose reason's name fits beside it."""
         for number in range(MAX_NUMBER):
             target = folder / numbered(claim.name, number, NAME_BYTES - len(REASON_SUFFIX))
-            note = folder / f"{target.name}{REASON_SUFFIX}"
-            if not durable.move_without_replacing(draft, note):
-                continue
-            if self._move(claim, target):
-                return
-            durable.rename(note, draft)
+            if not os.path.lexists(target):
+                return target
         raise no_free_name(claim, folder)
 
-    async def release(self, claim: Claim) -> None:
-        """Put it back into the inbox under its name, or the nearest free one; no attempt is charged."""
-        await self._call(self._move_out, claim, self.path, numbered_stem)
+    async def release(self, claims: Sequence[Claim]) -> None:
+        """Put files back into the inbox, each under its name or the nearest free one. Charges no attempt."""
+        await self._call(self._release, claims)
         self._wake.set()
 
     async def release_all(self) -> None:
         """Put back everything that is claimed and not settled."""
-        await self._call(self._release_all)
+        await self._call(lambda: self._release([*self._held.values(), *self._waiting]))
+        self._waiting.clear()
         self._wake.set()
 
-    def _release_all(self) -> None:
-        for claim in [*self._held.values(), *self._waiting]:
-            self._move_out(claim, self.path, numbered_stem)
-        self._waiting.clear()
+    def _release(self, claims: Sequence[Claim]) -> None:
+        for claim in claims:
+            if os.path.lexists(claim.path):
+                self._move_out(claim, self.path, numbered_stem)
+        durable.fsync_folder(self.path)
+        self._let_go(claims)
 
     def _move_out(self, claim: Claim, folder: Path, name: Callable[[str, int], str]) -> None:
         """Move a claimed file into `folder`, under the first of its numbered names that is free."""
         for number in range(MAX_NUMBER):
-            if self._move(claim, folder / name(claim.name, number)):
+            if durable.move_without_replacing(claim.path, folder / name(claim.name, number)):
                 return
         raise no_free_name(claim, folder)
 
-    def _move(self, claim: Claim, target: Path) -> bool:
-        """Move a claimed file to a name that must be free, and flush both folders."""
-        try:
-            if not durable.move_without_replacing(claim.path, target):
-                return False
-        except FileNotFoundError:
-            raise MachineError(
-                f"{claim.path} or {target.parent} disappeared while the file was claimed: restart lensd"
-            ) from None
-        durable.fsync_folder(target.parent)
-        durable.fsync_folder(claim.path.parent)
-        self._held.pop(claim.path, None)
-        return True
+    def _let_go(self, claims: Sequence[Claim]) -> None:
+        """Flush the folders that the files left, and hold them no longer."""
+        for folder in {claim.path.parent for claim in claims}:
+            if folder.is_dir():
+                durable.fsync_folder(folder)
+        for claim in claims:
+            self._held.pop(claim.path, None)
+
+    def _check_lost(self, claim: Claim) -> None:
+        if not claim.path.parent.is_dir():
+            raise FoldersLost(f"{claim.path.parent} disappeared, with the files claimed there")
+
+
+def presence(claim: Claim) -> Presence:
+    now = identity_of(claim.path)
+    if now is None:
+        return "gone"
+    return "same" if now == claim.identity else "changed"
+
+
+def claimed_files(lease: Path) -> list[tuple[Path, int]]:
+    """What lies claimed in a lease, and how often work on each has begun."""
+    folders = [folder for folder in lease.iterdir() if folder.name.isdecimal() and folder.is_dir()]
+    return [(path, int(folder.name)) for folder in sorted(folders) for path in sorted(folder.iterdir())]
 
 
 def no_free_name(claim: Claim, folder: Path) -> MachineError:

@@ -5,36 +5,10 @@ Knows nothing about what a line means.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
-from daemon.intake.document import BOM, check_text
+from daemon.intake.document import BOM
 from daemon.intake.parsing import Place, RawRecord
-
-
-async def line_groups(
-    content: AsyncIterator[bytes], *, max_record_bytes: int, group_records: int, group_bytes: int
-) -> AsyncIterator[list[RawRecord]]:
-    """Consecutive records, at most `group_records` and about `group_bytes` at a time.
-
-    Raises FileError where the stream is no text.
-    """
-    splitter = LineSplitter(max_record_bytes)
-    group: list[RawRecord] = []
-    weight = 0
-    started = False
-    async for chunk in content:
-        if not started:
-            check_text(chunk)
-            started = True
-        for record in splitter.feed(chunk):
-            group.append(record)
-            weight += len(record.text or "")
-            if len(group) == group_records or weight >= group_bytes:
-                yield group
-                group, weight = [], 0
-    group += splitter.finish()
-    if group:
-        yield group
 
 
 class LineSplitter:

@@ -29,6 +29,7 @@ REJECT_REASONS = (
     "record_too_large",
     "text_too_long",
     "empty_text",
+    "out_of_memory",
 )
 
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 from daemon.errors import FileError, SampleError
-from daemon.intake.document import document_records
-from daemon.intake.lines import line_groups
+from daemon.intake.document import DocumentFramer, check_text
+from daemon.intake.lines import LineSplitter
 from daemon.intake.parsing import (
     REJECT_REASONS,
     RawRecord,
@@ -23,10 +22,10 @@ from daemon.intake.parsing import (
     to_sample,
     too_deep,
 )
-from daemon.intake.source import chunks, content_sha256
-from daemon.records import BUILT_IN_RECIPES, Part, Recipe, Reject, Sample, Source
+from daemon.intake.source import chunks
+from daemon.records import BUILT_IN_RECIPES, KeptPart, Part, PartExtent, Recipe, Reject, Sample, Source
 
-__all__ = ["REJECT_REASONS", "ReadLimits", "content_sha256", "read_parts"]
+__all__ = ["REJECT_REASONS", "PartReader", "ReadLimits", "read_parts"]
 
 NAME = re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?\Z", re.IGNORECASE)
 PART_BYTES = 4 << 20  # of raw records, after which a part ends early
@@ -36,86 +35,141 @@ PART_BYTES = 4 << 20  # of raw records, after which a part ends early
 class ReadLimits:
     max_record_bytes: int
     max_nesting: int
-    max_file_bytes: int  # of a .json file, uncompressed
+    max_decompressed_bytes: int  # of a compressed file
+    max_compression_ratio: int
     part_records: int
 
 
-async def read_parts(source: Source, *, recipe: Recipe | None, limits: ReadLimits) -> AsyncIterator[Part]:
-    """The file as parts of consecutive records, the last one marked.
+class Framer(Protocol):
+    """Finds the records in a stream of bytes."""
 
-    `recipe` None lets the file choose: the first record with all the fields of a built-in recipe decides.
-    Raises FileError where the file as a whole can't be used, possibly after some parts.
-    """
-    began = time.perf_counter()
-    pending: Part | None = None
-    async for group in record_groups(source, limits):
-        if pending is not None:
-            yield pending
-        number = 0 if pending is None else pending.number + 1
-        chosen, samples, rejects = await asyncio.to_thread(interpret, group, recipe, limits)
-        recipe = chosen  # the first part decides for the file
-        pending = Part(
-            source=source,
-            number=number,
-            last=False,
-            recipe=chosen,
-            samples=samples,
-            rejects=rejects,
-            read_seconds=time.perf_counter() - began,
-        )
-        began = time.perf_counter()
-    if pending is None:
-        raise FileError("empty", "the file holds no records")
-    yield dataclasses.replace(pending, last=True)
+    def feed(self, chunk: bytes) -> Iterator[RawRecord]: ...
+
+    def finish(self) -> Iterator[RawRecord]: ...
 
 
-async def record_groups(source: Source, limits: ReadLimits) -> AsyncIterator[list[RawRecord]]:
-    """Consecutive raw records, a part's worth at a time."""
-    match = NAME.search(source.claim.name)
+def format_of(name: str) -> tuple[str, str | None]:
+    """`json` or `jsonl`, and the compression's suffix if any. Raises FileError for another name."""
+    match = NAME.search(name)
     if match is None:
         raise FileError(
             "unsupported_format", "the name must end in .json, .jsonl or .ndjson, optionally .gz or .zst"
         )
-    content = chunks(source.claim.path, match[2].lower() if match[2] else None)
-    if match[1].lower() != "json":
-        async for group in line_groups(
-            content,
-            max_record_bytes=limits.max_record_bytes,
-            group_records=limits.part_records,
-            group_bytes=PART_BYTES,
-        ):
-            yield group
-        return
-    document = await whole(content, limits.max_file_bytes)
-    records = await asyncio.to_thread(document_records, document)
-    while group := await asyncio.to_thread(take_group, records, limits.part_records):
-        yield group
+    return "json" if match[1].lower() == "json" else "jsonl", match[2].lower() if match[2] else None
 
 
-def take_group(records: Iterator[RawRecord], most: int) -> list[RawRecord]:
-    """The next records, at most `most` and about PART_BYTES of them."""
-    group: list[RawRecord] = []
-    weight = 0
-    for record in records:
-        group.append(record)
-        weight += len(record.text or "")
-        if len(group) == most or weight >= PART_BYTES:
-            break
-    return group
+async def read_parts(
+    file: BinaryIO,
+    source: Source,
+    *,
+    recipe: Recipe | None,
+    limits: ReadLimits,
+    stored: Mapping[int, PartExtent],
+) -> AsyncIterator[Part | KeptPart]:
+    """An open file of any size as parts, in flat memory; see `PartReader`.
 
-
-async def whole(content: AsyncIterator[bytes], max_bytes: int) -> bytes:
-    """All of a stream. Raises FileError where it is over the limit."""
-    held = bytearray()
+    Raises FileError where the file as a whole can't be used, possibly after some parts.
+    """
+    reader = PartReader(source, recipe=recipe, limits=limits, stored=stored)
+    content = chunks(
+        file,
+        format_of(source.claim.name)[1],
+        max_bytes=limits.max_decompressed_bytes,
+        max_ratio=limits.max_compression_ratio,
+    )
     async for chunk in content:
-        held += chunk
-        if len(held) > max_bytes:
-            raise FileError(
-                "too_large",
-                f"over inbox.max_file_bytes = {max_bytes} uncompressed, and a .json file is read whole:"
-                " write one record a line as .jsonl, which has no such limit",
-            )
-    return bytes(held)
+        for part in await asyncio.to_thread(reader.feed, chunk):
+            yield part
+    for part in await asyncio.to_thread(reader.finish):
+        yield part
+
+
+class PartReader:
+    """Cuts one file's content into parts of consecutive records, the last one marked.
+
+    `recipe` None lets the file choose: the first record with all the fields of a built-in recipe decides. A
+    part whose extent is in `stored` is only counted. Where parts begin depends on the content and the limits
+    alone.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        recipe: Recipe | None,
+        limits: ReadLimits,
+        stored: Mapping[int, PartExtent] | None = None,
+    ) -> None:
+        """Raises FileError where the file's name tells no format."""
+        self._source = source
+        self._recipe = recipe
+        self._limits = limits
+        self._stored = stored or {}
+        framer = DocumentFramer if format_of(source.claim.name)[0] == "json" else LineSplitter
+        self._framer: Framer = framer(limits.max_record_bytes)
+        self._group: list[RawRecord] = []
+        self._weight = 0
+        self._whole: list[RawRecord] = []  # a part's worth, held back until it is known not to be the last
+        self._number = 0
+        self._started = False
+        self._seconds = 0.0  # of work since the last part
+
+    def feed(self, chunk: bytes) -> list[Part | KeptPart]:
+        """The parts that are sure to be whole with this chunk, none of them the last. Raises FileError."""
+        began = time.perf_counter()
+        if not self._started:
+            check_text(chunk)
+            self._started = True
+        parts: list[Part | KeptPart] = []
+        for record in self._framer.feed(chunk):
+            if self._whole:
+                parts.append(self._part(self._whole, last=False, began=began))
+                began = time.perf_counter()
+                self._whole = []
+            self._take(record)
+        self._seconds += time.perf_counter() - began
+        return parts
+
+    def finish(self) -> list[Part | KeptPart]:
+        """The remaining parts. Raises FileError where the content ended too early, or held nothing."""
+        began = time.perf_counter()
+        parts: list[Part | KeptPart] = []
+        for record in self._framer.finish():
+            if self._whole:
+                parts.append(self._part(self._whole, last=False, began=began))
+                self._whole = []
+            self._take(record)
+        rest = self._whole or self._group
+        if not rest:
+            raise FileError("empty", "the file holds no records")
+        return [*parts, self._part(rest, last=True, began=began)]
+
+    def _take(self, record: RawRecord) -> None:
+        self._group.append(record)
+        self._weight += len(record.text or "")
+        if len(self._group) == self._limits.part_records or self._weight >= PART_BYTES:
+            self._whole, self._group, self._weight = self._group, [], 0
+
+    def _part(self, group: list[RawRecord], *, last: bool, began: float) -> Part | KeptPart:
+        first = group[0].place
+        extent = PartExtent(self._number, first.record_index, len(group), first.byte_offset)
+        self._number += 1
+        if self._recipe is not None and self._stored.get(extent.number) == extent:
+            return KeptPart(self._source, extent, last, self._recipe)
+        self._recipe, samples, rejects = interpret(group, self._recipe, self._limits)
+        if self._stored.get(extent.number) == extent:  # the first part: it had to say what the recipe is
+            return KeptPart(self._source, extent, last, self._recipe)
+        seconds = self._seconds + time.perf_counter() - began
+        self._seconds = 0.0
+        return Part(
+            source=self._source,
+            extent=extent,
+            last=last,
+            recipe=self._recipe,
+            samples=samples,
+            rejects=rejects,
+            read_seconds=seconds,
+        )
 
 
 def interpret(

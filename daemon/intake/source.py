@@ -3,35 +3,84 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
+import stat
 import zlib
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
-import aiofiles
+import aiofiles.threadpool
 import zstandard
+from aiofiles.threadpool.binary import AsyncBufferedReader
 
 from daemon.errors import FileError
 
 CHUNK_BYTES = 1 << 20
+COMPRESSED = (".gz", ".zst")
 SLICE_BYTES = 1 << 10  # of compressed input at a time: a slice of a bomb is at most some 32 MiB
+BOMB_BYTES = 16 << 20  # of content, below which no ratio is suspicious
+MAX_WINDOW_BYTES = 128 << 20  # of zstandard: what `zstd --long` writes, and all that is held of a stream
 
 
-async def content_sha256(path: Path) -> tuple[str, int]:
-    """SHA-256 (hex) and size in bytes of a file as it lies there, compressed or not.
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a file holds: all of it where it is small, else the open file, at its start."""
 
-    Raises FileError where this user may not read it.
+    sha256: str  # of the file as it lies there, compressed or not
+    size: int  # bytes
+    data: bytes | None
+    file: BinaryIO | None
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def open_content(path: Path, small_bytes: int) -> Content:
+    """Open, hash and, up to `small_bytes`, read a file. A compressed one is never small.
+
+    Blocks. Raises FileError where the file is gone, is no regular file or can't be read.
     """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise unreadable(error) from None
+    file = os.fdopen(descriptor, "rb")
+    keep = False
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileError("not_a_file", "it is no regular file any more: drop it again")
+        if status.st_size <= small_bytes and not path.name.endswith(COMPRESSED):
+            data = file.read()
+            return Content(hashlib.sha256(data).hexdigest(), len(data), data, None)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
+        file.seek(0)
+        keep = True
+        return Content(sha256, size, None, file)
+    except OSError as error:
+        raise unreadable(error) from None
+    finally:
+        if not keep:
+            file.close()
 
-    def digest() -> tuple[str, int]:
-        try:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
-        except PermissionError:
-            raise FileError("unreadable", "lensd may not read the file: give its user read access") from None
 
-    return await asyncio.to_thread(digest)
+def unreadable(error: OSError) -> Exception:
+    """The error as what it says of the file; itself where it says something of the machine."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return FileError("vanished", "the file was removed while lensd worked on it: drop it again")
+    if isinstance(error, PermissionError):
+        return FileError("unreadable", "lensd may not read the file: give its user read access")
+    return FileError(
+        "unreadable", f"the file can't be read ({error.strerror}): check the disk, drop it again"
+    )
 
 
 class Decompressor(Protocol):
@@ -48,25 +97,35 @@ class Decompressor(Protocol):
 def new_decompressor(suffix: str) -> Decompressor:
     if suffix == ".gz":
         return zlib.decompressobj(wbits=31)
-    return zstandard.ZstdDecompressor().decompressobj()
+    return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
 
 
-async def chunks(path: Path, compression: str | None) -> AsyncIterator[bytes]:
-    """The file's content, uncompressed, in chunks; `compression` is `.gz`, `.zst` or None.
+async def chunks(
+    file: BinaryIO, compression: str | None, *, max_bytes: int, max_ratio: int
+) -> AsyncIterator[bytes]:
+    """A file's content, uncompressed, in chunks; `compression` is `.gz`, `.zst` or None.
 
-    Raises FileError where the compressed stream is damaged or ends early.
+    The limits are those of `Decompression`. Raises FileError where the compressed stream is damaged, ends
+    early or is over a limit, or where the file can't be read.
     """
-    async with aiofiles.open(path, "rb") as file:
-        if compression is None:
-            while chunk := await file.read(CHUNK_BYTES):
-                yield chunk
-            return
-        stream = Decompression(compression)
-        while chunk := await file.read(CHUNK_BYTES // 4):
-            pieces = stream.feed(chunk)
-            while piece := await asyncio.to_thread(next_chunk, pieces):
-                yield piece
-        stream.finish()
+    content = aiofiles.threadpool.wrap(file)
+    if compression is None:
+        while chunk := await read_chunk(content, CHUNK_BYTES):
+            yield chunk
+        return
+    stream = Decompression(compression, max_bytes=max_bytes, max_ratio=max_ratio)
+    while chunk := await read_chunk(content, CHUNK_BYTES // 4):
+        pieces = stream.feed(chunk)
+        while piece := await asyncio.to_thread(next_chunk, pieces):
+            yield piece
+    stream.finish()
+
+
+async def read_chunk(content: AsyncBufferedReader, size: int) -> bytes:
+    try:
+        return await content.read(size)
+    except OSError as error:
+        raise unreadable(error) from None
 
 
 def next_chunk(pieces: Iterator[bytes]) -> bytes:
@@ -80,29 +139,55 @@ def next_chunk(pieces: Iterator[bytes]) -> bytes:
 
 
 class Decompression:
-    """A gzip or zstandard stream of one or more members, fed in pieces."""
+    """A gzip or zstandard stream of one or more members, fed in pieces.
 
-    def __init__(self, suffix: str) -> None:
+    Raises FileError where it unpacks to more than `max_bytes`, or to more than `max_ratio` times the input so
+    far and over 16 MiB.
+    """
+
+    def __init__(self, suffix: str, *, max_bytes: int = 64 << 30, max_ratio: int = 1000) -> None:
         self._suffix = suffix
+        self._max_bytes = max_bytes
+        self._max_ratio = max_ratio
         self._member: Decompressor | None = None
         self._ended = False  # a member did
+        self._taken = 0  # bytes of input
+        self._made = 0  # bytes of content
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """What these bytes add to the content, in pieces of bounded size."""
         for start in range(0, len(data), SLICE_BYTES):
             rest = data[start : start + SLICE_BYTES]
+            self._taken += len(rest)
             while rest := self._between_members(rest):
                 if self._member is None:
                     self._member = new_decompressor(self._suffix)
                 try:
-                    yield self._member.decompress(rest)
+                    piece = self._member.decompress(rest)
                 except (zlib.error, zstandard.ZstdError) as error:
                     raise self._damaged(str(error)) from None
+                self._made += len(piece)
+                self._check_size()
+                yield piece
                 rest = b""
                 if self._member.eof:
                     rest = self._member.unused_data
                     self._member = None
                     self._ended = True
+
+    def _check_size(self) -> None:
+        if self._made > self._max_bytes:
+            raise FileError(
+                "decompressed_too_large",
+                f"the {self._suffix} stream unpacks to more than inbox.max_decompressed_bytes ="
+                f" {self._max_bytes}: split the file, or raise the limit",
+            )
+        if self._made > max(BOMB_BYTES, self._max_ratio * self._taken):
+            raise FileError(
+                "compression_bomb",
+                f"the {self._suffix} stream unpacks to more than inbox.max_compression_ratio ="
+                f" {self._max_ratio} times its size: drop it uncompressed, or raise the limit",
+            )
 
     def _between_members(self, data: bytes) -> bytes:
         """The data without the zeros that may pad a gzip file after a member."""

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from daemon.intake.reader import REJECT_REASONS
+from daemon.pause import REASONS
 
 if TYPE_CHECKING:
     from daemon.compute.packing import Batch
+    from daemon.intake.scan import InboxLoad
     from daemon.output.delivery import Outcome
     from daemon.output.totals import StageSeconds
     from daemon.records import Block, ModelInfo, TokenizedPart
@@ -26,7 +28,7 @@ FILE_OUTCOMES = ("committed", "failed", "duplicate", "requeued")
 SAMPLE_OUTCOMES = ("committed", "rejected")
 TOKEN_KINDS = ("text", "computed", "padding")
 STAGES = ("read", "tokenize", "queue", "pack", "forward", "sae", "analysis", "write", "commit")
-RECOVERIES = ("requeued", "failed", "staging_removed")
+RECOVERIES = ("taken_over", "staging_removed")
 
 BUSY_WINDOW_SECONDS = 60.0
 
@@ -55,6 +57,10 @@ class Metrics:
         self.recovered_files_total = counter(
             "recovered_files", "What an earlier process left, by what became of it.", "action", RECOVERIES
         )
+        self.oom_total = counter("oom", "Batches that the device's memory did not hold.")
+        self.paused = gauge("paused", "1 while nothing is taken up for this reason.", "reason")
+        for reason in REASONS:
+            self.paused.labels(reason)
         self.inbox_files = gauge("inbox_files", "Files waiting in the inbox.")
         self.inbox_bytes = gauge("inbox_bytes", "Bytes of the files waiting in the inbox.")
         self.oldest_pending_seconds = gauge("oldest_pending_seconds", "Age of the oldest waiting file.")
@@ -179,6 +185,13 @@ class Metrics:
         then, busy_then = self._looks[0]
         if now > then:
             self.device_busy_ratio.set(min(1.0, (busy_seconds - busy_then) / (now - then)))
+
+    def observe_inbox(self, load: InboxLoad, recovered: int) -> None:
+        """What waits, and how many files were taken over from dead processes since the last call."""
+        self.inbox_files.set(load.files)
+        self.inbox_bytes.set(load.bytes)
+        self.oldest_pending_seconds.set(load.oldest_seconds)
+        self.recovered_files_total.labels("taken_over").inc(recovered)
 
     def observe_disk(self, folders: dict[str, Path]) -> None:
         """Free space under each folder, by the name it has in the configuration."""

@@ -1,30 +1,45 @@
-"""Publishes a staged folder: whole under its final name, or not at all.
+"""The outbox: where results are made, and how they appear, whole under their final name or not at all.
 
-The order is what makes it safe: manifest, sync of every file and of the folder, rename, sync of the
-outbox. Knows nothing about what the files hold. Functions block.
+The order is what makes it safe: manifest, sync of every file and of the folder, rename, sync of the outbox.
+Several processes may share an outbox: each makes its results in a lease of its own and publishes under a
+lock, and the first to publish a unit wins. Knows nothing about what the files hold. Functions block.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daemon.durable import fsync_file, fsync_folder, remove_folder, rename, write_file
+from daemon import durable
 from daemon.errors import MachineError
+from daemon.lease import Lease, dead_leases
 from daemon.output.jsontext import to_json
+from daemon.pause import FoldersLost
 from daemon.records import Source
 
 STAGING = ".staging"
+UNITS = ".units"  # by unit, the name of the folder that holds its results
+PARTS_SUFFIX = ".parts"
+PUBLISHING = ".publishing"  # locked while results get their final names
 MANIFEST = "manifest.json"
 NAME_BYTES = 255  # of a folder name, on every Linux file system
+ORPHANED_SECONDS = 7 * 86400.0  # after which parts that nobody came back for are removed
+SYNC_THREADS = 8  # syncs that overlap share the disk's work
 
 SUFFIXES = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|zst))?$", re.IGNORECASE)
 # In a folder's name these break a reader: `*?[]{}` are patterns, DuckDB's glob skips a backslash and takes
 # `a=b` for a partition, and one name that is not UTF-8 fails DuckDB's glob over the whole outbox.
 UNREADABLE = re.compile(r"[\x00-\x1f\x7f*?\[\]{}\\/=\ud800-\udfff]")
+
+
+PUBLISHED = re.compile(r"-([0-9a-f]{12})$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +48,157 @@ class Publication:
 
     folder: Path
     fresh: bool
+
+
+@dataclass(slots=True)
+class Staged:
+    """Results on their way out: a folder whole but for its manifest, and what became of it."""
+
+    source: Source
+    folder: Path
+    manifest: dict[str, Any]  # `daemon.output.manifest.manifest`'s
+    publication: Publication | None = None
+
+
+class Outbox:
+    """One process's view of an outbox folder. `open` it, publish, `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lease: Lease | None = None
+        self._pool = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync")
+
+    def open(self) -> int:
+        """Make the folders, take a lease, clear what dead processes left half-made; how much that was."""
+        for name in (STAGING, UNITS):
+            durable.make_folder(self.path / name)
+        self._lease = Lease(self.path / STAGING)
+        self._index()
+        return self.sweep()
+
+    def close(self) -> None:
+        """Give up the lease. Parts of unfinished units stay for the process that finishes them."""
+        if self._lease is not None:
+            for path in self._lease.folder.iterdir():
+                if path.is_dir() and path.suffix != PARTS_SUFFIX:
+                    durable.remove_folder(path)
+            self._lease.close()
+            self._lease = None
+            self.sweep()
+        self._pool.shutdown()
+
+    @property
+    def lease(self) -> Lease:
+        if self._lease is None:
+            raise AssertionError("the outbox is not open")
+        return self._lease
+
+    def staging(self, unit: str) -> Path:
+        """Where this process makes a unit's results."""
+        return self.lease.folder / unit
+
+    def parts(self, unit: str) -> Path:
+        """Where this process keeps a unit's finished parts."""
+        return self.lease.folder / f"{unit}{PARTS_SUFFIX}"
+
+    def adopt_parts(self, unit: str) -> Path:
+        """`parts`, with what a dead process may have left of them."""
+        own = self.parts(unit)
+        if not own.exists():
+            for lease in dead_leases(self.path / STAGING, self.lease.folder):
+                if (lease / own.name).is_dir():
+                    durable.rename(lease / own.name, own)
+                    break
+        return own
+
+    def sweep(self) -> int:
+        """Remove what dead processes left and nobody needs; how many folders of half-made results."""
+        removed = 0
+        own = self._lease.folder if self._lease else self.path
+        for lease in dead_leases(self.path / STAGING, own):
+            for path in lease.iterdir():
+                if not path.is_dir():
+                    if not path.name.startswith("."):
+                        durable.unlink(path)
+                elif path.suffix != PARTS_SUFFIX:
+                    durable.remove_folder(path)
+                    removed += 1
+                elif self._is_orphaned(path):
+                    durable.remove_folder(path)
+        return removed
+
+    def _is_orphaned(self, parts: Path) -> bool:
+        old = time.time() - parts.stat().st_mtime > ORPHANED_SECONDS
+        return old or self.published(parts.stem) is not None
+
+    def _index(self) -> None:
+        """Enter what is published and not entered: put there by hand, or a link that a crash took."""
+        entered = {entry.name for entry in os.scandir(self.path / UNITS)}
+        for entry in os.scandir(self.path):
+            match = PUBLISHED.search(entry.name)
+            if match and match[1] not in entered and Path(entry.path, MANIFEST).is_file():
+                durable.symlink(self.path / UNITS / match[1], entry.name)
+
+    def published(self, unit: str) -> Path | None:
+        """The folder with the unit's results, under whatever name its content was dropped first."""
+        try:
+            folder = self.path / (self.path / UNITS / unit).readlink()
+        except FileNotFoundError:
+            return None
+        return folder if (folder / MANIFEST).is_file() else None
+
+    def flush(self, staged: Sequence[Staged]) -> None:
+        """Write the manifests and flush all files and their folders; syncs overlap. Safe to repeat.
+
+        Raises MachineError where the disk refuses a sync.
+        """
+        for unit in staged:
+            content = unit.manifest
+            if content["records"] != content["rows"] + content["rejects"]:
+                raise AssertionError(f"unit {unit.source.unit}: records != rows + rejects: {content}")
+            manifest = unit.folder / MANIFEST
+            if manifest.exists():
+                durable.unlink(manifest)
+            with durable.create(manifest) as file:
+                file.write(to_json(content, indent=2) + b"\n")
+        paths = [path for unit in staged for path in sorted(unit.folder.iterdir())]
+        list(self._pool.map(durable.fsync_file, paths))
+        list(self._pool.map(durable.fsync_folder, [unit.folder for unit in staged]))
+
+    def publish(self, staged: Sequence[Staged]) -> None:
+        """Give flushed folders their final names and say so in each; one sync for all. Safe to repeat.
+
+        Where a unit is published already, its folder is removed instead. Raises MachineError where the sync
+        fails or something else has the name, FoldersLost where the own lease is gone.
+        """
+        if not self.lease.folder.is_dir():
+            raise FoldersLost(f"{self.lease.folder} disappeared, with the results made there")
+        with durable.locked(self.path / STAGING / PUBLISHING):
+            for unit in staged:
+                if unit.publication is None:
+                    unit.publication = self._publish(unit)
+        durable.fsync_folder(self.path)
+
+    def _publish(self, unit: Staged) -> Publication:
+        if (published := self.published(unit.source.unit)) is not None:
+            durable.remove_folder(unit.folder)
+            return Publication(published, fresh=False)
+        target = self.path / output_folder_name(unit.source.claim.name, unit.source.unit)
+        self._enter(unit.source.unit, target.name)
+        if not rename_to_free(unit.folder, target):
+            durable.remove_folder(unit.folder)
+            return Publication(target, fresh=False)
+        return Publication(target, fresh=True)
+
+    def _enter(self, unit: str, name: str) -> None:
+        """Say which folder holds a unit. Comes before the rename, and is believed only where there is one.
+
+        The link leads nowhere from where it lies, so that nothing finds the results twice.
+        """
+        link = self.path / UNITS / unit
+        if os.path.lexists(link):
+            durable.unlink(link)
+        durable.symlink(link, name)
 
 
 def output_folder_name(name: str, unit: str) -> str:
@@ -45,45 +211,10 @@ def output_folder_name(name: str, unit: str) -> str:
     return f"{stem.encode()[:room].decode(errors='ignore')}-{unit}"
 
 
-def staging_folder(outbox: Path, unit: str) -> Path:
-    return outbox / STAGING / unit
-
-
-def find_published(outbox: Path, unit: str) -> Path | None:
-    """The folder with the unit's results, under whatever name its content was dropped first."""
-    for folder in outbox.glob(f"*-{unit}"):
-        if not folder.name.startswith(".") and (folder / MANIFEST).is_file():
-            return folder
-    return None
-
-
-def publish(staging: Path, outbox: Path, source: Source, content: dict[str, Any]) -> Publication:
-    """Give a staged folder its manifest and its final name; `content` is `manifest`'s.
-
-    Where the unit is already published, the staged folder is removed instead. Raises MachineError where a
-    sync fails or something else has the name.
-    """
-    if content["records"] != content["rows"] + content["rejects"]:
-        raise AssertionError(f"unit {source.unit}: records != rows + rejects: {content['records']}")
-    if (published := find_published(outbox, source.unit)) is not None:
-        remove_folder(staging)
-        return Publication(published, fresh=False)
-    write_file(staging / MANIFEST, to_json(content, indent=2) + b"\n")
-    for path in sorted(staging.iterdir()):
-        fsync_file(path)
-    fsync_folder(staging)
-    target = outbox / output_folder_name(source.claim.name, source.unit)
-    if not rename_to_free(staging, target):
-        remove_folder(staging)
-        return Publication(target, fresh=False)
-    fsync_folder(outbox)
-    return Publication(target, fresh=True)
-
-
 def rename_to_free(staging: Path, target: Path) -> bool:
     """Rename unless the target is already published: False, and nothing moved, where it is."""
     try:
-        rename(staging, target)
+        durable.rename(staging, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
@@ -93,15 +224,3 @@ def rename_to_free(staging: Path, target: Path) -> bool:
             f"{target} exists and is no output of lensd: move it away, then restart"
         ) from error
     return True
-
-
-def clear_staging(outbox: Path) -> int:
-    """Remove what an earlier process left half-written; how many folders.
-
-    Only where no other process writes into this outbox.
-    """
-    staging = outbox / STAGING
-    leftovers = [path for path in staging.iterdir() if path.is_dir()] if staging.is_dir() else []
-    for folder in leftovers:
-        remove_folder(folder)
-    return len(leftovers)

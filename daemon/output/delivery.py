@@ -1,6 +1,7 @@
 """What becomes of each claimed file: published, failed, recognised as a duplicate, or given back.
 
-The one owner of the units being written. Knows no device, no batches and no queues.
+The one owner of the units being written. What the machine refuses for a while (a full disk, no descriptors)
+is waited out and tried again, so every step here is safe to repeat. Knows no device, batches and queues.
 """
 
 from __future__ import annotations
@@ -8,25 +9,30 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
+from daemon.durable import remove_folder
 from daemon.errors import FileError
 from daemon.intake.inbox import Inbox
-from daemon.output.commit import find_published, publish, staging_folder
+from daemon.output.commit import Outbox, Staged
 from daemon.output.finished import FinishedPart
 from daemon.output.manifest import manifest
-from daemon.output.schema import ValueType
+from daemon.output.parts import stored_extents
+from daemon.output.schema import ValueType, metrics_schema
+from daemon.output.tables import MetricsTables
 from daemon.output.totals import StageSeconds, UnitTotals
 from daemon.output.writer import UnitWriter
-from daemon.records import Claim, ModelInfo, Recipe, Source
+from daemon.pause import Pause
+from daemon.records import Claim, KeptPart, ModelInfo, PartExtent, Recipe, Source
 
 P = ParamSpec("P")
 R = TypeVar("R")
+WRITERS = 2  # of units at a time
 OutcomeKind = Literal["committed", "failed", "duplicate", "requeued"]
 
 
@@ -61,16 +67,42 @@ class Outcome:
         return {key: value for key, value in fields.items() if value is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class FileFailed:
+    """Follows the parts of a file that turned out to be unusable after some of it was read."""
+
+    source: Source
+    error: FileError
+    parts: int  # handed on before
+
+
+Arrival = FinishedPart | KeptPart | FileFailed
+
+
 @dataclass(slots=True)
 class Unit:
     """A file on its way out."""
 
     source: Source
-    recipe: Recipe
-    writer: UnitWriter
-    parts: int = 0  # arrived from the device
-    error: FileError | None = None
-    error_after: int = 0  # parts to wait for before failing
+    results: UnitWriter | None = None  # from the first part on
+    arrived: int = 0  # parts
+    failed: FileFailed | None = None
+    totals: UnitTotals | None = None  # once its files are written
+    seconds: float = 0.0  # first read to commit
+
+    @property
+    def writer(self) -> UnitWriter:
+        assert self.results is not None, "a part came before"
+        return self.results
+
+    @property
+    def broken(self) -> bool:
+        """Whether it failed and all that was on its way has come."""
+        return self.failed is not None and self.arrived == self.failed.parts
+
+    @property
+    def complete(self) -> bool:
+        return self.failed is None and self.writer.complete
 
 
 class Delivery:
@@ -80,10 +112,11 @@ class Delivery:
         self,
         *,
         inbox: Inbox,
-        outbox: Path,
+        outbox: Outbox,
         info: ModelInfo,
         values: ValueType,
         settings: dict[str, Any],
+        pause: Pause | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`settings` goes into manifests; `values` is the type of stored activations."""
@@ -92,89 +125,147 @@ class Delivery:
         self.info = info
         self.values = values
         self.settings = settings
+        self.pause = Pause() if pause is None else pause
         self.clock = clock
         self._units: dict[str, Unit] = {}
-        # One thread, so that dropping a unit waits for a write that a cancelled stage left running.
+        # One thread, so that giving up waits for a write that a cancelled stage left running.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="stage")
 
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run on the writer's thread, again and again while the machine refuses for a while."""
         call = functools.partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        loop = asyncio.get_running_loop()
+        return await self.pause.outlast(lambda: loop.run_in_executor(self._thread, call))
 
-    async def write(self, finished: FinishedPart) -> Outcome | None:
-        """Store a part; the outcome, once this was the last of its file."""
-        part = finished.part.part
-        unit = self._units.get(part.source.unit)
-        if unit is None:
-            unit = self._units[part.source.unit] = await self._call(self._open, part.source, part.recipe)
-        unit.parts += 1
-        if unit.error is None:
-            await self._call(unit.writer.write_part, finished)
-        return await self._settle(unit)
+    async def write(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
+        """Store what came; the outcomes of the files that it completes, which share their syncs."""
+        touched = {self._arrive(arrival).source.unit: None for arrival in arrivals}
+        await self._call(self._store, [item for item in arrivals if isinstance(item, FinishedPart)])
+        units = [self._units[name] for name in touched]
+        outcomes = [await self._fail_unit(unit) for unit in units if unit.broken]
+        complete = [unit for unit in units if unit.complete]
+        return outcomes + (await self._commit(complete) if complete else [])
 
-    def _open(self, source: Source, recipe: Recipe) -> Unit:
-        writer = UnitWriter(
-            staging_folder(self.outbox, source.unit),
+    def _arrive(self, arrival: Arrival) -> Unit:
+        source = arrival.part.part.source if isinstance(arrival, FinishedPart) else arrival.source
+        unit = self._units.setdefault(source.unit, Unit(source))
+        if isinstance(arrival, FileFailed):
+            unit.failed = arrival
+            return unit
+        unit.arrived += 1
+        if unit.results is None:
+            recipe = arrival.part.part.recipe if isinstance(arrival, FinishedPart) else arrival.recipe
+            unit.results = self._writer(source, recipe)
+        if isinstance(arrival, KeptPart):
+            unit.writer.keep_part(source, arrival.extent, arrival.last)
+        return unit
+
+    def _writer(self, source: Source, recipe: Recipe) -> UnitWriter:
+        return UnitWriter(
+            self.outbox.staging(source.unit),
+            self.outbox.parts(source.unit),
             source=source,
             recipe=recipe,
             info=self.info,
             values=self.values,
         )
-        return Unit(source, recipe, writer)
 
-    async def fail_source(self, source: Source, error: FileError, parts: int) -> Outcome | None:
-        """The file failed after `parts` parts were read; the outcome, once all of these came back."""
-        unit = self._units.get(source.unit)
-        if unit is None and not parts:
-            return await self.fail(source.claim, error, source)
-        assert unit is not None, "a part of this file came before"
-        unit.error = error
-        unit.error_after = parts
-        return await self._settle(unit)
+    def _store(self, finished: Iterable[FinishedPart]) -> None:
+        """Parts to their units; those stored by an earlier try are left alone."""
+        tables: dict[Recipe, MetricsTables] = {}
+        for item in finished:
+            part = item.part.part
+            unit = self._units[part.source.unit]
+            writer = unit.writer
+            if unit.failed or writer.has(part.number):
+                continue
+            if part.recipe not in tables:
+                tables[part.recipe] = MetricsTables(metrics_schema(self.info.layers, part.recipe))
+            writer.write_part(item, tables[part.recipe])
 
-    async def _settle(self, unit: Unit) -> Outcome | None:
-        if unit.error is not None:
-            if unit.parts < unit.error_after:
-                return None
+    async def _commit(self, units: Sequence[Unit]) -> list[Outcome]:
+        staged = await self._call(self._stage, units)
+        outcomes: list[Outcome] = []
+        publish: list[tuple[Unit, Staged]] = []
+        presences = await self.inbox.recheck([unit.source.claim for unit in units])
+        for unit, folder, presence in zip(units, staged, presences, strict=True):
+            if presence == "same":
+                publish.append((unit, folder))
+            else:
+                outcomes.append(await self._withdraw(unit, vanished=presence == "gone"))
+        if publish:
+            await self._call(self.outbox.publish, [folder for _, folder in publish])
+            await self._retire([unit.source.claim for unit, _ in publish])
+            await self._call(self._discard_parts, [unit for unit, _ in publish])
+        for unit, folder in publish:
             del self._units[unit.source.unit]
-            await self._call(unit.writer.abandon)
-            return await self.fail(unit.source.claim, unit.error, unit.source)
-        if not unit.writer.complete:
-            return None
-        del self._units[unit.source.unit]
-        if not await self.inbox.unchanged(unit.source.claim):
-            await self._call(unit.writer.abandon)
-            await self.inbox.release(unit.source.claim)
-            return Outcome("requeued", unit.source.claim.name, unit.source.unit, reason="changed")
-        return await self._commit(unit)
+            outcomes.append(published(unit, folder))
+        return outcomes
 
-    async def _commit(self, unit: Unit) -> Outcome:
-        source = unit.source
-        totals = await self._call(unit.writer.finish)
-        seconds = self.clock() - source.opened_at
+    def _stage(self, units: Sequence[Unit]) -> list[Staged]:
+        """Every unit's results in its folder, whole and on disk."""
+        try:
+            staged = list(self._pool.map(self._write, units))
+            self.outbox.flush(staged)
+        except OSError:
+            for unit in units:  # on a full disk their space is needed
+                unit.writer.abandon()
+            raise
+        return staged
+
+    def _write(self, unit: Unit) -> Staged:
+        unit.totals = unit.writer.write()
+        unit.seconds = self.clock() - unit.source.opened_at
         content = manifest(
-            source=source,
-            recipe=unit.recipe,
+            source=unit.source,
+            recipe=unit.writer.recipe,
             info=self.info,
-            totals=totals,
+            totals=unit.totals,
             settings=self.settings,
-            seconds=seconds,
+            seconds=unit.seconds,
             created=datetime.now(UTC),
         )
-        published = await self._call(publish, unit.writer.staging, self.outbox, source, content)
-        await self.inbox.retire(source.claim)
-        if not published.fresh:
-            return Outcome("duplicate", source.claim.name, source.unit, published.folder)
-        return committed(source, totals, published.folder, seconds)
+        return Staged(unit.source, unit.writer.staging, content)
+
+    def _discard_parts(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            unit.writer.discard_parts()
+
+    async def _withdraw(self, unit: Unit, *, vanished: bool) -> Outcome:
+        """The source is no longer what was read: its results are worth nothing."""
+        del self._units[unit.source.unit]
+        await self._call(unit.writer.abandon)
+        await self._call(unit.writer.discard_parts)
+        claim = unit.source.claim
+        if vanished:
+            error = FileError("vanished", "the file was removed while lensd worked on it: drop it again")
+            return await self.fail(claim, error, unit.source)
+        await self.pause.outlast(lambda: self.inbox.release([claim]))
+        return Outcome("requeued", claim.name, unit.source.unit, reason="changed")
+
+    async def _fail_unit(self, unit: Unit) -> Outcome:
+        assert unit.failed is not None
+        del self._units[unit.source.unit]
+        return await self.give_up(unit.source, unit.failed.error)
+
+    async def give_up(self, source: Source, error: FileError) -> Outcome:
+        """Set a file aside of which parts may be stored."""
+        await self._call(lambda: remove_folder(self.outbox.adopt_parts(source.unit)))
+        return await self.fail(source.claim, error, source)
+
+    async def _retire(self, claims: Sequence[Claim]) -> None:
+        await self.pause.outlast(lambda: self.inbox.retire(claims))
 
     async def duplicate(self, claim: Claim, unit: str, folder: Path) -> Outcome:
         """The same content under the same settings is published already: nothing to compute."""
-        await self.inbox.retire(claim)
+        await self._retire([claim])
         return Outcome("duplicate", claim.name, unit, folder)
 
     async def fail(self, claim: Claim, error: FileError, source: Source | None = None) -> Outcome:
         """Set a file aside with its reason."""
-        await self.inbox.fail(claim, error.reason, str(error), source.sha256 if source else None)
+        sha256 = source.sha256 if source else None
+        await self.pause.outlast(lambda: self.inbox.fail(claim, error.reason, str(error), sha256))
         return Outcome(
             "failed",
             claim.name,
@@ -184,27 +275,39 @@ class Delivery:
         )
 
     async def give_back(self) -> None:
-        """Forced stop: drop what is half-written and put every claimed file back into the inbox."""
-        for unit in self._units.values():
-            await self._call(unit.writer.abandon)
+        """Forced stop: put every claimed file back into the inbox. Stored parts stay for the next start."""
+        self._thread.shutdown()
         self._units.clear()
         await self.inbox.release_all()
 
-    async def published(self, unit: str) -> Path | None:
-        """The folder that holds a unit's results already, if any."""
-        return await self._call(find_published, self.outbox, unit)
+    async def stored(self, source: Source) -> dict[int, PartExtent]:
+        """Which parts of a file an earlier attempt finished."""
+
+        def look() -> dict[int, PartExtent]:
+            return stored_extents(self.outbox.adopt_parts(source.unit))
+
+        return await self._call(look)
+
+    def published(self, unit: str) -> Path | None:
+        """The folder that holds a unit's results already, if any. Two looks at the disk."""
+        return self.outbox.published(unit)
 
 
-def committed(source: Source, totals: UnitTotals, folder: Path, seconds: float) -> Outcome:
+def published(unit: Unit, staged: Staged) -> Outcome:
+    source, totals, publication = unit.source, unit.totals, staged.publication
+    assert totals is not None
+    assert publication is not None
+    if not publication.fresh:
+        return Outcome("duplicate", source.claim.name, source.unit, publication.folder)
     return Outcome(
         kind="committed",
         name=source.claim.name,
         unit=source.unit,
-        folder=folder,
+        folder=publication.folder,
         rows=totals.rows,
         rejects=totals.rejects,
         output_bytes=totals.bytes,
-        seconds=seconds,
+        seconds=unit.seconds,
         fvu=tuple(layer.fvu() for layer in totals.layers),
         stages=totals.seconds,
     )

@@ -32,6 +32,17 @@ class FinishedPart:
     layers: tuple[LayerTotals, ...]  # one per SAE
     seconds: StageSeconds
 
+    @property
+    def nbytes(self) -> int:
+        """About what its results weigh in memory: its share of the blocks."""
+        share = 0.0
+        for piece in self.pieces:
+            features = piece.block.features
+            samples = len(next(iter(piece.block.columns.values())))
+            weight = features.indices.nbytes + features.values.nbytes + 8 * samples * len(piece.block.columns)
+            share += weight * len(piece.block_rows) / samples
+        return 1 + int(share)
+
     def row_order(self) -> IntArray:
         """(n,) where each sample's row lies once the pieces' rows are laid end to end.
 

@@ -5,6 +5,7 @@ Knows how results are described, not how they are computed or published.
 
 from __future__ import annotations
 
+import functools
 import platform
 from dataclasses import asdict
 from datetime import datetime
@@ -86,6 +87,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
     """Of Python and of the distributions that shape results, without importing them."""
     return {"python": platform.python_version()} | {name: installed(name) for name in DISTRIBUTIONS}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from daemon.output.files import HashedFile
+from daemon.output.totals import FileTotals
+
+BUFFER_BYTES = 1 << 20
+FEW_ROWS = 64  # of a file, up to which compressing each column costs more than it saves
 
 
 class ParquetFile:
@@ -22,10 +27,12 @@ class ParquetFile:
         self.rows = 0
         self._schema = schema
         self._group_bytes = group_bytes
+        self._options = options
         self._gathered: list[pa.Table] = []
         self._gathered_bytes = 0
-        self._file = pa.OSFile(os.fsencode(path), "wb")  # pyarrow refuses a str that is not UTF-8
-        self._writer = pq.ParquetWriter(self._file, schema, **options)
+        self._file = HashedFile(path)
+        self._sink = pa.BufferedOutputStream(pa.PythonFile(self._file, mode="w"), BUFFER_BYTES)
+        self._writer: pq.ParquetWriter | None = None
 
     def append(self, table: pa.Table) -> None:
         if not len(table):
@@ -34,27 +41,29 @@ class ParquetFile:
         self._gathered.append(table)
         self._gathered_bytes += table.nbytes
         if self._gathered_bytes >= self._group_bytes:
-            self._flush()
+            self._flush(self._options)
 
-    def close(self) -> None:
-        """Write what is gathered, and the footer. Closing again does nothing."""
-        if self._file.closed:
-            return
-        self._flush()
+    def close(self) -> FileTotals:
+        """Write what is gathered, and the footer; what the file then is."""
+        options = self._options
+        if self._writer is None and self.rows <= FEW_ROWS:
+            options = {name: value for name, value in options.items() if name != "compression_level"}
+            options["compression"] = "none"
+        self._flush(options)
+        assert self._writer is not None
         self._writer.close()
+        self._sink.close()
         self._file.close()
+        return self._file.totals(self.rows)
 
     def discard(self) -> None:
         """Let go of the file, its content no longer wanted."""
         self._gathered = []
-        if self._file.closed:
-            return
-        try:
-            self._writer.close()
-        finally:
-            self._file.close()
+        self._file.close()
 
-    def _flush(self) -> None:
+    def _flush(self, options: dict[str, Any]) -> None:
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._sink, self._schema, **options)
         if self._gathered:
             group = pa.concat_tables(self._gathered).combine_chunks()
             self._gathered = []

@@ -6,6 +6,7 @@ Every field carries its unit and meaning as metadata. Knows nothing about sample
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -65,7 +66,8 @@ SAMPLE_FIELDS: tuple[pa.Field, ...] = (
 )
 
 
-def metrics_schema(layers: Sequence[int], recipe: Recipe) -> pa.Schema:
+@functools.lru_cache(maxsize=64)
+def metrics_schema(layers: tuple[int, ...], recipe: Recipe) -> pa.Schema:
     """Columns of `metrics.parquet`; `layers` are the SAEs' layer numbers. An undefined float is null."""
     meanings = column_meanings(layers, recipe)
     return pa.schema(
@@ -106,6 +108,7 @@ def contrast_meanings(positive: str, negative: str) -> dict[str, Meaning]:
     return meanings
 
 
+@functools.lru_cache
 def features_schema(values: ValueType) -> pa.Schema:
     """Columns of `features.parquet`: one row per (sample, text, layer, position)."""
     value_type = pa.float16() if values == "float16" else pa.float32()

@@ -15,25 +15,49 @@ import pyarrow as pa
 
 from daemon.output.finished import BlockRows, FinishedPart
 from daemon.output.schema import SAMPLE_FIELDS
-from daemon.records import FeatureRows, IntArray, ModelInfo, Sample
+from daemon.records import Block, FeatureRows, IntArray, ModelInfo, Sample
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-def metrics_table(finished: FinishedPart, schema: pa.Schema) -> pa.Table:
-    """One row per sample of the part. `schema` is `metrics_schema`'s; NaN becomes null.
+class MetricsTables:
+    """Metrics tables of parts that share blocks: each block becomes Arrow once, and parts take rows of it."""
 
-    Raises AssertionError unless the pieces cover every sample exactly once, KeyError where a block lacks a
-    column.
-    """
-    order = finished.row_order()
-    if not len(order):
-        return schema.empty_table()
-    analysis = [
-        pa.array(gather_column(finished.pieces, field.name, order), field.type, from_pandas=True)
-        for field in list(schema)[len(SAMPLE_FIELDS) :]
-    ]
-    return pa.Table.from_arrays([*sample_arrays(finished.part.part.samples), *analysis], schema=schema)
+    def __init__(self, schema: pa.Schema) -> None:
+        """`schema` is `metrics_schema`'s."""
+        self._schema = schema
+        self._analysis = pa.schema(list(schema)[len(SAMPLE_FIELDS) :])
+        self._blocks: dict[int, tuple[Block, pa.Table]] = {}
+
+    def table(self, finished: FinishedPart) -> pa.Table:
+        """One row per sample of the part; NaN becomes null.
+
+        Raises AssertionError unless the pieces cover every sample exactly once, KeyError where a block lacks
+        a column.
+        """
+        order = finished.row_order()
+        if not len(order):
+            return self._schema.empty_table()
+        analysis = pa.concat_tables([rows_of(self._block(p.block), p.block_rows) for p in finished.pieces])
+        analysis = rows_of(analysis, order)
+        samples = sample_arrays(finished.part.part.samples)
+        return pa.Table.from_arrays([*samples, *analysis.columns], schema=self._schema)
+
+    def _block(self, block: Block) -> pa.Table:
+        """The analysis columns of a block. It is kept, so that no other can come by its id."""
+        if id(block) not in self._blocks:
+            arrays = [
+                pa.array(block.columns[field.name], field.type, from_pandas=True) for field in self._analysis
+            ]
+            self._blocks[id(block)] = block, pa.Table.from_arrays(arrays, schema=self._analysis)
+        return self._blocks[id(block)][1]
+
+
+def rows_of(table: pa.Table, rows: IntArray) -> pa.Table:
+    """Rows `rows` of a table, in that order; without a copy where they follow each other."""
+    if np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+        return table.slice(rows[0], len(rows))
+    return table.take(pa.array(rows))
 
 
 def sample_arrays(samples: Sequence[Sample]) -> list[pa.Array]:
@@ -42,12 +66,6 @@ def sample_arrays(samples: Sequence[Sample]) -> list[pa.Array]:
         pa.array([getattr(sample, field.name) for sample in samples], field.type, from_pandas=True)
         for field in SAMPLE_FIELDS
     ]
-
-
-def gather_column(pieces: Sequence[BlockRows], name: str, order: IntArray) -> npt.NDArray[np.generic]:
-    """One analysis column of a part: (n,) values in record order."""
-    rows = [piece.block.columns[name][piece.block_rows] for piece in pieces]
-    return np.concatenate(rows)[order]
 
 
 def features_table(finished: FinishedPart, schema: pa.Schema, info: ModelInfo) -> pa.Table:

@@ -1,23 +1,24 @@
-"""Writes the results of one input file into its staging folder. Knows no model, no device and no outbox.
+"""Turns the finished parts of one input file into the files of its output folder.
 
-Parts may arrive in any order; they are stored in theirs, so that the files are the same however batches
-were formed. Everything here blocks: call it in a thread, one call at a time.
+Parts may arrive in any order; their results are stored in theirs, so that the files are the same however
+batches were formed. Knows no model, no device and no outbox. Everything here blocks: call it in a thread, one
+call at a time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
-from daemon.durable import make_folder, make_new_folder, remove_folder
+from daemon.durable import make_new_folder, remove_folder
+from daemon.output.files import HashedFile
 from daemon.output.finished import FinishedPart
 from daemon.output.jsontext import to_json
 from daemon.output.parquet import ParquetFile
+from daemon.output.parts import StoredPart, read_part, write_part
 from daemon.output.schema import (
     ValueType,
     features_options,
@@ -25,9 +26,9 @@ from daemon.output.schema import (
     metrics_options,
     metrics_schema,
 )
-from daemon.output.tables import features_table, metrics_table
+from daemon.output.tables import MetricsTables, features_table
 from daemon.output.totals import FileTotals, LayerTotals, StageSeconds, UnitTotals
-from daemon.records import ModelInfo, Part, Recipe, Reject, Source
+from daemon.records import ModelInfo, PartExtent, Recipe, Reject, Source
 
 METRICS = "metrics.parquet"
 FEATURES = "features.parquet"
@@ -36,28 +37,17 @@ METRICS_GROUP_BYTES = 16 << 20  # of a row group in memory
 FEATURES_GROUP_BYTES = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Assembled:
-    """A part as it will be stored; holds no block."""
-
-    part: Part
-    metrics: pa.Table
-    features: pa.Table
-    rejects: tuple[Reject, ...]  # in record order
-    layers: tuple[LayerTotals, ...]
-    seconds: StageSeconds
-
-
 class UnitWriter:
-    """The files of one unit while they are written.
+    """The results of one unit while they come together.
 
-    `staging` must not exist yet. `complete` turns true with the file's last part; then `finish`. Or
-    `abandon`, at any time.
+    Parts of a file that has several are kept in `parts`, where a later attempt finds them. Once `complete`,
+    `write` makes the folder `staging`, which is then whole and on disk but for its manifest.
     """
 
     def __init__(
         self,
         staging: Path,
+        parts: Path,
         *,
         source: Source,
         recipe: Recipe,
@@ -66,126 +56,185 @@ class UnitWriter:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.staging = staging
+        self.parts = parts
         self.source = source
+        self.recipe = recipe
         self.info = info
-        self.complete = False
+        self.values: ValueType = values
         self._clock = clock
-        self._metrics_schema = metrics_schema(info.layers, recipe)
-        self._features_schema = features_schema(values)
-        self._early: dict[int, Assembled] = {}
-        self._next_part = 0
-        self._records = 0
-        self._n_rejects = 0
-        self._layers = tuple(LayerTotals.zero(sae.d_in) for sae in info.saes)
+        self._extents: dict[int, PartExtent] = {}  # of what is stored
+        self._only: StoredPart | None = None  # the part of a file that has one, kept in memory
+        self._n_parts: int | None = None  # known from the last one on
         self._seconds = StageSeconds()
-        make_folder(staging.parent)
-        make_new_folder(staging)
-        self._metrics = ParquetFile(
-            staging / METRICS,
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part of the file is stored."""
+        return len(self._extents) == self._n_parts
+
+    def has(self, number: int) -> bool:
+        """Whether this part is stored."""
+        return number in self._extents
+
+    def write_part(self, finished: FinishedPart, tables: MetricsTables | None = None) -> None:
+        """Store a part. `tables` may be shared with other parts of the same recipe. Safe to repeat.
+
+        Raises OSError where the disk refuses, AssertionError where the part does not fit the file.
+        """
+        began = self._clock()
+        part = finished.part.part
+        self._check_expected(part.source, part.number)
+        stored = self._assemble(finished, tables or MetricsTables(self._metrics_schema))
+        check_records(part.source, stored, [sample.record_index for sample in part.samples])
+        if part.last and part.number == 0:
+            self._only = stored
+        else:
+            write_part(self.parts, stored)
+        self._add(part.extent, part.last)
+        self._seconds += StageSeconds(write=self._clock() - began)
+
+    def keep_part(self, source: Source, extent: PartExtent, last: bool) -> None:
+        """Count in a part that an earlier attempt stored in `parts`."""
+        self._check_expected(source, extent.number)
+        self._add(extent, last)
+
+    def write(self) -> UnitTotals:
+        """Make `staging` anew and write all files but the manifest into it. Nothing is flushed yet."""
+        self._check_complete()
+        began = self._clock()
+        remove_folder(self.staging)
+        make_new_folder(self.staging)
+        metrics = ParquetFile(
+            self.staging / METRICS,
             self._metrics_schema,
             group_bytes=METRICS_GROUP_BYTES,
             options=metrics_options(self._metrics_schema),
         )
-        self._features = ParquetFile(
-            staging / FEATURES,
-            self._features_schema,
+        features = ParquetFile(
+            self.staging / FEATURES,
+            features_schema(self.values),
             group_bytes=FEATURES_GROUP_BYTES,
-            options=features_options(values),
+            options=features_options(self.values),
         )
-
-    def write_part(self, finished: FinishedPart) -> None:
-        """Take a part; store it, and those that waited for it, once all parts before it are stored.
-
-        Raises OSError where the disk refuses, AssertionError where parts do not add up to a file.
-        """
-        began = self._clock()
-        number = finished.part.part.number
-        self._check_expected(finished.part.part)
-        self._early[number] = self._assemble(finished)
-        while (assembled := self._early.pop(self._next_part, None)) is not None:
-            self._store(assembled)
-        self._seconds += StageSeconds(write=self._clock() - began)
-
-    def finish(self) -> UnitTotals:
-        """Close the files and hash them. Nothing is flushed to disk yet: see `daemon.output.commit`."""
-        if not self.complete:
-            raise AssertionError(f"unit {self.source.unit}: part {self._next_part} is missing")
-        began = self._clock()
-        self._metrics.close()
-        self._features.close()
-        files = [
-            describe_file(self._metrics.path, self._metrics.rows),
-            describe_file(self._features.path, self._features.rows),
-        ]
-        if self._n_rejects:
-            files.append(describe_file(self.staging / REJECTS, self._n_rejects))
+        rejects = RejectsFile(self.staging / REJECTS)
+        try:
+            layers = tuple(LayerTotals.zero(sae.d_in) for sae in self.info.saes)
+            seconds = self._seconds
+            for part in self._stored_parts():
+                metrics.append(part.metrics)
+                features.append(part.features)
+                rejects.append(part.rejects)
+                layers = tuple(sum_.plus(more) for sum_, more in zip(layers, part.layers, strict=True))
+                seconds += part.seconds
+            files = [metrics.close(), features.close(), *rejects.close()]
+        finally:
+            for file in (metrics, features, rejects):
+                file.discard()
         return UnitTotals(
-            records=self._records,
-            rows=self._metrics.rows,
-            rejects=self._n_rejects,
-            layers=self._layers,
-            seconds=self._seconds + StageSeconds(commit=self._clock() - began),
+            records=sum(extent.records for extent in self._extents.values()),
+            rows=metrics.rows,
+            rejects=rejects.rows,
+            layers=layers,
+            seconds=seconds + StageSeconds(commit=self._clock() - began),
             files=tuple(files),
         )
 
     def abandon(self) -> None:
-        """Close the files and remove the staging folder, whatever state they are in."""
-        self._early.clear()
-        try:
-            self._metrics.discard()
-            self._features.discard()
-        finally:
-            remove_folder(self.staging)
+        """Remove the staging folder, whatever state it is in. Stored parts stay for another attempt."""
+        remove_folder(self.staging)
 
-    def _check_expected(self, part: Part) -> None:
-        expected = part.number >= self._next_part and part.number not in self._early
-        if part.source.unit != self.source.unit or self.complete or not expected:
-            raise AssertionError(
-                f"unit {self.source.unit}: part {part.number} of unit {part.source.unit} is not expected,"
-                f" {self._next_part} is next"
-            )
+    def discard_parts(self) -> None:
+        """Remove the stored parts: the unit is published."""
+        remove_folder(self.parts)
 
-    def _assemble(self, finished: FinishedPart) -> Assembled:
-        return Assembled(
-            part=finished.part.part,
-            metrics=metrics_table(finished, self._metrics_schema),
-            features=features_table(finished, self._features_schema, self.info),
+    @property
+    def _metrics_schema(self) -> pa.Schema:
+        return metrics_schema(self.info.layers, self.recipe)
+
+    def _assemble(self, finished: FinishedPart, tables: MetricsTables) -> StoredPart:
+        return StoredPart(
+            extent=finished.part.part.extent,
+            metrics=tables.table(finished),
+            features=features_table(finished, features_schema(self.values), self.info),
             rejects=tuple(sorted(finished.rejects, key=lambda reject: reject.record_index)),
             layers=finished.layers,
             seconds=finished.seconds,
         )
 
-    def _store(self, assembled: Assembled) -> None:
-        part = assembled.part
-        self._check_records(assembled)
-        self._metrics.append(assembled.metrics)
-        self._features.append(assembled.features)
-        self._write_rejects(assembled.rejects)
-        self._records += part.records
-        self._layers = tuple(
-            sum_.plus(more) for sum_, more in zip(self._layers, assembled.layers, strict=True)
-        )
-        self._seconds += assembled.seconds
-        self._next_part += 1
-        self.complete = part.last
-        if part.last and self._early:
-            raise AssertionError(f"unit {self.source.unit}: parts beyond the last: {sorted(self._early)}")
+    def _add(self, extent: PartExtent, last: bool) -> None:
+        self._extents[extent.number] = extent
+        if last:
+            self._n_parts = extent.number + 1
 
-    def _check_records(self, assembled: Assembled) -> None:
-        """Samples and rejects of a part are its records, and follow those of the part before."""
-        indices = [sample.record_index for sample in assembled.part.samples]
-        indices += [reject.record_index for reject in assembled.rejects]
-        if sorted(indices) != list(range(self._records, self._records + assembled.part.records)):
+    def _stored_parts(self) -> Iterator[StoredPart]:
+        if self._only is not None:
+            yield self._only
+            return
+        for number in range(len(self._extents)):
+            part = read_part(self.parts, number)
+            if part.extent != self._extents[number]:
+                raise AssertionError(f"unit {self.source.unit}: stored part {number} is {part.extent}")
+            yield part
+
+    def _check_expected(self, source: Source, number: int) -> None:
+        beyond = self._n_parts is not None and number >= self._n_parts
+        if source.unit != self.source.unit or number in self._extents or beyond:
             raise AssertionError(
-                f"unit {self.source.unit} part {assembled.part.number}: its samples and rejects are not the"
-                f" {assembled.part.records} records from {self._records} on"
+                f"unit {self.source.unit}: part {number} of unit {source.unit} is not expected"
             )
 
-    def _write_rejects(self, rejects: tuple[Reject, ...]) -> None:
-        if rejects:
-            with (self.staging / REJECTS).open("ab") as file:
-                file.writelines(map(reject_line, rejects))
-            self._n_rejects += len(rejects)
+    def _check_complete(self) -> None:
+        """Every part is there and each begins where the one before ended."""
+        next_record = 0
+        for number in range(self._n_parts or 0):
+            extent = self._extents.get(number)
+            if extent is None or extent.first_record != next_record:
+                raise AssertionError(
+                    f"unit {self.source.unit}: part {number} is missing or misplaced: {extent}"
+                )
+            next_record += extent.records
+        if not self.complete:
+            raise AssertionError(f"unit {self.source.unit}: its last part is missing")
+
+
+def check_records(source: Source, stored: StoredPart, samples: list[int]) -> None:
+    """Raises AssertionError unless samples and rejects of a part are its records, each once."""
+    extent = stored.extent
+    indices = samples + [reject.record_index for reject in stored.rejects]
+    if sorted(indices) != list(range(extent.first_record, extent.first_record + extent.records)):
+        raise AssertionError(
+            f"unit {source.unit} part {extent.number}: its samples and rejects are not the"
+            f" {extent.records} records from {extent.first_record} on"
+        )
+
+
+class RejectsFile:
+    """`rejects.jsonl`, there only if there is a reject."""
+
+    def __init__(self, path: Path) -> None:
+        self.rows = 0
+        self._path = path
+        self._file: HashedFile | None = None
+
+    def append(self, rejects: tuple[Reject, ...]) -> None:
+        if not rejects:
+            return
+        if self._file is None:
+            self._file = HashedFile(self._path)
+        self._file.write(b"".join(map(reject_line, rejects)))
+        self.rows += len(rejects)
+
+    def close(self) -> list[FileTotals]:
+        """What the file is, if there is one."""
+        if self._file is None:
+            return []
+        self._file.close()
+        return [self._file.totals(self.rows)]
+
+    def discard(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 def reject_line(reject: Reject) -> bytes:
@@ -203,9 +252,3 @@ def reject_line(reject: Reject) -> bytes:
         )
         + b"\n"
     )
-
-
-def describe_file(path: Path, rows: int) -> FileTotals:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileTotals(name=path.name, rows=rows, bytes=path.stat().st_size, sha256=sha256)

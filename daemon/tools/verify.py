@@ -32,6 +32,7 @@ from daemon.records import (
     FileIdentity,
     FloatArray,
     Part,
+    PartExtent,
     Recipe,
     Source,
     TokenizedPart,
@@ -164,10 +165,15 @@ def verify(
 
 
 async def tokenized_parts(config: Config, compute: Compute, file: Path) -> list[TokenizedPart]:
-    claim = Claim(file.name, file, 1, FileIdentity(0, 0, 0, 0))
-    source = Source(claim=claim, sha256="", size=0, unit="")
-    parts = read_parts(source, recipe=config.recipe, limits=read_limits(config))
-    return [compute.tokenizer.tokenize(part) async for part in parts]
+    source = source_of(file)
+    with file.open("rb") as content:
+        parts = read_parts(content, source, recipe=config.recipe, limits=read_limits(config), stored={})
+        return [compute.tokenizer.tokenize(part) async for part in parts if isinstance(part, Part)]
+
+
+def source_of(file: Path) -> Source:
+    """A file that nobody claimed."""
+    return Source(Claim(file.name, file, 1, FileIdentity(0, 0, 0, 0, 0)), sha256="", size=0, unit="")
 
 
 def run_reference(
@@ -262,8 +268,8 @@ def run_batched(
 
 
 def one_part(recipe: Recipe, samples: Sequence[TokenizedSample]) -> TokenizedPart:
-    source = Source(Claim("verify", Path(), 1, FileIdentity(0, 0, 0, 0)), sha256="", size=0, unit="")
-    part = Part(source, 0, True, recipe, tuple(sample.sample for sample in samples), ())
+    extent = PartExtent(0, 0, len(samples), 0)
+    part = Part(source_of(Path()), extent, True, recipe, tuple(sample.sample for sample in samples), ())
     return TokenizedPart(part, tuple(samples))
 
 

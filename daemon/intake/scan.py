@@ -1,0 +1,98 @@
+"""Looks at an inbox folder for files that are admissible and settled. Moves nothing, opens nothing."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from daemon.intake.filestatus import Stamp, kind_of, stamp
+from daemon.intake.names import printable
+
+IGNORED_SUFFIXES = ("~", ".tmp", ".part")
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class InboxLoad:
+    """What waited at the last look."""
+
+    files: int
+    bytes: int
+    oldest_seconds: float  # since the oldest was last written
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A regular file seen in the inbox."""
+
+    name: str
+    stamp: Stamp
+
+    @property
+    def size(self) -> int:
+        return self.stamp[1]
+
+    @property
+    def mtime_ns(self) -> int:
+        return self.stamp[2]
+
+
+class Scanner:
+    """One folder, looked at again and again. A file is settled once it stayed the same for long enough."""
+
+    def __init__(self, path: Path, *, settle_seconds: float, clock: Callable[[], float]) -> None:
+        self.load = InboxLoad(0, 0, 0.0)
+        self._path = path
+        self._settle_seconds = settle_seconds
+        self._clock = clock
+        self._seen: dict[str, tuple[Stamp, float]] = {}  # name -> stamp, since when
+        self._ignored: set[str] = set()  # odd things reported and still there
+
+    def scan(self) -> list[tuple[Candidate, float]]:
+        """Look: admissible files, oldest first, and in how many seconds each is settled."""
+        now = self._clock()
+        found = sorted(self._stamps().items(), key=lambda item: (item[1][2], item[0]))
+        seen = self._seen
+        self._seen = {
+            name: seen[name] if name in seen and seen[name][0] == stamp else (stamp, now)
+            for name, stamp in found
+        }
+        candidates = [Candidate(name, stamp) for name, stamp in found]
+        self.load = InboxLoad(
+            files=len(candidates),
+            bytes=sum(candidate.size for candidate in candidates),
+            oldest_seconds=max(0.0, time.time() - candidates[0].mtime_ns / 1e9) if candidates else 0.0,
+        )
+        return [(found, self._seen[found.name][1] + self._settle_seconds - now) for found in candidates]
+
+    def forget(self, name: str) -> None:
+        """The file was taken: another of its name has to settle anew."""
+        self._seen.pop(name, None)
+
+    def _stamps(self) -> dict[str, Stamp]:
+        """The regular files that may be taken, by name."""
+        stamps: dict[str, Stamp] = {}
+        odd: dict[str, str] = {}
+        with os.scandir(self._path) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name.endswith(IGNORED_SUFFIXES):
+                    continue
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    stamps[entry.name] = stamp(status)
+                elif not stat.S_ISDIR(status.st_mode):
+                    odd[entry.name] = kind_of(status.st_mode)
+        for name in odd.keys() - self._ignored:
+            log.warning("inbox.ignored", file=printable(name), kind=odd[name])
+        self._ignored = set(odd)
+        return stamps

@@ -1,0 +1,110 @@
+"""Why nothing is taken up at the moment: a full disk, no file descriptors left, a folder that is gone.
+
+Such trouble is the machine's, not a file's: whoever meets it waits here and tries again, and no attempt is
+charged. Knows no files and no metrics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from daemon.errors import MachineError
+
+T = TypeVar("T")
+
+DISK, DESCRIPTORS, FOLDERS = REASONS = ("disk", "descriptors", "folders")
+REASON_OF = {
+    errno.ENOSPC: DISK,
+    errno.EDQUOT: DISK,
+    errno.EMFILE: DESCRIPTORS,
+    errno.ENFILE: DESCRIPTORS,
+    errno.EACCES: FOLDERS,
+    errno.EPERM: FOLDERS,
+    errno.EROFS: FOLDERS,
+    errno.ENOENT: FOLDERS,
+    errno.ENOTDIR: FOLDERS,
+    errno.ESTALE: FOLDERS,
+}
+RETRY_SECONDS = 1.0  # between two tries of what the machine refused
+
+
+class FoldersLost(MachineError):
+    """The inbox or the outbox was removed under the daemon, and with it what the daemon had there."""
+
+
+class Pause:
+    """The reasons to pause that hold now, each with a message; empty while all is well.
+
+    Unless `patient`, or once `give_up` was called, what the machine refuses is a MachineError at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        patient: bool = True,
+        retry_seconds: float = RETRY_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._patient = patient
+        self._retry_seconds = retry_seconds
+        self._clock = clock
+        self._held: dict[str, str] = {}  # by a condition that is checked from time to time
+        self._met: dict[str, tuple[str, float]] = {}  # by an operation that failed, until when
+        self._given_up = asyncio.Event()
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Reason to message."""
+        now = self._clock()
+        met = {reason: message for reason, (message, until) in self._met.items() if now < until}
+        return met | self._held
+
+    def hold(self, reason: str, message: str | None) -> None:
+        """What a check found: a message while the reason holds, None where it does not."""
+        if message is None:
+            self._held.pop(reason, None)
+        else:
+            self._held[reason] = message
+
+    def give_up(self) -> None:
+        """Wait for nothing from now on: the daemon is told to stop."""
+        self._given_up.set()
+
+    async def over(self) -> None:
+        """Wait until no reason holds, or the daemon is told to stop. Raises MachineError unless patient."""
+        while (reasons := self.reasons) and not self._given_up.is_set():
+            if not self._patient:
+                raise MachineError("; ".join(reasons.values()))
+            await self._sleep()
+
+    async def outlast(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """What `attempt` returns, called again until the machine no longer refuses it.
+
+        `attempt` must be safe to repeat. Raises the OSErrors that no waiting helps, and MachineError.
+        """
+        while True:
+            try:
+                return await attempt()
+            except OSError as error:
+                reason = REASON_OF.get(error.errno or 0)
+                if reason is None:
+                    raise
+                self._met[reason] = (describe(error), self._clock() + 2 * self._retry_seconds)
+                if not self._patient or self._given_up.is_set():
+                    raise MachineError(describe(error)) from error
+            await self._sleep()
+
+    async def _sleep(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._given_up.wait(), self._retry_seconds)
+
+
+def describe(error: OSError) -> str:
+    """One line: where and what, for an operator."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
