@@ -136,8 +136,12 @@ class Pipeline:
                 group.create_task(self.tokenize(), name="tokenize")
                 group.create_task(self.compute(), name="compute")
                 group.create_task(self.write(), name="write")
-        except* (asyncio.CancelledError, MachineError):
+        except asyncio.CancelledError:
             await self.delivery.give_back()
+            raise
+        except ExceptionGroup as group:  # a bug is not given back: the file that met it is to be counted
+            if group.subgroup(MachineError) is not None:
+                await self.delivery.give_back()
             raise
         return self.tally
 

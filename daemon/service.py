@@ -192,7 +192,10 @@ class Service:
             self.metrics.recovered_files_total.labels("staging_removed").inc(removed)
             self.inbox = inbox
             self.pipeline = self.assemble(compute, inbox, outbox)
-            await self.pipeline.run(self.stop, once=self.once)
+            try:
+                await self.pipeline.run(self.stop, once=self.once)
+            finally:
+                self.pipeline.delivery.close()
         finally:
             await asyncio.to_thread(outbox.close)
             await inbox.close()

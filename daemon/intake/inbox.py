@@ -101,7 +101,7 @@ class Inbox:
         for lease in dead_leases(self.path / CLAIMED, self.lease.folder):
             for path, attempt in claimed_files(lease):
                 claim = self._take_back(path, attempt)
-                if claim is None:
+                if claim is None:  # its name is taken for now
                     left = True
                     continue
                 self._waiting.append(claim)
@@ -111,11 +111,11 @@ class Inbox:
 
     def _take_back(self, path: Path, attempt: int) -> Claim | None:
         """Move a claimed file into the own lease; None where a file of its name is there already."""
-        identity = identity_of(path)
         target = self._place(path.name, attempt)
-        if identity is None or not durable.move_without_replacing(path, target):
+        if not durable.move_without_replacing(path, target):
             return None
-        return Claim(path.name, target, attempt, identity)
+        identity = identity_of(target)
+        return None if identity is None else Claim(path.name, target, attempt, identity)
 
     def _place(self, name: str, attempt: int) -> Path:
         """Where a file of this name lies while it is claimed for the given attempt."""
@@ -333,10 +333,13 @@ class Inbox:
         self._held.pop(claim.path, None)
 
     def _free_name(self, claim: Claim, folder: Path) -> Path:
-        """A name in `folder` that is free, and whose reason's name fits beside it."""
+        """A name in `folder` that is free, as is its reason's."""
         for number in range(MAX_NUMBER):
             target = folder / numbered(claim.name, number, NAME_BYTES - len(REASON_SUFFIX))
-            if not os.path.lexists(target):
+            reason = folder / f"{target.name}{REASON_SUFFIX}"
+            if os.path.lexists(target):
+                continue
+            if not os.path.lexists(reason) or is_orphaned(reason, claim.name):
                 return target
         raise no_free_name(claim, folder)
 
@@ -355,7 +358,8 @@ class Inbox:
         for claim in claims:
             if os.path.lexists(claim.path):
                 self._move_out(claim, self.path, numbered_stem)
-        durable.fsync_folder(self.path)
+        if self.path.is_dir():
+            durable.fsync_folder(self.path)
         self._let_go(claims)
 
     def _move_out(self, claim: Claim, folder: Path, name: Callable[[str, int], str]) -> None:
@@ -378,6 +382,20 @@ class Inbox:
             raise FoldersLost(f"{claim.path.parent} disappeared, with the files claimed there")
 
 
+def is_orphaned(reason: Path, name: str) -> bool:
+    """Whether this is the reason of a file of that name which a crash kept from following.
+
+    And not a file that itself failed, and looks so: that one has a reason of its own.
+    """
+    if os.path.lexists(f"{reason}{REASON_SUFFIX}"):
+        return False
+    try:
+        content = json.loads(reason.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("name") == printable(name) and "failed_at" in content
+
+
 def presence(claim: Claim) -> Presence:
     now = identity_of(claim.path)
     if now is None:
@@ -386,9 +404,14 @@ def presence(claim: Claim) -> Presence:
 
 
 def claimed_files(lease: Path) -> list[tuple[Path, int]]:
-    """What lies claimed in a lease, and how often work on each has begun."""
+    """The regular files that lie claimed in a lease, and how often work on each has begun."""
     folders = [folder for folder in lease.iterdir() if folder.name.isdecimal() and folder.is_dir()]
-    return [(path, int(folder.name)) for folder in sorted(folders) for path in sorted(folder.iterdir())]
+    return [
+        (path, int(folder.name))
+        for folder in sorted(folders)
+        for path in sorted(folder.iterdir())
+        if identity_of(path) is not None
+    ]
 
 
 def no_free_name(claim: Claim, folder: Path) -> MachineError:

@@ -276,9 +276,14 @@ class Delivery:
 
     async def give_back(self) -> None:
         """Forced stop: put every claimed file back into the inbox. Stored parts stay for the next start."""
-        self._thread.shutdown()
+        self.close()
         self._units.clear()
         await self.inbox.release_all()
+
+    def close(self) -> None:
+        """Wait for what is being written, and end the threads."""
+        self._thread.shutdown()
+        self._pool.shutdown()
 
     async def stored(self, source: Source) -> dict[int, PartExtent]:
         """Which parts of a file an earlier attempt finished."""

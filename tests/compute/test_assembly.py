@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,23 +10,31 @@ from daemon.compute.packing import Batch, Entry
 from daemon.records import (
     PLAIN_RECIPE,
     Block,
-    Claim,
     FeatureRows,
-    FileIdentity,
     LayerSums,
     Part,
+    PartExtent,
     Reject,
     Sample,
-    Source,
     TokenizedPart,
     TokenizedSample,
 )
+from tests.sources import unclaimed
 
 
 def part_of(unit: str, number: int, n: int, rejects: tuple[Reject, ...] = ()) -> TokenizedPart:
-    source = Source(Claim(unit, Path(unit), 1, FileIdentity(0, 0, 0, 0)), "", 0, unit)
+    source = unclaimed(unit, unit)
     samples = [Sample(i, f"{unit}{i}", None, None, None, ("t",), None, 0) for i in range(n)]
-    part = Part(source, number, False, PLAIN_RECIPE, tuple(samples), rejects, 0.5, 0.25)
+    part = Part(
+        source,
+        PartExtent(number, 0, len(samples) + len(rejects), 0),
+        False,
+        PLAIN_RECIPE,
+        tuple(samples),
+        rejects,
+        0.5,
+        0.25,
+    )
     return TokenizedPart(part, tuple(TokenizedSample(sample, ((1, 2),)) for sample in samples))
 
 

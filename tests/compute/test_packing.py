@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,24 +8,23 @@ from daemon.compute.packing import Packer
 from daemon.records import (
     CONTRAST_RECIPE,
     PLAIN_RECIPE,
-    Claim,
-    FileIdentity,
     Part,
+    PartExtent,
     Recipe,
     Sample,
-    Source,
     TokenizedPart,
     TokenizedSample,
 )
+from tests.sources import unclaimed
 
-SOURCE = Source(Claim("f", Path("f"), 1, FileIdentity(0, 0, 0, 0)), "", 0, "unit")
+SOURCE = unclaimed("f")
 
 
 def part(widths: list[int], recipe: Recipe = PLAIN_RECIPE, number: int = 0) -> TokenizedPart:
     texts = len(recipe.templates)
     samples = [Sample(i, str(i), None, None, None, ("",) * texts, None, 0) for i in range(len(widths))]
     return TokenizedPart(
-        Part(SOURCE, number, False, recipe, tuple(samples), ()),
+        Part(SOURCE, PartExtent(number, 0, len(samples), 0), False, recipe, tuple(samples), ()),
         tuple(
             TokenizedSample(sample, ((0,) * width,) * texts)
             for sample, width in zip(samples, widths, strict=True)

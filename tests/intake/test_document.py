@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tracemalloc
@@ -51,7 +52,7 @@ def framed(chunks: Iterable[bytes], max_record_bytes: int = MANY) -> Iterator[Ra
 def pieces(content: bytes, cuts: Iterable[int]) -> list[bytes]:
     """The content cut at some places."""
     places = [0, *sorted(cuts), len(content)]
-    return [content[start:end] for start, end in zip(places, places[1:], strict=False)]
+    return [content[start:end] for start, end in itertools.pairwise(places)]
 
 
 class WholeDocument:
@@ -366,8 +367,22 @@ def joined(before: bytes, large: Iterator[bytes], after: bytes) -> Iterator[byte
 
 @pytest.mark.parametrize(
     "unit",
-    [b"[", b"[{", b"[a", b'["', b'"\\"', b'"",', b"{}{", b"[[[[]", b"[[[[]]]],", b'{"":', b'"":1,', b"\n", b"a,", b"\\"],
-)  # fmt: skip
+    [
+        b"[",
+        b"[{",
+        b"[a",
+        b'["',
+        b'"\\"',
+        b'"",',
+        b"{}{",
+        b"[[[[]",
+        b"[[[[]]]],",
+        b'{"":',
+        b'"":1,',
+        b"\n",
+        b"a,",
+    ],
+)
 def test_no_input_takes_longer_than_its_length(unit):
     for opening in (b"[", b"{", b'{"a":', b'{"samples":[', b'["'):
         content = opening + unit * (400_000 // len(unit))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from daemon.intake import inbox as inbox_module
 from daemon.intake.inbox import Inbox, numbered
 from daemon.records import Claim
 
@@ -27,7 +28,7 @@ class Clock:
 
 
 def inbox_at(path: Path, **settings: object) -> Inbox:
-    defaults = {"settle_seconds": 0.0, "rescan_seconds": 0.05, "max_attempts": 3, "on_success": "move"}
+    defaults = {"settle_seconds": 0.0, "rescan_seconds": 0.05, "on_success": "move"}
     return Inbox(path, **{**defaults, **settings})
 
 
@@ -44,14 +45,14 @@ async def opened(path: Path, **settings: object) -> AsyncIterator[Inbox]:
 async def drained(inbox: Inbox) -> list[Claim]:
     """Every claim, retired at once."""
     claims = []
-    async for claim in inbox.claims(asyncio.Event(), once=True):
-        claims.append(claim)
-        await inbox.retire(claim)
+    async for batch in inbox.claims(asyncio.Event(), once=True):
+        claims += batch
+        await inbox.retire(batch)
     return claims
 
 
 def settled_names(inbox: Inbox) -> list[str]:
-    return [found.name for found, remaining in inbox.scan() if remaining <= 0]
+    return [found.name for found, remaining in inbox._scanner.scan() if remaining <= 0]
 
 
 async def test_a_file_is_ready_once_it_stayed_the_same_for_long_enough(tmp_path):
@@ -113,15 +114,17 @@ async def test_hostile_names_pass_through(tmp_path, name):
     assert os.listdir(os.fsencode(tmp_path / "done")) == [name]
 
 
-async def test_claims_are_made_one_at_a_time_oldest_first(tmp_path):
+@pytest.mark.parametrize(("limit", "value"), [("BATCH_FILES", 2), ("BATCH_BYTES", 3)])
+async def test_claims_are_made_a_few_at_a_time_oldest_first(tmp_path, monkeypatch, limit, value):
+    monkeypatch.setattr(inbox_module, limit, value)
     for age, name in ((10, "b.json"), (30, "c.json"), (20, "a.json")):
         (tmp_path / name).write_text("[]")
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     async with opened(tmp_path) as inbox:
         claims = inbox.claims(asyncio.Event(), once=True)
         first = await anext(claims)
-        assert first.name == "c.json"
-        assert sorted(path.name for path in tmp_path.glob("*.json")) == ["a.json", "b.json"]
+        assert [claim.name for claim in first] == ["c.json", "a.json"]
+        assert [path.name for path in tmp_path.glob("*.json")] == ["b.json"]
         await inbox.retire(first)
         await claims.aclose()
 
@@ -136,9 +139,9 @@ async def test_a_name_that_is_under_way_waits_for_its_predecessor(tmp_path):
         await asyncio.sleep(0.2)  # some rescans
         assert not second.done()
         await inbox.retire(first)
-        claim = await second
+        (claim,) = await second
         assert claim.path.read_text() == "[2]"
-        await inbox.retire(claim)
+        await inbox.retire([claim])
         await claims.aclose()
     assert sorted(path.name for path in (tmp_path / "done").iterdir()) == ["a.json", "a.json.1"]
 
@@ -152,8 +155,7 @@ async def test_files_dropped_later_are_noticed_and_stop_ends_the_wait(tmp_path):
         staged = tmp_path / ".a"
         staged.write_text("[]")
         staged.rename(tmp_path / "a.json")
-        claim = await asyncio.wait_for(waiting, 60)
-        await inbox.retire(claim)
+        await inbox.retire(await asyncio.wait_for(waiting, 60))
         ending = asyncio.create_task(anext(claims))
         stop.set()
         with pytest.raises(StopAsyncIteration):
@@ -171,7 +173,7 @@ async def test_a_missed_event_is_found_by_the_rescan(tmp_path, monkeypatch):
         waiting = asyncio.create_task(anext(claims))
         await asyncio.sleep(0)
         (tmp_path / "a.json").write_text("[]")
-        assert (await asyncio.wait_for(waiting, 60)).name == "a.json"
+        assert [claim.name for claim in await asyncio.wait_for(waiting, 60)] == ["a.json"]
         await claims.aclose()
 
 
@@ -179,12 +181,12 @@ async def test_a_change_while_claimed_is_seen(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     async with opened(tmp_path) as inbox:
         claims = inbox.claims(asyncio.Event(), once=True)
-        claim = await anext(claims)
-        assert await inbox.unchanged(claim)
+        (claim,) = await anext(claims)
+        assert await inbox.recheck([claim]) == ["same"]
         with claim.path.open("a") as file:  # a writer that kept the file open
             file.write(" ")
-        assert not await inbox.unchanged(claim)
-        await inbox.release(claim)
+        assert await inbox.recheck([claim]) == ["changed"]
+        await inbox.release([claim])
         assert (tmp_path / "a.json").read_text() == "[] "
         await claims.aclose()
 
@@ -193,7 +195,7 @@ async def test_a_failed_file_lies_beside_its_reason(tmp_path):
     (tmp_path / "a.json").write_text("[")
     async with opened(tmp_path) as inbox:
         claims = inbox.claims(asyncio.Event(), once=True)
-        claim = await anext(claims)
+        (claim,) = await anext(claims)
         await inbox.fail(claim, "malformed_json", "what happened", "ab12")
         await claims.aclose()
     reason = json.loads((tmp_path / "failed/a.json.reason.json").read_text())
@@ -224,9 +226,9 @@ import asyncio, sys, os
 from pathlib import Path
 from daemon.intake.inbox import Inbox
 async def main():
-    inbox = Inbox(Path(sys.argv[1]), settle_seconds=0, rescan_seconds=1, max_attempts=2, on_success="move")
+    inbox = Inbox(Path(sys.argv[1]), settle_seconds=0, rescan_seconds=1, on_success="move")
     await inbox.open()
-    claim = await anext(inbox.claims(asyncio.Event(), once=True))
+    claim, = await anext(inbox.claims(asyncio.Event(), once=True))
     print(claim.attempt, flush=True)
     await asyncio.sleep(3600)
 asyncio.run(main())
@@ -242,11 +244,9 @@ asyncio.run(main())
             assert child.stdout is not None
             assert child.stdout.readline().strip() == str(attempt).encode()
             child.send_signal(signal.SIGKILL)
-    async with opened(tmp_path, max_attempts=2) as inbox:
-        assert inbox.recovered == 1
-        assert await drained(inbox) == []
-    reason = json.loads((tmp_path / "failed/a.json.reason.json").read_text())
-    assert reason["reason"] == "attempts_exhausted"
+    async with opened(tmp_path) as inbox:
+        (claim,) = await drained(inbox)
+        assert claim.attempt == 3
     assert list((tmp_path / ".claimed").iterdir()) == []
 
 
@@ -254,12 +254,12 @@ async def test_a_living_process_keeps_its_claims(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     async with opened(tmp_path) as first:
         claims = first.claims(asyncio.Event(), once=True)
-        claim = await anext(claims)
+        (claim,) = await anext(claims)
         async with opened(tmp_path) as second:
-            assert second.recovered == 0
+            assert second.take_recovered() == 0
             assert await drained(second) == []
         assert claim.path.exists()
-        await first.retire(claim)
+        await first.retire([claim])
         await claims.aclose()
 
 
@@ -280,7 +280,7 @@ async def test_the_load_counts_what_waits(tmp_path):
     (tmp_path / "b.json").write_text("123")
     os.utime(tmp_path / "b.json", (0, 0))
     inbox = inbox_at(tmp_path)
-    inbox.scan()
+    inbox._scanner.scan()
     load = inbox.pending()
     assert (load.files, load.bytes) == (2, 8)
     assert load.oldest_seconds > 1e9

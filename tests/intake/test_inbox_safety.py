@@ -14,14 +14,15 @@ import pytest
 from structlog.testing import capture_logs
 
 from daemon import durable
+from daemon.intake import inbox as inbox_module
 from daemon.intake.inbox import Candidate, Inbox
-from daemon.intake.lease import Lease, open_lock
+from daemon.lease import Lease, dead_leases, open_lock
 from daemon.records import Claim
 
 
 @contextlib.asynccontextmanager
 async def opened(path: Path, **settings: object) -> AsyncIterator[Inbox]:
-    defaults = {"settle_seconds": 0.0, "rescan_seconds": 0.05, "max_attempts": 3, "on_success": "move"}
+    defaults = {"settle_seconds": 0.0, "rescan_seconds": 0.05, "on_success": "move"}
     inbox = Inbox(path, **{**defaults, **settings})
     await inbox.open()
     try:
@@ -31,7 +32,7 @@ async def opened(path: Path, **settings: object) -> AsyncIterator[Inbox]:
 
 
 async def all_claims(inbox: Inbox) -> list[Claim]:
-    return [claim async for claim in inbox.claims(asyncio.Event(), once=True)]
+    return [claim async for claims in inbox.claims(asyncio.Event(), once=True) for claim in claims]
 
 
 def leave_in_dead_lease(inbox: Path, lease: str, attempt: int, name: str, content: str) -> Path:
@@ -64,24 +65,40 @@ async def test_two_dead_leases_with_files_of_one_name_lose_neither(tmp_path):
     leave_in_dead_lease(tmp_path, "host-2-bb", 1, "a.json", "[2]")
     async with opened(tmp_path) as inbox:
         attempts = {}
-        async for claim in inbox.claims(asyncio.Event(), once=True):
+        async for (claim,) in inbox.claims(asyncio.Event(), once=True):
             attempts[claim.path.read_text()] = claim.attempt
-            await inbox.retire(claim)
-        assert attempts == {"[1]": 2, "[2]": 1}  # the second went through the inbox
-        assert inbox.recovered == 2
+            await inbox.retire([claim])
+        assert attempts == {"[1]": 2, "[2]": 2}
+        assert inbox.take_recovered() == 2
+        assert inbox.take_recovered() == 0
     assert sorted(contents(tmp_path / "done").values()) == ["[1]", "[2]"]
     assert list((tmp_path / ".claimed").iterdir()) == []
 
 
-async def test_the_last_attempt_fails_under_its_own_number(tmp_path):
+async def test_work_begun_before_is_counted_again_and_begun_alone(tmp_path):
     leave_in_dead_lease(tmp_path, "host-1-aa", 3, "a.json", "[1]")
     leave_in_dead_lease(tmp_path, "host-2-bb", 2, "b.json", "[2]")
+    for name in ("c.json", "d.json"):
+        (tmp_path / name).write_text("[3]")
+    batches = []
     async with opened(tmp_path) as inbox:
-        (claim,) = await all_claims(inbox)
-        assert (claim.name, claim.attempt) == ("b.json", 3)
-        assert (inbox.recovered, inbox.exhausted) == (2, 1)
-    note = json.loads((tmp_path / "failed/a.json.reason.json").read_text())
-    assert (note["reason"], note["attempt"]) == ("attempts_exhausted", 3)
+        async for claims in inbox.claims(asyncio.Event(), once=True):
+            batches.append([(claim.name, claim.attempt) for claim in claims])
+            assert all(claim.path.parent.name == str(claim.attempt) for claim in claims)
+    assert batches == [[("a.json", 4)], [("b.json", 3)], [("c.json", 1), ("d.json", 1)]]
+
+
+async def test_what_a_process_held_when_it_died_is_taken_over_while_others_run(tmp_path):
+    stop = asyncio.Event()
+    async with opened(tmp_path) as inbox:
+        claims = inbox.claims(stop, once=False)
+        waiting = asyncio.create_task(anext(claims))
+        await until(lambda: inbox.pending() is not None)
+        leave_in_dead_lease(tmp_path, "host-1-aa", 1, "a.json", "[1]")
+        ((claim,), *_) = [await waiting]
+        assert (claim.name, claim.attempt) == ("a.json", 2)
+        stop.set()
+        await claims.aclose()
 
 
 async def test_what_is_no_file_in_a_dead_lease_is_kept_where_it_is(tmp_path):
@@ -93,11 +110,21 @@ async def test_what_is_no_file_in_a_dead_lease_is_kept_where_it_is(tmp_path):
     assert (path.parent / "folder.json" / "inner").read_text() == "x"
 
 
-async def test_a_lease_being_made_is_not_taken_for_a_dead_one(tmp_path):
-    forming = tmp_path / ".claimed" / ".host-1-aa"
-    forming.mkdir(parents=True)
-    async with opened(tmp_path):
-        assert forming.is_dir()
+def test_a_lease_that_was_taken_for_dead_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+    make = durable.make_new_folder
+    made: list[Path] = []
+
+    def make_and_lose(path: Path) -> None:
+        make(path)
+        made.append(path)
+        if len(made) == 1:
+            path.rmdir()
+
+    monkeypatch.setattr(durable, "make_new_folder", make_and_lose)
+    lease = Lease(tmp_path)
+    assert lease.folder == made[1]
+    assert list(dead_leases(tmp_path, tmp_path / "own")) == []
+    lease.close()
 
 
 def test_a_lease_is_locked_while_its_process_lives(tmp_path):
@@ -118,7 +145,7 @@ def test_a_lock_whose_lease_was_removed_meanwhile_is_not_a_lock(tmp_path, monkey
         (folder / ".lock").unlink()
         flock(lock, operation)
 
-    monkeypatch.setattr("daemon.intake.lease.fcntl.flock", removed_meanwhile)
+    monkeypatch.setattr("daemon.lease.fcntl.flock", removed_meanwhile)
     assert open_lock(folder) is None
 
 
@@ -127,7 +154,7 @@ async def test_a_release_does_not_replace_a_newer_file(tmp_path, either_move):
     async with opened(tmp_path) as inbox:
         (claim,) = await all_claims(inbox)
         (tmp_path / "a.json.gz").write_text("new")
-        await inbox.release(claim)
+        await inbox.release([claim])
     assert contents(tmp_path) == {"a.json.gz": "new", "a.1.json.gz": "old"}
 
 
@@ -163,7 +190,7 @@ async def test_sources_can_be_deleted(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     async with opened(tmp_path, on_success="delete") as inbox:
         (claim,) = await all_claims(inbox)
-        await inbox.retire(claim)
+        await inbox.retire([claim])
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -172,7 +199,7 @@ async def test_a_file_swapped_for_a_link_after_the_look_is_put_back(tmp_path, mo
     secret.write_text("s")
     (tmp_path / "a.json").symlink_to(secret)
     async with opened(tmp_path) as inbox:
-        monkeypatch.setattr(inbox, "scan", lambda: [(Candidate("a.json", (0, 0, 0, 0)), 0.0)])
+        monkeypatch.setattr(inbox._scanner, "scan", lambda: [(Candidate("a.json", (0, 0, 0, 0)), 0.0)])
         assert await all_claims(inbox) == []
     assert (tmp_path / "a.json").readlink() == secret
     assert secret.read_text() == "s"
@@ -183,8 +210,8 @@ async def test_odd_things_are_reported_once_by_kind(tmp_path):
     os.mkfifo(tmp_path / "pipe\udce9.json")
     async with opened(tmp_path) as inbox:
         with capture_logs() as logs:
-            inbox.scan()
-            inbox.scan()
+            inbox._scanner.scan()
+            inbox._scanner.scan()
     found = sorted((entry["event"], entry["file"], entry["kind"]) for entry in logs)
     assert found == [
         ("inbox.ignored", "link.json", "symlink"),
@@ -193,26 +220,27 @@ async def test_odd_things_are_reported_once_by_kind(tmp_path):
 
 
 async def test_a_file_rewritten_after_the_look_settles_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(inbox_module, "BATCH_FILES", 1)
     now = 0.0
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text("[]")
     os.utime(tmp_path / "a.json", (1, 1))
     async with opened(tmp_path, settle_seconds=5.0, rescan_seconds=0.02, clock=lambda: now) as inbox:
         looks = []
-        scan = inbox.scan
-        monkeypatch.setattr(inbox, "scan", lambda: looks.append(now) or scan())
+        scan = inbox._scanner.scan
+        monkeypatch.setattr(inbox._scanner, "scan", lambda: looks.append(now) or scan())
         claims = inbox.claims(asyncio.Event(), once=True)
         waiting = asyncio.create_task(anext(claims))
         await until(lambda: looks)
         now = 5.0
-        assert (await waiting).name == "a.json"
+        assert [claim.name for claim in await waiting] == ["a.json"]
         (tmp_path / "b.json").write_text("[1]")
         waiting = asyncio.create_task(anext(claims))
         seen = len(looks)
         await until(lambda: len(looks) > seen + 2)
         assert not waiting.done()
         now = 10.0
-        assert (await waiting).path.read_text() == "[1]"
+        assert [claim.path.read_text() for claim in await waiting] == ["[1]"]
         await claims.aclose()
 
 
@@ -221,8 +249,8 @@ async def test_many_files_are_claimed_from_few_looks(tmp_path, monkeypatch):
         (tmp_path / f"{number}.json").write_text("[]")
     async with opened(tmp_path, rescan_seconds=3600.0) as inbox:
         looks = []
-        scan = inbox.scan
-        monkeypatch.setattr(inbox, "scan", lambda: looks.append(1) or scan())
+        scan = inbox._scanner.scan
+        monkeypatch.setattr(inbox._scanner, "scan", lambda: looks.append(1) or scan())
         assert len(await all_claims(inbox)) == 50
     assert len(looks) == 2
 
@@ -256,7 +284,7 @@ async def test_a_claim_that_a_cancelled_reader_left_half_made_is_released_too(tm
 async def test_a_file_that_someone_else_took_is_passed_over(tmp_path, monkeypatch):
     (tmp_path / "b.json").write_text("[]")
     async with opened(tmp_path) as inbox:
-        scan = inbox.scan
+        scan = inbox._scanner.scan
         gone = (Candidate("a.json", (0, 0, 0, 0)), 0.0)
-        monkeypatch.setattr(inbox, "scan", lambda: [gone, *scan()])
+        monkeypatch.setattr(inbox._scanner, "scan", lambda: [gone, *scan()])
         assert [claim.name for claim in await all_claims(inbox)] == ["b.json"]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,19 +13,11 @@ from hypothesis import strategies as st
 
 from daemon.errors import FileError
 from daemon.intake import source as source_module
-from daemon.intake.reader import ReadLimits, content_sha256, read_parts
-from daemon.records import CONTRAST_RECIPE, PLAIN_RECIPE, Claim, FileIdentity, Part, Recipe, Reject, Source
+from daemon.intake.source import open_content
+from daemon.records import CONTRAST_RECIPE, PLAIN_RECIPE, KeptPart, Part, Recipe, Reject
+from tests.sources import LIMITS, parts_of
 
-LIMITS = ReadLimits(max_record_bytes=10_000, max_nesting=8, max_file_bytes=1 << 20, part_records=100)
 GOOD = {"text": "fine"}
-
-
-async def parts_of(
-    path: Path, recipe: Recipe | None = None, limits: ReadLimits = LIMITS, name: str | None = None
-) -> list[Part]:
-    claim = Claim(name or path.name, path, 1, FileIdentity(0, 0, 0, 0))
-    source = Source(claim, sha256="", size=0, unit="u")
-    return [part async for part in read_parts(source, recipe=recipe, limits=limits)]
 
 
 async def read(tmp_path: Path, name: str, content: bytes | str, **options: object) -> list[Part]:
@@ -84,7 +78,7 @@ async def test_depth_without_end_costs_one_record_in_an_array_too(tmp_path):
         tmp_path,
         "f.json",
         f'[{{"text": "a"}}, {{"text": "b", "x": {deep}}}, {{"text": "c"}}]',
-        limits=ReadLimits(1 << 20, 8, 1 << 20, 100),
+        limits=dataclasses.replace(LIMITS, max_record_bytes=1 << 20),
     )
     assert [sample.texts for sample in part.samples] == [("a",), ("c",)]
     assert [reject.reason for reject in part.rejects] == ["nesting_too_deep"]
@@ -128,12 +122,15 @@ async def test_structural_damage_names_line_and_column(tmp_path):
         await read(tmp_path, "f.json", '[{"text": "a"},\n {"text": "b"}\n{"text": "c"}]')
 
 
-async def test_a_json_file_over_the_limit_points_to_jsonl(tmp_path):
-    with pytest.raises(FileError, match=r"write one record a line as \.jsonl") as caught:
-        await read(
-            tmp_path, "f.json", '[{"text": "aaaaaaaaaaaaaaaa"}]', limits=ReadLimits(10_000, 8, 20, 100)
-        )
-    assert caught.value.reason == "too_large"
+@pytest.mark.parametrize("name", ["f.json", "f.jsonl"])
+async def test_no_file_is_too_large_only_its_records_are(tmp_path, name):
+    records = [json.dumps({"text": "x" * n}) for n in (9_000, 11_000, 9_000)] * 200
+    content = "\n".join(records) if name == "f.jsonl" else f"[{','.join(records)}]"
+    parts = await read(tmp_path, name, content)
+    assert [part.extent.records for part in parts] == [100] * 6
+    assert {reject.reason for part in parts for reject in part.rejects} == {"record_too_large"}
+    rejected = [reject.record_index for part in parts for reject in part.rejects]
+    assert rejected == list(range(1, 600, 3))
 
 
 @pytest.mark.parametrize(
@@ -199,12 +196,28 @@ async def test_parts_follow_each_other_and_only_the_last_is_marked(tmp_path):
     assert [sample.record_index for part in parts for sample in part.samples] == list(range(250))
 
 
-async def test_the_hash_is_of_the_file_as_it_lies_there(tmp_path):
-    import hashlib
+async def test_stored_parts_are_counted_and_not_read_again(tmp_path):
+    lines = "\n".join(json.dumps({"text": str(i)}) for i in range(250))
+    first, second, third = await read(tmp_path, "f.jsonl", lines)
+    stored = {part.extent.number: part.extent for part in (first, third)}
+    kept, read_again, kept_last = await read(tmp_path, "f.jsonl", lines, stored=stored)
+    assert (kept, kept_last) == tuple(
+        KeptPart(part.source, part.extent, part.last, part.recipe) for part in (first, third)
+    )
+    assert (read_again.extent, read_again.samples) == (second.extent, second.samples)
+    elsewhere = {1: dataclasses.replace(second.extent, byte_offset=1)}
+    assert all(isinstance(part, Part) for part in await read(tmp_path, "f.jsonl", lines, stored=elsewhere))
 
-    path = tmp_path / "f.json.gz"
-    path.write_bytes(gzip.compress(b"[]"))
-    assert await content_sha256(path) == (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+
+@pytest.mark.parametrize("small_bytes", [0, 1000])
+def test_the_hash_is_of_the_file_as_it_lies_there(tmp_path, small_bytes):
+    for name, raw in (("f.json.gz", gzip.compress(b"[]")), ("f.json", b"[1]")):
+        path = tmp_path / name
+        path.write_bytes(raw)
+        content = open_content(path, small_bytes)
+        content.close()
+        assert (content.sha256, content.size) == (hashlib.sha256(raw).hexdigest(), len(raw))
+        assert content.data == (raw if small_bytes and name == "f.json" else None)
 
 
 RECORD = st.one_of(
@@ -232,7 +245,7 @@ PACK = {
 async def test_every_way_to_store_records_reads_the_same(
     tmp_path, monkeypatch, lines, ending, part_records, chunk
 ):
-    limits = ReadLimits(10_000, 8, 1 << 20, part_records)
+    limits = dataclasses.replace(LIMITS, part_records=part_records)
     raw = ending.join(lines).encode()
     contents = {name: pack(raw) for name, pack in PACK.items()}
     contents["f.json"] = ("[" + ",\n".join(lines) + "]").encode()
@@ -243,8 +256,8 @@ async def test_every_way_to_store_records_reads_the_same(
         parts = await read(tmp_path, name, content, recipe=PLAIN_RECIPE, limits=limits)
         samples = [(s.record_index, s.sample_id, s.texts) for part in parts for s in part.samples]
         rejects = [(r.record_index, r.reason) for part in parts for r in part.rejects]
-        assert len(samples) + len(rejects) == len(lines) == sum(part.records for part in parts)
-        assert all(part.records <= part_records for part in parts)
+        assert len(samples) + len(rejects) == len(lines) == sum(part.extent.records for part in parts)
+        assert all(part.extent.records <= part_records for part in parts)
         seen.append((samples, rejects))
         if name == "f.jsonl":
             for part in parts:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import tempfile
 import tracemalloc
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ from hypothesis import strategies as st
 
 from daemon.errors import FileError
 from daemon.intake import reader
-from daemon.intake.lines import line_groups
-from daemon.intake.reader import ReadLimits, read_parts
+from daemon.intake.lines import LineSplitter
+from daemon.intake.reader import ReadLimits
 from daemon.intake.source import Decompression
-from daemon.records import PLAIN_RECIPE, Claim, FileIdentity, Part, Recipe, Source
+from daemon.records import PLAIN_RECIPE, Part, Recipe
+from tests import sources
+from tests.sources import parts_of
 
-LIMITS = ReadLimits(max_record_bytes=1 << 20, max_nesting=8, max_file_bytes=4 << 20, part_records=100)
+LIMITS = dataclasses.replace(sources.LIMITS, max_record_bytes=1 << 20, max_decompressed_bytes=4 << 20)
 
 
 async def read(
@@ -30,8 +33,7 @@ async def read(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_bytes(content)
-        source = Source(Claim(name, path, 1, FileIdentity(0, 0, 0, 0)), sha256="", size=0, unit="u")
-        return [part async for part in read_parts(source, recipe=recipe, limits=limits)]
+        return await parts_of(path, recipe, limits)
 
 
 async def reason_of(name: str, content: bytes, **options: object) -> str:
@@ -91,12 +93,12 @@ async def test_many_keys_of_which_the_last_is_twice_are_read_in_linear_time():
 @pytest.mark.parametrize("depth", [500, 900, 1000, 100_000])
 async def test_depth_beyond_what_python_follows_is_a_reject(depth):
     deep = f'{{"text": "b", "x": {"[" * depth}{"]" * depth}}}'
-    limits = ReadLimits(1 << 20, 10**9, 1 << 20, 100)
+    limits = dataclasses.replace(LIMITS, max_nesting=10**9)
     for name, content in (("f.jsonl", f'{{"text": "a"}}\n{deep}'), ("f.json", f'[{{"text": "a"}}, {deep}]')):
         (part,) = await read(name, content.encode(), limits=limits)
-        assert part.records == 2
+        assert part.extent.records == 2
         assert {reject.reason for reject in part.rejects} <= {"nesting_too_deep"}
-        assert len(part.samples) == (2 if depth == 500 else part.records - len(part.rejects))
+        assert len(part.samples) == (2 if depth == 500 else part.extent.records - len(part.rejects))
 
 
 def bomb(megabytes: int) -> bytes:
@@ -104,28 +106,60 @@ def bomb(megabytes: int) -> bytes:
     return b"".join(squeeze.compress(b" " * (1 << 20)) for _ in range(megabytes)) + squeeze.flush()
 
 
-async def test_a_decompression_bomb_is_stopped_at_the_limit():
+@pytest.mark.parametrize(
+    ("limit", "reason"), [(4 << 20, "decompressed_too_large"), (1 << 40, "compression_bomb")]
+)
+@pytest.mark.parametrize("name", ["f.json.zst", "f.jsonl.zst"])
+async def test_a_decompression_bomb_is_stopped_at_the_limit(name, limit, reason):
     packed = bomb(256)
     assert len(packed) < 1 << 16
+    limits = dataclasses.replace(LIMITS, max_decompressed_bytes=limit)
     tracemalloc.start()
     try:
-        assert await reason_of("f.json.zst", packed) == "too_large"
+        assert await reason_of(name, packed, limits=limits) == reason
         assert tracemalloc.get_traced_memory()[1] < 160 << 20
     finally:
         tracemalloc.stop()
 
 
-async def test_a_line_over_the_limit_is_not_held_in_memory():
-    async def content() -> AsyncIterator[bytes]:
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_limits_of_decompression_name_the_setting_that_raises_them(suffix):
+    packed = gzip.compress(bytes(17 << 20)) if suffix == ".gz" else bomb(17)
+    ratio = (17 << 20) // len(packed)
+    for limits, reason, setting in (
+        ({"max_bytes": 1 << 20}, "decompressed_too_large", "inbox.max_decompressed_bytes = 1048576"),
+        ({"max_ratio": ratio // 4}, "compression_bomb", f"inbox.max_compression_ratio = {ratio // 4}"),
+    ):
+        with pytest.raises(FileError, match=setting) as caught:
+            list(Decompression(suffix, **limits).feed(packed))
+        assert caught.value.reason == reason
+
+
+def test_what_compresses_well_and_is_small_is_no_bomb():
+    packed = bomb(15)
+    assert len(packed) * 1000 < 15 << 20
+    assert sum(map(len, Decompression(".zst", max_ratio=1).feed(packed))) == 15 << 20
+
+
+async def test_a_frame_that_wants_a_huge_window_is_refused():
+    parameters = zstandard.ZstdCompressionParameters(window_log=30, compression_level=1)
+    squeeze = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    packed = squeeze.compress(LINE) + squeeze.flush()
+    assert await reason_of("f.jsonl.zst", packed) == "corrupt_compression"
+
+
+def test_a_line_over_the_limit_is_not_held_in_memory():
+    def content() -> Iterator[bytes]:
         yield b'{"text": "'
         for _ in range(64):
             yield b"x" * (1 << 20)
         yield b'"}\n{"text": "a"}'
 
+    splitter = LineSplitter(1 << 20)
     tracemalloc.start()
     try:
-        groups = line_groups(content(), max_record_bytes=1 << 20, group_records=9, group_bytes=1 << 20)
-        ((long, short),) = [group async for group in groups]
+        (long,) = [record for chunk in content() for record in splitter.feed(chunk)]
+        (short,) = splitter.finish()
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
@@ -138,7 +172,7 @@ async def test_record_sizes_are_bytes_in_every_format(name):
     record = json.dumps({"text": "é" * 40}, ensure_ascii=False).encode()
     content = record if name == "f.jsonl" else b"[" + record + b"]"
     for limit, rejects in ((len(record), 0), (len(record) - 1, 1)):
-        limits = ReadLimits(limit, 8, 1 << 20, 100)
+        limits = dataclasses.replace(LIMITS, max_record_bytes=limit)
         (part,) = await read(name, content, recipe=PLAIN_RECIPE, limits=limits)
         assert len(part.rejects) == rejects
 
@@ -185,7 +219,7 @@ async def test_parts_are_bounded_in_bytes_too(name, monkeypatch):
     records = [json.dumps({"text": "x" * 400}) for _ in range(7)]
     content = "\n".join(records) if name == "f.jsonl" else f"[{','.join(records)}]"
     parts = await read(name, content.encode())
-    assert [part.records for part in parts] == [3, 3, 1]
+    assert [part.extent.records for part in parts] == [3, 3, 1]
 
 
 async def test_some_object_without_the_fields_asks_for_a_recipe():

@@ -1,20 +1,21 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from daemon.errors import ConfigError
 from daemon.intake.tokenizer import Tokenizer
-from daemon.records import PLAIN_RECIPE, Claim, FileIdentity, Part, Reject, Sample, Source
+from daemon.records import PLAIN_RECIPE, Part, PartExtent, Reject, Sample
 from tests import tiny
+from tests.sources import unclaimed
 
-SOURCE = Source(Claim("f", Path("f"), 1, FileIdentity(0, 0, 0, 0)), "", 0, "unit")
+SOURCE = unclaimed("f")
 
 
 def part_of(*texts: str, rejects: tuple[Reject, ...] = ()) -> Part:
     samples = [Sample(i, f"id{i}", None, None, None, (text,), i + 1, 10 * i) for i, text in enumerate(texts)]
-    return Part(SOURCE, 0, True, PLAIN_RECIPE, tuple(samples), rejects)
+    return Part(
+        SOURCE, PartExtent(0, 0, len(samples) + len(rejects), 0), True, PLAIN_RECIPE, tuple(samples), rejects
+    )
 
 
 def tokenizer(**options: object) -> Tokenizer:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import time
+from typing import NoReturn
 
 import pytest
 
-from daemon import service as service_module
 from daemon.config import load_config
 from daemon.errors import ConfigError
 from daemon.observe.http import LOADING, Health
+from daemon.service import Service
 
 
 class Device:
@@ -25,18 +26,18 @@ def test_only_loading_may_take_longer_than_the_limit():
     assert health.stalled() == ["device busy on one call for 300 s"]
 
 
-async def test_the_service_is_live_while_its_model_loads(tmp_path, monkeypatch):
+async def test_the_service_is_live_while_its_model_loads(tmp_path):
     """The service and the endpoints must mean the same by LOADING."""
     flags = {"inbox.path": tmp_path, "outbox.path": tmp_path, "http.enabled": False}
-    service = service_module.Service(load_config(env={}, flags=flags), once=True, on_outcome=lambda _: None)
+    config = load_config(env={}, flags=flags)
+    service = Service(config, once=True, on_outcome=lambda _: None, load=lambda _: load())
     service.health = Health(service.device, stall_seconds=60.0, clock=lambda: time.monotonic() + 1000.0)
     seen = []
 
-    def load(_):
+    def load() -> NoReturn:
         seen.append((service.device.busy_since is not None, service.health.stalled()))
         raise ConfigError("enough")
 
-    monkeypatch.setattr(service_module, "load_compute", load)
     with pytest.raises(ConfigError, match="enough"):
         await service.run()
     assert seen == [(True, [])]

@@ -13,20 +13,19 @@ from daemon.output.totals import StageSeconds
 from daemon.records import (
     PLAIN_RECIPE,
     Block,
-    Claim,
     FeatureRows,
-    FileIdentity,
     ModelInfo,
     Part,
+    PartExtent,
     Reject,
     SaeInfo,
     Sample,
-    Source,
     TokenizedPart,
     TokenizedSample,
 )
+from tests.sources import unclaimed
 
-SOURCE = Source(Claim("f", Path("f"), 1, FileIdentity(0, 0, 0, 0)), "", 0, "unit")
+SOURCE = unclaimed("f")
 SAES = tuple(SaeInfo(f"blocks.{n}.hook_resid_post", n, 4, 8, "jumprelu", "s", "h") for n in (3, 5))
 INFO = ModelInfo("tiny", "Llama", 4, 6, "float32", "cpu", None, SAES)
 
@@ -42,7 +41,15 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def tokenized(lengths: list[int], rejects: tuple[Reject, ...] = ()) -> TokenizedPart:
     samples = [Sample(i, str(i), None, None, None, ("t",), None, 0) for i in range(len(lengths))]
-    part = Part(SOURCE, 0, True, PLAIN_RECIPE, tuple(samples), rejects, tokenize_seconds=0.5)
+    part = Part(
+        SOURCE,
+        PartExtent(0, 0, len(samples) + len(rejects), 0),
+        True,
+        PLAIN_RECIPE,
+        tuple(samples),
+        rejects,
+        tokenize_seconds=0.5,
+    )
     return TokenizedPart(
         part, tuple(TokenizedSample(s, ((1,) * n,)) for s, n in zip(samples, lengths, strict=True))
     )

@@ -23,6 +23,7 @@ from daemon.records import (
     LayerSums,
     ModelInfo,
     Part,
+    PartExtent,
     Recipe,
     Reject,
     SaeInfo,
@@ -51,7 +52,9 @@ INFO = ModelInfo(
 
 
 def make_source(name: str = "sämple.jsonl", unit: str = UNIT) -> Source:
-    return Source(Claim(name, Path(name), 1, FileIdentity(1, 2, 3, 4)), sha256="c" * 64, size=99, unit=unit)
+    return Source(
+        Claim(name, Path(name), 1, FileIdentity(1, 2, 3, 4, 5)), sha256="c" * 64, size=99, unit=unit
+    )
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def make_part(
     samples = tuple(make_sample(i, recipe) for i in records if i not in rejected)
     part = Part(
         source=source or make_source(),
-        number=number,
+        extent=PartExtent(number, first_record, n, 100 * first_record),
         last=last,
         recipe=recipe,
         samples=samples,
@@ -209,7 +212,7 @@ def finished_from(part: TokenizedPart, pieces: Sequence[BlockRows]) -> FinishedP
 
 def open_writer(staging: Path, recipe: Recipe = CONTRAST_RECIPE, **options: object) -> UnitWriter:
     settings = {"source": make_source(), "recipe": recipe, "info": INFO, "values": "float32"} | options
-    return UnitWriter(staging, **settings)
+    return UnitWriter(staging, staging.with_name(f"{staging.name}.parts"), **settings)
 
 
 def expected_metrics(samples: Sequence[Sample], recipe: Recipe = CONTRAST_RECIPE) -> list[dict[str, object]]:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,15 +17,7 @@ from hypothesis import strategies as st
 
 from daemon import durable
 from daemon.errors import MachineError
-from daemon.output import commit
-from daemon.output.commit import (
-    Publication,
-    clear_staging,
-    find_published,
-    output_folder_name,
-    publish,
-    staging_folder,
-)
+from daemon.output.commit import Outbox, Publication, Staged, output_folder_name
 from daemon.output.manifest import manifest
 from daemon.output.totals import UnitTotals
 
@@ -30,17 +25,20 @@ CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
 @pytest.fixture
-def outbox(tmp_path) -> Path:
-    (tmp_path / "outbox").mkdir()
-    return tmp_path / "outbox"
+def outbox(tmp_path) -> Iterator[Outbox]:
+    outbox = Outbox(tmp_path / "outbox")
+    outbox.path.mkdir()
+    outbox.open()
+    yield outbox
+    outbox.close()
 
 
-def stage(outbox: Path) -> tuple[Path, UnitTotals]:
+def stage(outbox: Outbox, name: str = "a.jsonl", unit: str = UNIT) -> tuple[Staged, UnitTotals]:
     """A finished unit of 5 records, one of them rejected."""
-    staging = staging_folder(outbox, UNIT)
-    writer = open_writer(staging)
+    writer = open_writer(outbox.staging(unit))
     writer.write_part(finish(make_part(0, 0, 5, rejected=(2,), last=True)))
-    return staging, writer.finish()
+    totals = writer.write()
+    return Staged(make_source(name, unit), writer.staging, content_for(totals, name)), totals
 
 
 def content_for(totals: UnitTotals, name: str = "a.jsonl") -> dict[str, object]:
@@ -55,14 +53,21 @@ def content_for(totals: UnitTotals, name: str = "a.jsonl") -> dict[str, object]:
     )
 
 
-def publish_one(outbox: Path, name: str = "a.jsonl") -> Publication:
-    staging, totals = stage(outbox)
-    return publish(staging, outbox, make_source(name), content_for(totals, name))
+def publish_one(outbox: Outbox, name: str = "a.jsonl") -> Publication:
+    staged, _ = stage(outbox, name)
+    outbox.flush([staged])
+    outbox.publish([staged])
+    assert staged.publication is not None
+    return staged.publication
+
+
+def visible(outbox: Outbox) -> set[str]:
+    return {path.name for path in outbox.path.iterdir() if not path.name.startswith(".")}
 
 
 def test_a_published_folder_says_what_it_holds(outbox):
     published = publish_one(outbox)
-    assert published == Publication(outbox / f"a-{UNIT}", fresh=True)
+    assert published == Publication(outbox.path / f"a-{UNIT}", fresh=True)
     text = (published.folder / "manifest.json").read_text(encoding="utf-8")
     content = json.loads(text)
     assert text.startswith('{\n  "unit"')
@@ -117,10 +122,11 @@ def test_the_manifest_describes_each_sae(outbox):
 
 
 def test_records_must_be_rows_and_rejects(outbox):
-    staging, totals = stage(outbox)
+    staged, _ = stage(outbox)
+    staged.manifest["records"] = 6
     with pytest.raises(AssertionError, match="rows"):
-        publish(staging, outbox, make_source(), content_for(totals) | {"records": 6})
-    assert find_published(outbox, UNIT) is None
+        outbox.flush([staged])
+    assert outbox.published(UNIT) is None
 
 
 def test_the_same_unit_is_published_once_under_whatever_name(outbox):
@@ -129,122 +135,169 @@ def test_the_same_unit_is_published_once_under_whatever_name(outbox):
     assert publish_one(outbox, "a.jsonl") == Publication(first.folder, fresh=False)
     assert publish_one(outbox, "b.jsonl") == Publication(first.folder, fresh=False)
     assert (first.folder / "manifest.json").read_bytes() == kept
-    assert {path.name for path in outbox.iterdir()} == {first.folder.name, ".staging"}
-    assert list((outbox / ".staging").iterdir()) == []
+    assert visible(outbox) == {first.folder.name}
+    assert [path.name for path in outbox.lease.folder.iterdir()] == [".lock"]
 
 
-def test_a_rival_that_publishes_at_the_last_moment_wins(outbox, monkeypatch):
-    staging, totals = stage(outbox)
-    target = outbox / f"a-{UNIT}"
+def test_of_two_processes_the_first_to_publish_a_unit_wins(outbox):
+    rival = Outbox(outbox.path)
+    rival.open()
+    ours, _ = stage(outbox, "a.jsonl")
+    theirs, _ = stage(rival, "b.jsonl")
+    outbox.flush([ours])
+    rival.flush([theirs])
+    rival.publish([theirs])
+    outbox.publish([ours])
+    assert theirs.publication == Publication(outbox.path / f"b-{UNIT}", fresh=True)
+    assert ours.publication == Publication(outbox.path / f"b-{UNIT}", fresh=False)
+    assert visible(outbox) == {f"b-{UNIT}"}
+    rival.close()
 
-    def rename_after_rival(source: Path, destination: Path) -> None:
-        destination.mkdir()
-        (destination / "manifest.json").write_text("{}")
-        durable.rename(source, destination)
 
-    monkeypatch.setattr(commit, "rename", rename_after_rival)
-    assert publish(staging, outbox, make_source("a.jsonl"), content_for(totals)) == Publication(target, False)
-    assert (target / "manifest.json").read_text() == "{}"
-    assert not staging.exists()
+def test_several_units_share_the_sync_of_the_outbox(outbox):
+    units = [stage(outbox, f"{number}.jsonl", f"{number:012x}")[0] for number in range(3)]
+    with traced() as operations:
+        outbox.flush(units)
+        outbox.publish(units)
+    assert operations.count(("fsync_folder", "outbox")) == 1
+    assert visible(outbox) == {f"{number}-{number:012x}" for number in range(3)}
+
+
+def test_publishing_again_after_an_interruption_changes_nothing(outbox):
+    units = [stage(outbox, f"{number}.jsonl", f"{number:012x}")[0] for number in range(2)]
+    outbox.flush(units)
+    with traced(fail_at=("rename", units[1].folder.name)), pytest.raises(OSError, match="disk gone"):
+        outbox.publish(units)
+    assert [unit.publication is None for unit in units] == [False, True]
+    outbox.publish(units)
+    assert [unit.publication.fresh for unit in units] == [True, True]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_something_else_under_the_final_name_stops_publication(outbox, kind):
-    staging, totals = stage(outbox)
-    target = outbox / f"a-{UNIT}"
+    staged, _ = stage(outbox)
+    target = outbox.path / f"a-{UNIT}"
     if kind == "folder":
         target.mkdir()
         (target / "notes.txt").touch()
     else:
         target.touch()
+    outbox.flush([staged])
     with pytest.raises(MachineError, match="move it away"):
-        publish(staging, outbox, make_source("a.jsonl"), content_for(totals))
-    assert (staging / "metrics.parquet").exists()
-    assert find_published(outbox, UNIT) is None
+        outbox.publish([staged])
+    assert (staged.folder / "metrics.parquet").exists()
+    assert outbox.published(UNIT) is None
 
 
 def test_an_empty_folder_under_the_final_name_is_taken_over(outbox):
-    (outbox / f"a-{UNIT}").mkdir()
+    (outbox.path / f"a-{UNIT}").mkdir()
     assert publish_one(outbox).fresh
-    assert find_published(outbox, UNIT) == outbox / f"a-{UNIT}"
+    assert outbox.published(UNIT) == outbox.path / f"a-{UNIT}"
 
 
-STEPS = [
-    "manifest.json",
-    "features.parquet",
-    "manifest.json",
-    "metrics.parquet",
-    "rejects.jsonl",
-    UNIT,
-    "rename",
-    "outbox",
-]
+@contextlib.contextmanager
+def traced(fail_at: tuple[str, str] | None = None) -> Iterator[list[tuple[str, str]]]:
+    """Every durable operation and the name of what it acts on; the disk fails at `fail_at`."""
+    operations: list[tuple[str, str]] = []
 
-
-def trace(monkeypatch, fail_at: int | None = None) -> list[str]:
-    """Record every durable step by the name it touches; the disk fails at step `fail_at`."""
-    steps: list[str] = []
-
-    def step(name: str) -> None:
-        steps.append(name)
-        if len(steps) - 1 == fail_at:
+    def observe(operation: durable.Operation) -> None:
+        operations.append((operation.name, operation.path.name))
+        if operations[-1] == fail_at:
             raise OSError(errno.EIO, "disk gone")
 
-    fsync, rename = durable.os.fsync, durable.os.rename
-
-    def traced_fsync(descriptor: int) -> None:
-        step(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        fsync(descriptor)
-
-    def traced_rename(source: Path, target: Path) -> None:
-        step("rename")
-        rename(source, target)
-
-    monkeypatch.setattr(durable.os, "fsync", traced_fsync)
-    monkeypatch.setattr(durable.os, "rename", traced_rename)
-    return steps
+    with durable.watch_operations(observe):
+        yield operations
 
 
-def test_everything_is_on_disk_before_the_rename_and_the_outbox_after(outbox, monkeypatch):
-    steps = trace(monkeypatch)
-    publish_one(outbox)
-    assert steps == STEPS
+def test_everything_is_on_disk_before_the_rename_and_the_outbox_after(outbox):
+    with traced() as operations:
+        folder = publish_one(outbox).folder
+    renamed = operations.index(("rename", UNIT))
+    before = [("fsync_file", path.name) for path in folder.iterdir()] + [("fsync_folder", UNIT)]
+    assert set(before) <= set(operations[:renamed])
+    assert all(operations.index(("fsync_folder", UNIT)) > operations.index(sync) for sync in before[:-1])
+    assert operations[renamed + 1 :] == [("fsync_folder", "outbox")]
 
 
-@pytest.mark.parametrize("step", range(STEPS.index("rename") + 1))
-def test_a_crash_before_the_rename_leaves_nothing_visible(outbox, monkeypatch, step):
-    steps = trace(monkeypatch, fail_at=step)
-    with pytest.raises((MachineError, OSError)):
+def test_a_failing_disk_leaves_nothing_visible_and_is_not_asked_again(outbox):
+    with traced() as operations:
         publish_one(outbox)
-    assert len(steps) == step + 1  # nothing is tried again
-    assert [path.name for path in outbox.iterdir()] == [".staging"]
-    assert find_published(outbox, UNIT) is None
-    assert clear_staging(outbox) == 1
-    assert list((outbox / ".staging").iterdir()) == []
+    shutil.rmtree(outbox.path / f"a-{UNIT}")
+    syncs = {operation for operation in operations if operation[0].startswith("fsync")}
+    for sync in syncs - {("fsync_folder", "outbox")}:
+        with traced(fail_at=sync) as tried, pytest.raises(MachineError, match="fsync failed"):
+            publish_one(outbox)
+        assert tried.count(sync) == 1
+        assert visible(outbox) == set()
+        assert outbox.published(UNIT) is None
 
 
-def test_a_failed_sync_of_the_outbox_is_no_success(outbox, monkeypatch):
-    trace(monkeypatch, fail_at=STEPS.index("outbox"))
-    with pytest.raises(MachineError, match="fsync failed"):
+def test_a_failed_sync_of_the_outbox_is_no_success(outbox):
+    with traced(fail_at=("fsync_folder", "outbox")), pytest.raises(MachineError, match="fsync failed"):
         publish_one(outbox)
 
 
 def test_only_a_folder_with_a_manifest_counts_as_published(outbox):
-    folder = outbox / f"a-{UNIT}"
+    folder = publish_one(outbox).folder
+    assert outbox.published(UNIT) == folder
+    (folder / "manifest.json").unlink()
+    assert outbox.published(UNIT) is None
+    shutil.rmtree(folder)
+    assert outbox.published(UNIT) is None
+    assert publish_one(outbox, "b.jsonl").fresh
+    assert outbox.published("f" * 12) is None
+
+
+def test_results_put_there_by_hand_are_known_from_the_next_start_on(tmp_path):
+    folder = tmp_path / f"a-{UNIT}"
     folder.mkdir()
-    (outbox / f".hidden-{UNIT}").mkdir()
-    (outbox / f".hidden-{UNIT}" / "manifest.json").touch()
-    assert find_published(outbox, UNIT) is None
+    (tmp_path / f"b-{'0' * 12}").mkdir()
     (folder / "manifest.json").touch()
-    assert find_published(outbox, UNIT) == folder
-    assert find_published(outbox, "f" * 12) is None
+    outbox = Outbox(tmp_path)
+    outbox.open()
+    assert outbox.published(UNIT) == folder
+    assert outbox.published("0" * 12) is None
+    outbox.close()
 
 
-def test_clearing_an_outbox_without_staging_removes_nothing(outbox):
-    assert clear_staging(outbox) == 0
-    published = publish_one(outbox)
-    assert clear_staging(outbox) == 0
-    assert published.folder.is_dir()
+def abandoned(outbox: Outbox) -> Path:
+    """The lease of a process that was killed while it worked on a unit and on a large file."""
+    dead = Outbox(outbox.path)
+    dead.open()
+    stage(dead)
+    dead.parts(UNIT).mkdir()
+    (dead.parts(UNIT) / "000000").touch()
+    os.close(dead.lease._lock)  # what the kernel does when a process ends
+    return dead.lease.folder
+
+
+def test_half_made_results_of_a_dead_process_are_removed_and_its_parts_kept(outbox):
+    lease = abandoned(outbox)
+    assert outbox.sweep() == 1
+    assert sorted(path.name for path in lease.iterdir()) == [".lock", f"{UNIT}.parts"]
+    parts = outbox.adopt_parts(UNIT)
+    assert [path.name for path in parts.iterdir()] == ["000000"]
+    assert outbox.sweep() == 0
+    assert not lease.exists()
+
+
+def test_parts_that_nobody_needs_any_more_are_removed(outbox):
+    lease = abandoned(outbox)
+    publish_one(outbox)
+    outbox.sweep()
+    assert not lease.exists()
+
+
+def test_a_living_process_keeps_its_own(outbox):
+    other = Outbox(outbox.path)
+    other.open()
+    staged, _ = stage(other)
+    assert outbox.sweep() == 0
+    assert outbox.adopt_parts(UNIT) == outbox.parts(UNIT)
+    other.flush([staged])
+    other.publish([staged])
+    other.close()
+    assert visible(outbox) == {f"a-{UNIT}"}
 
 
 @pytest.mark.parametrize(
@@ -270,11 +323,11 @@ def test_folder_names(name, stem):
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "🧪" * 62 + ".jsonl", "." * 255])
-def test_long_names_are_cut_to_fit(outbox, name):
+def test_long_names_are_cut_to_fit(tmp_path, name):
     folder = output_folder_name(name, UNIT)
     assert len(folder.encode()) <= 255
     assert folder.endswith(f"-{UNIT}")
-    (outbox / folder).mkdir()
+    (tmp_path / folder).mkdir()
 
 
 @given(st.binary(min_size=1, max_size=255).filter(lambda name: b"/" not in name and b"\0" not in name))

@@ -23,9 +23,9 @@ def test_row_groups_are_of_a_steady_size_and_the_rest_goes_last(tmp_path):
     file = open_file(tmp_path / "t.parquet", group_tables=2)
     for _ in range(5):
         file.append(TABLE)
-    file.close()
-    file.close()
-    assert file.rows == 50
+    written = (tmp_path / "t.parquet").stat
+    totals = file.close()
+    assert (totals.name, totals.rows, totals.bytes) == ("t.parquet", 50, written().st_size)
     assert group_rows(tmp_path / "t.parquet") == [20, 20, 10]
 
 
@@ -42,7 +42,21 @@ def test_discarded_content_is_not_written(tmp_path):
     file.append(TABLE)
     file.discard()
     file.discard()
-    assert group_rows(tmp_path / "t.parquet") == []
+    assert (tmp_path / "t.parquet").read_bytes() == b""
+
+
+def test_a_few_rows_are_not_worth_compressing_and_many_are(tmp_path):
+    for name, tables, codec in (("few", 6, "UNCOMPRESSED"), ("many", 7, "ZSTD")):
+        file = ParquetFile(
+            tmp_path / name,
+            TABLE.schema,
+            group_bytes=1 << 20,
+            options={"compression": "zstd", "compression_level": 3},
+        )
+        for _ in range(tables):
+            file.append(TABLE)
+        file.close()
+        assert pq.read_metadata(tmp_path / name).row_group(0).column(0).compression == codec
 
 
 def test_a_folder_whose_name_is_not_utf8_is_fine(tmp_path):

@@ -25,7 +25,7 @@ def outbox(request, tmp_path_factory) -> Path:
         rejected = (0, 1, 2, 3) if number == len(NAMES) - 1 else ()
         writer = open_writer(outbox / output_folder_name(name, f"{number:012x}"), values=request.param)
         writer.write_part(finish(make_part(0, 0, 4, rejected=rejected, last=True)))
-        writer.finish()
+        writer.write()
     (outbox / ".staging/0").mkdir(parents=True)
     (outbox / ".staging/0/metrics.parquet").write_bytes(b"PAR1")
     return outbox

@@ -6,6 +6,7 @@ import pytest
 from handmade import finish, make_part, open_writer
 
 from daemon.columns import analysis_columns
+from daemon.output.parquet import FEW_ROWS
 from daemon.output.schema import features_schema, metrics_schema
 from daemon.records import CONTRAST_RECIPE, PLAIN_RECIPE
 
@@ -52,8 +53,8 @@ def test_every_field_says_what_it_is():
 @pytest.mark.parametrize("values, split", [("float32", True), ("float16", False)])
 def test_columns_are_encoded_as_meant(tmp_path, values, split):
     writer = open_writer(tmp_path / "unit", values=values)
-    writer.write_part(finish(make_part(0, 0, 40, last=True)))
-    writer.finish()
+    writer.write_part(finish(make_part(0, 0, FEW_ROWS + 1, last=True)))
+    writer.write()
     features = encodings(tmp_path / "unit/features.parquet")
     assert "DELTA_BINARY_PACKED" in features["indices.list.element"]
     assert ("BYTE_STREAM_SPLIT" in features["values.list.element"]) == split

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -21,8 +22,10 @@ from handmade import (
     open_writer,
 )
 
+from daemon.output import parts as parts_module
 from daemon.output import writer as writer_module
 from daemon.output.finished import BlockRows, FinishedPart
+from daemon.output.parts import stored_extents
 from daemon.output.schema import features_schema, metrics_schema
 from daemon.output.totals import UnitTotals
 from daemon.records import PLAIN_RECIPE, Reject, TokenizedPart
@@ -42,7 +45,7 @@ def write(staging: Path, parts: list[FinishedPart], **options: object) -> UnitTo
     for part in parts:
         assert not writer.complete
         writer.write_part(part)
-    return writer.finish()
+    return writer.write()
 
 
 def rows_of(path: Path) -> list[dict[str, object]]:
@@ -209,37 +212,82 @@ def test_unexpected_parts_are_bugs(tmp_path):
             writer.write_part(finish(make_part(number, 0, 3)))
     with pytest.raises(AssertionError, match="not expected"):
         writer.write_part(finish(make_part(1, 3, 2, source=make_source(unit="f" * 12))))
+    with pytest.raises(AssertionError, match="last part is missing"):
+        writer.write()
+    writer.write_part(finish(make_part(3, 6, 1, last=True)))
+    assert not writer.complete
     with pytest.raises(AssertionError, match="part 1 is missing"):
-        writer.finish()
-    with pytest.raises(AssertionError, match="beyond the last"):
-        writer.write_part(finish(make_part(1, 3, 2, last=True)))
-    writer.abandon()
+        writer.write()
+    with pytest.raises(AssertionError, match="not expected"):
+        writer.write_part(finish(make_part(4, 7, 1)))
 
 
 @pytest.mark.parametrize("first_record", [2, 4])
 def test_a_lost_or_repeated_record_is_a_bug(tmp_path, first_record):
     writer = open_writer(tmp_path / "unit")
     writer.write_part(finish(make_part(0, 0, 3)))
-    with pytest.raises(AssertionError, match="records from 3 on"):
-        writer.write_part(finish(make_part(1, first_record, 3)))
+    writer.write_part(finish(make_part(1, first_record, 3, last=True)))
+    with pytest.raises(AssertionError, match="part 1 is missing or misplaced"):
+        writer.write()
+
+
+def test_a_record_that_is_neither_sample_nor_reject_is_a_bug(tmp_path):
+    finished = finish(make_part(0, 0, 3, rejected=(1,), last=True))
+    writer = open_writer(tmp_path / "unit")
+    with pytest.raises(AssertionError, match="not the 3 records from 0 on"):
+        writer.write_part(dataclasses.replace(finished, rejects=()))
+
+
+def test_abandoning_keeps_the_parts_and_discarding_removes_them(tmp_path):
+    writer = open_writer(tmp_path / "unit")
     writer.abandon()
-
-
-def test_abandon_removes_the_folder_at_any_time(tmp_path):
-    for number, stop_after in enumerate(("nothing", "early part", "rejects", "finish")):
-        writer = open_writer(tmp_path / str(number))
-        if stop_after == "early part":
-            writer.write_part(finish(make_part(1, 2, 2)))
-        if stop_after in ("rejects", "finish"):
-            writer.write_part(finish(make_part(0, 0, 2, rejected=(1,), last=True)))
-        if stop_after == "finish":
-            writer.finish()
-        writer.abandon()
-        writer.abandon()
+    for part in parts_of_a_file():
+        writer.write_part(finish(part))
+    writer.write()
+    writer.abandon()
+    writer.abandon()
+    assert [path.name for path in tmp_path.iterdir()] == ["unit.parts"]
+    writer.discard_parts()
+    writer.discard_parts()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_staging_that_exists_is_not_written_into(tmp_path):
+def test_a_file_of_one_part_has_no_part_file(tmp_path):
+    write(tmp_path / "unit", [finish(make_part(0, 0, 2, last=True))])
+    assert [path.name for path in tmp_path.iterdir()] == ["unit"]
+
+
+def test_what_an_earlier_try_left_in_staging_is_replaced(tmp_path):
     (tmp_path / "unit").mkdir()
-    with pytest.raises(FileExistsError):
-        open_writer(tmp_path / "unit")
+    (tmp_path / "unit/leftover").touch()
+    write(tmp_path / "unit", [finish(make_part(0, 0, 2, last=True))])
+    assert sorted(path.name for path in (tmp_path / "unit").iterdir()) == [
+        "features.parquet",
+        "metrics.parquet",
+    ]
+
+
+def test_parts_of_an_earlier_attempt_are_the_same_as_new_ones(tmp_path):
+    parts = [finish(part) for part in parts_of_a_file()]
+    expected = write(tmp_path / "whole", parts)
+    first = open_writer(tmp_path / "unit")
+    first.write_part(parts[2])
+    first.write_part(parts[0])
+
+    again = open_writer(tmp_path / "unit")
+    stored = stored_extents(again.parts)
+    assert stored == {number: parts[number].part.part.extent for number in (0, 2)}
+    again.keep_part(make_source(), stored[2], last=True)
+    again.keep_part(make_source(), stored[0], last=False)
+    again.write_part(parts[1])
+    totals = again.write()
+    assert totals.files == expected.files
+    assert totals.layers[0].fvu() == expected.layers[0].fvu()
+    assert totals.seconds.forward == expected.seconds.forward
+
+
+def test_a_part_file_of_another_version_is_not_used(tmp_path, monkeypatch):
+    writer = open_writer(tmp_path / "unit")
+    writer.write_part(finish(parts_of_a_file()[0]))
+    monkeypatch.setattr(parts_module, "FORMAT", 2)
+    assert stored_extents(writer.parts) == {}

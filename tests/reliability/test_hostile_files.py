@@ -245,8 +245,9 @@ def test_a_new_file_of_the_name_of_one_under_way_gets_its_own_results(daemons, p
 
 def test_a_file_deleted_where_it_is_claimed_fails_as_vanished(daemons, place):
     place.drop_good("gone.json", 1)
-    pid = place.gated(daemons)
     place.drop_good("stays.json", 2)
+    pid = place.gated(daemons)
+    wait_until(lambda: len(claimed(place.inbox)) == 2, "both files claimed", pid)
     (held,) = place.inbox.glob(".claimed/*/*/gone.json")
     held.unlink()
     place.open_gate()
@@ -340,7 +341,7 @@ def test_a_stream_that_ends_early_after_many_parts_fails_alone(daemons, place):
 def test_many_files_at_once_are_found_though_the_watcher_reports_nothing(daemons, place):
     settings = {"hook": "blind_watcher", "hook_args": {}, "batching__max_batch_tokens": 4096}
     with running(daemons, place.job(once=False, **settings)) as pid:
-        wait_until(lambda: events(place.log, "model.loaded", pid), "the model")
+        wait_until(lambda: events(place.log, "model.loaded"), "the model", pid)
         feed = Feed(place.inbox, random.Random(0))
         for number in range(MANY_FILES):
             feed.place(Content(".json", as_json(number, 0).encode(), 1))

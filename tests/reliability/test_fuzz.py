@@ -1,0 +1,469 @@
+"""Generated hostile input: every record becomes a row or a reject, every file ends in one of two folders.
+
+`LENSD_FUZZ_RECORDS` and `LENSD_FUZZ_FILES` say how much of it, `LENSD_FUZZ_SEED` which; a failure names the
+seed of the file or folder that failed. Knows the input formats and none of the reader's insides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from daemon.errors import FileError
+from daemon.intake.parsing import REJECT_REASONS
+from daemon.intake.reader import PartReader
+from daemon.records import Part, Reject, Sample
+from tests import sources
+from tests.reliability.daemons import Daemons, Job
+from tests.reliability.ledger import Dropped, drop, violations
+from tests.reliability.torture import shared_daemons
+from tests.sources import parts_of, unclaimed
+
+N_RECORDS = int(os.environ.get("LENSD_FUZZ_RECORDS", "3000"))
+N_FILES = int(os.environ.get("LENSD_FUZZ_FILES", "200"))
+SEED = int(os.environ.get("LENSD_FUZZ_SEED", "0"))
+FILES_A_RUN = 100
+LIMITS = dataclasses.replace(
+    sources.LIMITS,
+    max_record_bytes=20_000,
+    max_nesting=32,
+    max_decompressed_bytes=18 << 20,
+    max_compression_ratio=500,
+    part_records=7,
+)
+FLAGS = {f"inbox.{name}": value for name, value in dataclasses.asdict(LIMITS).items()}
+FLAGS["batching.max_text_tokens"] = 64
+FILE_REASONS = {
+    "binary",
+    "compression_bomb",
+    "corrupt_compression",
+    "decompressed_too_large",
+    "empty",
+    "malformed_json",
+    "no_recipe",
+    "no_usable_record",
+    "unsupported_format",
+}
+Choice = random.Random
+BOMB = gzip.compress(b" " * (17 << 20))
+LARGE = gzip.compress(b"".join(random.Random(n).randbytes(8) + b" " * 4000 for n in range(5000)))
+
+NASTY = [
+    "\ufeff", "\u2028", "\x85", "\x7f", "\u202e", "\x00", "\x1b[2J", "\n", "\r", "\t", "\\", '"', "{prompt}", "%s",
+    "\U0001f600", "e\u0301", "\uffff", "\U0010ffff", "ё", "中", "<|endoftext|>", "</s>", " ", "{", "]",
+]  # fmt: skip
+
+
+def words(rng: Choice) -> str:
+    """A short text, now and then an odd or an empty one."""
+    return "".join(rng.choice(NASTY) if rng.random() < 0.3 else "word "[: rng.randint(1, 5)]
+                   for _ in range(rng.randint(0, 12)))  # fmt: skip
+
+
+def fields(rng: Choice) -> dict[str, object]:
+    record: dict[str, object] = {"prompt": words(rng), "fact": words(rng), "hallucination": words(rng)}
+    if rng.random() < 0.3:
+        record = {"text": words(rng)}
+    for name in ("id", "domain", "complexity", "", "sample_id", words(rng)):
+        if rng.random() < 0.2:
+            record[name] = rng.choice(
+                [words(rng), None, True, 0, -1, 1.5, 10**30, 1e308, 5e-324, -0.0, [], {}, [words(rng)], {"a": [1]}]
+            )  # fmt: skip
+    return record
+
+
+def good(rng: Choice) -> bytes:
+    return json.dumps(fields(rng), ensure_ascii=rng.random() < 0.5).encode()
+
+
+def with_field(value: bytes) -> bytes:
+    return b'{"prompt": "a", "fact": "b", "hallucination": "c", "x": ' + value + b"}"
+
+
+def mutated(rng: Choice) -> bytes:
+    raw = bytearray(good(rng))
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(raw) + 1)
+        raw[at : at + rng.randint(0, 3)] = rng.choice(
+            [b"", b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\xff", b"\0", b"\xc3", bytes([rng.randrange(256)])]
+        )  # fmt: skip
+    return bytes(raw)
+
+
+def random_bytes(rng: Choice) -> bytes:
+    return rng.randbytes(rng.randint(0, 60))
+
+
+def deep(rng: Choice) -> bytes:
+    depth = rng.choice([3, 31, 32, 33, 500, 999, 5000])
+    opening, closing = rng.choice([(b"[", b"]"), (b'{"a":', b"}")])
+    return with_field(
+        opening * depth + (b"1" if b"{" in opening else b"") + closing * (depth - rng.choice([0, 0, 1]))
+    )
+
+
+def number(rng: Choice) -> bytes:
+    digits = b"9" * rng.choice([1, 20, 308, 400, 4300, 4301, 15_000])
+    value = rng.choice(
+        [
+            digits,
+            b"-" + digits,
+            b"0." + digits,
+            b"1e" + digits[:9],
+            b"1E-" + digits[:9],
+            b"-0",
+            b"01",
+            b"+1",
+            b"1.",
+            b".5",
+            b"0x1",
+        ]
+    )
+    return rng.choice(
+        [with_field(value), b'{"text": "a", "complexity": ' + value + b"}", b'{"text": ' + value + b"}"]
+    )
+
+
+def surrogate(rng: Choice) -> bytes:
+    value = rng.choice(
+        [
+            rb"\ud800",
+            rb"\udc00",
+            rb"\udfff\ud800",
+            rb"\ud83d\ude00",
+            b"\xed\xa0\x80",
+            b"\xf5\x80\x80\x80",
+            rb"\uD8",
+            rb"\u",
+        ]
+    )
+    return rng.choice(
+        [
+            with_field(b'"' + value + b'"'),
+            b'{"text": "' + value + b'"}',
+            b'{"text": "a", "' + value + b'": 1}',
+        ]
+    )
+
+
+def constant(rng: Choice) -> bytes:
+    return with_field(
+        rng.choice([b"NaN", b"-Infinity", b"Infinity", b"[[NaN]]", b"nan", b"undefined", b"None", b"True"])
+    )
+
+
+def twice(rng: Choice) -> bytes:
+    return rng.choice([
+        b'{"text": "a", "text": "b"}', b'{"text": "a", "te\\u0078t": "b"}', with_field(b'{"": 1, "": 2}'),
+        b'{"text": "a", "' + b"k" * 500 + b'": 1, "' + b"k" * 500 + b'": 2}',
+    ])  # fmt: skip
+
+
+def lacking(rng: Choice) -> bytes:
+    record = fields(rng)
+    for name in rng.sample(sorted(record), rng.randint(1, len(record))):
+        if rng.random() < 0.5:
+            del record[name]
+        else:
+            record[name] = rng.choice([None, [], {}, True, 1e9, ""])
+    return json.dumps(record).encode()
+
+
+def large(rng: Choice) -> bytes:
+    length = rng.choice([19_930, 19_980, 20_000, 20_001, 60_000])
+    return rng.choice(
+        [
+            with_field(b'"' + b"x" * length + b'"'),
+            b'{"text": "' + b'\\"' * (length // 2),
+            b"9" * length,
+            b" " * length,
+            b"[1," * (length // 3),
+        ]
+    )
+
+
+def control(rng: Choice) -> bytes:
+    raw = bytes(rng.choice([0x01, 0x08, 0x09, 0x0B, 0x0C, 0x0D, 0x1B, 0x1F, 0x7F]) for _ in range(3))
+    return rng.choice(
+        [with_field(b'"' + raw + b'"'), raw + good(rng) + raw, b'{"text": "' + raw + b'"}', raw]
+    )
+
+
+def scalar(rng: Choice) -> bytes:
+    return rng.choice(
+        [
+            b"null",
+            b"true",
+            b'"text"',
+            b"12",
+            b"[]",
+            b"{}",
+            b'[{"text": "a"}]',
+            b"",
+            b"{",
+            b"]",
+            b'"',
+            b"tru",
+            b"\xef\xbb\xbf" + good(rng),
+        ]
+    )
+
+
+KINDS = (mutated, random_bytes, deep, number, surrogate, constant, twice, lacking, large, control, scalar)
+
+
+def records(rng: Choice, n: int) -> list[bytes]:
+    """Half of them good, the first one mostly."""
+    return [(good if rng.random() < (0.8 if i == 0 else 0.4) else rng.choice(KINDS))(rng) for i in range(n)]
+
+
+def lines_of(rng: Choice, raw: list[bytes]) -> bytes:
+    newline = rng.choice([[b"\n"], [b"\n"], [b"\r\n"], [b"\n", b"\r\n", b"\n\n", b"\n \t\n", b"\r"]])
+    return (
+        b"".join(record + rng.choice(newline) for record in raw[:-1])
+        + raw[-1]
+        + rng.choice([b"", b"\n", b"\r\n"])
+    )
+
+
+def array_of(rng: Choice, raw: list[bytes]) -> bytes:
+    """Mostly sound: a record that would damage the frame is in only now and then."""
+    if rng.random() < 0.8:
+        raw = [record for record in raw if sound(record)] or [good(rng)]
+    array = (
+        b"[" + rng.choice([b",", b", ", b"\r\n,\n", b",\n\t"]).join(raw) + rng.choice([b"]", b"]\n", b" ]"])
+    )
+    if rng.random() < 0.4:
+        around = rng.choice([b"", b'"n": [1, "]"], ', b'"sample": {"samples": []}, "\\q": 1, '])
+        return (
+            b"{"
+            + around
+            + rng.choice([b'"samples"', b'"s\\u0061mples"'])
+            + b": "
+            + array.strip()
+            + rng.choice([b"", b', "z": "}"', b', "samples": [3]'])
+            + b"}"
+        )
+    return array
+
+
+def sound(record: bytes) -> bool:
+    """Whether it is one JSON value, as `json` reads it, whatever it holds."""
+    try:
+        json.loads(record.decode("utf-8", "surrogateescape"), strict=False, parse_int=len)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def damaged(rng: Choice, content: bytes) -> bytes:
+    match rng.randrange(9):
+        case 0:
+            return content[: rng.randrange(len(content) + 1)]
+        case 1:
+            return rng.choice([b"\xef\xbb\xbf", b"\xff\xfe", b" \n", b"\0"]) + content
+        case 2:
+            return content + rng.choice([b"tail", b"\0", content, b"]", b"\xef\xbb\xbf"])
+        case 3:
+            return content.decode("utf-8", "replace").encode("utf-16")
+        case 4:
+            return rng.randbytes(rng.randint(0, 300))
+        case 5:
+            at = rng.randrange(len(content) + 1)
+            return content[:at] + rng.randbytes(2) + content[at + rng.randint(0, 4) :]
+    return content
+
+
+def squeezed(rng: Choice, content: bytes) -> tuple[bytes, str]:
+    """Content as it may be compressed, truly or not, and the suffix that says so."""
+    suffix = rng.choice(["", "", "", ".gz", ".zst", ".GZ", ".Zst"])
+    if not suffix:
+        return content, suffix
+    pack = gzip.compress if suffix.lower() == ".gz" else zstandard.compress
+    half = rng.randrange(len(content) + 1)
+    match rng.randrange(8):
+        case 0:
+            return pack(content)[: -rng.randint(1, 30)], suffix
+        case 1:
+            packed = bytearray(pack(content))
+            packed[rng.randrange(len(packed))] ^= 1 << rng.randrange(8)
+            return bytes(packed), suffix
+        case 2:
+            return pack(content[:half]) + pack(b"") + pack(content[half:]), suffix
+        case 3:
+            return pack(content) + rng.choice([b"\0" * 9, b"junk", pack(content)[:9]]), suffix
+        case 4 if suffix == ".gz":
+            return rng.choice([BOMB, LARGE]) + rng.randbytes(4), suffix
+        case 5:
+            return content, suffix
+    return pack(content), suffix
+
+
+@dataclass(frozen=True, slots=True)
+class Hostile:
+    """One generated file."""
+
+    suffix: str  # of a name that says what it claims to hold
+    content: bytes
+    lines: int | None  # records that it holds beyond doubt; None: not known
+
+
+def hostile_file(rng: Choice, max_records: int) -> Hostile:
+    raw = records(rng, rng.randint(1, max_records))
+    as_lines = rng.random() < 0.5
+    content = lines_of(rng, raw) if as_lines else array_of(rng, raw)
+    if rng.random() < 0.25:
+        content = damaged(rng, content)
+    packed, compression = squeezed(rng, content)
+    form = rng.choice([".jsonl", ".ndjson", ".JSONL"] if as_lines else [".json", ".JSON"])
+    lines = sum(bool(line.strip()) or len(line) > LIMITS.max_record_bytes for line in content.split(b"\n"))
+    return Hostile(form + compression, packed, lines if as_lines and not compression else None)
+
+
+def name_of(rng: Choice, serial: int, suffix: str) -> bytes:
+    """A hostile file name of at most 255 bytes, unlike any other."""
+    end = f"{serial}{suffix}".encode()
+    start = rng.choice([
+        b"", b"-rf ", b"--", b"two\nlines", b"\r\n", b"caf\xe9\xff", b"a..", b"~", b"%s%n{0}", b"\xf0\x9f\x91\xbb" * 20,
+        b"done", b"failed.reason.json", b"a.json.", b"x.tmp.", b"$(touch x)`id`", b"'\"\\", b"\x01\x1b[2J", b" ", b"C:\\",
+        b"n" * 255, "é".encode() * 127, b"\xff" * 255, "\u202e".encode(), b"nul.", b"*?[a]", b"\xed\xa0\x80", b"a.reason.json",
+    ])  # fmt: skip
+    if rng.random() < 0.06:
+        end = (
+            rng.choice(
+                [b"%d", b"%d.csv", b"%d.json.txt", b"%d.json.bz2", b"%d.jsonl.gz.gz", b"%d.reason.json"]
+            )
+            % serial
+        )
+    elif rng.random() < 0.03:
+        return rng.choice([b".%d.json", b"..%d.json", b"%d.json.tmp", b"%d.json~", b"%d.json.part"]) % serial
+    return start[: 255 - len(end)] + end
+
+
+def read(path: Path, *, whole: bool) -> list[Part]:
+    """A file's parts, from its whole content or from a stream of it. Raises FileError."""
+    if not whole:
+        return asyncio.run(parts_of(path, limits=LIMITS))
+    reader = PartReader(unclaimed(path), recipe=None, limits=LIMITS)
+    return [*reader.feed(path.read_bytes()), *reader.finish()]
+
+
+def outcome_of(path: Path, *, whole: bool) -> list[Sample | Reject] | tuple[str, str]:
+    """Each record as what it became, or the reason and message of a file that fails."""
+    try:
+        parts = read(path, whole=whole)
+    except FileError as error:
+        return error.reason, str(error)
+    assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert [part.extent.number for part in parts] == list(range(len(parts)))
+    entries: list[Sample | Reject] = []
+    for part in parts:
+        inside = sorted((*part.samples, *part.rejects), key=lambda entry: entry.record_index)
+        assert (part.extent.first_record, part.extent.records) == (len(entries), len(inside))
+        assert part.extent.byte_offset == inside[0].byte_offset
+        entries += inside
+    return entries
+
+
+def check_entries(entries: list[Sample | Reject], content: bytes | None) -> None:
+    assert [entry.record_index for entry in entries] == list(range(len(entries)))
+    places = [entry.byte_offset for entry in entries]
+    assert places == sorted(set(places))
+    for entry in entries:
+        if content is not None:
+            assert entry.line == content.count(b"\n", 0, entry.byte_offset) + 1
+        if isinstance(entry, Reject):
+            assert entry.reason in REJECT_REASONS
+            assert entry.message.isprintable()
+            assert len(entry.message) < 300
+        else:
+            entry_text = json.dumps(dataclasses.asdict(entry), ensure_ascii=False)
+            entry_text.encode()
+
+
+def test_every_generated_record_is_a_sample_or_a_reject(tmp_path, record_property):
+    reasons: Counter[str] = Counter()
+    seen = serial = 0
+    while seen < N_RECORDS:
+        seed = f"{SEED}.record.{serial}"
+        serial += 1
+        file = hostile_file(random.Random(seed), 40)
+        path = tmp_path / f"f{file.suffix}"
+        path.write_bytes(file.content)
+        plain = not re.search(r"\.(gz|zst)$", file.suffix, re.IGNORECASE)
+        try:
+            outcome = outcome_of(path, whole=False)
+            if plain:
+                assert outcome == outcome_of(path, whole=True)
+            if isinstance(outcome, tuple):
+                reason, message = outcome
+                assert reason in FILE_REASONS
+                assert message.isprintable()
+                reasons[f"file: {reason}"] += 1
+                seen += 1
+                continue
+            check_entries(outcome, file.content if plain else None)
+            assert file.lines in (None, len(outcome))
+        except Exception as error:
+            error.add_note(f"seed {seed!r}, {file.suffix}, {file.content[:500]!r}")
+            raise
+        seen += len(outcome)
+        reasons.update(entry.reason if isinstance(entry, Reject) else "sample" for entry in outcome)
+        path.unlink()
+    record_property("reasons", dict(reasons))
+    print(sum(reasons.values()), "records and failed files in", serial, "files:", reasons.most_common())
+
+
+@pytest.fixture
+def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
+    return shared_daemons(request, tmp_path_factory)
+
+
+@pytest.mark.timeout(120 + N_FILES)
+@pytest.mark.parametrize("run", range(-(-N_FILES // FILES_A_RUN)))
+def test_every_generated_file_ends_with_results_or_a_reason(daemons, tmp_path, run):
+    seed = f"{SEED}.run.{run}"
+    rng = random.Random(seed)
+    inbox, outbox, log = tmp_path / "inbox", tmp_path / "outbox", tmp_path / "log"
+    inbox.mkdir()
+    dropped: dict[str, Dropped] = {}
+    contents: set[str] = set()
+    for serial in range(min(FILES_A_RUN, N_FILES - run * FILES_A_RUN)):
+        file = hostile_file(rng, 6)
+        name = os.fsdecode(name_of(rng, serial, file.suffix))
+        sha256 = hashlib.sha256(file.content).hexdigest()
+        if sha256 in contents:  # of one content, two names could say different things
+            continue
+        contents.add(sha256)
+        entry = drop(inbox, name, file.content, None)
+        if name.startswith(".") or name.endswith(("~", ".tmp", ".part")):
+            continue
+        outcome = outcome_of(inbox / name, whole=False)
+        dropped[name] = entry if isinstance(outcome, tuple) else Dropped(len(outcome), entry.sha256)
+    left_alone = {path.name for path in inbox.iterdir()} - dropped.keys()
+
+    code = daemons.run(Job(inbox, outbox, log, flags=FLAGS))
+
+    where = f"seed {seed!r}, see {tmp_path}"
+    assert code in (0, 1), where
+    wrong = violations(inbox, outbox, dropped)
+    assert not wrong, "\n".join([where, *wrong])
+    assert {path.name for path in inbox.iterdir() if path.is_file()} == left_alone, where
+    reasons = {json.loads(path.read_bytes())["reason"] for path in (inbox / "failed").glob("*.reason.json")}
+    rejects = [
+        json.loads(line) for path in outbox.glob("*/rejects.jsonl") for line in path.read_bytes().splitlines()
+    ]
+    assert {reject["reason"] for reject in rejects} <= set(REJECT_REASONS), where
+    assert reasons <= FILE_REASONS, where
