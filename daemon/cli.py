@@ -110,9 +110,10 @@ def configure(args: argparse.Namespace) -> Config:
     flags = {key: value for key, value in vars(args).items() if "." in key}
     if getattr(args, "no_http", False):
         flags["http.enabled"] = False
-    elif getattr(args, "once", False) and flags.get("http.address") is None:
-        flags["http.enabled"] = False  # a drain by cron must not collide with the daemon's port
     config = load_config(args.config, flags=flags)
+    told_to_serve = "enabled" in config.http.model_fields_set or flags.get("http.address") is not None
+    if getattr(args, "once", False) and not told_to_serve:  # a drain by cron must not take the daemon's port
+        config = config.model_copy(update={"http": config.http.model_copy(update={"enabled": False})})
     configure_logs(config.log.format, config.log.level)
     return config
 

@@ -11,6 +11,7 @@ import json
 import os
 import string
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -28,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from daemon.columns import analysis_columns
 from daemon.errors import ConfigError
 from daemon.records import Contrast, Recipe
 
@@ -42,7 +44,7 @@ LOG_FORMATS = ("auto", "console", "json")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -117,7 +119,7 @@ class HttpSection(Section):
     @classmethod
     def check_address(cls, value: str) -> str:
         host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65535:
+        if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
             raise ValueError("expected HOST:PORT, e.g. 127.0.0.1:9478")
         return value
 
@@ -160,6 +162,19 @@ class Config(Section):
             if name not in self.texts:
                 allowed = ", ".join(self.texts)
                 raise ValueError(f"contrast.{role} = {name!r} is not in [texts]: use one of {allowed}")
+        if len(set(self.contrast.model_dump().values())) < 3:
+            raise ValueError("[contrast] compares a text with itself: name three different ones")
+        return self
+
+    @model_validator(mode="after")
+    def check_columns(self) -> Config:
+        """No two columns may differ by case alone: SQL takes them for one."""
+        if self.recipe is None:
+            return self
+        names = Counter(column.name.casefold() for column in analysis_columns((0,), self.recipe))
+        ((name, times),) = names.most_common(1)
+        if times > 1:
+            raise ValueError(f"[texts] would give two columns named {name}: rename a text")
         return self
 
     @property

@@ -119,10 +119,12 @@ def fsync_path(name: OperationName, path: Path, flags: int) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder, and its parents, where missing."""
+    """Create a folder, and its parents, where missing. The last one's entry is not flushed."""
     if path.is_dir():
         return
-    make_folder(path.parent)
+    if not path.parent.is_dir():
+        make_folder(path.parent)
+        fsync_folder(path.parent.parent)
     announce("mkdir", path)
     path.mkdir(exist_ok=True)
 

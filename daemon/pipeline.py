@@ -25,7 +25,7 @@ from daemon.compute.device import Device, Study
 from daemon.compute.packing import Packer
 from daemon.errors import FileError, MachineError, OutOfMemory
 from daemon.intake.inbox import Inbox
-from daemon.intake.reader import PartReader, ReadLimits, read_parts
+from daemon.intake.reader import PartReader, ReadLimits, format_of, read_parts
 from daemon.intake.source import Content, open_content
 from daemon.intake.tokenizer import Tokenizer
 from daemon.observe.metrics import Metrics
@@ -36,6 +36,7 @@ from daemon.pause import Pause
 from daemon.records import Claim, KeptPart, Part, Recipe, Source, TokenizedPart
 
 SMALL_BYTES = 256 << 10  # up to which a file is read at one go
+MAX_WAIT_SECONDS = 0.05  # that a thin batch waits for company, where some is on its way
 
 log = structlog.get_logger()
 
@@ -127,6 +128,8 @@ class Pipeline:
         self.tokenized: Channel[TokenizedPart | KeptPart | FileFailed] = Channel(limits.queued_tokens)
         self.finished: Channel[Arrival] = Channel(limits.queued_result_bytes)
         self._units: dict[str, asyncio.Event] = {}  # under way; set when their outcome is known
+        self._taking = False  # claimed files are being opened
+        self._on_their_way = 0  # items between being read and reaching the device
 
     async def run(self, stop: asyncio.Event, *, once: bool) -> Tally:
         """Take files until `stop` is set, with `once` until the inbox is drained; finish what was taken."""
@@ -150,13 +153,15 @@ class Pipeline:
         while True:
             requeued = self.tally.requeued
             async for claims in self.inbox.claims(stop, once):
-                if claims[0].attempt == 1:
-                    await self.take(claims)
-                    continue
-                # Work on it ended with the process before: should it do so again, nothing else is under way.
-                await self.idle()
+                # Where work on a file ended with the process, nothing else is to be under way this time.
+                suspect = claims[0].attempt > 1
+                if suspect:
+                    await self.idle()
+                self._taking = True
                 await self.take(claims)
-                await self.idle()
+                self._taking = False
+                if suspect:
+                    await self.idle()
             await self.idle()
             if stop.is_set() or self.tally.requeued == requeued:
                 break
@@ -193,7 +198,7 @@ class Pipeline:
         began = self.clock()
         try:
             content = file.content = open_content(file.claim.path, SMALL_BYTES)
-            unit = hashlib.sha256((content.sha256 + self.results_key).encode()).hexdigest()[:12]
+            unit = self.unit_of(content.sha256, file.claim.name)
             file.source = source = Source(file.claim, content.sha256, content.size, unit, began)
             file.published = self.delivery.published(unit)
             if content.data is not None and file.published is None and file.claim.attempt == 1:
@@ -201,6 +206,11 @@ class Pipeline:
                 file.parts = [*reader.feed(content.data), *reader.finish()]
         except FileError as error:
             file.error = error
+
+    def unit_of(self, sha256: str, name: str) -> str:
+        """Stands for what the results of a file depend on. Raises FileError for a name without a format."""
+        identity = f"{sha256}{self.results_key}{format_of(name)[0]}"
+        return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
     async def begin(self, file: OpenedFile) -> bool:
         """Whether the file is to be worked on; where not, it is settled.
@@ -232,6 +242,7 @@ class Pipeline:
         try:
             async for part in self.parts_of(file):
                 self.progress.add_total(part.extent.records)
+                self._on_their_way += 1
                 if isinstance(part, Part):
                     self.metrics.stage_duration_seconds.labels("read").observe(part.read_seconds)
                     await self.parts.put(part, text_bytes(part))
@@ -242,6 +253,7 @@ class Pipeline:
         except FileError as error:
             source = file.known_source
             if handed_on:
+                self._on_their_way += 1
                 await self.parts.put(FileFailed(source, error, handed_on))
             else:
                 await self.settle(await self.delivery.give_up(source, error))
@@ -316,14 +328,19 @@ class Pipeline:
         return assembly.scatter(batch, block, pack_seconds)
 
     async def gather(self, assembly: Assembly) -> bool:
-        """Take what is tokenized, up to the window; wait only when idle. True at the end of the stream."""
+        """Take what is tokenized, up to the window. True at the end of the stream.
+
+        Waits where there is nothing to do, and for a moment where there is little and more is on its way.
+        """
+        deadline = self.clock() + MAX_WAIT_SECONDS
         while self.packer.tokens < self.limits.queued_tokens:
             try:
-                item = await (self.tokenized.get_nowait() if self.packer else self.tokenized.get())
+                item = await self.next_tokenized(deadline)
             except EndOfStream:
                 return True
             if item is None:
                 return False
+            self._on_their_way -= 1
             if not isinstance(item, TokenizedPart):
                 await self.finished.put(item)
             elif (done := assembly.open(item)) is not None:
@@ -331,6 +348,19 @@ class Pipeline:
             else:
                 self.packer.add(item)
         return False
+
+    async def next_tokenized(self, deadline: float) -> TokenizedPart | KeptPart | FileFailed | None:
+        """The next item for the device, None where it should not wait for one. Raises EndOfStream."""
+        if not self.packer:
+            return await self.tokenized.get()
+        more_comes = self._taking or self._on_their_way or self.inbox.backlog
+        if not self.packer.thin or not more_comes:
+            return await self.tokenized.get_nowait()
+        try:
+            async with asyncio.timeout(max(0.0, deadline - self.clock())):
+                return await self.tokenized.get()
+        except TimeoutError:
+            return None
 
     async def write(self) -> None:
         """Stage 4: parts to Parquet; a file's last part publishes it, with what else is there."""

@@ -5,6 +5,7 @@ They hold plain Python and NumPy values only: no tensors, no open files, no conf
 
 from __future__ import annotations
 
+import functools
 import string
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +40,19 @@ class Recipe:
     @property
     def fields(self) -> frozenset[str]:
         """The record fields that the templates name."""
-        formatter = string.Formatter()
-        return frozenset(
-            field for _, template in self.templates for _, field, _, _ in formatter.parse(template) if field
-        )
+        return fields_of(self.templates)
 
     def render(self, values: dict[str, str]) -> tuple[str, ...]:
         """The texts of one record, in the order of the templates."""
         return tuple(template.format_map(values) for _, template in self.templates)
+
+
+@functools.lru_cache(maxsize=64)
+def fields_of(templates: tuple[tuple[str, str], ...]) -> frozenset[str]:
+    formatter = string.Formatter()
+    return frozenset(
+        field for _, template in templates for _, field, _, _ in formatter.parse(template) if field
+    )
 
 
 CONTRAST_RECIPE = Recipe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ from daemon.columns import analysis_columns
 from daemon.compute.device import Study
 from daemon.compute.packing import Batch
 from daemon.config import Config, load_config
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, MachineError
 from daemon.output.delivery import Outcome
 from daemon.pipeline import Tally
 from daemon.records import CONTRAST_RECIPE, Block
@@ -303,3 +304,106 @@ def test_a_file_written_to_while_it_is_read_is_read_again(tiny_toml, inbox, monk
     assert [outcome.kind for outcome in outcomes] == ["requeued", "committed"]
     assert (tally.requeued, tally.committed, tally.rows) == (1, 1, 2)
     assert len(list((inbox.parent / "outbox").glob("*/manifest.json"))) == 1
+
+
+def batches_of(monkeypatch, fail=lambda batch: None) -> list[list[str]]:
+    """Sample ids of every batch that reaches the device, where `fail` may raise."""
+    batches: list[list[str]] = []
+    run = Study.run
+
+    def watched(self: Study, batch: Batch) -> Block:
+        batches.append([sample.sample.sample_id for sample in batch.samples])
+        fail(batch)
+        return run(self, batch)
+
+    monkeypatch.setattr(Study, "run", watched)
+    return batches
+
+
+def test_work_on_a_large_file_resumes_with_the_parts_that_are_missing(tiny_toml, inbox, monkeypatch):
+    records = tiny.contrast_records(40)
+    (inbox / "large.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = configured(tiny_toml, inbox, inbox__part_records=4, batching__window_tokens=1)
+    written: list[Path] = []
+
+    def break_late(batch: Batch) -> None:
+        if len(batches) == 8:
+            while len(written) < 3:
+                written[:] = config.outbox.path.glob(".staging/*/*.parts/??????")
+            raise BrokenDevice
+
+    with pytest.MonkeyPatch.context() as patch:
+        batches = batches_of(patch, break_late)
+        with pytest.raises(ExceptionGroup):
+            drain(config)
+    written = list(config.outbox.path.glob(".staging/*/*.parts/??????"))
+
+    batches = batches_of(monkeypatch)
+    tally, (outcome,) = drain(config)
+    assert (tally.committed, outcome.rows) == (1, 40)
+    recomputed = {sample_id for batch in batches for sample_id in batch}
+    kept = {
+        records[4 * int(path.name) + row]["id"]
+        for path in written
+        if path.suffix != ".tmp"
+        for row in range(4)
+    }
+    assert recomputed == {record["id"] for record in records} - kept
+    whole = pq.read_table(outcome.folder / "metrics.parquet")
+    assert whole["record_index"].to_pylist() == list(range(40))
+    assert list((config.outbox.path / ".staging").glob("*/")) == []
+
+    fresh = inbox.parent / "fresh"
+    (fresh / "inbox").mkdir(parents=True)
+    shutil.copy(inbox / "done/large.jsonl", fresh / "inbox")
+    _, (again,) = drain(configured(tiny_toml, fresh / "inbox"))
+    assert pq.read_table(again.folder / "metrics.parquet")["record_index"].equals(whole["record_index"])
+
+
+def test_a_batch_beyond_memory_is_halved_and_a_sample_beyond_it_set_aside(tiny_toml, inbox, monkeypatch):
+    tiny.write_json(inbox / "study.json", tiny.contrast_records(30))
+
+    def small_device(batch: Batch) -> None:
+        ids = [sample.sample.sample_id for sample in batch.samples]
+        if len(ids) > 5 or "s7" in ids:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    batches = batches_of(monkeypatch, small_device)
+    tally, (outcome,) = drain(configured(tiny_toml, inbox))
+    assert (tally.rows, tally.rejects) == (29, 1)
+    (reject,) = [json.loads(line) for line in (outcome.folder / "rejects.jsonl").read_text().splitlines()]
+    assert (reject["id"], reject["record_index"], reject["reason"]) == ("s7", 7, "out_of_memory")
+    assert max(map(len, batches)) > 5
+    assert ["s7"] in batches
+    metrics = pq.read_table(outcome.folder / "metrics.parquet")
+    assert metrics["sample_id"].to_pylist() == [f"s{i}" for i in range(30) if i != 7]
+
+
+def test_a_file_that_breaks_the_process_each_time_fails_and_its_neighbours_do_not(
+    tiny_toml, inbox, monkeypatch
+):
+    for name in ("a", "poison", "z"):
+        records = [{"id": f"{name}{i}", "text": f"{name} {i}"} for i in range(3)]
+        tiny.write_json(inbox / f"{name}.json", records)
+    config = configured(tiny_toml, inbox)
+
+    def poisoned(batch: Batch) -> None:
+        if any(sample.sample.sample_id.startswith("poison") for sample in batch.samples):
+            raise BrokenDevice
+
+    batches_of(monkeypatch, poisoned)
+    for _ in range(3):
+        with pytest.raises(ExceptionGroup):
+            drain(config)
+    tally, _ = drain(config)
+    assert tally.failed == 1
+    reason = json.loads((inbox / "failed/poison.json.reason.json").read_text())
+    assert (reason["reason"], reason["attempt"]) == ("attempts_exhausted", 4)
+    assert sorted(path.name for path in (inbox / "done").iterdir()) == ["a.json", "z.json"]
+
+
+def test_a_disk_below_its_floor_is_the_machines_failure(tiny_toml, inbox):
+    tiny.write_json(inbox / "study.json", tiny.contrast_records(3))
+    with pytest.raises(MachineError, match=r"outbox\.min_free_bytes"):
+        drain(configured(tiny_toml, inbox, outbox__min_free_bytes=1 << 60))
+    assert (inbox / "study.json").exists()

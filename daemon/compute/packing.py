@@ -54,6 +54,11 @@ class Packer:
         """Samples not yet handed out."""
         return len(self._waiting) + sum(len(batch.entries) for batch in self._planned)
 
+    @property
+    def thin(self) -> bool:
+        """Whether the next batch would not be a full one."""
+        return not self._planned and self.tokens < self.max_batch_tokens
+
     def add(self, part: TokenizedPart) -> None:
         self._waiting += (Entry(part, row) for row in range(len(part.samples)))
         self.tokens += part.n_tokens

@@ -266,7 +266,8 @@ class DocumentFramer:
             self._at += 1
             if (yield from self._peek()) != b'"':
                 raise self._malformed("expected a key")
-            yield from self._key()
+            if (yield from self._key()) == "samples":
+                raise self._malformed("the key samples comes twice")
             yield from self._peek()
             yield from self._skip_value()
         if (yield from self._peek()) != b"}":

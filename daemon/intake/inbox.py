@@ -91,7 +91,13 @@ class Inbox:
 
     def _open(self) -> None:
         for name in (DONE, FAILED, CLAIMED):
-            durable.make_folder(self.path / name)
+            try:
+                durable.make_folder(self.path / name)
+            except FileExistsError:
+                raise MachineError(
+                    f"{self.path / name} is no folder, and lensd needs one of that name: move it away"
+                ) from None
+        durable.fsync_folder(self.path)
         self._lease = Lease(self.path / CLAIMED)
         self._take_over()
 
@@ -135,6 +141,11 @@ class Inbox:
             await self._call(self._lease.close)
             self._lease = None
         self._thread.shutdown(wait=False)
+
+    @property
+    def backlog(self) -> bool:
+        """Whether files were seen that are ready to be claimed."""
+        return bool(self._ready or self._waiting)
 
     def take_recovered(self) -> int:
         """How many files were taken over from dead processes since the last call."""

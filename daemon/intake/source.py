@@ -55,7 +55,7 @@ def open_content(path: Path, small_bytes: int) -> Content:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise FileError("not_a_file", "it is no regular file any more: drop it again")
-        if status.st_size <= small_bytes and not path.name.endswith(COMPRESSED):
+        if status.st_size <= small_bytes and not path.name.lower().endswith(COMPRESSED):
             data = file.read()
             return Content(hashlib.sha256(data).hexdigest(), len(data), data, None)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

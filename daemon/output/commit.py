@@ -72,6 +72,7 @@ class Outbox:
         """Make the folders, take a lease, clear what dead processes left half-made; how much that was."""
         for name in (STAGING, UNITS):
             durable.make_folder(self.path / name)
+        durable.fsync_folder(self.path)
         self._lease = Lease(self.path / STAGING)
         self._index()
         return self.sweep()

@@ -241,8 +241,15 @@ class Delivery:
         if vanished:
             error = FileError("vanished", "the file was removed while lensd worked on it: drop it again")
             return await self.fail(claim, error, unit.source)
+        return await self._requeue(claim, unit.source.unit)
+
+    async def _changed(self, claim: Claim) -> bool:
+        return await self.inbox.recheck([claim]) == ["changed"]
+
+    async def _requeue(self, claim: Claim, unit: str | None) -> Outcome:
+        """Put a file that changed under us back into the inbox."""
         await self.pause.outlast(lambda: self.inbox.release([claim]))
-        return Outcome("requeued", claim.name, unit.source.unit, reason="changed")
+        return Outcome("requeued", claim.name, unit, reason="changed")
 
     async def _fail_unit(self, unit: Unit) -> Outcome:
         assert unit.failed is not None
@@ -259,11 +266,15 @@ class Delivery:
 
     async def duplicate(self, claim: Claim, unit: str, folder: Path) -> Outcome:
         """The same content under the same settings is published already: nothing to compute."""
+        if await self._changed(claim):
+            return await self._requeue(claim, unit)
         await self._retire([claim])
         return Outcome("duplicate", claim.name, unit, folder)
 
     async def fail(self, claim: Claim, error: FileError, source: Source | None = None) -> Outcome:
-        """Set a file aside with its reason."""
+        """Set a file aside with its reason; one that changed since it was claimed gets another chance."""
+        if await self._changed(claim):
+            return await self._requeue(claim, source.unit if source else None)
         sha256 = source.sha256 if source else None
         await self.pause.outlast(lambda: self.inbox.fail(claim, error.reason, str(error), sha256))
         return Outcome(

@@ -12,6 +12,7 @@ from daemon.output.files import HashedFile
 from daemon.output.totals import FileTotals
 
 BUFFER_BYTES = 1 << 20
+MANY_COLUMNS = 16
 FEW_ROWS = 64  # of a file, up to which compressing each column costs more than it saves
 
 
@@ -39,7 +40,7 @@ class ParquetFile:
             return
         self.rows += len(table)
         self._gathered.append(table)
-        self._gathered_bytes += table.nbytes
+        self._gathered_bytes += weight(table)
         if self._gathered_bytes >= self._group_bytes:
             self._flush(self._options)
 
@@ -65,7 +66,14 @@ class ParquetFile:
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._sink, self._schema, **options)
         if self._gathered:
-            group = pa.concat_tables(self._gathered).combine_chunks()
+            group = self._gathered[0]
+            if len(self._gathered) > 1:
+                group = pa.concat_tables(self._gathered).combine_chunks()
             self._gathered = []
             self._gathered_bytes = 0
             self._writer.write_table(group, row_group_size=len(group))
+
+
+def weight(table: pa.Table) -> int:
+    """About the bytes of a table in memory; to ask each of many columns takes as long as to write a row."""
+    return int(table.nbytes) if table.num_columns <= MANY_COLUMNS else 8 * len(table) * table.num_columns

@@ -133,6 +133,7 @@ FEATURE_KEYS = ["sample_id", "record_index", "text", "layer", "hook_name", "posi
 COMMON_OPTIONS: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "write_statistics": True}
 
 
+@functools.lru_cache(maxsize=64)
 def metrics_options(schema: pa.Schema) -> dict[str, Any]:
     """How `metrics.parquet` is encoded: dictionaries for what repeats, byte streams for floats."""
     floats = [field.name for field in schema if pa.types.is_float64(field.type)]
@@ -142,6 +143,7 @@ def metrics_options(schema: pa.Schema) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache
 def features_options(values: ValueType) -> dict[str, Any]:
     """How `features.parquet` is encoded. DuckDB reads no byte stream of float16, so these stay plain."""
     return COMMON_OPTIONS | {

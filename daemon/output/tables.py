@@ -38,8 +38,12 @@ class MetricsTables:
         order = finished.row_order()
         if not len(order):
             return self._schema.empty_table()
-        analysis = pa.concat_tables([rows_of(self._block(p.block), p.block_rows) for p in finished.pieces])
-        analysis = rows_of(analysis, order)
+        if len(finished.pieces) == 1:
+            (piece,) = finished.pieces
+            analysis = rows_of(self._block(piece.block), piece.block_rows[order])
+        else:
+            pieces = [rows_of(self._block(piece.block), piece.block_rows) for piece in finished.pieces]
+            analysis = rows_of(pa.concat_tables(pieces), order)
         samples = sample_arrays(finished.part.part.samples)
         return pa.Table.from_arrays([*samples, *analysis.columns], schema=self._schema)
 

@@ -227,11 +227,16 @@ def leftovers(inbox: Path, outbox: Path) -> Iterator[str]:
             yield f"inbox/{path.name}: not taken up"
     for folder in (inbox / ".claimed", outbox / ".staging"):
         for path in sorted(folder.rglob("*")):
-            yield f"{folder.parent.name}/{path.relative_to(folder.parent)}: left over"
+            if path.parent != folder or not is_lock(path):
+                yield f"{folder.parent.name}/{path.relative_to(folder.parent)}: left over"
     for path in sorted(outbox.glob(".*")):
-        empty = path.is_file() and not path.stat().st_size  # a lock
-        if path.name not in (".staging", ".units") and not empty:
+        if path.name not in (".staging", ".units") and not is_lock(path):
             yield f"outbox/{path.name}: left over"
+
+
+def is_lock(path: Path) -> bool:
+    """A hidden empty file: locks between processes stay, since removing one that is held breaks it."""
+    return path.name.startswith(".") and path.is_file() and not path.stat().st_size
 
 
 def sha256_of(path: Path) -> str:

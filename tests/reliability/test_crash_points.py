@@ -181,7 +181,7 @@ WRONGS: dict[str, tuple[Callable[[Trial], object], str]] = {
         "failed/broken.json.reason.json: its file is not there",
     ),
     "a bad file accepted": (move("inbox/failed/broken.json", "inbox/done/broken.json"), "must fail"),
-    "a good file failed": (move("inbox/done/array.json", "inbox/failed/array.json"), "and in failed/"),
+    "a good file failed": (move("inbox/done/array.json", "inbox/failed/array.json"), "not in done/"),
     "a claim left": (lambda trial: (trial.inbox / ".claimed/host-1/1").mkdir(parents=True), "left over"),
     "staging left": (lambda trial: (trial.outbox / ".staging/host-1").mkdir(parents=True), "left over"),
 }

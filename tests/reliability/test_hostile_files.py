@@ -338,6 +338,7 @@ def test_a_stream_that_ends_early_after_many_parts_fails_alone(daemons, place):
     assert place.reason("short.jsonl.gz") == "corrupt_compression"
 
 
+@pytest.mark.timeout(120 + MANY_FILES // 20)
 def test_many_files_at_once_are_found_though_the_watcher_reports_nothing(daemons, place):
     settings = {"hook": "blind_watcher", "hook_args": {}, "batching__max_batch_tokens": 4096}
     with running(daemons, place.job(once=False, **settings)) as pid:

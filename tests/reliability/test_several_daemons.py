@@ -12,7 +12,7 @@ from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.ledger import drop, violations
 from tests.reliability.several import Several
-from tests.reliability.torture import claimed, events, shared_daemons, wait_until
+from tests.reliability.torture import claimed, end, ended, events, shared_daemons, wait_until
 
 
 @pytest.fixture
@@ -71,4 +71,37 @@ def test_a_file_stays_with_a_process_that_stands_still_and_leaves_one_that_died(
 
     assert daemons.kill(slow) == -signal.SIGKILL
     assert daemons.run(plain) == 0
+    assert violations(inbox, outbox, dropped) == []
+
+
+def test_a_file_that_kills_whoever_works_on_it_takes_no_other_along(daemons, tmp_path):
+    inbox, outbox = tmp_path / "inbox", tmp_path / "outbox"
+    inbox.mkdir()
+    dropped = {}
+    for number in range(40):
+        name, records = (f"poison-{number}.json", None) if number == 5 else (f"fine-{number:02}.json", 2)
+        content = [{**record, "id": f"{name}-{record['id']}"} for record in tiny.contrast_records(2)]
+        dropped[name] = drop(inbox, name, json.dumps(content).encode(), records)
+    poisoned = Job(
+        inbox,
+        outbox,
+        tmp_path / "log",
+        once=False,
+        hook="tests.reliability.torture:poisoned",
+        hook_args={"prefix": "poison"},
+    )
+    alive = [daemons.start(poisoned) for _ in range(3)]
+    deaths = []
+
+    def drained() -> bool:
+        for place, pid in enumerate(alive):
+            if ended(pid):
+                deaths.append(daemons.wait(pid))
+                alive[place] = daemons.start(poisoned)
+        return not claimed(inbox) and not any(entry.is_file() for entry in os.scandir(inbox))
+
+    wait_until(drained, "an empty inbox")
+    ends = {end(daemons, pid) for pid in alive}
+    assert ends <= {0, -signal.SIGTERM}  # the last may not have come so far as to handle it
+    assert deaths == [-signal.SIGKILL] * 3
     assert violations(inbox, outbox, dropped) == []

@@ -41,6 +41,7 @@ from tests.reliability.ledger import Dropped, violations
 
 PART_RECORDS = 16
 WAITING = 40  # files kept in the inbox
+NAMES_AGAIN = 0.1  # share of the files that are dropped under a name used before
 HUNG_SECONDS = 60  # after which a daemon told to end is killed
 PATIENCE_SECONDS = 5  # of a daemon that is to kill itself at some step
 SETTINGS: dict[str, Any] = {
@@ -88,7 +89,7 @@ class Feed:
     def __init__(self, inbox: Path, rng: random.Random, kinds: dict[Kind, int] = KINDS) -> None:
         inbox.mkdir(parents=True, exist_ok=True)
         self.inbox = inbox
-        self.dropped: dict[str, Dropped] = {}
+        self.dropped: dict[str, Dropped] = {}  # by a name of its own, whatever name it was dropped under
         self._rng = rng
         self._kinds = kinds
         self._recent: list[Content] = []
@@ -107,17 +108,23 @@ class Feed:
             self.drop()
 
     def drop(self, kind: Kind | None = None) -> str:
-        """Let one more file appear, whole; its name."""
+        """Let one more file appear, whole; its name. Now and then a name that is in use is used again."""
         if kind is None:
             (kind,) = self._rng.choices(list(self._kinds), list(self._kinds.values()))
-        return self.place(self._content(kind))
+        content = self._content(kind)
+        again = self._rng.random() < NAMES_AGAIN
+        return self.place(content, f"again{content.suffix}" if again else None)
 
     def place(self, content: Content, name: str | None = None) -> str:
-        name = name or f"{len(self.dropped):06}{content.suffix}"
-        self.dropped[name] = Dropped(content.records, hashlib.sha256(content.raw).hexdigest())
+        """Drop a file, under `name` where none waits under it."""
+        serial = len(self.dropped)
         draft = self.inbox / ".draft"
         draft.write_bytes(content.raw)
-        draft.rename(self.inbox / name)
+        unique = f"{serial:06}{content.suffix}"
+        if name is None or not durable.move_without_replacing(draft, self.inbox / name):
+            name = unique
+            draft.rename(self.inbox / name)
+        self.dropped[unique] = Dropped(content.records, hashlib.sha256(content.raw).hexdigest())
         return name
 
     def _content(self, kind: Kind) -> Content:
