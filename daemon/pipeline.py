@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import io
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 
@@ -25,17 +22,16 @@ from daemon.compute.device import Device, Study
 from daemon.compute.packing import Packer
 from daemon.errors import FileError, MachineError, OutOfMemory
 from daemon.intake.inbox import Inbox
-from daemon.intake.reader import PartReader, ReadLimits, format_of, read_parts
-from daemon.intake.source import Content, open_content
+from daemon.intake.opening import OpenedFile, Opener
+from daemon.intake.reader import ReadLimits, read_parts
 from daemon.intake.tokenizer import Tokenizer
 from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
 from daemon.output.delivery import Arrival, Delivery, FileFailed, Outcome
 from daemon.output.finished import FinishedPart
 from daemon.pause import Pause
-from daemon.records import Claim, KeptPart, Part, Recipe, Source, TokenizedPart
+from daemon.records import Claim, KeptPart, Part, Recipe, TokenizedPart
 
-SMALL_BYTES = 256 << 10  # up to which a file is read at one go
 MAX_WAIT_SECONDS = 0.05  # that a thin batch waits for company, where some is on its way
 
 log = structlog.get_logger()
@@ -61,27 +57,6 @@ class Tally:
     failed: int = 0
     rows: int = 0
     rejects: int = 0
-
-
-@dataclass(slots=True)
-class OpenedFile:
-    """A claimed file as far as one look into it told."""
-
-    claim: Claim
-    content: Content | None = None
-    source: Source | None = None
-    published: Path | None = None  # its results, there already
-    parts: list[Part | KeptPart] | None = None  # of a small file, all of them
-    error: FileError | None = None
-
-    @property
-    def known_source(self) -> Source:
-        assert self.source is not None, "a file without an error is known"
-        return self.source
-
-    def close(self) -> None:
-        if self.content is not None:
-            self.content.close()
 
 
 class Pipeline:
@@ -117,8 +92,10 @@ class Pipeline:
         self.recipe = recipe
         self.read_limits = read_limits
         self.limits = limits
-        self.results_key = results_key
         self.pause = pause
+        self.opener = Opener(
+            recipe=recipe, limits=read_limits, results_key=results_key, published=delivery.published
+        )
         self.metrics = metrics
         self.progress = progress
         self.on_outcome = on_outcome
@@ -174,43 +151,12 @@ class Pipeline:
 
     async def take(self, claims: Sequence[Claim]) -> None:
         """Hand claimed files on, part by part; or settle them at once."""
-        for opened in await self.pause.outlast(lambda: asyncio.to_thread(self.open_all, claims)):
+        for opened in await self.pause.outlast(lambda: asyncio.to_thread(self.opener.open_all, claims)):
             with contextlib.closing(opened):
                 if opened.error is not None:
                     await self.settle(await self.delivery.fail(opened.claim, opened.error, opened.source))
                 elif await self.begin(opened):
                     await self.hand_on(opened)
-
-    def open_all(self, claims: Sequence[Claim]) -> list[OpenedFile]:
-        """The files' contents, of small ones as parts. Blocks; one call for all, since each call costs."""
-        opened: list[OpenedFile] = []
-        try:
-            for claim in claims:
-                opened.append(OpenedFile(claim))
-                self.open_file(opened[-1])
-        except OSError:
-            for file in opened:
-                file.close()
-            raise
-        return opened
-
-    def open_file(self, file: OpenedFile) -> None:
-        began = self.clock()
-        try:
-            content = file.content = open_content(file.claim.path, SMALL_BYTES)
-            unit = self.unit_of(content.sha256, file.claim.name)
-            file.source = source = Source(file.claim, content.sha256, content.size, unit, began)
-            file.published = self.delivery.published(unit)
-            if content.data is not None and file.published is None and file.claim.attempt == 1:
-                reader = PartReader(source, recipe=self.recipe, limits=self.read_limits)
-                file.parts = [*reader.feed(content.data), *reader.finish()]
-        except FileError as error:
-            file.error = error
-
-    def unit_of(self, sha256: str, name: str) -> str:
-        """Stands for what the results of a file depend on. Raises FileError for a name without a format."""
-        identity = f"{sha256}{self.results_key}{format_of(name)[0]}"
-        return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
     async def begin(self, file: OpenedFile) -> bool:
         """Whether the file is to be worked on; where not, it is settled.
@@ -264,13 +210,11 @@ class Pipeline:
             for part in file.parts:
                 yield part
             return
-        source, content = file.known_source, file.content
-        assert content is not None
-        stored = await self.delivery.stored(source)
-        stream = content.file if content.file is not None else io.BytesIO(content.data or b"")
-        async for part in read_parts(
-            stream, source, recipe=self.recipe, limits=self.read_limits, stored=stored
-        ):
+        stored = await self.delivery.stored(file.known_source)
+        parts = read_parts(
+            file.stream, file.known_source, recipe=self.recipe, limits=self.read_limits, stored=stored
+        )
+        async for part in parts:
             yield part
 
     async def tokenize(self) -> None:

@@ -36,7 +36,7 @@ from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
 from daemon.output.commit import Outbox
 from daemon.output.delivery import Delivery, Outcome
-from daemon.pause import DISK, FOLDERS, REASONS, FoldersLost, Pause
+from daemon.pause import DISK, FOLDERS, REASONS, FoldersLost, Pause, describe
 from daemon.pipeline import Limits, Pipeline, Tally
 
 HEARTBEAT_SECONDS = 1.0
@@ -268,7 +268,7 @@ class Service:
             yield
 
     def folder_trouble(self) -> str | None:
-        """Why inbox and outbox can't be worked with, if so."""
+        """Why inbox and outbox can't be worked with, if so. Blocks."""
         for folder in (self.config.inbox.path, self.config.outbox.path):
             if not folder.is_dir():
                 return f"{folder}: no such folder"
@@ -280,10 +280,13 @@ class Service:
 
     def check_machine(self) -> None:
         """Whether folders and disk allow work; sets the reasons to pause. Blocks."""
-        trouble = self.folder_trouble()
-        self.pause.hold(FOLDERS, trouble)
-        if trouble is not None:
-            return
+        try:
+            self.pause.hold(FOLDERS, self.folder_trouble())
+            self.check_disk()
+        except OSError as error:  # one of them went while it was looked at
+            self.pause.hold(FOLDERS, describe(error))
+
+    def check_disk(self) -> None:
         self.metrics.observe_disk({"inbox": self.config.inbox.path, "outbox": self.config.outbox.path})
         free, floor = shutil.disk_usage(self.config.outbox.path).free, self.config.outbox.min_free_bytes
         low = (

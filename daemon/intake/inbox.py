@@ -20,8 +20,9 @@ import structlog
 
 from daemon import durable
 from daemon.errors import MachineError
+from daemon.intake.failed import set_aside
 from daemon.intake.filestatus import identity_of, stamp_of
-from daemon.intake.names import NAME_BYTES, numbered, numbered_stem, printable
+from daemon.intake.names import MAX_NUMBER, no_free_name, numbered, numbered_stem, printable
 from daemon.intake.scan import Candidate, InboxLoad, Scanner
 from daemon.intake.watch import watching
 from daemon.lease import Lease, dead_leases
@@ -37,8 +38,6 @@ FAILED = "failed"
 CLAIMED = ".claimed"
 DRAFTS = "drafts"  # of reasons, in the own lease
 FAILING = ".failing"  # locked while a file is moved to FAILED
-REASON_SUFFIX = ".reason.json"
-MAX_NUMBER = 1_000_000  # of names tried for one file
 BATCH_FILES = 32  # claimed at a time, so that small files share the cost
 BATCH_BYTES = 4 << 20
 
@@ -86,7 +85,7 @@ class Inbox:
         )
 
     async def open(self) -> None:
-        """Make the folders, take the lease, take back what dead processes held."""
+        """Make the folders, take the lease, take over what dead processes held. Safe to repeat."""
         await self._call(self._open)
 
     def _open(self) -> None:
@@ -98,7 +97,8 @@ class Inbox:
                     f"{self.path / name} is no folder, and lensd needs one of that name: move it away"
                 ) from None
         durable.fsync_folder(self.path)
-        self._lease = Lease(self.path / CLAIMED)
+        if self._lease is None:
+            self._lease = Lease(self.path / CLAIMED)
         self._take_over()
 
     def _take_over(self) -> bool:
@@ -323,36 +323,13 @@ class Inbox:
         }
         folder = self.path / FAILED
         if claim.path in self._held:  # no earlier try came so far
-            self._set_aside(claim, folder, json.dumps(content, indent=2).encode() + b"\n")
+            reason_file = json.dumps(content, indent=2).encode() + b"\n"
+            draft = self.lease.folder / DRAFTS / "reason"
+            with durable.locked(self.path / CLAIMED / FAILING):
+                set_aside(claim, folder, reason_file, draft)
+            self._held.pop(claim.path, None)
         durable.fsync_folder(folder)
         self._let_go([claim])
-
-    def _set_aside(self, claim: Claim, folder: Path, reason: bytes) -> None:
-        """Move a file and its reason into `folder`."""
-        draft = self.lease.folder / DRAFTS / "reason"
-        durable.make_folder(draft.parent)
-        if draft.exists():
-            durable.unlink(draft)
-        durable.write_file(draft, reason)
-        # The reason comes first, so that no file lies there without one. What a crash leaves is a reason
-        # without its file; the next to fail under that name replaces it. Locked against other processes.
-        with durable.locked(self.path / CLAIMED / FAILING):
-            target = self._free_name(claim, folder)
-            durable.rename(draft, folder / f"{target.name}{REASON_SUFFIX}")
-            if os.path.lexists(claim.path):
-                durable.rename(claim.path, target)
-        self._held.pop(claim.path, None)
-
-    def _free_name(self, claim: Claim, folder: Path) -> Path:
-        """A name in `folder` that is free, as is its reason's."""
-        for number in range(MAX_NUMBER):
-            target = folder / numbered(claim.name, number, NAME_BYTES - len(REASON_SUFFIX))
-            reason = folder / f"{target.name}{REASON_SUFFIX}"
-            if os.path.lexists(target):
-                continue
-            if not os.path.lexists(reason) or is_orphaned(reason, claim.name):
-                return target
-        raise no_free_name(claim, folder)
 
     async def release(self, claims: Sequence[Claim]) -> None:
         """Put files back into the inbox, each under its name or the nearest free one. Charges no attempt."""
@@ -378,7 +355,7 @@ class Inbox:
         for number in range(MAX_NUMBER):
             if durable.move_without_replacing(claim.path, folder / name(claim.name, number)):
                 return
-        raise no_free_name(claim, folder)
+        raise no_free_name(claim.name, folder)
 
     def _let_go(self, claims: Sequence[Claim]) -> None:
         """Flush the folders that the files left, and hold them no longer."""
@@ -391,20 +368,6 @@ class Inbox:
     def _check_lost(self, claim: Claim) -> None:
         if not claim.path.parent.is_dir():
             raise FoldersLost(f"{claim.path.parent} disappeared, with the files claimed there")
-
-
-def is_orphaned(reason: Path, name: str) -> bool:
-    """Whether this is the reason of a file of that name which a crash kept from following.
-
-    And not a file that itself failed, and looks so: that one has a reason of its own.
-    """
-    if os.path.lexists(f"{reason}{REASON_SUFFIX}"):
-        return False
-    try:
-        content = json.loads(reason.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("name") == printable(name) and "failed_at" in content
 
 
 def presence(claim: Claim) -> Presence:
@@ -423,7 +386,3 @@ def claimed_files(lease: Path) -> list[tuple[Path, int]]:
         for path in sorted(folder.iterdir())
         if identity_of(path) is not None
     ]
-
-
-def no_free_name(claim: Claim, folder: Path) -> MachineError:
-    return MachineError(f"{folder}: no free name for {printable(claim.name)}: clear the folder")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+from daemon.errors import MachineError
 
 NAME_BYTES = 255  # of a file name, on every Linux file system
+MAX_NUMBER = 1_000_000  # of names tried for one file
 
 
 def numbered(name: str, number: int, max_bytes: int = NAME_BYTES) -> str:
@@ -36,3 +40,7 @@ def cut(name: str, max_bytes: int) -> str:
 def printable(name: str) -> str:
     """A file name for JSON and logs: bytes that are not UTF-8 as escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def no_free_name(name: str, folder: Path) -> MachineError:
+    return MachineError(f"{folder}: no free name for {printable(name)}: clear the folder")

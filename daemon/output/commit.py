@@ -69,11 +69,15 @@ class Outbox:
         self._pool = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync")
 
     def open(self) -> int:
-        """Make the folders, take a lease, clear what dead processes left half-made; how much that was."""
+        """Make the folders, take a lease, clear what dead processes left half-made; how much that was.
+
+        Safe to repeat.
+        """
         for name in (STAGING, UNITS):
             durable.make_folder(self.path / name)
         durable.fsync_folder(self.path)
-        self._lease = Lease(self.path / STAGING)
+        if self._lease is None:
+            self._lease = Lease(self.path / STAGING)
         self._index()
         return self.sweep()
 

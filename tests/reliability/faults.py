@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import logging
 import os
 import queue
 import random
@@ -37,6 +38,8 @@ STRIDE = int(os.environ.get("LENSD_CRASH_STRIDE", "0"))  # of the points tried; 
 KILLED = 137  # exit code of a process that a fault ended
 PART_RECORDS = 4
 HUNG_SECONDS = 60  # after which a daemon is killed, so that a hang is a failure and no hanging test
+
+log = logging.getLogger(__name__)  # figures of a run: pytest --log-cli-level=info
 
 
 # In the daemon

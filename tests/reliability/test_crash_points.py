@@ -18,6 +18,7 @@ pytestmark = pytest.mark.timeout(1800)  # for LENSD_CRASH_STRIDE=1; a daemon tha
 
 PAIRS = 60  # of two crashes in a row
 SEED = 0
+SHORTEST = 30  # operations of a daemon that finds nearly nothing left to do
 SLACK = 20  # operations by which runs of one job differ, as threads meet differently
 
 
@@ -85,29 +86,26 @@ def crash(workers: Workers, folder: Path, points: list[tuple[int, ...]]) -> list
     return workers.map(run, points)
 
 
-def test_a_crash_before_any_operation_loses_and_repeats_nothing(
-    workers, operations, tmp_path, record_property
-):
+def test_a_crash_before_any_operation_loses_and_repeats_nothing(workers, operations, tmp_path):
     stride = STRIDE or 4
     crashes = crash(workers, tmp_path, [(n,) for n in range(1, operations + SLACK, stride)])
     stopped = [crash for crash in crashes if crash.stopped_before]
-    record_property("operations", operations)
-    record_property("points", len(stopped))
+    faults.log.info("operations: %s", operations)
+    faults.log.info("points: %s", len(stopped))
     faults.check(problem for crash in crashes for problem in crash.problems)
     assert len(stopped) >= (operations - SLACK) // stride
     assert any(crash.kept_samples for crash in crashes), "no crash left a part file: nothing was resumed"
 
 
-def test_a_crash_while_recovering_from_a_crash_loses_and_repeats_nothing(
-    workers, operations, tmp_path, record_property
-):
+def test_a_crash_while_recovering_from_a_crash_loses_and_repeats_nothing(workers, operations, tmp_path):
     chance = random.Random(SEED)
-    pairs = [(chance.randint(1, operations), chance.randint(1, operations)) for _ in range(PAIRS)]
+    firsts = [chance.randint(1, operations) for _ in range(PAIRS)]
+    pairs = [(first, chance.randint(1, max(SHORTEST, operations - first))) for first in firsts]
     crashes = crash(workers, tmp_path, pairs)
     twice = [crash for crash in crashes if len(crash.stopped_before) == 2]
-    record_property("pairs", len(twice))
+    faults.log.info("pairs: %s", len(twice))
     faults.check(problem for crash in crashes for problem in crash.problems)
-    assert len(twice) >= PAIRS // 4
+    assert len(twice) >= PAIRS // 2
 
 
 @pytest.fixture(scope="module")

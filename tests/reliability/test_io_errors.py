@@ -63,7 +63,7 @@ def chosen(kinds: Counter[str]) -> list[IoError]:
     ]
 
 
-def test_an_operation_that_fails_once_loses_and_repeats_nothing(workers, kinds, tmp_path, record_property):
+def test_an_operation_that_fails_once_loses_and_repeats_nothing(workers, kinds, tmp_path):
     def run(daemons: Daemons, fault: IoError) -> tuple[list[str], bool]:
         trial = Trial.make(tmp_path / f"{fault.name}-{fault.n}-{fault.error}")
         trace = trial.run(daemons, faults.fail_at, n=fault.n, errno=fault.error, name=fault.name)
@@ -87,8 +87,8 @@ def test_an_operation_that_fails_once_loses_and_repeats_nothing(workers, kinds, 
     all_of_them = chosen(kinds)
     results = workers.map(run, all_of_them)
     reached = sum(reached for _, reached in results)
-    record_property("kinds", dict(kinds))
-    record_property("faults", reached)
+    faults.log.info("kinds: %s", dict(kinds))
+    faults.log.info("faults: %s", reached)
     faults.check(wrong for found, _ in results for wrong in found)
     assert reached >= 0.9 * len(all_of_them)
     assert kinds.keys() >= {

@@ -79,22 +79,22 @@ def survive(workers: Workers, trial: Trial, failures: list[Failure], folder: Pat
     return [wrong for found in workers.map(run, enumerate(failures)) for wrong in found]
 
 
-def test_power_failing_at_any_moment_loses_and_corrupts_nothing(workers, tmp_path, record_property):
+def test_power_failing_at_any_moment_loses_and_corrupts_nothing(workers, tmp_path):
     trial, recording = recorded(workers, tmp_path / "job")
     failures = power_failures(recording, stride=6)
-    record_property("operations", len(recording.operations))
-    record_property("failures", len(failures))
+    faults.log.info("operations: %s", len(recording.operations))
+    faults.log.info("failures: %s", len(failures))
     faults.check(survive(workers, trial, failures, tmp_path / "left"))
     assert len(failures) > len(LOSSES)
 
 
-def test_power_failing_during_recovery_loses_and_corrupts_nothing(workers, tmp_path, record_property):
+def test_power_failing_during_recovery_loses_and_corrupts_nothing(workers, tmp_path):
     _, undisturbed = recorded(workers, tmp_path / "undisturbed")
     middle = len(undisturbed.operations) // 2
     trial, recording = recorded(workers, tmp_path / "job", crash_at=middle)
     failures = power_failures(recording, stride=12)
-    record_property("operations", len(recording.operations))
-    record_property("failures", len(failures))
+    faults.log.info("operations: %s", len(recording.operations))
+    faults.log.info("failures: %s", len(failures))
     faults.check(survive(workers, trial, failures, tmp_path / "left"))
 
 

@@ -1,0 +1,100 @@
+"""The first look into claimed files: their content's hash, the unit it makes, and small files whole.
+
+Blocks, and takes several files at a time, since each change of threads costs more than a small file. Knows
+nothing about where results are, but for whom to ask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from daemon.errors import FileError
+from daemon.intake.reader import PartReader, ReadLimits, format_of
+from daemon.intake.source import Content, open_content
+from daemon.records import Claim, KeptPart, Part, Recipe, Source
+
+SMALL_BYTES = 256 << 10  # up to which a file is read at one go
+
+
+@dataclass(slots=True)
+class OpenedFile:
+    """A claimed file as far as one look into it told. Close it."""
+
+    claim: Claim
+    content: Content | None = None
+    source: Source | None = None
+    published: Path | None = None  # its results, there already
+    parts: list[Part | KeptPart] | None = None  # of a small file, all of them
+    error: FileError | None = None
+
+    @property
+    def known_source(self) -> Source:
+        assert self.source is not None, "a file without an error is known"
+        return self.source
+
+    @property
+    def stream(self) -> BinaryIO:
+        """The content from its start, once."""
+        assert self.content is not None, "a file without an error was read"
+        return io.BytesIO(self.content.data or b"") if self.content.file is None else self.content.file
+
+    def close(self) -> None:
+        if self.content is not None:
+            self.content.close()
+
+
+class Opener:
+    """Opens claimed files. `published` tells where a unit's results are, if they are there."""
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe | None,
+        limits: ReadLimits,
+        results_key: str,
+        published: Callable[[str], Path | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`results_key` stands for the model and every setting that changes results."""
+        self._recipe = recipe
+        self._limits = limits
+        self._results_key = results_key
+        self._published = published
+        self._clock = clock
+
+    def open_all(self, claims: Sequence[Claim]) -> list[OpenedFile]:
+        """Each file with its content or its error. Raises OSError where the machine refuses."""
+        opened: list[OpenedFile] = []
+        try:
+            for claim in claims:
+                opened.append(OpenedFile(claim))
+                self._open(opened[-1])
+        except OSError:
+            for file in opened:
+                file.close()
+            raise
+        return opened
+
+    def _open(self, file: OpenedFile) -> None:
+        opened_at = self._clock()
+        try:
+            content = file.content = open_content(file.claim.path, SMALL_BYTES)
+            unit = self._unit(content.sha256, file.claim.name)
+            file.source = Source(file.claim, content.sha256, content.size, unit, opened_at)
+            file.published = self._published(unit)
+            if content.data is not None and file.published is None and file.claim.attempt == 1:
+                reader = PartReader(file.source, recipe=self._recipe, limits=self._limits)
+                file.parts = [*reader.feed(content.data), *reader.finish()]
+        except FileError as error:
+            file.error = error
+
+    def _unit(self, sha256: str, name: str) -> str:
+        """Stands for what the results of a file depend on. Raises FileError for a name without a format."""
+        identity = f"{sha256}{self._results_key}{format_of(name)[0]}"
+        return hashlib.sha256(identity.encode()).hexdigest()[:12]
