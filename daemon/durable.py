@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from daemon.errors import MachineError
+from daemon.errors import SyncFailed
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -98,12 +98,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Flush one file's data and metadata to disk. Raises MachineError where the disk refuses."""
+    """Flush one file's data and metadata to disk. Raises SyncFailed where the disk refuses."""
     fsync_path("fsync_file", path, os.O_RDONLY)
 
 
 def fsync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk. Raises MachineError where the disk refuses."""
+    """Flush a folder's entries to disk. Raises SyncFailed where the disk refuses."""
     fsync_path("fsync_folder", path, os.O_RDONLY | os.O_DIRECTORY)
 
 
@@ -113,7 +113,7 @@ def fsync_path(name: OperationName, path: Path, flags: int) -> None:
         announce(name, path)
         os.fsync(descriptor)
     except OSError as error:
-        raise MachineError(f"{path}: fsync failed: {error.strerror}: check the disk, then restart") from error
+        raise SyncFailed(f"{path}: fsync failed: {error.strerror}: check the disk, then restart") from error
     finally:
         os.close(descriptor)
 

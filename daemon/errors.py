@@ -19,6 +19,10 @@ class MachineError(LensdError):
     """The machine failed: a folder that can't be written, a device that is gone, a failed fsync."""
 
 
+class SyncFailed(MachineError):
+    """A failed fsync: the kernel may have dropped what it could not write, so it is never repeated."""
+
+
 class OutOfMemory(LensdError):
     """The device's memory does not hold a batch."""
 

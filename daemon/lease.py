@@ -33,7 +33,7 @@ class Lease:
     def close(self) -> bool:
         """Give the lease up; False where it still holds something, which the next process takes over."""
         try:
-            return remove_lease(self.folder)
+            return not self.folder.is_dir() or remove_lease(self.folder)
         finally:
             os.close(self._lock)
 

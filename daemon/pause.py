@@ -106,5 +106,6 @@ class Pause:
 
 def describe(error: OSError) -> str:
     """One line: where and what, for an operator."""
-    where = f"{error.filename}: " if error.filename else ""
+    names = [str(name) for name in (error.filename, error.filename2) if name]
+    where = f"{' -> '.join(names)}: " if names else ""
     return f"{where}{error.strerror or error}"

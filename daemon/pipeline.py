@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from daemon.channel import Channel, EndOfStream
 from daemon.compute.assembly import Assembly
 from daemon.compute.device import Device, Study
 from daemon.compute.packing import Packer
-from daemon.errors import FileError, MachineError, OutOfMemory
+from daemon.errors import FileError, MachineError, OutOfMemory, SyncFailed
 from daemon.intake.inbox import Inbox
 from daemon.intake.opening import OpenedFile, Opener
 from daemon.intake.reader import ReadLimits, read_parts
@@ -121,7 +122,7 @@ class Pipeline:
             raise
         except ExceptionGroup as group:  # a bug is not given back: the file that met it is to be counted
             if group.subgroup(MachineError) is not None:
-                await self.delivery.give_back()
+                await self.delivery.give_back(flush=group.subgroup(SyncFailed) is None)
             raise
         return self.tally
 
@@ -176,7 +177,8 @@ class Pipeline:
                 f"work on it was begun {self.limits.max_attempts} times and ended with the process:"
                 " see the log of each, then drop it again",
             )
-            await self.settle(await self.delivery.give_up(source, error))
+            begun = dataclasses.replace(claim, attempt=claim.attempt - 1)  # not this time
+            await self.settle(await self.delivery.give_up(dataclasses.replace(source, claim=begun), error))
             return False
         self._units[source.unit] = asyncio.Event()
         self.metrics.input_bytes_total.inc(source.size)

@@ -398,7 +398,7 @@ def test_a_file_that_breaks_the_process_each_time_fails_and_its_neighbours_do_no
     tally, _ = drain(config)
     assert tally.failed == 1
     reason = json.loads((inbox / "failed/poison.json.reason.json").read_text())
-    assert (reason["reason"], reason["attempt"]) == ("attempts_exhausted", 4)
+    assert (reason["reason"], reason["attempt"]) == ("attempts_exhausted", 3)
     assert sorted(path.name for path in (inbox / "done").iterdir()) == ["a.json", "z.json"]
 
 

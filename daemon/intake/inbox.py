@@ -80,9 +80,19 @@ class Inbox:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inbox")
 
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, lambda: function(*args, **kwargs)
-        )
+        def call() -> R:
+            try:
+                return function(*args, **kwargs)
+            except FileNotFoundError:
+                self._check_lost()
+                raise
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def _check_lost(self) -> None:
+        """Raises FoldersLost where the inbox is there and the own lease is not."""
+        if self._lease is not None and self.path.is_dir() and not self._lease.folder.is_dir():
+            raise FoldersLost(f"{self._lease.folder} disappeared, with the files claimed there")
 
     async def open(self) -> None:
         """Make the folders, take the lease, take over what dead processes held. Safe to repeat."""
@@ -212,8 +222,7 @@ class Inbox:
 
         Raises FoldersLost where the own lease is gone.
         """
-        if self.path.is_dir() and not self.lease.folder.is_dir():
-            raise FoldersLost(f"{self.lease.folder} disappeared, with the files claimed there")
+        self._check_lost()
         look_in = self._rescan_seconds if self._take_over() or self._waiting else None
         names = self._held_names()
         self._ready.clear()
@@ -298,7 +307,7 @@ class Inbox:
     def _retire(self, claims: Sequence[Claim]) -> None:
         for claim in claims:
             if not os.path.lexists(claim.path):
-                self._check_lost(claim)  # its user took it away, or an earlier try moved it
+                self._check_lost()  # else its user took it away, or an earlier try moved it
             elif self._on_success == "delete":
                 durable.unlink(claim.path)
             else:
@@ -336,19 +345,19 @@ class Inbox:
         await self._call(self._release, claims)
         self._wake.set()
 
-    async def release_all(self) -> None:
+    async def release_all(self, *, flush: bool = True) -> None:
         """Put back everything that is claimed and not settled."""
-        await self._call(lambda: self._release([*self._held.values(), *self._waiting]))
+        await self._call(lambda: self._release([*self._held.values(), *self._waiting], flush=flush))
         self._waiting.clear()
         self._wake.set()
 
-    def _release(self, claims: Sequence[Claim]) -> None:
+    def _release(self, claims: Sequence[Claim], *, flush: bool = True) -> None:
         for claim in claims:
             if os.path.lexists(claim.path):
                 self._move_out(claim, self.path, numbered_stem)
-        if self.path.is_dir():
+        if flush and self.path.is_dir():
             durable.fsync_folder(self.path)
-        self._let_go(claims)
+        self._let_go(claims, flush=flush)
 
     def _move_out(self, claim: Claim, folder: Path, name: Callable[[str, int], str]) -> None:
         """Move a claimed file into `folder`, under the first of its numbered names that is free."""
@@ -357,17 +366,13 @@ class Inbox:
                 return
         raise no_free_name(claim.name, folder)
 
-    def _let_go(self, claims: Sequence[Claim]) -> None:
+    def _let_go(self, claims: Sequence[Claim], *, flush: bool = True) -> None:
         """Flush the folders that the files left, and hold them no longer."""
         for folder in {claim.path.parent for claim in claims}:
-            if folder.is_dir():
+            if flush and folder.is_dir():
                 durable.fsync_folder(folder)
         for claim in claims:
             self._held.pop(claim.path, None)
-
-    def _check_lost(self, claim: Claim) -> None:
-        if not claim.path.parent.is_dir():
-            raise FoldersLost(f"{claim.path.parent} disappeared, with the files claimed there")
 
 
 def presence(claim: Claim) -> Presence:

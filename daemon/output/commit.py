@@ -84,12 +84,14 @@ class Outbox:
     def close(self) -> None:
         """Give up the lease. Parts of unfinished units stay for the process that finishes them."""
         if self._lease is not None:
-            for path in self._lease.folder.iterdir():
+            folder = self._lease.folder
+            for path in folder.iterdir() if folder.is_dir() else ():
                 if path.is_dir() and path.suffix != PARTS_SUFFIX:
                     durable.remove_folder(path)
             self._lease.close()
             self._lease = None
-            self.sweep()
+            if (self.path / STAGING).is_dir():
+                self.sweep()
         self._pool.shutdown()
 
     @property
@@ -97,6 +99,11 @@ class Outbox:
         if self._lease is None:
             raise AssertionError("the outbox is not open")
         return self._lease
+
+    def check_lost(self) -> None:
+        """Raises FoldersLost where the outbox is there and the own lease is not."""
+        if self.path.is_dir() and not self.lease.folder.is_dir():
+            raise FoldersLost(f"{self.lease.folder} disappeared, with the results made there")
 
     def staging(self, unit: str) -> Path:
         """Where this process makes a unit's results."""
@@ -174,10 +181,8 @@ class Outbox:
         """Give flushed folders their final names and say so in each; one sync for all. Safe to repeat.
 
         Where a unit is published already, its folder is removed instead. Raises MachineError where the sync
-        fails or something else has the name, FoldersLost where the own lease is gone.
+        fails or something else has the name.
         """
-        if not self.lease.folder.is_dir():
-            raise FoldersLost(f"{self.lease.folder} disappeared, with the results made there")
         with durable.locked(self.path / STAGING / PUBLISHING):
             for unit in staged:
                 if unit.publication is None:

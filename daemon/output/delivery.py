@@ -7,7 +7,6 @@ is waited out and tried again, so every step here is safe to repeat. Knows no de
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,8 @@ from daemon.output.commit import Outbox, Staged
 from daemon.output.finished import FinishedPart
 from daemon.output.manifest import manifest
 from daemon.output.parts import stored_extents
-from daemon.output.schema import ValueType, metrics_schema
-from daemon.output.tables import MetricsTables
+from daemon.output.schema import ValueType, features_schema, metrics_schema
+from daemon.output.tables import part_tables
 from daemon.output.totals import StageSeconds, UnitTotals
 from daemon.output.writer import UnitWriter
 from daemon.pause import Pause
@@ -134,8 +133,15 @@ class Delivery:
 
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run on the writer's thread, again and again while the machine refuses for a while."""
-        call = functools.partial(function, *args, **kwargs)
         loop = asyncio.get_running_loop()
+
+        def call() -> R:
+            try:
+                return function(*args, **kwargs)
+            except FileNotFoundError:
+                self.outbox.check_lost()
+                raise
+
         return await self.pause.outlast(lambda: loop.run_in_executor(self._thread, call))
 
     async def write(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
@@ -172,17 +178,17 @@ class Delivery:
         )
 
     def _store(self, finished: Iterable[FinishedPart]) -> None:
-        """Parts to their units; those stored by an earlier try are left alone."""
-        tables: dict[Recipe, MetricsTables] = {}
+        """Parts to their units; those stored by an earlier try, or of a file that failed, are left alone."""
+        by_recipe: dict[Recipe, list[FinishedPart]] = {}
         for item in finished:
             part = item.part.part
             unit = self._units[part.source.unit]
-            writer = unit.writer
-            if unit.failed or writer.has(part.number):
-                continue
-            if part.recipe not in tables:
-                tables[part.recipe] = MetricsTables(metrics_schema(self.info.layers, part.recipe))
-            writer.write_part(item, tables[part.recipe])
+            if not unit.failed and not unit.writer.has(part.number):
+                by_recipe.setdefault(part.recipe, []).append(item)
+        for recipe, items in by_recipe.items():
+            schemas = metrics_schema(self.info.layers, recipe), features_schema(self.values)
+            for item, tables in zip(items, part_tables(items, *schemas, self.info), strict=True):
+                self._units[item.part.part.source.unit].writer.write_part(item, tables)
 
     async def _commit(self, units: Sequence[Unit]) -> list[Outcome]:
         staged = await self._call(self._stage, units)
@@ -285,11 +291,14 @@ class Delivery:
             message=str(error),
         )
 
-    async def give_back(self) -> None:
-        """Forced stop: put every claimed file back into the inbox. Stored parts stay for the next start."""
+    async def give_back(self, *, flush: bool = True) -> None:
+        """Forced stop: put every claimed file back into the inbox. Stored parts stay for the next start.
+
+        Without `flush` nothing is synced: a disk that refused it once is not asked again.
+        """
         self.close()
         self._units.clear()
-        await self.inbox.release_all()
+        await self.inbox.release_all(flush=flush)
 
     def close(self) -> None:
         """Wait for what is being written, and end the threads."""

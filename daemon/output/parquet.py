@@ -13,7 +13,8 @@ from daemon.output.totals import FileTotals
 
 BUFFER_BYTES = 1 << 20
 MANY_COLUMNS = 16
-FEW_ROWS = 64  # of a file, up to which compressing each column costs more than it saves
+FEW_ROWS = 64  # of a file, up to which to encode and compress each column costs more than it saves
+PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 
 
 class ParquetFile:
@@ -46,11 +47,8 @@ class ParquetFile:
 
     def close(self) -> FileTotals:
         """Write what is gathered, and the footer; what the file then is."""
-        options = self._options
-        if self._writer is None and self.rows <= FEW_ROWS:
-            options = {name: value for name, value in options.items() if name != "compression_level"}
-            options["compression"] = "none"
-        self._flush(options)
+        few = self._writer is None and self.rows <= FEW_ROWS
+        self._flush(PLAIN if few else self._options)
         assert self._writer is not None
         self._writer.close()
         self._sink.close()

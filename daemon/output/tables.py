@@ -1,4 +1,4 @@
-"""Assembles a finished part into Arrow tables, in record order however its batches were formed.
+"""Assembles finished parts into Arrow tables, in record order however their batches were formed.
 
 Vectorised: no Python loop per sample. Knows nothing about files.
 """
@@ -7,61 +7,110 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from daemon.output.finished import BlockRows, FinishedPart
+from daemon.output.finished import FinishedPart
 from daemon.output.schema import SAMPLE_FIELDS
-from daemon.records import Block, FeatureRows, IntArray, ModelInfo, Sample
+from daemon.records import Block, FeatureRows, IntArray, ModelInfo, Recipe, Sample
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-class MetricsTables:
-    """Metrics tables of parts that share blocks: each block becomes Arrow once, and parts take rows of it."""
+@dataclass(frozen=True, slots=True)
+class PartTables:
+    """What one part adds to the two Parquet files."""
 
-    def __init__(self, schema: pa.Schema) -> None:
-        """`schema` is `metrics_schema`'s."""
-        self._schema = schema
-        self._analysis = pa.schema(list(schema)[len(SAMPLE_FIELDS) :])
-        self._blocks: dict[int, tuple[Block, pa.Table]] = {}
-
-    def table(self, finished: FinishedPart) -> pa.Table:
-        """One row per sample of the part; NaN becomes null.
-
-        Raises AssertionError unless the pieces cover every sample exactly once, KeyError where a block lacks
-        a column.
-        """
-        order = finished.row_order()
-        if not len(order):
-            return self._schema.empty_table()
-        if len(finished.pieces) == 1:
-            (piece,) = finished.pieces
-            analysis = rows_of(self._block(piece.block), piece.block_rows[order])
-        else:
-            pieces = [rows_of(self._block(piece.block), piece.block_rows) for piece in finished.pieces]
-            analysis = rows_of(pa.concat_tables(pieces), order)
-        samples = sample_arrays(finished.part.part.samples)
-        return pa.Table.from_arrays([*samples, *analysis.columns], schema=self._schema)
-
-    def _block(self, block: Block) -> pa.Table:
-        """The analysis columns of a block. It is kept, so that no other can come by its id."""
-        if id(block) not in self._blocks:
-            arrays = [
-                pa.array(block.columns[field.name], field.type, from_pandas=True) for field in self._analysis
-            ]
-            self._blocks[id(block)] = block, pa.Table.from_arrays(arrays, schema=self._analysis)
-        return self._blocks[id(block)][1]
+    metrics: pa.Table
+    features: pa.Table
 
 
-def rows_of(table: pa.Table, rows: IntArray) -> pa.Table:
-    """Rows `rows` of a table, in that order; without a copy where they follow each other."""
-    if np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
-        return table.slice(rows[0], len(rows))
-    return table.take(pa.array(rows))
+def part_tables(
+    parts: Sequence[FinishedPart], metrics: pa.Schema, features: pa.Schema, info: ModelInfo
+) -> list[PartTables]:
+    """The tables of several parts of one recipe, made together and cut apart: columns cost more than rows.
+
+    The schemas are `metrics_schema`'s and `features_schema`'s. Raises AssertionError unless the pieces of
+    each part cover its samples exactly once, KeyError where a block lacks a column.
+    """
+    gathered = gather(parts)
+    rows = np.concatenate(([0], np.cumsum([len(part.part.samples) for part in parts])))
+    all_metrics = metrics_table(gathered, metrics)
+    all_features = features_table(gathered, features, info)
+    starts = np.searchsorted(gathered.feature_samples, rows)
+    return [
+        PartTables(
+            metrics=all_metrics.slice(rows[i], rows[i + 1] - rows[i]),
+            features=all_features.slice(starts[i], starts[i + 1] - starts[i]),
+        )
+        for i in range(len(parts))
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """N samples of several parts, in order, and where their results are."""
+
+    samples: tuple[Sample, ...]  # (N,)
+    recipe: Recipe
+    blocks: tuple[Block, ...]
+    block: IntArray  # (N,) index into blocks
+    block_row: IntArray  # (N,)
+    features: FeatureRows | None  # in order, `sample_row` counting the N samples; None without any
+
+    @property
+    def feature_samples(self) -> IntArray:
+        return np.empty(0, np.int64) if self.features is None else self.features.sample_row
+
+
+def gather(parts: Sequence[FinishedPart]) -> Gathered:
+    """The samples of parts end to end."""
+    blocks: dict[int, Block] = {}
+    numbers: dict[int, int] = {}
+    block: list[IntArray] = []
+    block_row: list[IntArray] = []
+    for part in parts:
+        order = part.row_order()
+        for piece in part.pieces:
+            numbers.setdefault(id(piece.block), len(numbers))
+            blocks[id(piece.block)] = piece.block
+        of = [np.full(len(piece.block_rows), numbers[id(piece.block)]) for piece in part.pieces]
+        if len(order):
+            block.append(np.concatenate(of)[order])
+            block_row.append(np.concatenate([piece.block_rows for piece in part.pieces])[order])
+    samples = tuple(entry.sample for part in parts for entry in part.part.samples)
+    block_of = np.concatenate(block) if block else np.empty(0, np.int64)
+    row_of = np.concatenate(block_row) if block_row else np.empty(0, np.int64)
+    found = [
+        block_features(held, row_of[block_of == number], np.flatnonzero(block_of == number))
+        for number, held in enumerate(blocks.values())
+    ]
+    return Gathered(
+        samples=samples,
+        recipe=parts[0].part.part.recipe,
+        blocks=tuple(blocks.values()),
+        block=block_of,
+        block_row=row_of,
+        features=in_order(concatenate(found)) if found else None,
+    )
+
+
+def metrics_table(gathered: Gathered, schema: pa.Schema) -> pa.Table:
+    """One row per sample; NaN becomes null."""
+    if not gathered.samples:
+        return schema.empty_table()
+    sizes = [len(next(iter(block.columns.values()))) for block in gathered.blocks]
+    first = np.concatenate(([0], np.cumsum(sizes)))
+    rows = first[gathered.block] + gathered.block_row
+    arrays = []
+    for field in list(schema)[len(SAMPLE_FIELDS) :]:
+        values = np.concatenate([block.columns[field.name] for block in gathered.blocks])
+        arrays.append(pa.array(values[rows], field.type, from_pandas=True))
+    return pa.Table.from_arrays([*sample_arrays(gathered.samples), *arrays], schema=schema)
 
 
 def sample_arrays(samples: Sequence[Sample]) -> list[pa.Array]:
@@ -72,19 +121,18 @@ def sample_arrays(samples: Sequence[Sample]) -> list[pa.Array]:
     ]
 
 
-def features_table(finished: FinishedPart, schema: pa.Schema, info: ModelInfo) -> pa.Table:
-    """The part's sparse activations, ordered by record, text, SAE and position.
+def features_table(gathered: Gathered, schema: pa.Schema, info: ModelInfo) -> pa.Table:
+    """The sparse activations, ordered by sample, text, SAE and position.
 
-    `schema` is `features_schema`'s. Where it says float16, activations beyond 65504 are stored as 65504.
+    Where `schema` says float16, activations beyond 65504 are stored as 65504.
     """
-    if not finished.pieces:
+    if gathered.features is None:
         return schema.empty_table()
-    rows = in_order(concatenate([piece_features(piece) for piece in finished.pieces]))
-    samples = finished.part.part.samples
+    rows, samples = gathered.features, gathered.samples
     columns = {
         "sample_id": repeated([sample.sample_id for sample in samples], pa.string(), rows.sample_row),
         "record_index": repeated([sample.record_index for sample in samples], pa.int64(), rows.sample_row),
-        "text": repeated(finished.part.part.recipe.text_names, pa.string(), rows.text),
+        "text": repeated(gathered.recipe.text_names, pa.string(), rows.text),
         "layer": repeated(info.layers, pa.int32(), rows.layer),
         "hook_name": repeated([sae.hook_name for sae in info.saes], pa.string(), rows.layer),
         "position": pa.array(rows.position, pa.int32()),
@@ -112,14 +160,12 @@ def stored_values(rows: FeatureRows, value_type: pa.DataType) -> npt.NDArray[np.
     return rows.values.astype(np.float32, copy=False)
 
 
-def piece_features(piece: BlockRows) -> FeatureRows:
-    """The feature rows that a piece holds of its block, `sample_row` now the row in the part."""
-    features = piece.block.features
-    block_samples = len(next(iter(piece.block.columns.values())))
-    part_row_of = np.full(block_samples, -1, np.int64)
-    part_row_of[piece.block_rows] = piece.part_rows
-    part_rows = part_row_of[features.sample_row]
-    return take(dataclasses.replace(features, sample_row=part_rows), np.flatnonzero(part_rows >= 0))
+def block_features(block: Block, block_rows: IntArray, samples: IntArray) -> FeatureRows:
+    """The feature rows of a block's `block_rows`, `sample_row` now the number in `samples`."""
+    sample_of = np.full(len(next(iter(block.columns.values()))), -1, np.int64)
+    sample_of[block_rows] = samples
+    sample_row = sample_of[block.features.sample_row]
+    return take(dataclasses.replace(block.features, sample_row=sample_row), np.flatnonzero(sample_row >= 0))
 
 
 def take(features: FeatureRows, rows: IntArray) -> FeatureRows:

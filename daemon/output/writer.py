@@ -26,7 +26,7 @@ from daemon.output.schema import (
     metrics_options,
     metrics_schema,
 )
-from daemon.output.tables import MetricsTables, features_table
+from daemon.output.tables import PartTables, part_tables
 from daemon.output.totals import FileTotals, LayerTotals, StageSeconds, UnitTotals
 from daemon.records import ModelInfo, PartExtent, Recipe, Reject, Source
 
@@ -76,15 +76,18 @@ class UnitWriter:
         """Whether this part is stored."""
         return number in self._extents
 
-    def write_part(self, finished: FinishedPart, tables: MetricsTables | None = None) -> None:
-        """Store a part. `tables` may be shared with other parts of the same recipe. Safe to repeat.
+    def write_part(self, finished: FinishedPart, tables: PartTables | None = None) -> None:
+        """Store a part; `tables` are its own where they were made already. Safe to repeat.
 
         Raises OSError where the disk refuses, AssertionError where the part does not fit the file.
         """
         began = self._clock()
         part = finished.part.part
         self._check_expected(part.source, part.number)
-        stored = self._assemble(finished, tables or MetricsTables(self._metrics_schema))
+        if tables is None:
+            schemas = self._metrics_schema, features_schema(self.values)
+            (tables,) = part_tables([finished], *schemas, self.info)
+        stored = stored_part(finished, tables)
         check_records(part.source, stored, [sample.record_index for sample in part.samples])
         if part.last and part.number == 0:
             self._only = stored
@@ -151,16 +154,6 @@ class UnitWriter:
     def _metrics_schema(self) -> pa.Schema:
         return metrics_schema(self.info.layers, self.recipe)
 
-    def _assemble(self, finished: FinishedPart, tables: MetricsTables) -> StoredPart:
-        return StoredPart(
-            extent=finished.part.part.extent,
-            metrics=tables.table(finished),
-            features=features_table(finished, features_schema(self.values), self.info),
-            rejects=tuple(sorted(finished.rejects, key=lambda reject: reject.record_index)),
-            layers=finished.layers,
-            seconds=finished.seconds,
-        )
-
     def _add(self, extent: PartExtent, last: bool) -> None:
         self._extents[extent.number] = extent
         if last:
@@ -195,6 +188,17 @@ class UnitWriter:
             next_record += extent.records
         if not self.complete:
             raise AssertionError(f"unit {self.source.unit}: its last part is missing")
+
+
+def stored_part(finished: FinishedPart, tables: PartTables) -> StoredPart:
+    return StoredPart(
+        extent=finished.part.part.extent,
+        metrics=tables.metrics,
+        features=tables.features,
+        rejects=tuple(sorted(finished.rejects, key=lambda reject: reject.record_index)),
+        layers=finished.layers,
+        seconds=finished.seconds,
+    )
 
 
 def check_records(source: Source, stored: StoredPart, samples: list[int]) -> None:

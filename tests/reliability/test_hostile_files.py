@@ -31,6 +31,7 @@ from tests.reliability.torture import (
     running,
     shared_daemons,
     wait_until,
+    waiting,
 )
 
 NOBODY = 65534
@@ -111,8 +112,7 @@ class Place:
         return reason
 
     def settled(self) -> bool:
-        waiting = [entry for entry in os.scandir(self.inbox) if entry.is_file(follow_symlinks=False)]
-        return not waiting and not claimed(self.inbox)
+        return not waiting(self.inbox) and not claimed(self.inbox)
 
 
 @pytest.fixture

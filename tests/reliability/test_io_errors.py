@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(1800)  # for LENSD_CRASH_STRIDE=1; a daemon tha
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EMFILE, errno.EACCES)
 SEED = 0
-SAMPLE = 2  # operations of one kind tried with each error
+SAMPLE = 1  # operations of one kind tried with each error
 MACHINE_FAILED = 3
 
 

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.ledger import drop, violations
 from tests.reliability.several import Several
-from tests.reliability.torture import claimed, end, ended, events, shared_daemons, wait_until
+from tests.reliability.torture import claimed, end, ended, events, shared_daemons, wait_until, waiting
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_file_that_kills_whoever_works_on_it_takes_no_other_along(daemons, tmp
             if ended(pid):
                 deaths.append(daemons.wait(pid))
                 alive[place] = daemons.start(poisoned)
-        return not claimed(inbox) and not any(entry.is_file() for entry in os.scandir(inbox))
+        return not claimed(inbox) and not waiting(inbox)
 
     wait_until(drained, "an empty inbox")
     ends = {end(daemons, pid) for pid in alive}

@@ -100,7 +100,7 @@ class Feed:
         return sum({entry.sha256: entry.records or 0 for entry in self.dropped.values()}.values())
 
     def waiting(self) -> int:
-        return sum(not entry.name.startswith(".") and entry.is_file() for entry in os.scandir(self.inbox))
+        return len(waiting(self.inbox))
 
     def top_up(self, files: int) -> None:
         """Drop files until so many wait."""
@@ -339,6 +339,16 @@ def events(log: Path, name: str) -> list[dict[str, Any]]:
 def ended(pid: int) -> bool:
     """Whether a daemon ended by itself; nobody waited for it yet."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def waiting(inbox: Path) -> list[str]:
+    """Names of the files that nobody works on yet."""
+    with os.scandir(inbox) as entries:
+        return [
+            entry.name
+            for entry in entries
+            if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False)
+        ]
 
 
 def claimed(inbox: Path) -> list[Path]:
