@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ class ParquetFile:
     def discard(self) -> None:
         """Let go of the file, its content no longer wanted."""
         self._gathered = []
+        if self._file.closed:
+            return
+        with contextlib.suppress(
+            OSError
+        ):  # what it still holds would else be written whenever it is collected
+            self._sink.close()
         self._file.close()
 
     def _flush(self, options: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ call at a time.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,39 +108,39 @@ class UnitWriter:
         began = self._clock()
         remove_folder(self.staging)
         make_new_folder(self.staging)
-        metrics = ParquetFile(
-            self.staging / METRICS,
-            self._metrics_schema,
-            group_bytes=METRICS_GROUP_BYTES,
-            options=metrics_options(self._metrics_schema),
-        )
-        features = ParquetFile(
-            self.staging / FEATURES,
-            features_schema(self.values),
-            group_bytes=FEATURES_GROUP_BYTES,
-            options=features_options(self.values),
-        )
-        rejects = RejectsFile(self.staging / REJECTS)
-        try:
-            layers = tuple(LayerTotals.zero(sae.d_in) for sae in self.info.saes)
-            seconds = self._seconds
+        layers = tuple(LayerTotals.zero(sae.d_in) for sae in self.info.saes)
+        seconds = self._seconds
+        with contextlib.ExitStack() as files:
+            metrics = ParquetFile(
+                self.staging / METRICS,
+                self._metrics_schema,
+                group_bytes=METRICS_GROUP_BYTES,
+                options=metrics_options(self._metrics_schema),
+            )
+            files.callback(metrics.discard)
+            features = ParquetFile(
+                self.staging / FEATURES,
+                features_schema(self.values),
+                group_bytes=FEATURES_GROUP_BYTES,
+                options=features_options(self.values),
+            )
+            files.callback(features.discard)
+            rejects = RejectsFile(self.staging / REJECTS)
+            files.callback(rejects.discard)
             for part in self._stored_parts():
                 metrics.append(part.metrics)
                 features.append(part.features)
                 rejects.append(part.rejects)
                 layers = tuple(sum_.plus(more) for sum_, more in zip(layers, part.layers, strict=True))
                 seconds += part.seconds
-            files = [metrics.close(), features.close(), *rejects.close()]
-        finally:
-            for file in (metrics, features, rejects):
-                file.discard()
+            written = (metrics.close(), features.close(), *rejects.close())
         return UnitTotals(
             records=sum(extent.records for extent in self._extents.values()),
             rows=metrics.rows,
             rejects=rejects.rows,
             layers=layers,
             seconds=seconds + StageSeconds(commit=self._clock() - began),
-            files=tuple(files),
+            files=written,
         )
 
     def abandon(self) -> None:
