@@ -12,6 +12,8 @@ help:
 	@echo "make test    every test"
 	@echo "make check   format, lint, types and the fast tests"
 	@echo "make format  rewrite the code in the house format"
+	@echo "make torture several small-files fuzz crash-points soak"
+	@echo "             the reliability tools; KILLS=200 FILES=10000 MINUTES=30 SEED=0"
 	@echo "make clean   remove .venv and caches"
 
 demo: $(READY)
@@ -54,7 +56,7 @@ MINUTES ?= 30
 FILES ?= 10000
 SEED ?= 0
 
-.PHONY: torture several small-files soak
+.PHONY: torture several small-files fuzz crash-points soak
 
 torture: $(READY)
 	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.torture --kills $(KILLS) --seed $(SEED)
@@ -67,3 +69,9 @@ small-files: $(READY)
 
 soak: $(READY)
 	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.soak --minutes $(MINUTES)
+
+fuzz: $(READY)
+	@OMP_NUM_THREADS=1 LENSD_FUZZ_RECORDS=20000 LENSD_FUZZ_FILES=2000 .venv/bin/python -m pytest tests/reliability/test_fuzz.py
+
+crash-points: $(READY)
+	@LENSD_CRASH_STRIDE=1 .venv/bin/python -m pytest --log-cli-level=info tests/reliability/test_crash_points.py tests/reliability/test_unsynced.py tests/reliability/test_io_errors.py

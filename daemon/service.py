@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import gc
 import os
 import shutil
 import signal
@@ -40,6 +42,7 @@ from daemon.pause import DISK, FOLDERS, REASONS, FoldersLost, Pause, describe
 from daemon.pipeline import Limits, Pipeline, Tally
 
 HEARTBEAT_SECONDS = 1.0
+M_ARENA_MAX = -8  # <malloc.h>
 PAUSED = "paused: "  # how readiness words a reason to pause
 
 log = structlog.get_logger()
@@ -68,10 +71,18 @@ def serve(
     forces the end.
     """
     check_folders(config.inbox.path, config.outbox.path)
+    share_arenas()
     try:
         return asyncio.run(Service(config, once=once, on_outcome=on_outcome, load=load).run())
     except* (ConfigError, MachineError, OSError) as group:
         raise first_leaf(group) from None
+
+
+def share_arenas() -> None:
+    """Let all threads use two heaps, where the C library can: with one for each, memory grows for hours."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 2)
 
 
 def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -142,6 +153,8 @@ class Service:
         began = time.monotonic()
         log.info("model.loading", model=self.config.model.name)
         compute = await self.device.call(lambda: self.load_compute(self.config))
+        gc.collect()
+        gc.freeze()  # the libraries' million objects stay: no collection needs to look at them again
         info = compute.engine.info
         self.metrics.describe(info, self.config.batching.max_batch_tokens)
         log.info(

@@ -12,10 +12,15 @@ import pyarrow.parquet as pq
 from daemon.output.files import HashedFile
 from daemon.output.totals import FileTotals
 
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 64 << 10
 MANY_COLUMNS = 16
 FEW_ROWS = 64  # of a file, up to which to encode and compress each column costs more than it saves
-PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+PLAIN: dict[str, Any] = {
+    "compression": "none",
+    "use_dictionary": False,
+    "write_statistics": False,
+    "store_schema": False,
+}
 
 
 class ParquetFile:
