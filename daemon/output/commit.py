@@ -20,7 +20,7 @@ from typing import Any
 from daemon import durable
 from daemon.errors import MachineError
 from daemon.lease import Lease, dead_leases
-from daemon.output.jsontext import to_json
+from daemon.output.jsontext import to_json_lines
 from daemon.pause import FoldersLost
 from daemon.records import Source
 
@@ -172,7 +172,7 @@ class Outbox:
             if manifest.exists():
                 durable.unlink(manifest)
             with durable.create(manifest) as file:
-                file.write(to_json(content, indent=2) + b"\n")
+                file.write(to_json_lines(content))
         paths = [path for unit in staged for path in sorted(unit.folder.iterdir())]
         list(self._pool.map(durable.fsync_file, paths))
         list(self._pool.map(durable.fsync_folder, [unit.folder for unit in staged]))

@@ -134,8 +134,9 @@ COMMON_OPTIONS: dict[str, Any] = {"compression": "zstd", "compression_level": 3,
 
 
 @functools.lru_cache(maxsize=64)
-def metrics_options(schema: pa.Schema) -> dict[str, Any]:
+def metrics_options(layers: tuple[int, ...], recipe: Recipe) -> dict[str, Any]:
     """How `metrics.parquet` is encoded: dictionaries for what repeats, byte streams for floats."""
+    schema = metrics_schema(layers, recipe)
     floats = [field.name for field in schema if pa.types.is_float64(field.type)]
     return COMMON_OPTIONS | {
         "use_dictionary": [field.name for field in schema if field.name not in floats],

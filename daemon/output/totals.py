@@ -5,6 +5,7 @@ Knows nothing about files and Parquet.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -82,9 +83,10 @@ class StageSeconds:
     commit: float = 0.0
 
     def __add__(self, other: StageSeconds) -> StageSeconds:
-        return StageSeconds(
-            **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
-        )
+        return StageSeconds(*map(operator.add, STAGE_VALUES(self), STAGE_VALUES(other)))
+
+
+STAGE_VALUES = operator.attrgetter(*(field.name for field in fields(StageSeconds)))
 
 
 @dataclass(frozen=True, slots=True)

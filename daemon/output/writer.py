@@ -115,7 +115,7 @@ class UnitWriter:
                 self.staging / METRICS,
                 self._metrics_schema,
                 group_bytes=METRICS_GROUP_BYTES,
-                options=metrics_options(self._metrics_schema),
+                options=metrics_options(self.info.layers, self.recipe),
             )
             files.callback(metrics.discard)
             features = ParquetFile(

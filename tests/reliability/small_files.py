@@ -58,7 +58,7 @@ def drain(daemons: Daemons, folder: Path, lines: list[str], *, many: bool) -> Ru
     inbox, outbox, log = folder / "inbox", folder / "outbox", folder / "log"
     inbox.mkdir(parents=True)
     dropped = (drop_many if many else drop_one)(inbox, lines)
-    code = daemons.run(Job(inbox, outbox, log))
+    code = daemons.run(Job(inbox, outbox, log, flags={"inbox.rescan_seconds": 5.0}))  # as by default
     seconds = time.time() - model_loaded_at(log)
     wrong = [] if code == 0 else [f"the daemon ended with exit code {code}: see {log}"]
     return Run(len(lines), seconds, wrong + violations(inbox, outbox, dropped))
