@@ -144,12 +144,16 @@ class Outbox:
         return old or self.published(parts.stem) is not None
 
     def _index(self) -> None:
-        """Enter what is published and not entered: put there by hand, or a link that a crash took."""
-        entered = {entry.name for entry in os.scandir(self.path / UNITS)}
-        for entry in os.scandir(self.path):
-            match = PUBLISHED.search(entry.name)
-            if match and match[1] not in entered and Path(entry.path, MANIFEST).is_file():
-                durable.symlink(self.path / UNITS / match[1], entry.name)
+        """Make the index true: links that a crash took, results put there or taken away by hand."""
+        with durable.locked(self.path / STAGING / PUBLISHING):
+            units = {path.name for path in (self.path / UNITS).iterdir()}
+            for unit in units:
+                if self.published(unit) is None:
+                    durable.unlink(self.path / UNITS / unit)
+            for path in self.path.iterdir():
+                match = PUBLISHED.search(path.name)
+                if match and self.published(match[1]) is None and (path / MANIFEST).is_file():
+                    self._enter(match[1], path.name)
 
     def published(self, unit: str) -> Path | None:
         """The folder with the unit's results, under whatever name its content was dropped first."""
@@ -162,7 +166,7 @@ class Outbox:
     def flush(self, staged: Sequence[Staged]) -> None:
         """Write the manifests and flush all files and their folders; syncs overlap. Safe to repeat.
 
-        Raises MachineError where the disk refuses a sync.
+        Raises SyncFailed where the disk refuses.
         """
         for unit in staged:
             content = unit.manifest
@@ -177,6 +181,10 @@ class Outbox:
         list(self._pool.map(durable.fsync_file, paths))
         list(self._pool.map(durable.fsync_folder, [unit.folder for unit in staged]))
 
+    def flush_names(self) -> None:
+        """Make sure that what is visible in the outbox stays. Raises SyncFailed where the disk refuses."""
+        durable.fsync_folder(self.path)
+
     def publish(self, staged: Sequence[Staged]) -> None:
         """Give flushed folders their final names and say so in each; one sync for all. Safe to repeat.
 
@@ -187,7 +195,7 @@ class Outbox:
             for unit in staged:
                 if unit.publication is None:
                     unit.publication = self._publish(unit)
-        durable.fsync_folder(self.path)
+        self.flush_names()
 
     def _publish(self, unit: Staged) -> Publication:
         if (published := self.published(unit.source.unit)) is not None:

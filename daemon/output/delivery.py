@@ -274,6 +274,7 @@ class Delivery:
         """The same content under the same settings is published already: nothing to compute."""
         if await self._changed(claim):
             return await self._requeue(claim, unit)
+        await self._call(self.outbox.flush_names)  # whoever published it may have died before that
         await self._retire([claim])
         return Outcome("duplicate", claim.name, unit, folder)
 
