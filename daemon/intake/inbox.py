@@ -19,7 +19,7 @@ from typing import Literal, ParamSpec, TypeVar
 import structlog
 
 from daemon import durable
-from daemon.errors import MachineError
+from daemon.errors import MachineError, SyncFailed
 from daemon.intake.failed import set_aside
 from daemon.intake.filestatus import identity_of, stamp_of
 from daemon.intake.names import MAX_NUMBER, no_free_name, numbered, numbered_stem, printable
@@ -76,15 +76,21 @@ class Inbox:
         self._unclaimable: set[str] = set()  # names reported
         self._held: dict[Path, Claim] = {}
         self._lease: Lease | None = None
+        self._sync_failed: SyncFailed | None = None  # after which nothing is synced any more
         # One thread for all of it: releasing everything waits for a claim that a cancelled task left running.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inbox")
 
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         def call() -> R:
+            if self._sync_failed is not None:  # met by a task that runs beside this one
+                raise self._sync_failed
             try:
                 return function(*args, **kwargs)
             except FileNotFoundError:
                 self._check_lost()
+                raise
+            except SyncFailed as error:
+                self._sync_failed = error
                 raise
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
@@ -347,6 +353,8 @@ class Inbox:
 
     async def release_all(self, *, flush: bool = True) -> None:
         """Put back everything that is claimed and not settled."""
+        if not flush:
+            self._sync_failed = None
         await self._call(lambda: self._release([*self._held.values(), *self._waiting], flush=flush))
         self._waiting.clear()
         self._wake.set()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from daemon.durable import remove_folder
-from daemon.errors import FileError
+from daemon.errors import FileError, SyncFailed
 from daemon.intake.inbox import Inbox
 from daemon.output.commit import Outbox, Staged
 from daemon.output.finished import FinishedPart
@@ -127,6 +127,7 @@ class Delivery:
         self.pause = Pause() if pause is None else pause
         self.clock = clock
         self._units: dict[str, Unit] = {}
+        self._sync_failed: SyncFailed | None = None  # after which nothing is synced any more
         # One thread, so that giving up waits for a write that a cancelled stage left running.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="stage")
@@ -136,10 +137,15 @@ class Delivery:
         loop = asyncio.get_running_loop()
 
         def call() -> R:
+            if self._sync_failed is not None:  # met by a task that runs beside this one
+                raise self._sync_failed
             try:
                 return function(*args, **kwargs)
             except FileNotFoundError:
                 self.outbox.check_lost()
+                raise
+            except SyncFailed as error:
+                self._sync_failed = error
                 raise
 
         return await self.pause.outlast(lambda: loop.run_in_executor(self._thread, call))
