@@ -135,6 +135,15 @@ def make_new_folder(path: Path) -> None:
     os.mkdir(path)
 
 
+def make_empty_folder(path: Path) -> None:
+    """Create a folder, in the place of one that is there with whatever it holds."""
+    try:
+        make_new_folder(path)
+    except FileExistsError:
+        remove_folder(path)
+        make_new_folder(path)
+
+
 def rename(source: Path, target: Path) -> None:
     """Move within one file system, atomically. Replaces a file; a folder that holds anything refuses."""
     announce("rename", source, target)

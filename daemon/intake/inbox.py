@@ -20,6 +20,7 @@ import structlog
 
 from daemon import durable
 from daemon.errors import MachineError, SyncFailed
+from daemon.intake.claimed import Presence, claimed_files, presence
 from daemon.intake.failed import set_aside
 from daemon.intake.filestatus import identity_of, stamp_of
 from daemon.intake.names import MAX_NUMBER, no_free_name, numbered, numbered_stem, printable
@@ -31,7 +32,6 @@ from daemon.records import Claim
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Presence = Literal["same", "changed", "gone"]
 
 DONE = "done"
 FAILED = "failed"
@@ -381,21 +381,3 @@ class Inbox:
                 durable.fsync_folder(folder)
         for claim in claims:
             self._held.pop(claim.path, None)
-
-
-def presence(claim: Claim) -> Presence:
-    now = identity_of(claim.path)
-    if now is None:
-        return "gone"
-    return "same" if now == claim.identity else "changed"
-
-
-def claimed_files(lease: Path) -> list[tuple[Path, int]]:
-    """The regular files that lie claimed in a lease, and how often work on each has begun."""
-    folders = [folder for folder in lease.iterdir() if folder.name.isdecimal() and folder.is_dir()]
-    return [
-        (path, int(folder.name))
-        for folder in sorted(folders)
-        for path in sorted(folder.iterdir())
-        if identity_of(path) is not None
-    ]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from daemon.durable import make_new_folder, remove_folder
+from daemon.durable import make_empty_folder, remove_folder
 from daemon.output.files import HashedFile
 from daemon.output.finished import FinishedPart
 from daemon.output.jsontext import to_json
@@ -106,8 +106,7 @@ class UnitWriter:
         """Make `staging` anew and write all files but the manifest into it. Nothing is flushed yet."""
         self._check_complete()
         began = self._clock()
-        remove_folder(self.staging)
-        make_new_folder(self.staging)
+        make_empty_folder(self.staging)
         layers = tuple(LayerTotals.zero(sae.d_in) for sae in self.info.saes)
         seconds = self._seconds
         with contextlib.ExitStack() as files:

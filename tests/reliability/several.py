@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 from tests.reliability.daemons import Daemons, Job
+from tests.reliability.feed import Feed, recount
+from tests.reliability.handling import claimed, end, finish, say, wait_until
 from tests.reliability.ledger import violations
-from tests.reliability.torture import SETTINGS, Feed, Report, claimed, end, finish, recount, say, wait_until
+from tests.reliability.torture import SETTINGS, Report
 
 DRAIN_SECONDS = 400
 

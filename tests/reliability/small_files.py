@@ -19,8 +19,9 @@ from pathlib import Path
 
 from tests import tiny
 from tests.reliability.daemons import Daemons, Job
+from tests.reliability.feed import joined
+from tests.reliability.handling import events, finish, say
 from tests.reliability.ledger import Dropped, violations
-from tests.reliability.torture import events, finish, joined, say
 
 
 @dataclass(frozen=True, slots=True)

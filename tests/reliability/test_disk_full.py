@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.reliability.daemons import Daemons, Job
+from tests.reliability.feed import Feed
+from tests.reliability.handling import claimed, end, events, running, shared_daemons, wait_until
 from tests.reliability.ledger import violations
-from tests.reliability.torture import Feed, claimed, end, events, running, shared_daemons, wait_until
 
 DISK_BYTES = 16 << 20
 DISK_INODES = 700

@@ -27,8 +27,8 @@ from daemon.intake.reader import PartReader
 from daemon.records import Part, Reject, Sample
 from tests import sources
 from tests.reliability.daemons import Daemons, Job
+from tests.reliability.handling import shared_daemons
 from tests.reliability.ledger import Dropped, drop, failed_files, violations
-from tests.reliability.torture import shared_daemons
 from tests.sources import parts_of, unclaimed
 
 N_RECORDS = int(os.environ.get("LENSD_FUZZ_RECORDS", "3000"))

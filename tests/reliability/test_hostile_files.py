@@ -19,20 +19,9 @@ import pytest
 
 from tests import tiny
 from tests.reliability.daemons import Daemons, Job
+from tests.reliability.feed import Content, Feed, as_json, joined
+from tests.reliability.handling import claimed, end, events, running, shared_daemons, wait_until, waiting
 from tests.reliability.ledger import Dropped, drop, sha256_of, violations
-from tests.reliability.torture import (
-    Content,
-    Feed,
-    as_json,
-    claimed,
-    end,
-    events,
-    joined,
-    running,
-    shared_daemons,
-    wait_until,
-    waiting,
-)
 
 NOBODY = 65534
 MANY_FILES = int(os.environ.get("HOSTILE_FILES", "2000"))  # 50000 is the big variant
@@ -81,7 +70,7 @@ class Place:
         """`settings`: hook_args, or dotted flags with `__` for the dot."""
         hook_args = settings.pop("hook_args", None)
         flags = {name.replace("__", "."): value for name, value in settings.items()}
-        hook = hook and f"tests.reliability.torture:{hook}"
+        hook = hook and f"tests.reliability.hooks:{hook}"
         return Job(self.inbox, self.outbox, self.log, once=once, flags=flags, hook=hook, hook_args=hook_args)
 
     def drop(self, name: str, content: bytes, records: int | None) -> Path:

@@ -11,7 +11,7 @@ import pytest
 
 from tests import tiny
 from tests.reliability.daemons import Daemons, Job
-from tests.reliability.torture import events, shared_daemons, wait_until
+from tests.reliability.handling import events, shared_daemons, wait_until
 
 
 @pytest.fixture

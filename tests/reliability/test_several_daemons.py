@@ -10,9 +10,9 @@ import pytest
 
 from tests import tiny
 from tests.reliability.daemons import Daemons, Job
+from tests.reliability.handling import claimed, end, ended, events, shared_daemons, wait_until, waiting
 from tests.reliability.ledger import drop, violations
 from tests.reliability.several import Several
-from tests.reliability.torture import claimed, end, ended, events, shared_daemons, wait_until, waiting
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def gated_job(tmp_path, name: str) -> Job:
         tmp_path / "inbox",
         tmp_path / "outbox",
         tmp_path / "log",
-        hook="tests.reliability.torture:gated",
+        hook="tests.reliability.hooks:gated",
         hook_args={"reached": str(tmp_path / f"{name}-reached"), "go": str(tmp_path / "go")},
     )
 
@@ -87,7 +87,7 @@ def test_a_file_that_kills_whoever_works_on_it_takes_no_other_along(daemons, tmp
         outbox,
         tmp_path / "log",
         once=False,
-        hook="tests.reliability.torture:poisoned",
+        hook="tests.reliability.hooks:poisoned",
         hook_args={"prefix": "poison"},
     )
     alive = [daemons.start(poisoned) for _ in range(3)]

@@ -10,8 +10,10 @@ import pytest
 
 from tests import tiny
 from tests.reliability.daemons import Daemons, Job
+from tests.reliability.feed import Feed, Recount, recount
+from tests.reliability.handling import shared_daemons
 from tests.reliability.ledger import drop, violations
-from tests.reliability.torture import Feed, Recount, Torture, recount, shared_daemons
+from tests.reliability.torture import Torture
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_a_file_that_kills_each_process_fails_after_three_and_takes_no_other_alo
         inbox,
         outbox,
         tmp_path / "log",
-        hook="tests.reliability.torture:poisoned",
+        hook="tests.reliability.hooks:poisoned",
         hook_args={"prefix": "poison"},
     )
     codes = []

@@ -1,0 +1,29 @@
+"""Files that lie claimed: where they are, and whether they are still what they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from daemon.intake.filestatus import identity_of
+from daemon.records import Claim
+
+Presence = Literal["same", "changed", "gone"]
+
+
+def presence(claim: Claim) -> Presence:
+    now = identity_of(claim.path)
+    if now is None:
+        return "gone"
+    return "same" if now == claim.identity else "changed"
+
+
+def claimed_files(lease: Path) -> list[tuple[Path, int]]:
+    """The regular files that lie claimed in a lease, and how often work on each has begun."""
+    folders = [folder for folder in lease.iterdir() if folder.name.isdecimal() and folder.is_dir()]
+    return [
+        (path, int(folder.name))
+        for folder in sorted(folders)
+        for path in sorted(folder.iterdir())
+        if identity_of(path) is not None
+    ]

@@ -1,0 +1,97 @@
+"""What runs inside a daemon under test: each is a context manager that `Job.hook` names."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+from daemon import durable
+from daemon.compute.device import Study
+from daemon.compute.packing import Batch
+from daemon.records import Block
+
+PATIENCE_SECONDS = 5  # of a daemon that is to kill itself at some step
+
+
+@contextlib.contextmanager
+def dying_at(step: int) -> Iterator[None]:
+    """A hook: the process kills itself just before its `step`-th operation on disk.
+
+    Where it comes to no such step it dies anyway, by SIGALRM, after some seconds.
+    """
+    left = step
+
+    def observe(_: durable.Operation) -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    signal.alarm(PATIENCE_SECONDS)
+    with durable.watch_operations(observe):
+        yield
+
+
+@contextlib.contextmanager
+def poisoned(prefix: str) -> Iterator[None]:
+    """A hook: a batch with a sample whose id starts so kills the process."""
+
+    def before(batch: Batch) -> None:
+        if any(entry.sample.sample_id.startswith(prefix) for entry in batch.samples):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with before_each_batch(before):
+        yield
+
+
+@contextlib.contextmanager
+def gated(reached: str, go: str) -> Iterator[None]:
+    """A hook: the device makes the file `reached`, then waits for the file `go` before it works."""
+
+    def before(_: Batch) -> None:
+        Path(reached).touch()
+        while not Path(go).exists():
+            time.sleep(0.01)
+
+    with before_each_batch(before):
+        yield
+
+
+@contextlib.contextmanager
+def blind_watcher() -> Iterator[None]:
+    """A hook: the folder's watcher works and reports nothing."""
+
+    async def nothing(*_: object, stop_event: asyncio.Event, **options: object) -> AsyncIterator[None]:
+        await stop_event.wait()
+        for _ in ():
+            yield
+
+    with mock.patch("watchfiles.awatch", nothing):
+        yield
+
+
+@contextlib.contextmanager
+def as_user(uid: int) -> Iterator[None]:
+    """A hook: from here on the process is this user, for good."""
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+    yield
+
+
+@contextlib.contextmanager
+def before_each_batch(before: Callable[[Batch], None]) -> Iterator[None]:
+    run = Study.run
+
+    def call(study: Study, batch: Batch) -> Block:
+        before(batch)
+        return run(study, batch)
+
+    with mock.patch.object(Study, "run", call):
+        yield
