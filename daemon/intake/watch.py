@@ -24,7 +24,8 @@ async def watching(folder: Path, wake: asyncio.Event, *, retry_seconds: float) -
         yield
     finally:
         ended.set()
-        await task
+        # `await task` would hand a cancellation of ours on to it, and anyio, inside watchfiles, may keep it.
+        await asyncio.wait([task])
 
 
 async def watch(folder: Path, wake: asyncio.Event, ended: asyncio.Event, retry_seconds: float) -> None:

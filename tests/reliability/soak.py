@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -220,12 +221,19 @@ def panel(name: str, seconds: Sequence[float], values: Sequence[float], top: int
 def summary(samples: Sequence[Sample]) -> str:
     start, last = warm(samples), samples[-1]
     rate = (last.records - start.records) / max(last.seconds - start.seconds, 1e-9)
+    early = minute_median([s for s in samples if start.seconds <= s.seconds < start.seconds + 60])
+    late = minute_median([s for s in samples if s.seconds > last.seconds - 60])
     return (
         f"records {last.records}  seconds {last.seconds:.0f}  records/s {rate:.0f}"
-        f"  rss MiB {start.rss_mib:.0f} after {WARM:.0%}, {last.rss_mib:.0f} at the end"
-        f"  ratio {last.rss_mib / start.rss_mib:.3f}  greatest {max(s.rss_mib for s in samples):.0f}"
+        f"  rss MiB {early:.0f} in the minute after {WARM:.0%}, {late:.0f} in the last (medians)"
+        f"  ratio {late / early:.3f}  greatest {max(s.rss_mib for s in samples):.0f}"
         f"  fds {start.fds} -> {last.fds}  threads {start.threads} -> {last.threads}"
     )
+
+
+def minute_median(samples: Sequence[Sample]) -> float:
+    """Of resident memory, which from one second to the next moves by the batch that is under way."""
+    return statistics.median(sample.rss_mib for sample in samples)
 
 
 def main() -> int:
@@ -236,6 +244,7 @@ def main() -> int:
         "--out", type=Path, default=Path(tempfile.gettempdir()), help="for the csv and the svg"
     )
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="lensd-soak-"))
     inbox, outbox, log = folder / "inbox", folder / "outbox", folder / "log"
     inbox.mkdir()
