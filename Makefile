@@ -5,14 +5,15 @@ PYTHON ?= $(shell for name in python3.11 python3; do $$name -c '$(CAN_MAKE_VENV)
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 READY := .venv/.ready
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test check bench format clean
 
 help:
 	@echo "make demo    the bundled 200 samples through the bundled model, into outbox/"
 	@echo "make test    every test"
 	@echo "make check   format, lint, types and the fast tests"
+	@echo "make bench   speed and memory beside what people run instead: deploy/bench/"
 	@echo "make format  rewrite the code in the house format"
-	@echo "make torture several small-files fuzz crash-points soak"
+	@echo "make torture several small-files fuzz crash-points soak flat-memory"
 	@echo "             the reliability tools; KILLS=200 FILES=10000 MINUTES=30 SEED=0"
 	@echo "make clean   remove .venv and caches"
 
@@ -27,6 +28,10 @@ check: $(READY)
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 	@.venv/bin/python -m pytest -m "not slow"
+
+bench: $(READY)
+	@mkdir -p deploy/bench
+	@.venv/bin/lensd bench --plot deploy/bench/bench.png $(BENCH)
 
 format: $(READY)
 	@.venv/bin/ruff check --fix-only .
@@ -56,7 +61,7 @@ MINUTES ?= 30
 FILES ?= 10000
 SEED ?= 0
 
-.PHONY: torture several small-files fuzz crash-points soak
+.PHONY: torture several small-files fuzz crash-points soak flat-memory
 
 torture: $(READY)
 	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.torture --kills $(KILLS) --seed $(SEED)
@@ -75,3 +80,6 @@ fuzz: $(READY)
 
 crash-points: $(READY)
 	@LENSD_CRASH_STRIDE=1 .venv/bin/python -m pytest --log-cli-level=info tests/reliability/test_crash_points.py tests/reliability/test_unsynced.py tests/reliability/test_io_errors.py
+
+flat-memory: $(READY)
+	@.venv/bin/python -m tests.reliability.flat_memory

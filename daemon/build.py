@@ -11,17 +11,24 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+import structlog
 import torch
 
 from daemon.analysis.study import StudySettings
+from daemon.compute.autotune import auto_batch_tokens
 from daemon.compute.device import Study
-from daemon.compute.loading import load_model, load_tokenizer, locate_model, resolve_device
+from daemon.compute.encoding import encoder_of
+from daemon.compute.engine import Engine
+from daemon.compute.loading import LoadedModel, load_model, locate_model, resolve_device
+from daemon.compute.packed import CannotPack, PackedEngine
 from daemon.compute.padded import PaddedEngine
-from daemon.compute.sae import load_saes
+from daemon.compute.sae import LoadedSae, load_saes
 from daemon.compute.smollm2 import default_cache_dir
 from daemon.config import Config
 from daemon.intake.reader import ReadLimits
 from daemon.intake.tokenizer import Tokenizer
+
+log = structlog.get_logger()
 
 QUEUED_TEXT_BYTES = 16 << 20
 QUEUED_RESULT_BYTES = 64 << 20
@@ -31,9 +38,10 @@ QUEUED_RESULT_BYTES = 64 << 20
 class Compute:
     """What the device and its feeder need, ready to run."""
 
-    engine: PaddedEngine
+    engine: Engine
     study: Study
     tokenizer: Tokenizer
+    max_batch_tokens: int
 
 
 def load_compute(config: Config) -> Compute:
@@ -41,10 +49,27 @@ def load_compute(config: Config) -> Compute:
 
     Raises ConfigError where something can't be found or does not fit together.
     """
+    engine, model = load_engine(config)
+    max_batch_tokens = config.batching.max_batch_tokens
+    if max_batch_tokens == "auto":
+        max_batch_tokens = auto_batch_tokens(engine, model.vocabulary, default_cache_dir())
+    return Compute(
+        engine=engine,
+        study=Study(engine, study_settings(config)),
+        tokenizer=Tokenizer(
+            model.tokenizer,
+            prepend_bos=engine.prepend_bos,
+            max_text_tokens=config.batching.max_text_tokens,
+        ),
+        max_batch_tokens=max_batch_tokens,
+    )
+
+
+def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
+    """The model and its dictionaries. Raises ConfigError."""
     device = resolve_device(config.model.device)
     dtype = getattr(torch, config.model.dtype)
-    location = locate_model(config.model.name, default_cache_dir())
-    model = load_model(location, device=device, dtype=dtype)
+    model = load_model(locate_model(config.model.name, default_cache_dir()), device=device, dtype=dtype)
     saes = load_saes(
         config.sae,
         d_model=model.d_model,
@@ -52,13 +77,20 @@ def load_compute(config: Config) -> Compute:
         device=device,
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
     )
-    engine = PaddedEngine(model, saes)
-    tokenizer = Tokenizer(
-        load_tokenizer(location),
-        prepend_bos=saes[0].prepend_bos,
-        max_text_tokens=config.batching.max_text_tokens,
-    )
-    return Compute(engine=engine, study=Study(engine, study_settings(config)), tokenizer=tokenizer)
+    return model, saes
+
+
+def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
+    """The packed engine; the padded one where the model can't be packed. With the model that it runs."""
+    model, saes = load_parts(config)
+    encoders = [encoder_of(entry) for entry in saes]
+    positions = config.analysis.positions
+    try:
+        return PackedEngine(model, saes, encoders, positions), model
+    except CannotPack as error:
+        log.warning("engine.padded", model=model.location.name, reason=str(error))
+    model, saes = load_parts(config)  # the attempt changed the first
+    return PaddedEngine(model, saes, encoders, positions), model
 
 
 def study_settings(config: Config) -> StudySettings:
@@ -75,7 +107,7 @@ def read_limits(config: Config) -> ReadLimits:
     )
 
 
-def results_key(config: Config, engine: PaddedEngine) -> str:
+def results_key(config: Config, engine: Engine) -> str:
     """Stands for everything besides the input's content that changes results."""
     info = engine.info
     identity = {

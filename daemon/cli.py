@@ -69,6 +69,19 @@ def parser() -> argparse.ArgumentParser:
         help="samples per batch (default 1,8,32)",
     )
     verify.add_argument("--json", action="store_true", help="print the report as JSON")
+    bench = add_command(commands, "bench", run_bench, "speed and memory, beside what people run instead")
+    bench.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="input files (default: the demo's)"
+    )
+    bench.add_argument("--json", action="store_true", help="print the report as JSON")
+    bench.add_argument("--plot", type=Path, metavar="PNG", help="draw speed and memory by batch size")
+    bench.add_argument("--repetitions", type=positive, default=5, metavar="N", help="default 5")
+    bench.add_argument("--batch-sizes", type=sizes, metavar="N,N", help="samples per batch (1,4,8,16,32)")
+    bench.add_argument(
+        "--baselines", metavar="NAME,NAME", help="only these (sequential, original, idiomatic 32, ...)"
+    )
+    bench.add_argument("--baseline-samples", type=positive, metavar="N", help="on which these run")
+    bench.add_argument("--positions", metavar="P", dest="analysis.positions", help="last, all, mean, max")
     check = add_command(commands, "check-config", check_config, "validate settings, folders, model and SAEs")
     for command in (run, demo, check):
         command.add_argument("--inbox", metavar="DIR", dest="inbox.path")
@@ -146,6 +159,33 @@ def run_verify(args: argparse.Namespace) -> int:
     else:
         print_verification(Console(), verification)
     return DONE if verification.passed else SOME_FAILED
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    config = configure(args)
+    from rich.console import Console
+
+    from daemon.tools.bench import BATCH_SIZES, bench
+    from daemon.tools.bench_report import plot, print_bench
+
+    for file in args.files:
+        if not file.is_file():
+            raise ConfigError(f"{file}: no such file")
+    report = bench(
+        config,
+        args.files,
+        repetitions=args.repetitions,
+        batch_sizes=args.batch_sizes or BATCH_SIZES,
+        baselines=args.baselines.split(",") if args.baselines is not None else None,
+        baseline_samples=args.baseline_samples,
+    )
+    if args.plot is not None:
+        plot(report, args.plot)
+    if args.json:
+        sys.stdout.write(json.dumps(report.as_json(), indent=1) + "\n")
+    else:
+        print_bench(Console(), report)
+    return DONE
 
 
 def check_config(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -31,7 +32,7 @@ from pydantic import (
 
 from daemon.columns import analysis_columns
 from daemon.errors import ConfigError
-from daemon.records import Contrast, Recipe
+from daemon.records import Contrast, Positions, Recipe
 
 ENV_PREFIX = "LENSD_"
 ENV_NOT_SETTINGS = {"LENSD_CACHE_DIR"}
@@ -77,6 +78,7 @@ class ContrastSection(Section):
 
 
 class AnalysisSection(Section):
+    positions: Positions = "last"  # tokens of a text that are read; mean and max pool their features
     seed: int = 0  # of the stability noise
     noise_sigma: NonNegativeFloat = 0.1  # standard deviation, in units of the residual stream
     noise_draws: Annotated[int, Field(ge=1, le=256)] = 8  # draws per text, out of the noise bank
@@ -84,8 +86,20 @@ class AnalysisSection(Section):
     entropy_top_k: PositiveInt = 50  # features whose magnitudes are normalised
 
 
+def check_batch_tokens(value: Any) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError("expected a number of tokens above 0, or auto")
+    return number
+
+
+BatchTokens = Annotated[int | Literal["auto"], BeforeValidator(check_batch_tokens)]
+
+
 class BatchingSection(Section):
-    max_batch_tokens: PositiveInt = 1024  # tokens per forward pass, padding included
+    max_batch_tokens: BatchTokens = "auto"  # tokens per forward pass; auto: measured once, and remembered
     max_batch_samples: PositiveInt | None = None  # samples per forward pass
     max_text_tokens: PositiveInt = 1024  # a longer text is rejected
     window_tokens: PositiveInt = 16_384  # tokens sorted by length at a time, and queued ahead

@@ -9,12 +9,14 @@ import functools
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+Positions = Literal["last", "all", "mean", "max"]  # of a text, that the SAEs read
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +265,7 @@ class ModelInfo:
     n_layers: int
     dtype: str
     device: str
+    engine: str  # "packed", or "padded" where the model can't be packed
     weights_sha256: str | None  # None where the weights came from a hub
     saes: tuple[SaeInfo, ...]
 

@@ -156,12 +156,14 @@ class Service:
         gc.collect()
         gc.freeze()  # the libraries' million objects stay: no collection needs to look at them again
         info = compute.engine.info
-        self.metrics.describe(info, self.config.batching.max_batch_tokens)
+        self.metrics.describe(info, compute.max_batch_tokens)
         log.info(
             "model.loaded",
             model=info.name,
             dtype=info.dtype,
             device=info.device,
+            engine=info.engine,
+            max_batch_tokens=compute.max_batch_tokens,
             saes=[sae.hook_name for sae in info.saes],
             seconds=round(time.monotonic() - began, 1),
         )
@@ -228,7 +230,11 @@ class Service:
             tokenizer=compute.tokenizer,
             device=self.device,
             study=compute.study,
-            packer=Packer(config.batching.max_batch_tokens, config.batching.max_batch_samples),
+            packer=Packer(
+                compute.max_batch_tokens,
+                config.batching.max_batch_samples,
+                shares_prefixes=compute.engine.shares_prefixes,
+            ),
             recipe=config.recipe,
             read_limits=read_limits(config),
             limits=Limits(

@@ -152,12 +152,12 @@ def test_check_config_names_what_it_loaded(tiny_toml, tmp_path):
 def test_verify_agrees_with_one_at_a_time_in_float64(tiny_toml, tmp_path):
     path = tiny.write_json(tmp_path / "v.json", tiny.contrast_records(9))
     result = lensd(
-        "verify", path, "--config", tiny_toml, "--dtype", "float64", "--batch-sizes", "1,4", "--json"
+        "verify", path, "--config", tiny_toml, "--dtype", "float64", "--batch-sizes", "1,2,3,5,8,13", "--json"
     )
     report = json.loads(result.stdout)
     assert result.returncode == 0, result.stdout
     assert report["passed"] is True
-    assert [run["batch_size"] for run in report["reports"]] == [1, 4]
+    assert [run["batch_size"] for run in report["reports"]] == [1, 2, 3, 5, 8, 13]
     for run in report["reports"]:
         assert run["feature_flips"] == run["set_flips"] == 0
         assert max(column["absolute"] for column in run["columns"]) <= 1e-6

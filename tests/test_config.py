@@ -57,7 +57,7 @@ def test_own_saes_replace_those_of_the_preset(tmp_path):
         ),
         (
             "[batching]\nmax_batch_tokens = -3",
-            "batching.max_batch_tokens: Input should be greater than 0 (got -3)",
+            "batching.max_batch_tokens: expected a number of tokens above 0, or auto (got -3)",
         ),
         ("[http]\naddress = 'x'", "http.address: expected HOST:PORT"),
         ("[[sae]]\npath = 'a'\nrelease = 'b'", "give either path, or release and id"),

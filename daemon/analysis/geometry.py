@@ -3,30 +3,39 @@
 With weights w = m / sum(m) on decoder rows r_i, centroid c = sum w_i r_i and tensor
 C = sum w_i (r_i - c)(r_i - c)^T (d_in x d_in). C is never formed: with S the matrix of rows
 sqrt(w_i) (r_i - c), C = S^T S has the same non-zero eigenvalues as the n x n Gram matrix S S^T, whose
-principal eigenvector u gives the principal axis S^T u / ||S^T u||.
+principal eigenvector u gives the principal axis S^T u / ||S^T u||. Nor is S, where the inner products of all
+decoder rows fit in memory: with K those of the active rows and D = diag(w),
+S S^T = D^(1/2) (K - 1 (K w)^T - (K w) 1^T + w^T K w) D^(1/2).
 
 All of it runs in float64, whatever the input: the shape is made of ratios of eigenvalues, and the Gram
 matrix squares the condition of S, so float32 resolves b/a and c/a only down to 3e-4.
-Gram matrix and eigensolver together measured 1.6 times slower than in float32 on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from daemon.analysis.angles import line_angle
 from daemon.analysis.sparse import SparseActs
+from daemon.analysis.threads import side_by_side
 from daemon.columns import SHAPE_CLASSES
 
-MAX_GATHERED = 1 << 22  # elements of a chunk's decoder rows: 32 MiB
+MAX_GATHERED = 1 << 19  # elements of a chunk's decoder rows or Gram matrices: 4 MiB, which caches hold
+MAX_TABLE_BYTES = 128 << 20  # of all inner products of one dictionary
 WIDTH_SLACK = 1.25  # the widest row of a chunk has at most this many times the features of its narrowest,
 WIDTH_FLOOR = 16  # unless it has no more than this
 RELATIVE_EPSILON = 1e-12  # an eigenvalue below this share of the largest is rounding: 0
 POINT_EPSILON = 1e-24  # a squared length below this share of sum w_i ||r_i||^2 is rounding: 0
+CANCELLED = (
+    1e-6  # a cloud smaller than this share of that has lost digits in the difference of inner products
+)
+SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays off it
+INVERSE_ITERATIONS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +56,39 @@ class Geometry:
     shape_class: Tensor  # (N,) int64, index into `daemon.columns.SHAPE_CLASSES`
 
 
-def geometry(acts: SparseActs, W_dec: Tensor) -> Geometry:
-    """The geometry of N sparse activations over W_dec (d_sae, d_in). Waits for the device once.
+@dataclass(frozen=True, slots=True)
+class DecoderRows:
+    """The rows of one dictionary's decoder, and what is worked out about them once."""
 
-    Rows are taken by ascending count, in chunks that bound the gathered decoder rows.
+    W_dec: Tensor  # (d_sae, d_in)
+    exact: Tensor | None  # the same in float64, with `inner`
+    inner: Tensor | None  # (d_sae, d_sae) float64 inner products; None where they would be too large
+
+    @classmethod
+    def of(cls, W_dec: Tensor, max_bytes: int = MAX_TABLE_BYTES) -> DecoderRows:
+        if 8 * len(W_dec) ** 2 > max_bytes:
+            return cls(W_dec, None, None)
+        exact = W_dec.double()
+        return cls(W_dec, exact, exact @ exact.T)
+
+
+def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
+    """The geometry of N sparse activations. Waits for the device once.
+
+    Rows are taken by ascending count, in chunks that bound what is gathered; on a CPU side by side.
     """
     order = acts.counts.argsort()
     ordered = acts.select(order)
-    chunks = [
-        _chunk_geometry(
-            ordered.indices[rows, :width], ordered.values[rows, :width], ordered.counts[rows], W_dec
+
+    def of_chunk(chunk: tuple[slice, int]) -> Geometry:
+        rows, width = chunk
+        return _chunk_geometry(
+            ordered.indices[rows, :width], ordered.values[rows, :width], ordered.counts[rows], decoder
         )
-        for rows, width in row_chunks(ordered.counts.tolist(), W_dec.shape[1])
-    ]
+
+    planned = list(row_chunks(ordered.counts.tolist(), decoder.W_dec.shape[1]))
+    on_cpu = decoder.W_dec.device.type == "cpu"
+    chunks = side_by_side(of_chunk, planned) if on_cpu else [of_chunk(chunk) for chunk in planned]
     inverse = order.argsort()
     return Geometry(
         **{
@@ -85,22 +114,29 @@ def row_chunks(ascending: list[int], d_in: int) -> Iterator[tuple[slice, int]]:
         yield slice(0, 0), 1
 
 
-def _chunk_geometry(indices: Tensor, values: Tensor, counts: Tensor, W_dec: Tensor) -> Geometry:
+@dataclass(frozen=True, slots=True)
+class Cloud:
+    """The weighted decoder rows of a few positions, relative to their centroid."""
+
+    gram: Tensor  # (rows, width, width) S S^T
+    centroid: Tensor  # (rows, d_in)
+    moment: Tensor  # (rows,) sum w_i ||r_i||^2
+    along: Callable[[Tensor], Tensor]  # u (rows, width) -> S^T u (rows, d_in)
+
+
+def _chunk_geometry(indices: Tensor, values: Tensor, counts: Tensor, decoder: DecoderRows) -> Geometry:
     """indices, values: (rows, width), counts: (rows,)."""
     magnitudes = values.double()
     # a row that has no sum, or an infinite one, weighs nothing
     weights = (magnitudes / magnitudes.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
-    decoders = W_dec[indices].double()  # (rows, width, d_in)
-    moment = (weights * torch.linalg.vector_norm(decoders, dim=-1).square()).sum(-1)
-    centroid = (weights.unsqueeze(1) @ decoders).squeeze(1)
-    spread = decoders.sub_(centroid.unsqueeze(1)).mul_(weights.sqrt().unsqueeze(-1))  # S
-    raw, eigenvectors = torch.linalg.eigh(spread @ spread.mT)
-    eigenvalues = _clean_eigenvalues(raw.flip(-1), counts, POINT_EPSILON * moment)
+    cloud = _looked_up(indices, weights, counts, decoder) or _gathered(indices, weights, decoder.W_dec)
+    raw = torch.linalg.eigvalsh(cloud.gram)
+    eigenvalues = _clean_eigenvalues(raw.flip(-1), counts, POINT_EPSILON * cloud.moment)
     has_shape = eigenvalues[:, 0] > 0
-    axis = (eigenvectors[:, :, -1].unsqueeze(1) @ spread).squeeze(1)
+    axis = cloud.along(_principal(cloud.gram, eigenvalues[:, 0]))
     axis = _where(has_shape, axis / torch.linalg.vector_norm(axis, dim=-1, keepdim=True))
-    off_origin = torch.linalg.vector_norm(centroid, dim=-1).square() > POINT_EPSILON * moment
-    centroid = _where(off_origin, centroid)
+    off_origin = torch.linalg.vector_norm(cloud.centroid, dim=-1).square() > POINT_EPSILON * cloud.moment
+    centroid = _where(off_origin, cloud.centroid)
     relative = _where(has_shape, eigenvalues / eigenvalues[:, :1])  # (rows, >= 3), l / l1
     elongation, sphericity = relative[:, 1].sqrt(), relative[:, 2].sqrt()
     total = relative.sum(-1)
@@ -114,6 +150,70 @@ def _chunk_geometry(indices: Tensor, values: Tensor, counts: Tensor, W_dec: Tens
         misalignment=_where(has_shape, line_angle(centroid, axis)),
         shape_class=_shape_class(has_shape, elongation, sphericity),
     )
+
+
+def _gathered(indices: Tensor, weights: Tensor, W_dec: Tensor) -> Cloud:
+    """By the rows themselves: exact for the smallest cloud, (rows, width, d_in) of memory."""
+    decoders = W_dec[indices].double()
+    moment = (weights * torch.linalg.vector_norm(decoders, dim=-1).square()).sum(-1)
+    centroid = (weights.unsqueeze(1) @ decoders).squeeze(1)
+    spread = decoders.sub_(centroid.unsqueeze(1)).mul_(weights.sqrt().unsqueeze(-1))  # S
+    return Cloud(
+        gram=spread @ spread.mT,
+        centroid=centroid,
+        moment=moment,
+        along=lambda u: (u.unsqueeze(1) @ spread).squeeze(1),
+    )
+
+
+def _looked_up(indices: Tensor, weights: Tensor, counts: Tensor, decoder: DecoderRows) -> Cloud | None:
+    """By the table of inner products; None without one, or where a cloud is too small for differences."""
+    if decoder.inner is None or decoder.exact is None:
+        return None
+    exact = decoder.exact
+    inner = decoder.inner[indices.unsqueeze(2), indices.unsqueeze(1)]  # K
+    moment = (weights * inner.diagonal(dim1=1, dim2=2)).sum(-1)
+    to_centroid = (inner @ weights.unsqueeze(2)).squeeze(2)  # K w
+    square = (weights * to_centroid).sum(-1)  # ||c||^2
+    if ((moment - square <= CANCELLED * moment) & (counts > 1)).any():
+        return None
+    roots = weights.sqrt()
+    inner -= (to_centroid - 0.5 * square.unsqueeze(1)).unsqueeze(2)
+    inner -= (to_centroid - 0.5 * square.unsqueeze(1)).unsqueeze(1)
+    gram = inner.mul_(roots.unsqueeze(2)).mul_(roots.unsqueeze(1))
+
+    def along(u: Tensor) -> Tensor:
+        scaled = roots * u
+        return weighted_sum(indices, scaled, exact) - scaled.sum(-1, keepdim=True) * centroid
+
+    centroid = weighted_sum(indices, weights, exact)
+    return Cloud(gram=gram, centroid=centroid, moment=moment, along=along)
+
+
+def weighted_sum(indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """sum_i weights_i rows[indices_i]: (N, width) twice, (M, d) -> (N, d), no (N, width, d) in between."""
+    return F.embedding_bag(indices, rows, mode="sum", per_sample_weights=weights)
+
+
+def _principal(gram: Tensor, largest: Tensor) -> Tensor:
+    """The unit eigenvectors (rows, width) of the `largest` eigenvalues (rows,), by inverse iteration.
+
+    Each step divides the share of another eigenvector by its distance over SHIFT. Arbitrary where
+    `largest` is 0.
+    """
+    has_shape = largest > 0
+    width = gram.shape[-1]
+    identity = torch.eye(width, dtype=gram.dtype, device=gram.device)
+    shift = torch.where(has_shape, largest * (1 + SHIFT), 1)
+    shifted = shift[:, None, None] * identity - _where(has_shape, gram)
+    factor = torch.linalg.cholesky_ex(shifted).L
+    # an irregular start, so that no cloud's symmetry makes it orthogonal to the axis
+    start = torch.cos(torch.arange(1, width + 1, dtype=gram.dtype, device=gram.device) ** 1.5)
+    u = start.expand(len(gram), width).unsqueeze(2)
+    for _ in range(INVERSE_ITERATIONS):
+        u = torch.cholesky_solve(u, factor)
+        u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True)
+    return u.squeeze(2)
 
 
 def _clean_eigenvalues(descending: Tensor, counts: Tensor, point: Tensor) -> Tensor:

@@ -33,6 +33,11 @@ class SparseActs:
         """The positions `rows` (M,) int64, in that order, at the same width."""
         return SparseActs(self.indices[rows], self.values[rows], self.counts[rows])
 
+    def to_dense(self, d_sae: int) -> Tensor:
+        """(N, d_sae)."""
+        dense = self.values.new_zeros(len(self.counts), d_sae)
+        return dense.scatter_add_(1, self.indices, self.values)
+
 
 def from_dense(feature_acts: Tensor) -> SparseActs:
     """Keep exactly the entries > 0 of feature_acts (N, d_sae). Waits for the device once."""

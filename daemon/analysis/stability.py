@@ -1,13 +1,15 @@
 """How well the strongest features of a residual survive noise.
 
 The noise of a text is a function of (seed, sample id, text name) alone, so a result does not depend on how
-samples are batched, ordered or restarted. Knows nothing about the SAE but its `encode`.
+samples are batched, ordered or restarted. An SAE's pre-activations are linear in x, so the whole bank is
+projected once and added there: no product per draw. Knows nothing else about the SAE.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -17,9 +19,16 @@ from torch import Tensor
 from daemon.records import IntArray
 
 NOISE_BANK_SIZE = 256  # rows; a byte of a hash is a row
-MAX_ENCODED_ROWS = 512  # rows of the dense (M, d_sae) workspace, or one text's draws if they are more
+MAX_ACTIVATED_ROWS = 512  # rows of the dense (M, d_sae) workspace, or one text's draws if they are more
 
-Encode = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """The noise of one SAE, where it can be added: encode(x + e) = activate(pre_acts(x) + projected(e))."""
+
+    pre_acts: Callable[[Tensor], Tensor]  # (N, d_in) -> (N, d_pre)
+    activate: Callable[[Tensor], Tensor]  # (M, d_pre) -> dense feature activations (M, d_sae)
+    projected: Tensor  # (NOISE_BANK_SIZE, d_pre) what sigma times each row of the bank adds to pre_acts
 
 
 def noise_bank(seed: int, d_in: int, dtype: torch.dtype) -> Tensor:
@@ -45,47 +54,51 @@ def noise_draws(seed: int, sample_id: str, text_name: str, k: int) -> IntArray:
     return np.fromiter(drawn, dtype=np.int64, count=k)
 
 
-def stability(
-    x: Tensor, encode: Encode, bank: Tensor, draws: Tensor, sigma: float, top_k: int
-) -> tuple[Tensor, Tensor]:
+def stability(noise: Noise, x: Tensor, draws: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation, over draws, of the Jaccard similarity of the sets of the
     `top_k` strongest active features of x and of x + sigma * noise.
 
-    x: (N, d_in); bank: (rows, d_in); draws: (N, K) int64 rows of the bank; sigma in units of x.
-    `encode` maps (M, d_in) to dense activations (M, d_sae). Returns two (N,) float64 tensors. Two
-    empty sets are alike: 1.
+    x: (N, d_in); draws: (N, K) int64 rows of the bank. Returns two (N,) float64 tensors. Two empty sets are
+    alike: 1.
     """
     n, k = draws.shape
-    rows = max(1, MAX_ENCODED_ROWS // (k + 1))
+    pre_acts = noise.pre_acts(x)
+    rows = max(1, MAX_ACTIVATED_ROWS // (k + 1))
     similarity = [
-        _similarity(x[start : start + rows], encode, sigma * bank[draws[start : start + rows]], top_k)
+        _similarity(noise, pre_acts[start : start + rows], draws[start : start + rows], top_k)
         for start in range(0, max(1, n), rows)
     ]
     jaccard = torch.cat(similarity)
     return jaccard.mean(-1), jaccard.std(-1, correction=0)
 
 
-def top_k_set(feature_acts: Tensor, top_k: int) -> Tensor:
-    """Membership (M, d_sae) bool in the set of the `top_k` largest positive entries of each row.
+def strongest(feature_acts: Tensor, top_k: int) -> Tensor:
+    """The `top_k` largest positive entries of each row (M, d_sae) as indices (M, <= top_k); -1 for none.
 
-    Ties go to the lower index; with fewer positive entries than `top_k`, all of them.
+    Ties go to the lower index.
     """
-    k = min(top_k, feature_acts.shape[-1])
-    threshold = feature_acts.topk(k, dim=-1).values[:, -1:].clamp(min=0)
-    above = feature_acts > threshold
-    tied = (feature_acts == threshold) & (threshold > 0)
-    room = k - above.sum(-1, keepdim=True)
-    return above | (tied & (tied.cumsum(-1) <= room))
+    d_sae = feature_acts.shape[-1]
+    largest = feature_acts.topk(min(top_k + 1, d_sae), dim=-1)
+    values, indices = largest.values[:, :top_k], largest.indices[:, :top_k]
+    if d_sae > top_k:  # topk leaves open which of equals it takes
+        tied = (values[:, -1] == largest.values[:, top_k]) & (values[:, -1] > 0)
+        if tied.any():
+            indices = indices.clone()
+            indices[tied] = feature_acts[tied].sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return indices.where(values > 0, -1)
 
 
-def _similarity(x: Tensor, encode: Encode, noise: Tensor, top_k: int) -> Tensor:
-    """x: (m, d_in), noise: (m, K, d_in) -> Jaccard similarities (m, K) float64."""
-    clean = x.unsqueeze(1)
-    inputs = torch.cat([clean, clean + noise], dim=1)
-    members = top_k_set(encode(inputs.flatten(0, 1)), top_k).view(*inputs.shape[:2], -1)
-    base, noisy = members[:, :1], members[:, 1:]
-    shared = (base & noisy).sum(-1)
-    either = (base | noisy).sum(-1)
+def _similarity(noise: Noise, pre_acts: Tensor, draws: Tensor, top_k: int) -> Tensor:
+    """pre_acts: (m, d_pre), draws: (m, K) -> Jaccard similarities (m, K) float64."""
+    m, k = draws.shape
+    inputs = pre_acts.new_empty(m, k + 1, pre_acts.shape[1])
+    inputs[:, 0] = pre_acts
+    torch.add(noise.projected[draws], pre_acts.unsqueeze(1), out=inputs[:, 1:])
+    sets = strongest(noise.activate(inputs.flatten(0, 1)), top_k).view(m, k + 1, -1)
+    base, noisy = sets[:, :1], sets[:, 1:]
+    same = (noisy.unsqueeze(-1) == base.unsqueeze(-2)) & (noisy >= 0).unsqueeze(-1)
+    shared = same.sum((-1, -2))
+    either = (base >= 0).sum(-1) + (noisy >= 0).sum(-1) - shared
     return torch.where(either > 0, shared.double() / either.clamp(min=1), 1)
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from daemon.analysis.drift import axis_twist, centroid_drift, cross_layer_consistency
-from daemon.analysis.geometry import Geometry, geometry
+from daemon.analysis.geometry import DecoderRows, Geometry, geometry
 from daemon.analysis.sparse import SparseActs
 from daemon.analysis.spectrum import gini, l2_norm, top_k_entropy
-from daemon.analysis.stability import Encode, noise_draws, stability
+from daemon.analysis.stability import Noise, noise_draws, stability
 from daemon.columns import (
     CONTRAST_METRICS,
     SHAPE_CLASSES,
@@ -27,7 +27,7 @@ from daemon.columns import (
     layer_column,
     token_count_column,
 )
-from daemon.records import Contrast, FeatureRows, FloatArray, LayerSums, Recipe
+from daemon.records import Contrast, FloatArray, LayerSums, Positions, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class LayerActivations:
     """What one SAE gave at N positions."""
 
     layer: int
-    x: Tensor  # (N, d_in) what the SAE read
-    reconstruction: Tensor  # (N, d_in)
+    x: Tensor | None  # (N, d_in) what the SAE read; None where features are the maximum of several readings
+    reconstruction: Tensor | None  # (N, d_in)
     acts: SparseActs  # of N positions
-    W_dec: Tensor  # (d_sae, d_in)
+    decoder: DecoderRows
     d_sae: int
 
 
@@ -49,6 +49,7 @@ class StudySettings:
     noise_draws: int  # per text, out of the noise bank
     stability_top_k: int  # features compared
     entropy_top_k: int  # features whose magnitudes are normalised
+    positions: Positions = "last"
 
 
 def analyse(
@@ -58,20 +59,19 @@ def analyse(
     sample_ids: Sequence[str],
     token_counts: Sequence[Sequence[int]],
     settings: StudySettings,
-    encode_first: Encode,
-    bank: Tensor,
+    noise: Noise | None,
 ) -> dict[str, npt.NDArray[np.generic]]:
     """Each of `daemon.columns.analysis_columns` as an (n,) array, in that order.
 
-    `token_counts` is (n, T), of tokens fed to the model; `encode_first` is the first SAE's and `bank` its
-    noise. Counts are int64, classes objects of type str, all else float64 with NaN where undefined. The
-    contrast reads the first SAE, but for `cross_layer_consistency`: the last two, NaN with only one.
+    `token_counts` is (n, T), of tokens fed to the model. Counts are int64, classes objects of type str, all
+    else float64 with NaN where undefined. The contrast reads the first SAE, but for
+    `cross_layer_consistency`: the last two, NaN with only one. Without `noise` stability is undefined.
     """
     names = recipe.text_names
     shape = (len(sample_ids), len(names))
-    counts = torch.tensor(token_counts, dtype=torch.float64, device=layers[0].x.device).view(shape)
+    counts = torch.tensor(token_counts, dtype=torch.float64, device=layers[0].acts.counts.device).view(shape)
     filled = {token_count_column(name): counts[:, text] for text, name in enumerate(names)}
-    shapes = [geometry(layer.acts, layer.W_dec) for layer in layers]
+    shapes = [geometry(layer.acts, layer.decoder) for layer in layers]
     for layer, layer_shape in zip(layers, shapes, strict=True):
         for metric, values in layer_metrics(layer, layer_shape).items():
             by_text = values.view(shape)
@@ -79,8 +79,9 @@ def analyse(
                 layer_column(layer.layer, name, metric): by_text[:, text] for text, name in enumerate(names)
             }
     if recipe.contrast is not None:
-        noise = Noise(encode_first, bank, sample_ids, settings)
-        filled |= contrast_metrics(layers, shapes[0], names, recipe.contrast, noise)
+        filled |= contrast_metrics(
+            layers, shapes[0], names, recipe.contrast, Perturbation(noise, sample_ids, settings)
+        )
     columns = analysis_columns([layer.layer for layer in layers], recipe)
     # one copy off the device; counts and classes are exact in float64
     host = torch.stack([filled[column.name].double() for column in columns]).cpu().numpy()
@@ -88,15 +89,14 @@ def analyse(
 
 
 def layer_metrics(layer: LayerActivations, shape: Geometry) -> dict[str, Tensor]:
-    """Each of `daemon.columns.LAYER_COLUMNS` at N positions; `relative_error` is NaN where x is zero."""
+    """Each of `daemon.columns.LAYER_COLUMNS` at N positions."""
     acts = layer.acts
-    x = layer.x.double()
-    error = torch.linalg.vector_norm(x - layer.reconstruction.double(), dim=-1)
+    error, relative_error = errors(layer)
     return {
         "l0_norm": acts.counts,
         "l2_norm": l2_norm(acts.values),
         "reconstruction_error": error,
-        "relative_error": torch.where(x.any(-1), error / torch.linalg.vector_norm(x, dim=-1), torch.nan),
+        "relative_error": relative_error,
         "gini": gini(acts.values, acts.counts),
         "sphericity": shape.sphericity,
         "elongation": shape.elongation,
@@ -107,24 +107,35 @@ def layer_metrics(layer: LayerActivations, shape: Geometry) -> dict[str, Tensor]
     }
 
 
+def errors(layer: LayerActivations) -> tuple[Tensor, Tensor]:
+    """||x - decode(f)|| (N,), and that over ||x||; NaN where there is no x, the second where x is zero."""
+    if layer.x is None or layer.reconstruction is None:
+        undefined = _undefined(layer.acts.counts)
+        return undefined, undefined
+    x = layer.x.double()
+    error = torch.linalg.vector_norm(x - layer.reconstruction.double(), dim=-1)
+    return error, torch.where(x.any(-1), error / torch.linalg.vector_norm(x, dim=-1), torch.nan)
+
+
 @dataclass(frozen=True, slots=True)
-class Noise:
+class Perturbation:
     """What the stability of a batch of samples needs besides x."""
 
-    encode: Encode
-    bank: Tensor
+    noise: Noise | None
     sample_ids: Sequence[str]
     settings: StudySettings
 
-    def stability(self, x: Tensor, text_name: str) -> tuple[Tensor, Tensor]:
-        """x: (n, d_in), the residuals of one text of each sample -> mean and deviation (n,)."""
+    def stability(self, x: Tensor | None, rows: Tensor, text_name: str) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (n,) for the rows of x (N, d_in) that hold one text of each sample."""
+        if self.noise is None or x is None:
+            return _undefined(rows), _undefined(rows)
         settings = self.settings
         draws = [
             noise_draws(settings.seed, sample_id, text_name, settings.noise_draws)
             for sample_id in self.sample_ids
         ]
-        rows = torch.from_numpy(np.stack(draws)).to(x.device)
-        return stability(x, self.encode, self.bank, rows, settings.noise_sigma, settings.stability_top_k)
+        drawn = torch.from_numpy(np.stack(draws)).to(x.device)
+        return stability(self.noise, x[rows], drawn, settings.stability_top_k)
 
 
 def contrast_metrics(
@@ -132,23 +143,23 @@ def contrast_metrics(
     first_shape: Geometry,
     names: tuple[str, ...],
     contrast: Contrast,
-    noise: Noise,
+    perturbation: Perturbation,
 ) -> dict[str, Tensor]:
     """The contrast columns (n,): each metric of the two texts, and their `_diff` with its sign."""
     first = layers[0]
-    reference = _text_rows(names, contrast.reference, first.x)
+    reference = _text_rows(names, contrast.reference, first.acts.counts)
     filled: dict[str, Tensor] = {}
     for name in (contrast.positive, contrast.negative):
-        rows = _text_rows(names, name, first.x)
+        rows = _text_rows(names, name, first.acts.counts)
         centroid, axis = first_shape.centroid, first_shape.axis
         acts = first.acts.select(rows)
-        mean, deviation = noise.stability(first.x[rows], name)
+        mean, deviation = perturbation.stability(first.x, rows, name)
         filled |= {
             f"centroid_drift_{name}": centroid_drift(centroid[reference], centroid[rows]),
             f"axis_twist_{name}": axis_twist(axis[reference], axis[rows]),
             f"stability_{name}": mean,
             f"stability_{name}_std": deviation,
-            f"entropy_{name}": top_k_entropy(acts.values, acts.counts, noise.settings.entropy_top_k),
+            f"entropy_{name}": top_k_entropy(acts.values, acts.counts, perturbation.settings.entropy_top_k),
             f"cross_layer_consistency_{name}": _last_layers_consistency(layers, rows),
         }
     for metric, sign in CONTRAST_METRICS:
@@ -159,14 +170,18 @@ def contrast_metrics(
 
 def _last_layers_consistency(layers: Sequence[LayerActivations], rows: Tensor) -> Tensor:
     if len(layers) < 2:
-        return torch.full(rows.shape, torch.nan, dtype=torch.float64, device=rows.device)
+        return _undefined(rows)
     a, b = layers[-2:]
     return cross_layer_consistency(a.acts.select(rows), b.acts.select(rows), a.d_sae, b.d_sae)
 
 
-def _text_rows(names: tuple[str, ...], name: str, x: Tensor) -> Tensor:
-    """The rows (n,) of x (N, d_in) that hold one text of each sample."""
-    return torch.arange(names.index(name), len(x), len(names), device=x.device)
+def _text_rows(names: tuple[str, ...], name: str, readings: Tensor) -> Tensor:
+    """The rows (n,) of N readings that hold one text of each sample."""
+    return torch.arange(names.index(name), len(readings), len(names), device=readings.device)
+
+
+def _undefined(rows: Tensor) -> Tensor:
+    return torch.full(rows.shape, torch.nan, dtype=torch.float64, device=rows.device)
 
 
 def _as_kind(values: FloatArray, kind: Kind) -> npt.NDArray[np.generic]:
@@ -177,58 +192,27 @@ def _as_kind(values: FloatArray, kind: Kind) -> npt.NDArray[np.generic]:
 
 
 def layer_sums(layer: LayerActivations, n_texts: int) -> LayerSums:
-    """What FVU and mean L0 are made of, per sample of `n_texts` positions."""
-    x = layer.x.double().reshape(-1, n_texts, layer.x.shape[1])  # (n, T, d_in)
-    residual = layer.reconstruction.double().reshape(x.shape) - x
-    n = len(x)
+    """What FVU and mean L0 are made of, per sample of `n_texts` readings; zeros for FVU without x."""
+    l0 = layer.acts.counts.double().view(-1, n_texts).sum(-1)
+    n = len(l0)
+    if layer.x is None or layer.reconstruction is None:
+        nothing = np.zeros(n)
+        squared_error, squared_norm, total = nothing, nothing, np.zeros((n, layer.decoder.W_dec.shape[1]))
+    else:
+        x = layer.x.double().reshape(n, n_texts, -1)  # (n, T, d_in)
+        residual = layer.reconstruction.double().reshape(x.shape) - x
+        squared_error = _host(residual.square().sum((1, 2)))
+        squared_norm = _host(x.square().sum((1, 2)))
+        total = _host(x.sum(1))
     return LayerSums(
         rows=np.full(n, n_texts, dtype=np.int64),
-        l0=_host(layer.acts.counts.double().view(n, n_texts).sum(-1)),
-        squared_error=_host(residual.square().sum((1, 2))),
-        squared_norm=_host(x.square().sum((1, 2))),
-        total=_host(x.sum(1)),
-    )
-
-
-def feature_rows(
-    *,
-    layers: Sequence[LayerActivations],
-    n_texts: int,
-    positions: Sequence[int],
-    token_ids: Sequence[int],
-) -> FeatureRows:
-    """The sparse activations, rows ordered by sample, text and layer.
-
-    `positions` and `token_ids` (N,) say which token of its text each row was read at.
-    """
-    n_layers = len(layers)
-    position_rows = np.arange(len(positions))
-    counts = np.stack([layer.acts.counts.cpu().numpy() for layer in layers], axis=1)  # (N, L)
-    active = [layer.acts.active for layer in layers]
-    indices = torch.cat([layer.acts.indices[kept] for layer, kept in zip(layers, active, strict=True)])
-    values = torch.cat([layer.acts.values[kept] for layer, kept in zip(layers, active, strict=True)])
-    # both lie layer by layer; a stable sort by owner keeps indices ascending within each row
-    owners = (position_rows * n_layers + np.arange(n_layers)[:, None]).ravel()
-    order = np.repeat(owners, counts.T.ravel()).argsort(kind="stable")
-    return FeatureRows(
-        sample_row=np.repeat(position_rows // n_texts, n_layers),
-        text=np.repeat(position_rows % n_texts, n_layers),
-        layer=np.tile(np.arange(n_layers), len(positions)),
-        position=np.repeat(np.array(positions, dtype=np.int64), n_layers),
-        token_id=np.repeat(np.array(token_ids, dtype=np.int64), n_layers),
-        offsets=np.concatenate([[0], counts.ravel().cumsum()]),
-        indices=indices.cpu().numpy().astype(np.uint32)[order],
-        values=_host_values(values)[order],
+        l0=_host(l0),
+        squared_error=squared_error,
+        squared_norm=squared_norm,
+        total=total,
     )
 
 
 def _host(values: Tensor) -> FloatArray:
     array: FloatArray = values.double().cpu().numpy()
-    return array
-
-
-def _host_values(values: Tensor) -> npt.NDArray[np.float32] | FloatArray:
-    """In float64 if they are; NumPy has no bfloat16, so all else becomes float32."""
-    exact = values if values.dtype == torch.float64 else values.float()
-    array: npt.NDArray[np.float32] | FloatArray = exact.cpu().numpy()
     return array

@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import torch
 
-from daemon.analysis.stability import noise_bank
-from daemon.analysis.study import StudySettings, analyse, feature_rows, layer_sums
+from daemon.analysis.features import feature_rows
+from daemon.analysis.stability import Noise, noise_bank
+from daemon.analysis.study import StudySettings, analyse, layer_sums
 from daemon.compute.engine import Engine
 from daemon.compute.packing import Batch
 from daemon.errors import OutOfMemory
@@ -75,9 +76,7 @@ class Study:
     def __init__(self, engine: Engine, settings: StudySettings) -> None:
         self.engine = engine
         self.settings = settings
-        first = engine.info.saes[0]
-        dtype = torch.float64 if engine.info.dtype == "float64" else torch.float32
-        self._bank = noise_bank(settings.seed, first.d_in, dtype).to(engine.info.device)
+        self._noise = noise_of(engine, settings) if settings.positions in ("last", "all") else None
 
     def run(self, batch: Batch) -> Block:
         """On the device thread: every analysis column and the sparse features of a batch."""
@@ -91,19 +90,12 @@ class Study:
             sample_ids=[sample.sample.sample_id for sample in samples],
             token_counts=[[len(ids) for ids in sample.token_ids] for sample in samples],
             settings=self.settings,
-            encode_first=self.engine.encode_first,
-            bank=self._bank,
+            noise=self._noise,
         )
         n_texts = len(batch.recipe.templates)
-        features = feature_rows(
-            layers=extraction.layers,
-            n_texts=n_texts,
-            positions=[len(ids) - 1 for ids in texts],
-            token_ids=[ids[-1] for ids in texts],
-        )
         return Block(
             columns=columns,
-            features=features,
+            features=feature_rows(extraction.stored, n_texts),
             layers=tuple(layer_sums(layer, n_texts) for layer in extraction.layers),
             forward_seconds=extraction.forward_seconds,
             sae_seconds=extraction.sae_seconds,
@@ -111,3 +103,13 @@ class Study:
             computed_tokens=extraction.computed_tokens,
             padding_tokens=extraction.padding_tokens,
         )
+
+
+def noise_of(engine: Engine, settings: StudySettings) -> Noise:
+    """The noise bank, projected by the first SAE."""
+    info, encoder = engine.info, engine.encoders[0]
+    dtype = torch.float64 if info.dtype == "float64" else torch.float32
+    bank = noise_bank(settings.seed, info.saes[0].d_in, dtype).to(info.device)
+    with torch.inference_mode():
+        projected = encoder.project(settings.noise_sigma * bank)
+    return Noise(encoder.pre_acts, encoder.activate, projected)

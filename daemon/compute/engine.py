@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
+from daemon.analysis.features import StoredFeatures
 from daemon.analysis.study import LayerActivations
+from daemon.compute.encoding import Encoder
 from daemon.records import ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """What N texts gave at their last token: one `LayerActivations` per SAE, rows in the order given."""
+    """What N texts gave: one reading of each to analyse, and the features to store."""
 
-    layers: tuple[LayerActivations, ...]
+    layers: tuple[LayerActivations, ...]  # one per SAE, N rows in the order of the texts
+    stored: StoredFeatures
     computed_tokens: int  # token positions that the model ran, padding included
     padding_tokens: int
     forward_seconds: float
@@ -32,10 +33,17 @@ class Engine(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
-    def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
-        """Read N texts, given as token ids, and encode the last token of each with every SAE."""
+    @property
+    def prepend_bos(self) -> bool: ...
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether tokens with which several texts begin are computed once, so that padding costs nothing."""
         ...
 
-    def encode_first(self, x: Tensor) -> Tensor:
-        """First SAE: (M, d_in) residuals -> (M, d_sae) dense feature activations."""
+    @property
+    def encoders(self) -> tuple[Encoder, ...]: ...
+
+    def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
+        """Read N texts, given as token ids, and encode them with every SAE."""
         ...

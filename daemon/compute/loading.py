@@ -1,10 +1,11 @@
-"""Resolves a model's name to weights, a tokenizer and a TransformerLens bridge. Knows nothing about SAEs."""
+"""Resolves a model's name to weights, a tokenizer and a Hugging Face module. Knows nothing about SAEs."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from daemon.compute.sae import first_line
 from daemon.compute.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
 from daemon.errors import ConfigError
+from daemon.records import ModelInfo, SaeInfo
 
 BUNDLED = "smollm2-135m"
 
@@ -29,13 +31,15 @@ class ModelLocation:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model behind TransformerLens's bridge, and what is known of it."""
+    """A bare Hugging Face causal language model, and what is known of it."""
 
-    bridge: Any  # transformer_lens.model_bridge.TransformerBridge
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any
     location: ModelLocation
     architecture: str
     d_model: int
     n_layers: int
+    vocabulary: int  # token ids are below it
     dtype: torch.dtype
     device: str
 
@@ -101,11 +105,7 @@ def load_tokenizer(location: ModelLocation) -> Any:
 
 
 def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> LoadedModel:
-    """The model in TransformerLens's bridge, which runs the Hugging Face modules unchanged.
-
-    Raises ConfigError where it can't be had.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
+    """The model as Hugging Face has it, in evaluation mode. Raises ConfigError where it can't be had."""
     from transformers import AutoModelForCausalLM
 
     quiet_libraries()
@@ -115,21 +115,54 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
             model = AutoModelForCausalLM.from_pretrained(
                 location.target, dtype=dtype, attn_implementation="eager"
             ).to(device)
-            bridge = TransformerBridge.boot_transformers(
-                location.target, hf_model=model, tokenizer=load_tokenizer(location), dtype=dtype
-            )
     except (OSError, ValueError) as error:
         raise ConfigError(unreachable(location, error)) from error
-    bridge.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    config = model.config.get_text_config()
     return LoadedModel(
-        bridge=bridge,
+        model=model,
+        tokenizer=load_tokenizer(location),
         location=location,
         architecture=type(model).__name__,
-        d_model=int(bridge.cfg.d_model),
-        n_layers=int(bridge.cfg.n_layers),
+        d_model=int(config.hidden_size),
+        n_layers=int(config.num_hidden_layers),
+        vocabulary=int(config.vocab_size),
         dtype=dtype,
         device=device,
     )
+
+
+def model_info(model: LoadedModel, saes: Sequence[SaeInfo], engine: str) -> ModelInfo:
+    """What is said of a loaded model."""
+    return ModelInfo(
+        name=model.location.name,
+        architecture=model.architecture,
+        d_model=model.d_model,
+        n_layers=model.n_layers,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device,
+        engine=engine,
+        weights_sha256=model.location.weights_sha256,
+        saes=tuple(saes),
+    )
+
+
+def bridge_of(model: LoadedModel) -> Any:
+    """The model behind TransformerLens's hook names. It takes the module's parts over: use one or the other.
+
+    Raises ConfigError for a family that TransformerLens does not know.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            bridge = TransformerBridge.boot_transformers(
+                model.location.target, hf_model=model.model, tokenizer=model.tokenizer, dtype=model.dtype
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(unreachable(model.location, error)) from error
+    return bridge.requires_grad_(False).eval()
 
 
 def quiet_libraries() -> None:

@@ -1,12 +1,14 @@
 """Chooses which samples run together. Knows no clock and no torch.
 
-Whole samples of similar length share a batch, under a budget of what the padded engine really pays:
-rows times the width of the longest.
+A batch is whole samples of one recipe under a budget of what the engine really pays. Where tokens that texts
+share are computed once, neighbours in the order of their tokens run together, and cost what they add; where
+texts are padded, samples of similar length do, and cost rows times the width of the longest.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from daemon.records import Recipe, TokenizedPart, TokenizedSample
@@ -39,13 +41,16 @@ class Batch:
 class Packer:
     """Samples waiting for the device, and the batches planned from them.
 
-    `max_batch_tokens` counts padding; `max_batch_samples` limits a batch further where given. A sample
-    over the budget runs alone.
+    `max_batch_tokens` counts the tokens that the model runs; `max_batch_samples` limits a batch further
+    where given. A sample over the budget runs alone.
     """
 
-    def __init__(self, max_batch_tokens: int, max_batch_samples: int | None = None) -> None:
+    def __init__(
+        self, max_batch_tokens: int, max_batch_samples: int | None = None, *, shares_prefixes: bool
+    ) -> None:
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_samples = max_batch_samples
+        self._cost = TrieCost if shares_prefixes else PaddedCost
         self.tokens = 0  # in samples not yet handed out
         self._waiting: list[Entry] = []
         self._planned: deque[Batch] = deque()
@@ -77,9 +82,10 @@ class Packer:
 
     def shrink(self, batch: Batch) -> None:
         """Take back a batch of several samples that was too much, and never plan one of its cost again."""
-        width = max(sample.width for sample in batch.samples)
-        cost = sum(len(sample.token_ids) for sample in batch.samples) * width
-        self.max_batch_tokens = max(1, min(self.max_batch_tokens, cost) // 2)
+        cost = self._cost()
+        for sample in batch.samples:
+            cost.add(sample)
+        self.max_batch_tokens = max(1, min(self.max_batch_tokens, cost.total) // 2)
         back = [*batch.entries, *(entry for planned in self._planned for entry in planned.entries)]
         self._planned.clear()
         self._waiting = back + self._waiting
@@ -89,19 +95,68 @@ class Packer:
         by_recipe: dict[Recipe, list[Entry]] = {}
         for entry in entries:
             by_recipe.setdefault(entry.part.part.recipe, []).append(entry)
-        batches: list[Batch] = []
-        for recipe, group in by_recipe.items():
-            group.sort(key=lambda entry: entry.sample.width)
-            start = 0
-            for stop in range(1, len(group) + 1):
-                if stop == len(group) or not self._fits(group, start, stop + 1):
-                    batches.append(Batch(recipe, tuple(group[start:stop])))
-                    start = stop
-        return batches
+        return [
+            Batch(recipe, tuple(entries))
+            for recipe, group in by_recipe.items()
+            for entries in self._batches(sorted(group, key=self._cost.order))
+        ]
 
-    def _fits(self, group: list[Entry], start: int, stop: int) -> bool:
-        """Whether group[start:stop], sorted by width, stays within both limits."""
-        last = group[stop - 1].sample
-        cost = (stop - start) * len(last.token_ids) * last.width
-        samples = self.max_batch_samples
-        return cost <= self.max_batch_tokens and (samples is None or stop - start <= samples)
+    def _batches(self, group: list[Entry]) -> Iterator[list[Entry]]:
+        """Cut a sorted group into runs within both limits."""
+        run: list[Entry] = []
+        cost = self._cost()
+        for entry in group:
+            cost.add(entry.sample)
+            if run and (cost.total > self.max_batch_tokens or len(run) == self.max_batch_samples):
+                yield run
+                run, cost = [], self._cost()
+                cost.add(entry.sample)
+            run.append(entry)
+        yield run
+
+
+class TrieCost:
+    """The tokens that samples have in common counted once, for samples that come in order."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._before: tuple[int, ...] = ()
+
+    @staticmethod
+    def order(entry: Entry) -> tuple[tuple[int, ...], ...]:
+        return entry.sample.token_ids
+
+    def add(self, sample: TokenizedSample) -> None:
+        for text in sample.token_ids:
+            self.total += len(text) - shared_length(self._before, text)
+            self._before = text
+
+
+class PaddedCost:
+    """Every text as wide as the widest, for samples that come by width."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._texts = 0
+        self._width = 0
+
+    @staticmethod
+    def order(entry: Entry) -> int:
+        return entry.sample.width
+
+    def add(self, sample: TokenizedSample) -> None:
+        self._texts += len(sample.token_ids)
+        self._width = max(self._width, sample.width)
+        self.total = self._texts * self._width
+
+
+def shared_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """With how many equal tokens two texts begin, by halving: slices compare faster than a loop."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -9,26 +9,36 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from daemon.analysis.sparse import from_dense
-from daemon.analysis.study import LayerActivations
+from daemon.compute.encoding import Encoder
 from daemon.compute.engine import Extraction
 from daemon.compute.float64 import full_precision
-from daemon.compute.loading import LoadedModel
+from daemon.compute.loading import LoadedModel, bridge_of, model_info
+from daemon.compute.readings import choose_readings, encode_readings
 from daemon.compute.sae import LoadedSae
 from daemon.errors import ConfigError
-from daemon.records import ModelInfo
+from daemon.records import ModelInfo, Positions
 
 
 class PaddedEngine:
-    """Implements `daemon.compute.engine.Engine` with TransformerLens and SAELens as they come."""
+    """Implements `daemon.compute.engine.Engine` with TransformerLens as it comes."""
 
-    def __init__(self, model: LoadedModel, saes: Sequence[LoadedSae]) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        saes: Sequence[LoadedSae],
+        encoders: Sequence[Encoder],
+        positions: Positions,
+    ) -> None:
         """Raises ConfigError where the model lacks a hook point that an SAE names."""
-        self._bridge = model.bridge
-        self._saes = tuple(saes)
+        self._bridge = bridge_of(model)
+        self._saes, self._encoders = tuple(saes), tuple(encoders)
+        self._info = model_info(model, [entry.info for entry in saes], "padded")
+        self._positions = positions
+        self._skip = int(saes[0].prepend_bos)
         self._dtype = model.dtype
         self._device = model.device
         self._stop_at_layer = max(entry.info.layer for entry in saes) + 1
@@ -40,20 +50,22 @@ class PaddedEngine:
             if canonical not in hooks:
                 raise ConfigError(f"model {model.location.name} has no hook point {name}")
             self._hook_points[name] = canonical
-        self._info = ModelInfo(
-            name=model.location.name,
-            architecture=model.architecture,
-            d_model=model.d_model,
-            n_layers=model.n_layers,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=model.device,
-            weights_sha256=model.location.weights_sha256,
-            saes=tuple(entry.info for entry in saes),
-        )
 
     @property
     def info(self) -> ModelInfo:
         return self._info
+
+    @property
+    def prepend_bos(self) -> bool:
+        return self._saes[0].prepend_bos
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return False
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        return self._encoders
 
     @property
     def saes(self) -> tuple[LoadedSae, ...]:
@@ -79,46 +91,36 @@ class PaddedEngine:
     def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
         """See `Engine.extract`."""
         began = time.perf_counter()
-        lengths = [len(text) for text in texts]
-        width = max(lengths)
-        tokens = torch.zeros((len(texts), width), dtype=torch.long)
-        for row, text in enumerate(texts):
-            tokens[row, : len(text)] = torch.tensor(text)
-        last = torch.tensor(lengths, device=self._device) - 1
-        rows = torch.arange(len(texts), device=self._device)
-        residuals = self.residuals(tokens.to(self._device))
-        kept = [residual[rows, last] for residual in residuals]  # (N, d_model) each
+        lengths = np.array([len(text) for text in texts])
+        width = int(lengths.max())
+        tokens = np.zeros((len(texts), width), np.int64)
+        inside = np.arange(width) < lengths[:, None]
+        tokens[inside] = np.concatenate(texts)
+        readings = choose_readings(
+            path=np.flatnonzero(inside),
+            offsets=np.concatenate(([0], np.cumsum(lengths))),
+            token_ids=tokens[inside],
+            positions=self._positions,
+            skip=self._skip,
+        )
+        keep = torch.from_numpy(readings.keep).to(self._device)
+        residuals = [
+            residual.flatten(0, 1)[keep]
+            for residual in self.residuals(torch.from_numpy(tokens).to(self._device))
+        ]
         self._synchronize()
         ran = time.perf_counter()
         with torch.inference_mode():
-            layers = tuple(
-                self._encode(entry, residual) for entry, residual in zip(self._saes, kept, strict=True)
-            )
+            layers, stored = encode_readings(self._saes, self._encoders, residuals, readings, self._positions)
         self._synchronize()
         return Extraction(
             layers=layers,
-            computed_tokens=len(texts) * width,
-            padding_tokens=len(texts) * width - sum(lengths),
+            stored=stored,
+            computed_tokens=tokens.size,
+            padding_tokens=tokens.size - int(lengths.sum()),
             forward_seconds=ran - began,
             sae_seconds=time.perf_counter() - ran,
         )
-
-    def _encode(self, entry: LoadedSae, residual: Tensor) -> LayerActivations:
-        x = entry.residual(residual)
-        feature_acts = entry.encode(x)
-        return LayerActivations(
-            layer=entry.info.layer,
-            x=x,
-            reconstruction=entry.decode(feature_acts),
-            acts=from_dense(feature_acts),
-            W_dec=entry.W_dec,
-            d_sae=entry.info.d_sae,
-        )
-
-    def encode_first(self, x: Tensor) -> Tensor:
-        """See `Engine.encode_first`."""
-        with torch.inference_mode():
-            return self._saes[0].encode(x)
 
     def _synchronize(self) -> None:
         if self._device.startswith("cuda"):

@@ -70,6 +70,14 @@ class LoadedSae:
         return reconstruction
 
 
+def hook_point(hook_name: str) -> tuple[int, str]:
+    """`blocks.5.hook_resid_post` -> (5, "post"). Raises ValueError for another kind of name."""
+    match = HOOK_NAME.fullmatch(hook_name)
+    if match is None:
+        raise ValueError(f"{hook_name} is no hook point of the residual stream")
+    return int(match[1]), match[2]
+
+
 def load_saes(
     sources: Sequence[SaeSource], *, d_model: int, n_layers: int, device: str, dtype: torch.dtype
 ) -> tuple[LoadedSae, ...]:

@@ -123,6 +123,7 @@ class Metrics:
                 "model": info.name,
                 "dtype": info.dtype,
                 "device": info.device,
+                "engine": info.engine,
                 "saes": ",".join(sae.hook_name for sae in info.saes),
             }
         )

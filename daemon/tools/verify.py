@@ -19,13 +19,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from daemon.build import Compute, load_compute, read_limits, study_settings
+from daemon.analysis.geometry import DecoderRows
+from daemon.build import Compute, load_compute, load_parts, read_limits, study_settings
 from daemon.columns import Column, analysis_columns
+from daemon.compute.encoding import PlainEncoder
 from daemon.compute.packing import Packer
 from daemon.compute.padded import PaddedEngine
 from daemon.config import Config
 from daemon.errors import ConfigError
 from daemon.intake.reader import read_parts
+from daemon.intake.tokenizer import Tokenizer
 from daemon.observe.progress import Progress
 from daemon.records import (
     Claim,
@@ -86,6 +89,8 @@ class Verification:
     def tolerance(self) -> str:
         if self.dtype in ABSOLUTE_TOLERANCE:
             return f"{ABSOLUTE_TOLERANCE[self.dtype]:g} absolute, no flips"
+        if self.dtype not in RELATIVE_TOLERANCE:
+            return "none: what this precision costs, against float32"
         flips = f"flips at most {MAX_FLIP_RATE[self.dtype]:g} of active features"
         return f"{RELATIVE_TOLERANCE[self.dtype]:g} relative, {flips}"
 
@@ -94,7 +99,9 @@ class Verification:
         return all(self.accepts(report) for report in self.reports)
 
     def accepts(self, report: BatchSizeReport) -> bool:
-        """Whether one batch size stays within the tolerance of the dtype."""
+        """Whether one batch size stays within the tolerance of the dtype, where there is one."""
+        if self.dtype not in MAX_FLIP_RATE:
+            return True
         return (
             all(self.within(difference) for difference in report.columns)
             and report.feature_flips <= MAX_FLIP_RATE[self.dtype] * self.activations
@@ -129,19 +136,18 @@ def verify(
 ) -> Verification:
     """Compare on the samples of `file` (default: the demo's), at each batch size.
 
-    Raises ConfigError for a dtype without a defined tolerance, FileError for an unusable file.
+    Raises ConfigError for other positions than last tokens, FileError for an unusable file.
     """
-    if config.model.dtype not in MAX_FLIP_RATE:
-        raise ConfigError(
-            f"verify compares in {' or '.join(MAX_FLIP_RATE)}, not {config.model.dtype}: set --dtype"
-        )
+    if config.analysis.positions != "last":
+        raise ConfigError('verify reads last tokens: set analysis.positions = "last"')
     compute = load_compute(config)
-    parts = asyncio.run(tokenized_parts(config, compute, file or DEMO_SAMPLES))
+    plain = load_reference(config)
+    parts = asyncio.run(tokenized_parts(config, compute.tokenizer, file or DEMO_SAMPLES))
     recipe = parts[0].part.recipe
     chosen = [sample for part in parts for sample in part.samples][:samples]
     with torch.inference_mode():
         with Progress() as progress:
-            reference = run_reference(config, compute.engine, recipe, chosen, progress)
+            reference = run_reference(config, plain, recipe, chosen, progress)
         reports = tuple(
             compare(
                 size,
@@ -164,11 +170,21 @@ def verify(
     )
 
 
-async def tokenized_parts(config: Config, compute: Compute, file: Path) -> list[TokenizedPart]:
+def load_reference(config: Config) -> PaddedEngine:
+    """TransformerLens and SAELens as they come; for a reduced precision the reference is float32."""
+    if config.model.dtype not in MAX_FLIP_RATE:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
+    model, saes = load_parts(config)
+    return PaddedEngine(
+        model, saes, [PlainEncoder(entry, DecoderRows(entry.W_dec, None, None)) for entry in saes], "last"
+    )
+
+
+async def tokenized_parts(config: Config, tokenizer: Tokenizer, file: Path) -> list[TokenizedPart]:
     source = source_of(file)
     with file.open("rb") as content:
         parts = read_parts(content, source, recipe=config.recipe, limits=read_limits(config), stored={})
-        return [compute.tokenizer.tokenize(part) async for part in parts if isinstance(part, Part)]
+        return [tokenizer.tokenize(part) async for part in parts if isinstance(part, Part)]
 
 
 def source_of(file: Path) -> Source:
@@ -185,6 +201,7 @@ def run_reference(
 ) -> Reference:
     """Each sample alone, text by text."""
     settings = study_settings(config)
+    first = engine.saes[0]
     columns: dict[str, list[Value]] = {
         column.name: [] for column in analysis_columns(engine.info.layers, recipe)
     }
@@ -199,7 +216,7 @@ def run_reference(
             settings=settings,
             layers=layers,
             n_tokens=[len(ids) for ids in sample.token_ids],
-            encode_first=lambda x: engine.encode_first(torch.from_numpy(x)).double().numpy(),
+            encode_first=lambda x: to_array(first.encode(torch.from_numpy(x).to(first.W_dec))),
         )
         for name, value in values.items():
             columns[name].append(value)
@@ -247,7 +264,7 @@ def run_batched(
     compute: Compute, recipe: Recipe, samples: Sequence[TokenizedSample], batch_size: int
 ) -> Batched:
     """Batches as the daemon forms them, of at most `batch_size` samples."""
-    packer = Packer(max_batch_tokens=UNLIMITED, max_batch_samples=batch_size)
+    packer = Packer(UNLIMITED, batch_size, shares_prefixes=compute.engine.shares_prefixes)
     packer.add(one_part(recipe, samples))
     columns: dict[str, list[Value]] = {
         column.name: [0] * len(samples) for column in analysis_columns(compute.engine.info.layers, recipe)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from hypothesis import settings
 from torch import Tensor
 
+from daemon.analysis.geometry import DecoderRows
 from daemon.analysis.sparse import SparseActs, from_dense
+from daemon.analysis.stability import Noise, noise_bank
 from daemon.analysis.study import LayerActivations, StudySettings
 
 QUICK = settings(max_examples=40, deadline=None)
@@ -27,9 +30,18 @@ class RandomSae:
     def d_sae(self) -> int:
         return self.W_dec.shape[0]
 
+    def pre_acts(self, x: Tensor) -> Tensor:
+        return x.to(self.W_enc.dtype) @ self.W_enc
+
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        return torch.where(pre_acts > self.threshold, pre_acts, 0)
+
     def encode(self, x: Tensor) -> Tensor:
-        pre = x.to(self.W_enc.dtype) @ self.W_enc
-        return torch.where(pre > self.threshold, pre, 0)
+        return self.activate(self.pre_acts(x))
+
+    def noise(self, seed: int, sigma: float) -> Noise:
+        bank = noise_bank(seed, self.W_enc.shape[0], self.W_enc.dtype)
+        return Noise(self.pre_acts, self.activate, sigma * bank @ self.W_enc)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         return feature_acts @ self.W_dec
@@ -40,6 +52,11 @@ def random_sae(seed: int, d_in: int, d_sae: int, dtype: torch.dtype = torch.floa
     W_enc = torch.randn(d_in, d_sae, generator=generator, dtype=torch.float64) / d_in**0.5
     W_dec = torch.randn(d_sae, d_in, generator=generator, dtype=torch.float64)
     return RandomSae(W_enc.to(dtype), W_dec.to(dtype))
+
+
+def unprojected(encode: Callable[[Tensor], Tensor], bank: Tensor, sigma: float) -> Noise:
+    """Noise that is added to x itself, for an encoder that is not taken apart."""
+    return Noise(lambda x: x, encode, sigma * bank)
 
 
 def residuals(seed: int, n: int, d_in: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -54,7 +71,7 @@ def activations(sae: RandomSae, x: Tensor, layer: int) -> LayerActivations:
         x=x,
         reconstruction=sae.decode(feature_acts),
         acts=from_dense(feature_acts),
-        W_dec=sae.W_dec,
+        decoder=DecoderRows.of(sae.W_dec),
         d_sae=sae.d_sae,
     )
 

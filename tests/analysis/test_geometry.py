@@ -10,10 +10,23 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from daemon.analysis import geometry as module
-from daemon.analysis.geometry import Geometry, geometry, row_chunks
-from daemon.analysis.sparse import from_dense
+from daemon.analysis.geometry import MAX_TABLE_BYTES, DecoderRows, Geometry, geometry, row_chunks
+from daemon.analysis.sparse import SparseActs, from_dense
 from daemon.columns import SHAPE_CLASSES
 from tests.analysis.synthetic import QUICK, random_acts, random_sae, residuals, to_dense
+
+tables = [MAX_TABLE_BYTES]  # bytes that a table of inner products may take
+
+
+@pytest.fixture(params=["looked up", "gathered"], scope="module", autouse=True)
+def by_table(request) -> None:
+    """Every test here runs with inner products from a table and from the rows themselves."""
+    tables[0] = MAX_TABLE_BYTES if request.param == "looked up" else 0
+
+
+def shape_of(acts: SparseActs, W_dec: torch.Tensor) -> Geometry:
+    return geometry(acts, DecoderRows.of(W_dec, tables[0]))
+
 
 SCALARS = ("sphericity", "elongation", "dimensionality", "eigenvalue_entropy", "misalignment")
 
@@ -29,7 +42,7 @@ def of_rows(rows: list[list[float]], weights: list[float] | None = None) -> Geom
     """The geometry of these decoder rows, all active."""
     W_dec = torch.tensor(rows, dtype=torch.float64)
     magnitudes = torch.tensor([weights or [1.0] * len(rows)], dtype=torch.float64)
-    return geometry(from_dense(magnitudes), W_dec)
+    return shape_of(from_dense(magnitudes), W_dec)
 
 
 def cross(a: float, b: float, c: float, shift: float = 0.0) -> list[list[float]]:
@@ -55,7 +68,7 @@ def assert_same(a: Geometry, b: Geometry, rows_a: slice, rows_b: slice) -> None:
 def test_the_gram_matrix_gives_the_eigenvalues_of_the_inertia_tensor(seed, n, d_in):
     sae = random_sae(seed, d_in, 20)
     acts = random_acts(seed, [n], sae.d_sae)
-    shape = geometry(acts, sae.W_dec)
+    shape = shape_of(acts, sae.W_dec)
     tensor = tensor_of(to_dense(acts, sae.d_sae)[0].numpy(), sae.W_dec.numpy())
     eigenvalues = np.append(np.linalg.eigvalsh(tensor)[::-1], [0.0, 0.0]).clip(min=0)
     share = eigenvalues / eigenvalues.sum()
@@ -71,7 +84,7 @@ def test_the_gram_matrix_gives_the_eigenvalues_of_the_inertia_tensor(seed, n, d_
 def test_the_axis_is_the_principal_eigenvector_of_the_inertia_tensor(seed, n):
     sae = random_sae(seed, 8, 20)
     acts = random_acts(seed, [n], sae.d_sae)
-    shape = geometry(acts, sae.W_dec)
+    shape = shape_of(acts, sae.W_dec)
     assume(shape.elongation.item() < 0.99)  # else the axis is ill-defined
     dense = to_dense(acts, sae.d_sae)[0].numpy()
     _, vectors = np.linalg.eigh(tensor_of(dense, sae.W_dec.numpy()))
@@ -110,7 +123,7 @@ def test_every_dimension_equal_counts_all_dimensions():
 
 
 def test_nothing_active_has_no_shape_and_no_centroid():
-    shape = geometry(from_dense(torch.zeros(1, 3)), torch.randn(3, 4))
+    shape = shape_of(from_dense(torch.zeros(1, 3)), torch.randn(3, 4))
     assert class_of(shape) == "None"
     assert [getattr(shape, name).item() for name in SCALARS] == [0] * 5
     assert not shape.centroid.any()
@@ -183,9 +196,9 @@ def test_a_row_does_not_depend_on_its_batch(seed, counts, budget):
     acts = random_acts(seed, counts, sae.d_sae)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MAX_GATHERED", budget)
-        batched = geometry(acts, sae.W_dec)
+        batched = shape_of(acts, sae.W_dec)
     for row in range(len(counts)):
-        alone = geometry(from_dense(to_dense(acts, sae.d_sae)[row : row + 1]), sae.W_dec)
+        alone = shape_of(from_dense(to_dense(acts, sae.d_sae)[row : row + 1]), sae.W_dec)
         assume(alone.elongation.item() < 0.999)
         assert_same(batched, alone, slice(row, row + 1), slice(0, 1))
 
@@ -206,9 +219,9 @@ def test_chunks_cover_the_rows_and_bound_the_workspace(counts, d_in):
 def test_an_overflowed_row_has_no_shape_and_spoils_no_other():
     dense = to_dense(random_acts(0, [5, 5, 5], 20), 20)
     sae = random_sae(0, 6, 20)
-    expected = geometry(from_dense(dense), sae.W_dec)
+    expected = shape_of(from_dense(dense), sae.W_dec)
     dense[1, 3] = math.inf
-    overflowed = geometry(from_dense(dense), sae.W_dec)
+    overflowed = shape_of(from_dense(dense), sae.W_dec)
     assert class_of(overflowed, 1) == "None"
     for row in (0, 2):
         assert_same(overflowed, expected, slice(row, row + 1), slice(row, row + 1))
@@ -218,8 +231,8 @@ def test_lower_precision_inputs_are_worked_on_in_float64():
     acts = random_acts(1, [4, 9], 20)
     rounded = from_dense(to_dense(acts, 20).float())
     sae = random_sae(1, 6, 20, torch.float32)
-    low = geometry(rounded, sae.W_dec)
-    exact = geometry(from_dense(to_dense(rounded, 20).double()), sae.W_dec.double())
+    low = shape_of(rounded, sae.W_dec)
+    exact = shape_of(from_dense(to_dense(rounded, 20).double()), sae.W_dec.double())
     assert_same(low, exact, slice(None), slice(None))
 
 
@@ -228,13 +241,13 @@ def test_lower_precision_inputs_are_worked_on_in_float64():
 def test_the_scale_of_the_activations_does_not_matter(seed, scale):
     sae = random_sae(seed, 6, 20)
     dense = to_dense(random_acts(seed, [6], 20), 20)
-    shape = geometry(from_dense(dense), sae.W_dec)
+    shape = shape_of(from_dense(dense), sae.W_dec)
     assume(shape.elongation.item() < 0.99)
-    assert_same(geometry(from_dense(scale * dense), sae.W_dec), shape, slice(None), slice(None))
+    assert_same(shape_of(from_dense(scale * dense), sae.W_dec), shape, slice(None), slice(None))
 
 
 def test_inputs_are_left_as_they_were():
     acts, W_dec = random_acts(2, [4], 8), random_sae(2, 5, 8).W_dec
     before = [tensor.clone() for tensor in (acts.indices, acts.values, acts.counts, W_dec)]
-    geometry(acts, W_dec)
+    shape_of(acts, W_dec)
     assert all(map(torch.equal, before, (acts.indices, acts.values, acts.counts, W_dec)))

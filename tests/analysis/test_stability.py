@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from daemon.analysis import stability as module
-from daemon.analysis.stability import NOISE_BANK_SIZE, noise_bank, noise_draws, stability, top_k_set
+from daemon.analysis.stability import NOISE_BANK_SIZE, noise_bank, noise_draws, stability, strongest
 from daemon.tools.reference import noise_similarities
-from tests.analysis.synthetic import QUICK, SETTINGS, random_sae, residuals
+from tests.analysis.synthetic import QUICK, SETTINGS, random_sae, residuals, unprojected
 
 names = st.text(st.characters(), max_size=4)  # any code point, lone surrogates too
 
@@ -86,9 +86,8 @@ def test_stability_is_that_of_each_sample_alone(seed, n, top_k, max_rows):
     ids = [f"id{row}" for row in range(n)]
     draws = torch.from_numpy(np.stack([noise_draws(chosen.seed, i, "t", chosen.noise_draws) for i in ids]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "MAX_ENCODED_ROWS", max_rows)
-        bank = noise_bank(chosen.seed, d_in, torch.float64)
-        mean, deviation = stability(x, sae.encode, bank, draws, chosen.noise_sigma, top_k)
+        patch.setattr(module, "MAX_ACTIVATED_ROWS", max_rows)
+        mean, deviation = stability(sae.noise(chosen.seed, chosen.noise_sigma), x, draws, top_k)
     for row, sample_id in enumerate(ids):
         alone = noise_similarities(
             x[row].numpy(), sample_id, "t", chosen, lambda v: sae.encode(torch.from_numpy(v)).numpy()
@@ -105,7 +104,8 @@ def scripted(outputs: list[list[float]]):
 def test_stability_by_hand():
     encode = scripted([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 0.0, 9.0], [0.0, 0.0, 0.0, 0.0]])
     draws = torch.tensor([[0, 1]])
-    mean, deviation = stability(torch.zeros(1, 2), encode, noise_bank(0, 2, torch.float32), draws, 0.1, 2)
+    noise = unprojected(encode, noise_bank(0, 2, torch.float32), 0.1)
+    mean, deviation = stability(noise, torch.zeros(1, 2), draws, 2)
     # {0, 1} against {3, 0} and against nothing: 1/3 and 0
     assert mean.tolist() == pytest.approx([1 / 6])
     assert deviation.tolist() == pytest.approx([1 / 6])
@@ -115,7 +115,7 @@ def test_a_silent_encoder_and_an_absence_of_noise_are_perfectly_stable():
     bank, draws = noise_bank(0, 3, torch.float64), torch.arange(8).view(2, 4)
     x = residuals(0, 2, 3)
     for encode, sigma in ((torch.zeros_like, 0.1), (torch.abs, 0.0)):
-        mean, deviation = stability(x, encode, bank, draws, sigma, 2)
+        mean, deviation = stability(unprojected(encode, bank, sigma), x, draws, 2)
         assert mean.tolist() == [1, 1]
         assert deviation.tolist() == [0, 0]
 
@@ -128,7 +128,7 @@ def test_noise_is_the_drawn_rows_times_sigma():
         return x.abs()
 
     x, bank = residuals(0, 2, 3), noise_bank(0, 3, torch.float64)
-    stability(x, encode, bank, torch.tensor([[4, 9], [2, 0]]), 0.5, 1)
+    stability(unprojected(encode, bank, 0.5), x, torch.tensor([[4, 9], [2, 0]]), 1)
     expected = [
         x[0],
         x[0] + 0.5 * bank[4],
@@ -149,9 +149,10 @@ def test_the_dense_workspace_is_bounded(n, k):
         return x.abs()
 
     draws = torch.arange(k).expand(n, k)
-    stability(torch.ones(n, 2), encode, noise_bank(0, 2, torch.float32), draws, 0.1, 1)
+    noise = unprojected(encode, noise_bank(0, 2, torch.float32), 0.1)
+    stability(noise, torch.ones(n, 2), draws, 1)
     assert sum(sizes) == n * (k + 1)
-    assert max(sizes) <= module.MAX_ENCODED_ROWS
+    assert max(sizes) <= module.MAX_ACTIVATED_ROWS
 
 
 entries = st.sampled_from([-1.0, 0.0, 1.0, 2.0, 3.0])
@@ -160,8 +161,8 @@ entries = st.sampled_from([-1.0, 0.0, 1.0, 2.0, 3.0])
 @QUICK
 @given(st.lists(st.lists(entries, min_size=6, max_size=6), min_size=1, max_size=4), st.integers(1, 8))
 def test_the_strongest_are_positive_and_ties_go_to_the_lower_index(rows, top_k):
-    members = top_k_set(torch.tensor(rows), top_k)
-    for row, member in zip(rows, members, strict=True):
+    found = strongest(torch.tensor(rows), top_k)
+    for row, indices in zip(rows, found.tolist(), strict=True):
         active = [i for i, value in enumerate(row) if value > 0]
         expected = sorted(active, key=lambda i: (-row[i], i))[:top_k]
-        assert member.nonzero().flatten().tolist() == sorted(expected)
+        assert sorted(i for i in indices if i >= 0) == sorted(expected)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.analysis.geometry import geometry
-from daemon.analysis.stability import noise_bank
-from daemon.analysis.study import LayerActivations, analyse, feature_rows, layer_metrics, layer_sums
+from daemon.analysis.features import StoredFeatures, feature_rows
+from daemon.analysis.geometry import DecoderRows, geometry
+from daemon.analysis.study import LayerActivations, analyse, layer_metrics, layer_sums
 from daemon.columns import CONTRAST_METRICS, SHAPE_CLASSES, analysis_columns
 from daemon.records import CONTRAST_RECIPE, PLAIN_RECIPE, Contrast, Recipe
 from daemon.tools.reference import ReferenceLayer, reference_columns
@@ -61,8 +61,7 @@ class Case:
             sample_ids=[self.sample_ids[sample] for sample in samples],
             token_counts=[self.token_counts[sample] for sample in samples],
             settings=SETTINGS,
-            encode_first=self.saes[0].encode,
-            bank=noise_bank(SETTINGS.seed, D_IN, self.layers[0].x.dtype),
+            noise=self.saes[0].noise(SETTINGS.seed, SETTINGS.noise_sigma),
         )
 
     def reference(self, sample: int) -> dict[str, float | int | str]:
@@ -78,7 +77,7 @@ class Case:
                     x=list(layer.x[rows].double().numpy()),
                     feature_acts=list(sae.encode(layer.x[rows]).double().numpy()),
                     reconstruction=list(layer.reconstruction[rows].double().numpy()),
-                    W_dec=layer.W_dec.double().numpy(),
+                    W_dec=layer.decoder.W_dec.double().numpy(),
                 )
                 for sae, layer in zip(self.saes, self.layers, strict=True)
             ],
@@ -210,7 +209,7 @@ def test_the_error_relative_to_nothing_is_undefined():
     layer = dataclasses.replace(
         make_case().layers[0], x=torch.zeros(12, D_IN), reconstruction=torch.ones(12, D_IN)
     )
-    metrics = layer_metrics(layer, geometry(layer.acts, layer.W_dec))
+    metrics = layer_metrics(layer, geometry(layer.acts, layer.decoder))
     assert metrics["reconstruction_error"].tolist() == pytest.approx([D_IN**0.5] * 12)
     assert metrics["relative_error"].isnan().all()
 
@@ -245,10 +244,39 @@ def ragged_layers(seed: int, counts: list[list[int]]) -> list[LayerActivations]:
     empty = torch.zeros(0)
     return [
         LayerActivations(
-            layer=i, x=empty, reconstruction=empty, acts=random_acts(seed + i, row, 12), W_dec=empty, d_sae=12
+            layer=i,
+            x=empty,
+            reconstruction=empty,
+            acts=random_acts(seed + i, row, 12),
+            decoder=DecoderRows(empty, None, None),
+            d_sae=12,
         )
         for i, row in enumerate(counts)
     ]
+
+
+def read_once(layers: list[LayerActivations], positions: list[int], tokens: list[int]) -> StoredFeatures:
+    """One row per text."""
+    n = np.arange(len(positions) + 1)
+    return StoredFeatures(
+        tuple(layer.acts for layer in layers), n[:-1], n, np.array(positions), np.array(tokens)
+    )
+
+
+def test_several_rows_of_a_text_lie_together_by_layer_and_may_share_activations():
+    acts = tuple(random_acts(seed, [2, 0, 3], 12) for seed in (0, 1))
+    reads = np.array([0, 1, 1, 2, 0])  # of two texts
+    stored = StoredFeatures(acts, reads, np.array([0, 2, 5]), np.array([1, 2, 1, 2, 3]), reads + 100)
+    rows = feature_rows(stored, n_texts=1)
+    expected = [(0, 0, 1), (0, 0, 2), (0, 1, 1), (0, 1, 2)]
+    expected += [(1, layer, position) for layer in (0, 1) for position in (1, 2, 3)]
+    assert list(zip(rows.sample_row, rows.layer, rows.position, strict=True)) == expected
+    read_at = {(0, 1): 0, (0, 2): 1, (1, 1): 1, (1, 2): 2, (1, 3): 0}
+    for row, (sample, layer, position) in enumerate(expected):
+        dense = to_dense(acts[layer], 12)[read_at[sample, position]]
+        own = slice(rows.offsets[row], rows.offsets[row + 1])
+        assert rows.indices[own].tolist() == dense.nonzero().flatten().tolist()
+        assert rows.token_id[row] == 100 + read_at[sample, position]
 
 
 @QUICK
@@ -259,7 +287,7 @@ def test_feature_rows_are_ordered_by_sample_text_and_layer(seed, n, n_texts, n_l
     layers = ragged_layers(seed, data.draw(st.lists(count_lists, min_size=n_layers, max_size=n_layers)))
     last = [4 + i for i in range(positions)]
     tokens = [100 + i for i in range(positions)]
-    rows = feature_rows(layers=layers, n_texts=n_texts, positions=last, token_ids=tokens)
+    rows = feature_rows(read_once(layers, last, tokens), n_texts)
     expected = [(s, t, layer) for s in range(n) for t in range(n_texts) for layer in range(n_layers)]
     assert (
         list(zip(rows.sample_row.tolist(), rows.text.tolist(), rows.layer.tolist(), strict=True)) == expected
@@ -282,7 +310,7 @@ def test_feature_rows_are_ordered_by_sample_text_and_layer(seed, n, n_texts, n_l
 )
 def test_feature_values_keep_the_precision_they_have(dtype, stored):
     layers = make_case(dtype=dtype).layers
-    rows = feature_rows(layers=layers, n_texts=3, positions=[0] * 12, token_ids=[0] * 12)
+    rows = feature_rows(read_once(layers, [0] * 12, [0] * 12), 3)
     assert rows.values.dtype == stored
     assert rows.indices.dtype == np.uint32
     for values in (rows.sample_row, rows.text, rows.layer, rows.position, rows.token_id, rows.offsets):

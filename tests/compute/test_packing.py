@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.compute.packing import Packer
+from daemon.compute.packing import Packer, shared_length
+from daemon.compute.preorder import preorder
 from daemon.records import (
     CONTRAST_RECIPE,
     PLAIN_RECIPE,
@@ -46,7 +47,7 @@ def drain(packer: Packer) -> list[list[int]]:
     most=st.none() | st.integers(1, 5),
 )
 def test_every_sample_runs_once_within_the_limits_or_alone(widths, budget, most):
-    packer = Packer(budget, most)
+    packer = Packer(budget, most, shares_prefixes=False)
     packer.add(part(widths))
     batches = drain(packer)
     assert sorted(width for batch in batches for width in batch) == sorted(widths)
@@ -57,19 +58,19 @@ def test_every_sample_runs_once_within_the_limits_or_alone(widths, budget, most)
 
 
 def test_samples_of_similar_length_share_a_batch():
-    packer = Packer(max_batch_tokens=24)
+    packer = Packer(24, shares_prefixes=False)
     packer.add(part([2, 12, 3, 11, 2, 3]))
     assert drain(packer) == [[2, 2, 3, 3], [11, 12]]
 
 
 def test_the_budget_counts_every_text_and_its_padding():
-    packer = Packer(max_batch_tokens=30)
+    packer = Packer(30, shares_prefixes=False)
     packer.add(part([5, 5, 5], CONTRAST_RECIPE))
     assert drain(packer) == [[5, 5], [5]]
 
 
 def test_recipes_never_share_a_batch_but_files_do():
-    packer = Packer(max_batch_tokens=1000)
+    packer = Packer(1000, shares_prefixes=False)
     packer.add(part([4], PLAIN_RECIPE, 0))
     packer.add(part([4], CONTRAST_RECIPE, 1))
     packer.add(part([4], PLAIN_RECIPE, 2))
@@ -78,4 +79,49 @@ def test_recipes_never_share_a_batch_but_files_do():
 
 def test_an_empty_packer_refuses():
     with pytest.raises(IndexError):
-        Packer(10).take()
+        Packer(10, shares_prefixes=False).take()
+
+
+def part_of(token_ids: list[list[tuple[int, ...]]]) -> TokenizedPart:
+    """A part of samples with these texts."""
+    samples = [Sample(i, str(i), None, None, None, ("",), None, 0) for i in range(len(token_ids))]
+    return TokenizedPart(
+        Part(SOURCE, PartExtent(0, 0, len(samples), 0), False, PLAIN_RECIPE, tuple(samples), ()),
+        tuple(TokenizedSample(sample, tuple(ids)) for sample, ids in zip(samples, token_ids, strict=True)),
+    )
+
+
+tokens = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(tuple)
+
+
+@given(st.lists(st.lists(tokens, min_size=1, max_size=3), max_size=20), st.integers(1, 30))
+def test_packed_batches_stay_within_the_budget_of_their_trie(token_ids, budget):
+    packer = Packer(budget, shares_prefixes=True)
+    packer.add(part_of(token_ids))
+    seen = []
+    while packer:
+        batch = packer.take()
+        seen += [sample.token_ids for sample in batch.samples]
+        texts = [ids for sample in batch.samples for ids in sample.token_ids]
+        assert len(batch.samples) == 1 or len(preorder(texts)) <= budget
+    assert sorted(seen) == sorted(tuple(ids) for ids in token_ids)
+
+
+def test_a_beginning_that_all_share_counts_once():
+    packer = Packer(130, shares_prefixes=True)
+    packer.add(part_of([[(*range(100), 200 + n)] for n in (3, 1, 2)] + [[(7,) * 100]]))
+    assert [len(packer.take().samples) for _ in range(2)] == [3, 1]
+
+
+def test_a_packed_batch_that_was_too_much_comes_back_in_halves():
+    packer = Packer(1000, shares_prefixes=True)
+    packer.add(part_of([[(*range(10), 100 + n)] for n in range(6)]))
+    packer.shrink(packer.take())
+    assert packer.max_batch_tokens == 8
+    assert len(packer) == 6
+
+
+@given(tokens, tokens)
+def test_shared_length_is_that_of_the_longest_common_beginning(a, b):
+    expected = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    assert shared_length(a, b) == expected

@@ -5,23 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from daemon.compute.float64 import full_precision
-from daemon.compute.loading import ModelLocation, load_model
 from daemon.compute.padded import PaddedEngine
-from daemon.compute.sae import load_saes
-from daemon.config import SaeSection
 from tests import tiny
-
-
-def engine_of(model, sae_folders, dtype=torch.float64) -> PaddedEngine:
-    loaded = load_model(ModelLocation("tiny", str(model), None), device="cpu", dtype=dtype)
-    sources = [SaeSection(path=folder) for folder in sae_folders]
-    saes = load_saes(sources, d_model=loaded.d_model, n_layers=loaded.n_layers, device="cpu", dtype=dtype)
-    return PaddedEngine(loaded, saes)
-
-
-def random_texts(lengths: list[int]) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [[tiny.BOS, *torch.randint(0, 256, (n - 1,), generator=generator).tolist()] for n in lengths]
+from tests.compute.engines import dense, padded, random_texts
 
 
 def one_at_a_time(engine: PaddedEngine, text: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -36,15 +22,10 @@ def one_at_a_time(engine: PaddedEngine, text: list[int]) -> list[tuple[torch.Ten
     return results
 
 
-def dense(layer, d_sae: int) -> torch.Tensor:
-    full = torch.zeros(len(layer.acts.counts), d_sae, dtype=layer.acts.values.dtype)
-    return full.scatter_add_(1, layer.acts.indices, layer.acts.values)
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> PaddedEngine:
     made = tiny.make_tiny(tmp_path_factory.mktemp("tiny"))
-    return engine_of(made.model, made.saes)
+    return padded(made.model, made.saes)
 
 
 @pytest.mark.parametrize("lengths", [[5], [5, 9, 2], [1, 30, 7, 7, 12, 3, 2, 19]])
@@ -54,7 +35,7 @@ def test_a_batch_equals_its_texts_one_at_a_time(llama, lengths):
     for row, text in enumerate(texts):
         for layer, (x, feature_acts) in zip(extraction.layers, one_at_a_time(llama, text), strict=True):
             assert_close(layer.x[row], x[0], rtol=0, atol=1e-11)
-            assert_close(dense(layer, tiny.D_SAE)[row], feature_acts[0], rtol=0, atol=1e-11)
+            assert_close(dense(layer)[row], feature_acts[0], rtol=0, atol=1e-11)
 
 
 def test_padding_is_counted_as_computed(llama):
@@ -72,7 +53,7 @@ def test_reconstruction_is_the_dictionarys_own(llama):
 def test_layers_after_the_last_sae_do_not_run(tmp_path):
     model = tiny.save_llama(tmp_path / "model", n_layers=4)
     sae = tiny.save_sae(tmp_path / "sae", "blocks.1.hook_resid_post")
-    engine = engine_of(model, [sae])
+    engine = padded(model, [sae])
     ran: list[int] = []
     for number, layer in enumerate(engine._bridge.original_model.model.layers):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -85,7 +66,7 @@ def test_resid_pre_is_the_input_of_the_block(tmp_path):
     model = tiny.save_llama(tmp_path / "model")
     pre = tiny.save_sae(tmp_path / "pre", "blocks.2.hook_resid_pre")
     post = tiny.save_sae(tmp_path / "post", "blocks.1.hook_resid_post")
-    engine = engine_of(model, [pre, post])
+    engine = padded(model, [pre, post])
     first, second = engine.extract(random_texts([5, 8])).layers
     assert (first.layer, second.layer) == (1, 2)
     assert_close(first.x, second.x)
@@ -95,13 +76,13 @@ def test_resid_pre_is_the_input_of_the_block(tmp_path):
 def test_gpt2_and_every_kind_of_dictionary(tmp_path, architecture):
     model = tiny.save_gpt2(tmp_path / "model")
     sae = tiny.save_sae(tmp_path / "sae", "blocks.1.hook_resid_post", architecture=architecture)
-    engine = engine_of(model, [sae])
+    engine = padded(model, [sae])
     texts = random_texts([3, 11, 6])
     extraction = engine.extract(texts)
     for row, text in enumerate(texts):
         ((x, feature_acts),) = one_at_a_time(engine, text)
         assert_close(extraction.layers[0].x[row], x[0], rtol=0, atol=1e-11)
-        assert_close(dense(extraction.layers[0], tiny.D_SAE)[row], feature_acts[0], rtol=0, atol=1e-11)
+        assert_close(dense(extraction.layers[0])[row], feature_acts[0], rtol=0, atol=1e-11)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of HookedTransformer itself
@@ -116,7 +97,7 @@ def test_centred_dictionaries_read_what_a_processed_model_writes(tmp_path):
         "blocks.1.hook_resid_pre",
         model_from_pretrained_kwargs={"center_writing_weights": True},
     )
-    engine = engine_of(folder, [sae])
+    engine = padded(folder, [sae])
     text = random_texts([9])[0]
     hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     cfg = loading.get_pretrained_model_config(

@@ -27,7 +27,7 @@ from tests.sources import unclaimed
 
 SOURCE = unclaimed("f")
 SAES = tuple(SaeInfo(f"blocks.{n}.hook_resid_post", n, 4, 8, "jumprelu", "s", "h") for n in (3, 5))
-INFO = ModelInfo("tiny", "Llama", 4, 6, "float32", "cpu", None, SAES)
+INFO = ModelInfo("tiny", "Llama", 4, 6, "float32", "cpu", "packed", None, SAES)
 
 
 @pytest.fixture
@@ -123,7 +123,10 @@ def test_a_failed_file_is_no_commit(metrics):
 def test_the_model_and_the_build_are_named(metrics):
     metrics.describe(INFO, 512)
     saes = "blocks.3.hook_resid_post,blocks.5.hook_resid_post"
-    assert value(metrics, "model_info", model="tiny", dtype="float32", device="cpu", saes=saes) == 1
+    assert (
+        value(metrics, "model_info", model="tiny", dtype="float32", device="cpu", engine="packed", saes=saes)
+        == 1
+    )
     assert value(metrics, "max_batch_tokens") == 512
 
 

@@ -43,6 +43,7 @@ INFO = ModelInfo(
     n_layers=8,
     dtype="float32",
     device="cpu",
+    engine="packed",
     weights_sha256=None,
     saes=tuple(
         SaeInfo(f"blocks.{layer}.hook_resid_post", layer, D_IN, D_SAE, "jumprelu", f"sae-{layer}", "5" * 64)

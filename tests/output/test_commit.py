@@ -84,6 +84,7 @@ def test_a_published_folder_says_what_it_holds(outbox):
         "n_layers": 8,
         "dtype": "float32",
         "device": "cpu",
+        "engine": "packed",
         "weights_sha256": None,
     }
     assert content["recipe"]["texts"]["fact"] == "{prompt} {fact}"

@@ -1,0 +1,72 @@
+"""The sparse activations of a batch as rows to store. Knows nothing about how they came about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from daemon.analysis.sparse import SparseActs
+from daemon.records import FeatureRows, FloatArray, IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFeatures:
+    """What is stored of N texts: R rows per SAE, text by text."""
+
+    acts: tuple[SparseActs, ...]  # one per SAE, of K positions
+    rows: IntArray  # (R,) into `acts`: texts may share a position
+    offsets: IntArray  # (N + 1,) where each text's rows begin
+    positions: IntArray  # (R,) token position in the text, -1 where the features belong to no one position
+    token_ids: IntArray  # (R,) the token there, -1 likewise
+
+
+def feature_rows(stored: StoredFeatures, n_texts: int) -> FeatureRows:
+    """The rows in the order of storage: by sample of `n_texts` texts, text, SAE and position."""
+    n_layers, n_rows = len(stored.acts), len(stored.rows)
+    text = np.repeat(np.arange(len(stored.offsets) - 1), np.diff(stored.offsets))  # (R,)
+    pieces = [flat_rows(acts, stored.rows) for acts in stored.acts]
+    counts = np.stack([piece[0] for piece in pieces])  # (L, R)
+    # The activations lie SAE by SAE; within a text that is the order wanted.
+    order = np.argsort(np.broadcast_to(text, (n_layers, n_rows)).ravel(), kind="stable")
+    lengths = counts.ravel()[order]
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    begins = np.concatenate(([0], np.cumsum(counts.ravel())[:-1]))[order]
+    source = np.repeat(begins - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return FeatureRows(
+        sample_row=text[order % n_rows] // n_texts,
+        text=text[order % n_rows] % n_texts,
+        layer=order // n_rows,
+        position=stored.positions[order % n_rows],
+        token_id=stored.token_ids[order % n_rows],
+        offsets=offsets,
+        indices=np.concatenate([piece[1] for piece in pieces])[source],
+        values=np.concatenate([piece[2] for piece in pieces])[source],
+    )
+
+
+Flat = tuple[IntArray, npt.NDArray[np.uint32], npt.NDArray[np.float32] | FloatArray]
+
+
+def flat_rows(acts: SparseActs, rows: IntArray) -> Flat:
+    """Of the positions `rows` (R,), on the host: counts (R,), and indices and values end to end."""
+    if np.array_equal(rows, np.arange(len(acts.counts))):
+        read = acts
+    else:
+        read = acts.select(torch.from_numpy(rows).to(acts.counts.device))
+    active = read.active
+    return (
+        read.counts.cpu().numpy(),
+        read.indices[active].cpu().numpy().astype(np.uint32),
+        host_values(read.values[active]),
+    )
+
+
+def host_values(values: Tensor) -> npt.NDArray[np.float32] | FloatArray:
+    """In float64 if they are; NumPy has no bfloat16, so all else becomes float32."""
+    exact = values if values.dtype == torch.float64 else values.float()
+    array: npt.NDArray[np.float32] | FloatArray = exact.cpu().numpy()
+    return array

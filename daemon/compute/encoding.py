@@ -1,0 +1,175 @@
+"""An SAE taken apart into a product and an activation, so that noise can be added in between.
+
+encode(x) = activate(pre_acts(x)), and pre_acts(x + e) = pre_acts(x) + project(e): a bank of noise is
+projected once, not once per sample. Knows nothing about models, texts or samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import structlog
+import torch
+from torch import Tensor
+
+from daemon.analysis.geometry import DecoderRows, weighted_sum
+from daemon.analysis.sparse import SparseActs, from_dense
+from daemon.compute.linear import product
+from daemon.compute.sae import LoadedSae
+
+PROBE_ROWS = 64
+PROBE_SCALES = (0.1, 1.0, 10.0, 100.0)  # of the residuals it is tried on
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # relative; in float32 a feature may flip
+
+log = structlog.get_logger()
+
+
+class Encoder(Protocol):
+    """One SAE. x: (N, d_in), in its dtype."""
+
+    decoder: DecoderRows
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """(N, d_pre)."""
+        ...
+
+    def project(self, noise: Tensor) -> Tensor:
+        """What adding `noise` (M, d_in) to x adds to `pre_acts` (M, d_pre)."""
+        ...
+
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        """(N, d_pre) -> dense feature activations (N, d_sae)."""
+        ...
+
+    def encode(self, x: Tensor) -> SparseActs: ...
+
+    def decode(self, acts: SparseActs) -> Tensor:
+        """The reconstruction (N, d_in)."""
+        ...
+
+
+def encoder_of(entry: LoadedSae) -> Encoder:
+    """The fast encoder of a dictionary if it agrees with the dictionary's own, else that one."""
+    decoder = DecoderRows.of(entry.W_dec)
+    plain = PlainEncoder(entry, decoder)
+    build = ACTIVATIONS.get(entry.info.architecture)
+    if build is not None and entry.sae.cfg.normalize_activations == "none":
+        fused = FusedEncoder(entry, decoder, build(entry.sae))
+        if agree(plain, fused, entry):
+            return fused
+    log.info("sae.encoded_by_saelens", sae=entry.info.source, architecture=entry.info.architecture)
+    return plain
+
+
+class PlainEncoder:
+    """SAELens's own encode and decode; noise is added to x itself."""
+
+    def __init__(self, entry: LoadedSae, decoder: DecoderRows) -> None:
+        self.decoder = decoder
+        self._entry = entry
+        self._d_sae = entry.info.d_sae
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        return x
+
+    def project(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        return self._entry.encode(pre_acts)
+
+    def encode(self, x: Tensor) -> SparseActs:
+        return from_dense(self._entry.encode(x))
+
+    def decode(self, acts: SparseActs) -> Tensor:
+        return self._entry.decode(acts.to_dense(self._d_sae))
+
+
+class FusedEncoder:
+    """One product with every bias folded in, and the activation on its result."""
+
+    def __init__(self, entry: LoadedSae, decoder: DecoderRows, activate: Callable[[Tensor], Tensor]) -> None:
+        sae = entry.sae
+        W_enc = sae.W_enc.T.contiguous()  # (d_sae, d_in)
+        bias = sae.b_enc.double() if entry.info.architecture != "gated" else torch.zeros_like(W_enc[:, 0])
+        if sae.cfg.apply_b_dec_to_input:
+            bias = bias - W_enc.double() @ sae.b_dec.double()
+        self.decoder = decoder
+        self._product = product(W_enc, bias.to(W_enc.dtype))
+        self._project = product(W_enc, None)
+        self._activate = activate
+        self._b_dec = sae.b_dec
+        self._written = sae.W_dec
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            self._written = sae.W_dec / sae.W_dec.norm(dim=-1, keepdim=True)
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        return self._product(x)
+
+    def project(self, noise: Tensor) -> Tensor:
+        return self._project(noise)
+
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        return self._activate(pre_acts)
+
+    def encode(self, x: Tensor) -> SparseActs:
+        return from_dense(self._activate(self._product(x)))
+
+    def decode(self, acts: SparseActs) -> Tensor:
+        reconstruction: Tensor = weighted_sum(acts.indices, acts.values, self._written) + self._b_dec
+        return reconstruction
+
+
+def standard(sae: Any) -> Callable[[Tensor], Tensor]:
+    activation: Callable[[Tensor], Tensor] = sae.activation_fn
+    return activation
+
+
+def jumprelu(sae: Any) -> Callable[[Tensor], Tensor]:
+    threshold = sae.threshold.clamp(min=0)
+    return lambda pre_acts: pre_acts.where(pre_acts > threshold, 0)
+
+
+def topk(sae: Any) -> Callable[[Tensor], Tensor]:
+    if not sae.cfg.rescale_acts_by_decoder_norm:
+        return standard(sae)
+    norms = sae.W_dec.norm(dim=-1)
+    activation = standard(sae)
+    return lambda pre_acts: activation(pre_acts * norms)
+
+
+def gated(sae: Any) -> Callable[[Tensor], Tensor]:
+    scale = sae.r_mag.exp()
+
+    def activate(pre_acts: Tensor) -> Tensor:
+        magnitudes: Tensor = sae.activation_fn(pre_acts * scale + sae.b_mag)
+        return magnitudes.where(pre_acts + sae.b_gate > 0, 0)
+
+    return activate
+
+
+# By the name of SAELens's architecture.
+ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    "standard": standard,
+    "jumprelu": jumprelu,
+    "topk": topk,
+    "gated": gated,
+}
+
+
+def agree(plain: Encoder, fused: Encoder, entry: LoadedSae) -> bool:
+    """Whether two encoders give the same features and reconstructions on random residuals."""
+    dtype, device = entry.W_dec.dtype, entry.W_dec.device
+    noise = torch.randn(PROBE_ROWS, entry.info.d_in, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([scale * noise for scale in PROBE_SCALES]).to(device, dtype)
+    with torch.inference_mode():
+        expected, got = (encoder.encode(x) for encoder in (plain, fused))
+        pairs = [
+            (expected.to_dense(entry.info.d_sae), got.to_dense(entry.info.d_sae)),
+            (plain.decode(expected), fused.decode(expected)),
+        ]
+    return all(
+        bool(torch.linalg.vector_norm(b - a) <= PROBE_TOLERANCE[dtype] * torch.linalg.vector_norm(a))
+        for a, b in pairs
+    )

@@ -1,0 +1,176 @@
+"""The fast engine: every token computed once, in one packed sequence without padding.
+
+The bare Hugging Face module reads the texts' trie up to the last layer that an SAE reads. Knows nothing
+about analysis, files or samples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+
+from daemon.compute.attention import (
+    IMPLEMENTATION,
+    Plan,
+    UnsupportedAttention,
+    attending,
+    plan_attention,
+    register,
+)
+from daemon.compute.encoding import Encoder
+from daemon.compute.engine import Extraction
+from daemon.compute.linear import pack_linears
+from daemon.compute.loading import LoadedModel, model_info
+from daemon.compute.preorder import Preorder, preorder
+from daemon.compute.readings import choose_readings, encode_readings
+from daemon.compute.sae import LoadedSae, hook_point
+from daemon.compute.trunk import Trunk, UnknownModel
+from daemon.records import ModelInfo, Positions
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}  # that packed attention knows
+PROBE_TOLERANCE = {  # relative, of a packed residual to a plain one
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.1,
+    torch.float16: 0.02,
+}
+
+log = structlog.get_logger()
+
+
+class CannotPack(Exception):
+    """Packed runs of this model are not possible, or differ from plain ones."""
+
+
+class PackedEngine:
+    """Implements `daemon.compute.engine.Engine` on packed tries."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        saes: Sequence[LoadedSae],
+        encoders: Sequence[Encoder],
+        positions: Positions,
+    ) -> None:
+        """Changes the model: its attention and its linear layers. Raises CannotPack."""
+        self._saes, self._encoders = tuple(saes), tuple(encoders)
+        self._info = model_info(model, [entry.info for entry in saes], "packed")
+        self._positions = positions
+        self._skip = int(saes[0].prepend_bos)
+        self._device, self._dtype = model.device, model.dtype
+        # A mask of four dimensions reaches the attention as it is, which then does not look at it.
+        self._no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
+        try:
+            self._trunk = Trunk(model.model, [hook_point(entry.info.hook_name) for entry in saes])
+        except UnknownModel as error:
+            raise CannotPack(str(error)) from None
+        self._adopt(model)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def prepend_bos(self) -> bool:
+        return self._saes[0].prepend_bos
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return True
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        return self._encoders
+
+    def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
+        """See `Engine.extract`."""
+        began = time.perf_counter()
+        packed = preorder(texts)
+        readings = choose_readings(
+            packed.path, packed.offsets, packed.tokens[packed.path], self._positions, self._skip
+        )
+        residuals = self.residuals(packed, torch.from_numpy(readings.keep).to(self._device))
+        self._synchronize()
+        ran = time.perf_counter()
+        with torch.inference_mode():
+            layers, stored = encode_readings(self._saes, self._encoders, residuals, readings, self._positions)
+        self._synchronize()
+        return Extraction(
+            layers=layers,
+            stored=stored,
+            computed_tokens=len(packed),
+            padding_tokens=0,
+            forward_seconds=ran - began,
+            sae_seconds=time.perf_counter() - ran,
+        )
+
+    def residuals(self, packed: Preorder, keep: Tensor) -> list[Tensor]:
+        """Per SAE the raw residuals (K, d_model) at the nodes `keep` (K,)."""
+        return self._run(packed, plan_attention(packed, self._device, self._dtype), keep)
+
+    def _run(self, packed: Preorder, plan: Plan, keep: Tensor) -> list[Tensor]:
+        tokens, depth = (
+            torch.from_numpy(row).to(self._device).unsqueeze(0) for row in (packed.tokens, packed.depth)
+        )
+        with torch.inference_mode(), attending(plan):
+            return self._trunk.run(tokens, depth, self._no_mask, keep)
+
+    def _adopt(self, model: LoadedModel) -> None:
+        """Give the model packed attention and packed weights, and compare with how it ran before."""
+        config = model.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if unknown := kinds - LAYER_TYPES:
+            raise CannotPack(f"layers of type {', '.join(sorted(unknown))}")
+        texts = probe_texts(model.vocabulary)
+        register()
+        try:
+            plain = [self._plain(text) for text in texts]
+            model.model.config._attn_implementation = IMPLEMENTATION
+            if config is not model.model.config:
+                config._attn_implementation = IMPLEMENTATION
+            pack_linears(self._trunk.layers)
+            packed = preorder(texts)
+            plan = plan_attention(packed, self._device, self._dtype)
+            got = self._run(packed, plan, torch.from_numpy(packed.path).to(self._device))
+        except (UnsupportedAttention, TypeError, ValueError, RuntimeError, LookupError) as error:
+            raise CannotPack(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+        slides = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None))
+        if slides and not plan.windows:
+            raise CannotPack("a sliding window that the attention is not told of")
+        for number, entry in enumerate(self._saes):
+            expected = torch.cat([residuals[number] for residuals in plain])
+            worst = relative_error(expected, got[number])
+            log.debug("engine.probe", hook_name=entry.info.hook_name, relative_error=worst)
+            if not worst <= PROBE_TOLERANCE[self._dtype]:  # NaN too
+                raise CannotPack(
+                    f"{entry.info.hook_name}: packed and plain runs differ by {worst:.1e} of the residual"
+                )
+
+    def _plain(self, text: Sequence[int]) -> list[Tensor]:
+        """One text as the model runs it by itself: per SAE (length, d_model)."""
+        tokens = torch.tensor([text], device=self._device)
+        with torch.inference_mode():
+            return self._trunk.run(tokens, torch.arange(len(text), device=self._device)[None], None, None)
+
+    def _synchronize(self) -> None:
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize(self._device)
+
+
+def probe_texts(vocabulary: int) -> list[list[int]]:
+    """Random token sequences that share beginnings, contain one another, and span blocks of queries."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    ids: list[int] = generator.integers(0, vocabulary, 400).tolist()
+    return [ids[:150], ids[:7], ids[:90] + ids[200:300], ids[:90] + ids[300:310], ids[350:400], ids[:90]]
+
+
+def relative_error(expected: Tensor, got: Tensor) -> float:
+    """The largest difference of two rows (N, d), relative to the length of the first."""
+    expected, got = expected.double(), got.double()
+    error = torch.linalg.vector_norm(got - expected, dim=-1)
+    return float((error / torch.linalg.vector_norm(expected, dim=-1)).max())

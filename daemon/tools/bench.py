@@ -1,0 +1,236 @@
+"""`lensd bench`: lensd at several batch sizes, beside what people run instead, interleaved in one run.
+
+Machines drift, so a ratio compares runs of the same repetition, and what is reported is the median over
+repetitions. Speed counts whole runs, from the file to published results, but for the variants that say less.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from daemon.compute.autotune import processor
+from daemon.config import Config
+from daemon.errors import MachineError
+from daemon.tools.bench_worker import AUTO, BARE, Loaded, Measured, baseline_process, lensd_process
+from daemon.tools.limit import ProductRate
+
+DEMO_SAMPLES = Path(__file__).parents[1] / "presets" / "demo.jsonl"
+BATCH_SIZES = (1, 4, 8, 16, 32)
+SLOW_SAMPLES = {"sequential": 16, "original": 16}  # a rate needs no more of the slowest
+
+
+@dataclass(frozen=True, slots=True)
+class VariantReport:
+    """Medians over the repetitions."""
+
+    name: str
+    samples: int
+    seconds: float
+    samples_per_second: float
+    tokens_per_second: float  # of text, whether computed once or often
+    speedup: float  # over `sequential`, of the same repetition
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    machine: str
+    cores: int
+    device: str
+    model: str
+    dtype: str
+    positions: str
+    engine: str
+    files: tuple[str, ...]
+    samples: int
+    text_tokens: int
+    unique_tokens: int
+    multiply_adds: int
+    repetitions: int
+    max_batch_tokens: int  # that auto chose
+    torch_product_flops: float  # multiply-adds per second, twice: torch's own matrix product
+    fastest_product_flops: float
+    fraction_of_fastest: float  # of the time at the fastest product's rate
+    fraction_of_torch: float  # the same at the rate of torch's own product
+    pipeline_over_bare: float  # throughput of whole runs over that of the engine alone
+    over: dict[str, float]  # samples/s of `lensd auto` over those of each other variant
+    variants: tuple[VariantReport, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def variant(self, name: str) -> VariantReport:
+        return next(variant for variant in self.variants if variant.name == name)
+
+    @property
+    def recommended(self) -> str:
+        """The setting that was fastest, the smaller where two are within the noise."""
+        fastest = max(
+            variant.samples_per_second for variant in self.variants if variant.name.startswith("lensd")
+        )
+        good = [
+            variant
+            for variant in self.variants
+            if variant.name.startswith("lensd") and variant.samples_per_second >= 0.97 * fastest
+        ]
+        best = min(good, key=lambda variant: variant.peak_bytes)
+        return (
+            f"max_batch_tokens = {self.max_batch_tokens}"
+            if best.name == AUTO
+            else f"max_batch_samples = {best.name.split()[1]}"
+        )
+
+
+def bench(
+    config: Config,
+    files: Sequence[Path],
+    *,
+    repetitions: int = 5,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    baselines: Sequence[str] | None = None,
+    baseline_samples: int | None = None,
+) -> BenchReport:
+    """Measure; takes minutes. `baselines` leaves out all others but `sequential`; `baseline_samples` limits
+    on how many samples, evenly chosen, each of them runs.
+
+    Raises MachineError where a worker ends, ConfigError and FileError as a run would.
+    """
+    limits = SLOW_SAMPLES if baseline_samples is None else baseline_samples
+    paths = [Path(file) for file in files] or [DEMO_SAMPLES]
+    with (
+        worker(lensd_process, config, paths, list(batch_sizes)) as lensd,
+        worker(baseline_process, config, paths, limits) as others,
+    ):
+        loaded: Loaded = lensd.receive()
+        names = [name for name in others.receive() if baselines is None or name in (*baselines, "sequential")]
+        order = [(others, name) for name in names] + [(lensd, name) for name in loaded.variants]
+        runs: dict[str, list[Measured]] = {name: [] for _, name in order}
+        rates: list[ProductRate] = []
+        for _, (process, name) in with_progress(
+            [(number, step) for number in range(repetitions + 1) for step in order]
+        ):
+            if name == AUTO:
+                rates.append(lensd.ask("rate"))
+            runs[name].append(process.ask(name))
+        for name in runs:  # the first round warms up
+            del runs[name][0]
+    return report(config, paths, loaded, runs, rates[1:])
+
+
+def report(
+    config: Config,
+    files: Sequence[Path],
+    loaded: Loaded,
+    runs: dict[str, list[Measured]],
+    rates: Sequence[ProductRate],
+) -> BenchReport:
+    speed = {name: [run.samples / run.seconds for run in measured] for name, measured in runs.items()}
+    auto = runs[AUTO]
+
+    def ratio(over: str, under: str) -> float:
+        return statistics.median(a / b for a, b in zip(speed[over], speed[under], strict=True))
+
+    def fraction(limits: list[float]) -> float:
+        return statistics.median(
+            loaded.multiply_adds / limit / run.seconds for limit, run in zip(limits, auto, strict=True)
+        )
+
+    return BenchReport(
+        machine=processor().partition(":")[2].strip() or "unknown",
+        cores=len(os.sched_getaffinity(0)),
+        device=loaded.device,
+        model=config.model.name,
+        dtype=config.model.dtype,
+        positions=config.analysis.positions,
+        engine=loaded.engine,
+        files=tuple(file.name for file in files),
+        samples=loaded.samples,
+        text_tokens=loaded.text_tokens,
+        unique_tokens=loaded.unique_tokens,
+        multiply_adds=loaded.multiply_adds,
+        repetitions=len(auto),
+        max_batch_tokens=loaded.max_batch_tokens,
+        torch_product_flops=2 * statistics.median(rate.torch for rate in rates),
+        fastest_product_flops=2 * statistics.median(rate.fastest for rate in rates),
+        fraction_of_fastest=fraction([rate.fastest for rate in rates]),
+        fraction_of_torch=fraction([rate.torch for rate in rates]),
+        pipeline_over_bare=ratio(AUTO, BARE),
+        over={name: ratio(AUTO, name) for name in runs if name != AUTO},
+        variants=tuple(
+            VariantReport(
+                name=name,
+                samples=measured[0].samples,
+                seconds=statistics.median(run.seconds for run in measured),
+                samples_per_second=statistics.median(speed[name]),
+                tokens_per_second=statistics.median(run.text_tokens / run.seconds for run in measured),
+                speedup=ratio(name, "sequential"),
+                peak_bytes=max(run.peak_bytes for run in measured),
+            )
+            for name, measured in runs.items()
+        ),
+    )
+
+
+class Worker:
+    """A process at the other end of a pipe."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except EOFError:
+            raise MachineError("a process of the benchmark ended: its message is above") from None
+
+    def ask(self, question: str) -> Any:
+        self._connection.send(question)
+        return self.receive()
+
+
+@contextmanager
+def worker(target: Any, *args: Any) -> Iterator[Worker]:
+    """A process that runs `target(connection, *args)`, ended on leaving."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *args), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield Worker(ours)
+        ours.send(None)
+        process.join(30)
+    finally:
+        process.terminate()
+        process.join()
+
+
+def with_progress(
+    steps: Sequence[tuple[int, tuple[Worker, str]]],
+) -> Iterator[tuple[int, tuple[Worker, str]]]:
+    """The steps, with a bar on standard error."""
+    from rich.console import Console
+
+    with Progress(
+        TextColumn("{task.description:>14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task("loading", total=len(steps))
+        for number, (process, name) in steps:
+            progress.update(task, description=name)
+            yield number, (process, name)
+            progress.advance(task)

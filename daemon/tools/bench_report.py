@@ -1,0 +1,79 @@
+"""What `lensd bench` shows: a table, and a plot of speed and memory by batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from daemon.errors import ConfigError
+from daemon.tools.bench import BenchReport
+from daemon.tools.bench_worker import AUTO
+from daemon.tools.report import plain_table
+
+
+def print_bench(console: Console, report: BenchReport) -> None:
+    table = plain_table(
+        f"{report.model}, {report.dtype}, {report.device}, {report.cores} cores of {report.machine}"
+    )
+    table.add_column("")
+    for header in ("samples/s", "text tokens/s", "speedup", "peak GiB"):
+        table.add_column(header, justify="right")
+    for variant in report.variants:
+        table.add_row(
+            variant.name,
+            f"{variant.samples_per_second:.1f}",
+            f"{variant.tokens_per_second:,.0f}",
+            f"{variant.speedup:.1f}",
+            f"{variant.peak_bytes / 2**30:.2f}",
+        )
+    console.print(table)
+    for line in conclusions(report):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def conclusions(report: BenchReport) -> list[str]:
+    """What the figures say, in sentences."""
+    fastest, own = report.fastest_product_flops / 1e9, report.torch_product_flops / 1e9
+    lines = [
+        f"{report.samples} samples, {report.text_tokens:,} tokens of text, {report.unique_tokens:,} different"
+        f" ones, positions {report.positions}; medians of {report.repetitions} interleaved repetitions.",
+        f"Of the limit, which is the arithmetic at {fastest:.0f} GFLOP/s, the fastest matrix product here:"
+        f" {report.fraction_of_fastest:.2f}.",
+        f"At {own:.0f} GFLOP/s, the rate of torch's own product: {report.fraction_of_torch:.2f}.",
+        f"Whole runs over the engine alone: {report.pipeline_over_bare:.2f}.",
+    ]
+    lines += [
+        f"lensd auto over {name}: {ratio:.1f}"
+        for name, ratio in report.over.items()
+        if not name.startswith(("lensd", "bare"))
+    ]
+    return [*lines, f"Recommended here: {report.recommended}"]
+
+
+def plot(report: BenchReport, path: Path) -> None:
+    """Speed and peak memory by samples per batch. Raises ConfigError without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'lensd[plot]'") from None
+    sizes = [v for v in report.variants if v.name.startswith("lensd ") and v.name != AUTO]
+    labels = [v.name.split()[1] for v in sizes] + ["auto"]
+    shown = [*sizes, report.variant(AUTO)]
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    speed.bar(labels, [v.samples_per_second for v in shown], color="#30638e")
+    for v in report.variants:
+        if not v.name.startswith(("lensd", "bare")):
+            speed.axhline(v.samples_per_second, color="#d1495b", linewidth=1)
+            speed.annotate(
+                v.name, (0, v.samples_per_second), xytext=(-12, 2), textcoords="offset points", fontsize=8
+            )
+    speed.set(xlabel="samples per batch", ylabel="samples/s", title="speed")
+    memory.bar(labels, [v.peak_bytes / 2**30 for v in shown], color="#edae49")
+    memory.set(xlabel="samples per batch", ylabel="GiB", title="peak resident memory")
+    figure.suptitle(f"{report.model}, {report.dtype}, {report.cores} cores, {report.machine}", fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

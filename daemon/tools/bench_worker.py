@@ -1,0 +1,263 @@
+"""The processes of `lensd bench`: each holds a loaded model and runs what it is told, one thing at a time.
+
+A process of its own for lensd and one for what it is compared with, so that neither's memory is in the
+other's figures. Knows nothing about repetitions and reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import functools
+import gc
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from daemon.build import Compute, load_compute, load_parts
+from daemon.compute.packing import Batch, Packer
+from daemon.compute.preorder import preorder
+from daemon.config import Config
+from daemon.intake.tokenizer import Tokenizer
+from daemon.observe.logs import configure as configure_logs
+from daemon.records import TokenizedPart, TokenizedSample
+from daemon.service import serve
+from daemon.tools.baselines import Baselines
+from daemon.tools.limit import ProductRate, Products, Work
+from daemon.tools.verify import tokenized_parts
+
+R = TypeVar("R")
+
+UNLIMITED = 1 << 40
+BARE, AUTO = "bare engine", "lensd auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One run of one variant."""
+
+    seconds: float
+    samples: int
+    text_tokens: int
+    peak_bytes: int  # resident, of the whole process
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a worker says once its model is there."""
+
+    variants: tuple[str, ...]
+    samples: int
+    text_tokens: int
+    unique_tokens: int
+    multiply_adds: int  # 0 of the baselines
+    max_batch_tokens: int
+    engine: str
+    device: str
+
+
+class LensdWorker:
+    """lensd: whole runs from a file to published results, and its engine alone."""
+
+    def __init__(self, config: Config, files: Sequence[Path], batch_sizes: Sequence[int]) -> None:
+        self._work = in_a_thread(lambda: Work.of(*load_parts(config)))
+        self._config, self._files = config, files
+        self._compute = in_a_thread(lambda: load_compute(config))
+        self._parts = read_files(config, self._compute.tokenizer, files)
+        self._samples = [sample for part in self._parts for sample in part.samples]
+        device = self._compute.engine.info.device
+        self._products = Products(self._work, getattr(torch, config.model.dtype), device)
+        self._variants: dict[str, Callable[[], float]] = {BARE: lambda: in_a_thread(self._bare)}
+        for size in batch_sizes:
+            self._variants[f"lensd {size}"] = functools.partial(self._daemon, size)
+        self._variants[AUTO] = functools.partial(self._daemon, None)
+        self._planned = self._plan()
+        gc.collect()
+        gc.freeze()  # as a daemon does once its model is loaded, which is not what is measured
+
+    def loaded(self) -> Loaded:
+        texts = [ids for sample in self._samples for ids in sample.token_ids]
+        packed = preorder(texts)
+        skip = int(self._compute.engine.prepend_bos)
+        every = self._config.analysis.positions != "last"
+        readings = int((packed.depth >= skip).sum()) if every else len(texts)
+        return Loaded(
+            variants=tuple(self._variants),
+            samples=len(self._samples),
+            text_tokens=sum(map(len, texts)),
+            unique_tokens=len(packed),
+            multiply_adds=self._work.multiply_adds(packed, readings),
+            max_batch_tokens=self._compute.max_batch_tokens,
+            engine=self._compute.engine.info.engine,
+            device=self._compute.engine.info.device,
+        )
+
+    def rate(self) -> ProductRate:
+        return in_a_thread(self._products.rate)
+
+    def run(self, variant: str) -> Measured:
+        return measured(self._variants[variant], self._samples)
+
+    def _plan(self) -> list[Batch]:
+        packer = Packer(self._compute.max_batch_tokens, shares_prefixes=self._compute.engine.shares_prefixes)
+        for part in self._parts:
+            packer.add(part)
+        batches = []
+        while packer:
+            batches.append(packer.take())
+        return batches
+
+    def _bare(self) -> float:
+        """The batches of the auto setting through the engine and the analysis, and nothing else."""
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for batch in self._planned:
+                self._compute.study.run(batch)
+        return time.perf_counter() - began
+
+    def _daemon(self, batch_samples: int | None) -> float:
+        """Drop the files, drain the inbox; a batch holds so many samples, or what auto chose."""
+        config = self._config
+        folder = Path(tempfile.mkdtemp(prefix="lensd-bench-"))
+        try:
+            inbox, outbox = folder / "inbox", folder / "outbox"
+            inbox.mkdir()
+            for file in self._files:
+                shutil.copy(file, inbox / file.name)
+            settings = config.model_copy(
+                update={
+                    "inbox": config.inbox.model_copy(update={"path": inbox, "settle_seconds": 0.0}),
+                    "outbox": config.outbox.model_copy(update={"path": outbox}),
+                    "http": config.http.model_copy(update={"enabled": False}),
+                    "batching": config.batching.model_copy(update={"max_batch_samples": batch_samples}),
+                }
+            )
+            compute = self._compute if batch_samples is None else unlimited(self._compute)
+            began = time.perf_counter()
+            tally = serve(settings, once=True, load=lambda _: compute)
+            seconds = time.perf_counter() - began
+            assert tally.committed == len(self._files), tally
+            return seconds
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def unlimited(compute: Compute) -> Compute:
+    """The same with batches limited by samples alone."""
+    return Compute(compute.engine, compute.study, compute.tokenizer, UNLIMITED)
+
+
+def in_a_thread(function: Callable[[], R]) -> R:
+    """Call it on a thread that ends with it.
+
+    A thread that used torch keeps a team of OpenMP threads as long as it lives, and where there are more of
+    those than cores each waits by sleeping: the daemon under measurement is to have the only team.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function).result()
+
+
+class BaselineWorker:
+    """What lensd is compared with, on the samples given."""
+
+    def __init__(self, config: Config, files: Sequence[Path], limits: dict[str, int] | int) -> None:
+        """`limits` gives how many samples, evenly chosen, a variant is run on; all where it says nothing."""
+        of_each = limits if isinstance(limits, dict) else {}
+        of_all = limits if isinstance(limits, int) else None
+        model, saes = load_parts(config)
+        tokenizer = Tokenizer(
+            model.tokenizer,
+            prepend_bos=saes[0].prepend_bos,
+            max_text_tokens=config.batching.max_text_tokens,
+        )
+        parts = read_files(config, tokenizer, files)
+        samples = [sample for part in parts for sample in part.samples]
+        loops = Baselines(model, saes, config.analysis.positions).variants()
+        self._chosen = {name: evenly(samples, of_each.get(name, of_all or len(samples))) for name in loops}
+        self._loops = loops
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return tuple(self._loops)
+
+    def run(self, variant: str) -> Measured:
+        def loop() -> float:
+            began = time.perf_counter()
+            self._loops[variant](self._chosen[variant])
+            return time.perf_counter() - began
+
+        return measured(loop, self._chosen[variant])
+
+
+def measured(run: Callable[[], float], samples: Sequence[TokenizedSample]) -> Measured:
+    """`run` returns the seconds that count."""
+    forget_peak()
+    seconds = run()
+    return Measured(
+        seconds=seconds,
+        samples=len(samples),
+        text_tokens=sum(sample.n_tokens for sample in samples),
+        peak_bytes=peak_bytes(),
+    )
+
+
+def read_files(config: Config, tokenizer: Tokenizer, files: Sequence[Path]) -> list[TokenizedPart]:
+    return [part for file in files for part in asyncio.run(tokenized_parts(config, tokenizer, file))]
+
+
+def evenly(samples: Sequence[TokenizedSample], n: int) -> list[TokenizedSample]:
+    """n of the samples, spread over all of them."""
+    n = min(n, len(samples))
+    return [samples[i * len(samples) // n] for i in range(n)]
+
+
+def forget_peak() -> None:
+    """Give free memory back and start the kernel's high-water mark anew."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most memory resident since `forget_peak`; on CUDA the device's is the one that counts."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def lensd_process(connection: Connection, config: Config, files: list[Path], sizes: list[int]) -> None:
+    """Say what is loaded; then answer "rate" with the product's rate, a variant's name with its figures."""
+    quiet()
+    worker = LensdWorker(config, files, sizes)
+    connection.send(worker.loaded())
+    while (asked := connection.recv()) is not None:
+        connection.send(worker.rate() if asked == "rate" else worker.run(asked))
+
+
+def baseline_process(
+    connection: Connection, config: Config, files: list[Path], limits: dict[str, int] | int
+) -> None:
+    """Say what the variants are called; then answer the name of each with its figures."""
+    quiet()
+    worker = BaselineWorker(config, files, limits)
+    connection.send(worker.variants)
+    while (asked := connection.recv()) is not None:
+        connection.send(worker.run(asked))
+
+
+def quiet() -> None:
+    configure_logs("json", "error")
+    logging.disable(logging.WARNING)

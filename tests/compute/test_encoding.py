@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from sae_lens import GatedSAE, GatedSAEConfig
+from torch.testing import assert_close
+
+from daemon.compute import encoding
+from daemon.compute.encoding import FusedEncoder, PlainEncoder, encoder_of
+from daemon.compute.linear import PackedGatedMlp, PackedLinear, agrees, pack_linears, product
+from daemon.compute.sae import LoadedSae
+from daemon.records import SaeInfo
+from tests import tiny
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+def loaded(architecture: str, dtype: torch.dtype = torch.float64, **settings: object) -> LoadedSae:
+    if architecture == "gated":
+        sae = GatedSAE(GatedSAEConfig(d_in=tiny.D_MODEL, d_sae=tiny.D_SAE))
+        generator = torch.Generator().manual_seed(0)
+        for parameter in sae.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / tiny.D_MODEL**0.5
+    else:
+        sae = tiny.random_sae(HOOK, architecture=architecture)
+    for name, value in settings.items():
+        setattr(sae.cfg, name, value)
+    sae = sae.to(dtype).requires_grad_(False)
+    sae.dtype = dtype
+    info = SaeInfo(HOOK, 1, tiny.D_MODEL, tiny.D_SAE, architecture, "tiny", "0")
+    return LoadedSae(info, sae, prepend_bos=True, center_residual=False)
+
+
+def residuals(n: int = 40) -> torch.Tensor:
+    return 2 * torch.randn(n, tiny.D_MODEL, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "gated"])
+@pytest.mark.parametrize("reads_less_b_dec", [False, True])
+def test_the_fast_encoder_is_saelens_encoder(architecture, reads_less_b_dec):
+    entry = loaded(architecture, apply_b_dec_to_input=reads_less_b_dec)
+    encoder = encoder_of(entry)
+    assert isinstance(encoder, FusedEncoder)
+    x = residuals()
+    feature_acts = entry.sae.encode(x)
+    assert (feature_acts > 0).any()
+    acts = encoder.encode(x)
+    assert_close(acts.to_dense(tiny.D_SAE), feature_acts, rtol=0, atol=1e-12)
+    assert_close(encoder.decode(acts), entry.sae.decode(feature_acts), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "gated"])
+def test_noise_added_to_pre_activations_is_noise_added_to_the_residual(architecture):
+    entry = loaded(architecture)
+    encoder = encoder_of(entry)
+    x, noise = residuals(20), 0.3 * residuals(40)[20:]
+    noisy = encoder.activate(encoder.pre_acts(x) + encoder.project(noise))
+    assert_close(noisy, entry.sae.encode(x + noise), rtol=0, atol=1e-12)
+
+
+def test_activations_rescaled_by_the_decoder_are_read_and_written_so():
+    entry = loaded("topk", rescale_acts_by_decoder_norm=True)
+    encoder = encoder_of(entry)
+    assert isinstance(encoder, FusedEncoder)
+    feature_acts = entry.sae.encode(residuals())
+    acts = encoder.encode(residuals())
+    assert_close(acts.to_dense(tiny.D_SAE), feature_acts, rtol=0, atol=1e-12)
+    assert_close(encoder.decode(acts), entry.sae.decode(feature_acts), rtol=0, atol=1e-12)
+
+
+def test_a_normalising_dictionary_is_left_to_saelens():
+    entry = loaded("standard", normalize_activations="layer_norm")
+    assert isinstance(encoder_of(entry), PlainEncoder)
+
+
+def test_an_encoder_that_differs_is_not_used(monkeypatch):
+    monkeypatch.setitem(encoding.ACTIVATIONS, "standard", lambda sae: lambda pre_acts: 2 * pre_acts.relu())
+    assert isinstance(encoder_of(loaded("standard")), PlainEncoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_product_is_the_product(dtype):
+    weight, bias, x = (torch.randn(*shape).to(dtype) for shape in ((48, 32), (48,), (7, 32)))
+    assert agrees(torch.nn.functional.linear(x, weight, bias), product(weight, bias)(x))
+
+
+def test_float64_has_no_packed_product_and_is_exact():
+    weight, x = torch.randn(48, 32).double(), torch.randn(7, 32).double()
+    assert torch.equal(product(weight, None)(x), torch.nn.functional.linear(x, weight))
+
+
+class Mlp(torch.nn.Module):
+    def __init__(self, act_fn: torch.nn.Module, *, doubled: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = torch.nn.Linear(8, 16, bias=False)
+        self.up_proj = torch.nn.Linear(8, 16, bias=False)
+        self.down_proj = torch.nn.Linear(16, 8, bias=False)
+        self.act_fn, self.doubled = act_fn, doubled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return 2 * hidden if self.doubled else hidden
+
+
+def layer_with(mlp: Mlp) -> torch.nn.Module:
+    layer = torch.nn.Module()
+    layer.mlp = mlp
+    return layer.requires_grad_(False)
+
+
+def test_a_gated_mlp_is_fused_and_gives_the_same():
+    layer = layer_with(Mlp(torch.nn.SiLU()))
+    x = torch.randn(3, 5, 8)
+    expected = layer.mlp(x)
+    assert pack_linears([layer]) == 3
+    assert isinstance(layer.mlp, PackedGatedMlp)
+    assert_close(layer.mlp(x), expected)
+
+
+def test_an_mlp_that_only_looks_like_one_keeps_its_own_forward():
+    layer = layer_with(Mlp(torch.nn.SiLU(), doubled=True))
+    x = torch.randn(5, 8)
+    expected = layer.mlp(x)
+    pack_linears([layer])
+    assert isinstance(layer.mlp, Mlp)
+    assert isinstance(layer.mlp.up_proj, PackedLinear)
+    assert_close(layer.mlp(x), expected)

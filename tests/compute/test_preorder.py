@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon.compute.preorder import attention_blocks, preorder
+
+texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=12)
+
+
+def slow_trie(given_texts: list[list[int]]) -> list[tuple[int, ...]]:
+    """Every prefix of every text once, parents before children, in order of their tokens."""
+    return sorted({tuple(text[: n + 1]) for text in given_texts for n in range(len(text))})
+
+
+@given(texts)
+def test_every_prefix_is_one_node_with_its_token_depth_and_descendants(given_texts):
+    packed = preorder(given_texts)
+    nodes = slow_trie(given_texts)
+    assert packed.tokens.tolist() == [node[-1] for node in nodes]
+    assert packed.depth.tolist() == [len(node) - 1 for node in nodes]
+    for j, node in enumerate(nodes):
+        descendants = [i for i, other in enumerate(nodes) if other[: len(node)] == node]
+        assert descendants == list(range(j, packed.end[j]))
+
+
+@given(texts)
+def test_paths_lead_through_the_prefixes_of_each_text(given_texts):
+    packed = preorder(given_texts)
+    nodes = slow_trie(given_texts)
+    for number, text in enumerate(given_texts):
+        path = packed.path[packed.offsets[number] : packed.offsets[number + 1]]
+        assert [nodes[node] for node in path] == [tuple(text[: n + 1]) for n in range(len(text))]
+        assert nodes[packed.leaf[number]] == tuple(text)
+
+
+@given(texts, st.integers(1, 9))
+def test_blocks_hold_exactly_the_pairs_of_a_token_and_what_came_before_it(given_texts, block):
+    packed = preorder(given_texts)
+    nodes = slow_trie(given_texts)
+    attended = np.zeros((len(nodes), len(nodes)), bool)
+    for entry in attention_blocks(packed.end, block):
+        keys = np.arange(len(nodes))[entry.keys]
+        assert entry.mask.any(axis=0).all()  # no key is read in vain
+        attended[np.ix_(np.arange(len(nodes))[entry.queries], keys)] = entry.mask
+    expected = [[query[: len(key)] == key for key in nodes] for query in nodes]
+    assert attended.tolist() == expected
+
+
+def test_a_shared_beginning_is_counted_once():
+    system = list(range(300))
+    packed = preorder([[*system, 1000 + n, 7] for n in range(50)])
+    assert len(packed) == 300 + 50 * 2
+
+
+def test_an_empty_text_is_refused():
+    with pytest.raises(ValueError, match="text 1 is empty"):
+        preorder([[1], []])

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from daemon.compute.preorder import preorder
+from daemon.config import load_config
+from daemon.tools.bench import AUTO, BARE, bench
+from daemon.tools.bench_report import plot, print_bench
+from daemon.tools.limit import Products, Work
+from tests import tiny
+from tests.compute.engines import loaded
+from tests.families import save_family
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tiny.make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_work_is_every_product_of_every_token_once(family, tmp_path):
+    sae = tiny.save_sae(tmp_path / "sae", "blocks.1.hook_resid_post")
+    model, saes = loaded(save_family(tmp_path / family, family), [sae], torch.float32)
+    work = Work.of(model, saes)
+    texts = [[1, 2, 3], [1, 2, 4, 5]]
+    nodes = {tuple(text[: n + 1]) for text in texts for n in range(len(text))}
+    weights = sum(
+        parameter.numel()
+        for layer in (0, 1)
+        for name, parameter in model.model.named_parameters()
+        if f".{layer}." in name and parameter.ndim == 2
+    )
+    attended = sum(len(node) for node in nodes)  # keys, itself included
+    expected = len(nodes) * weights + 2 * 2 * tiny.D_MODEL * attended + 2 * tiny.D_MODEL * tiny.D_SAE
+    assert work.multiply_adds(preorder(texts), readings=2) == expected
+    rate = Products(work, torch.float32, "cpu").rate()
+    assert rate.fastest == max(rate.torch, rate.packed) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_bench_measures_every_variant_beside_the_others(positions, made, tmp_path):
+    toml = tmp_path / "lensd.toml"
+    toml.write_text(made.toml())
+    config = load_config(
+        toml, {}, {"batching.max_batch_tokens": 64, "analysis.positions": positions, "model.dtype": "float32"}
+    )
+    file = tiny.write_json(tmp_path / "some.json", tiny.contrast_records(12))
+    report = bench(config, [file], repetitions=2, batch_sizes=(3,), baseline_samples=2)
+    names = {variant.name for variant in report.variants}
+    idiomatic = {"idiomatic 16"} if positions == "all" else {"original", "idiomatic 32", "idiomatic 96"}
+    assert names == {"sequential", BARE, "lensd 3", AUTO} | idiomatic
+    assert report.repetitions == 2
+    assert report.unique_tokens < report.text_tokens
+    assert report.variant(AUTO).samples == 12
+    assert report.variant("sequential").samples == 2
+    assert all(variant.seconds > 0 and variant.peak_bytes > 0 for variant in report.variants)
+    json.dumps(report.as_json())
+    print_bench(console := Console(record=True), report)
+    assert "Recommended here: max_batch_" in console.export_text()
+    plot(report, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
