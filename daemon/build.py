@@ -32,6 +32,8 @@ log = structlog.get_logger()
 
 QUEUED_TEXT_BYTES = 16 << 20
 QUEUED_RESULT_BYTES = 64 << 20
+PART_BYTES = 4 << 20  # of raw records; a part's results are held in memory until it is whole
+PART_BYTES_OF_ALL = 64 << 10  # where every token is stored: its features weigh hundreds of times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ def read_limits(config: Config) -> ReadLimits:
         max_decompressed_bytes=config.inbox.max_decompressed_bytes,
         max_compression_ratio=config.inbox.max_compression_ratio,
         part_records=config.inbox.part_records,
+        part_bytes=PART_BYTES_OF_ALL if config.analysis.positions == "all" else PART_BYTES,
     )
 
 

@@ -28,7 +28,6 @@ from daemon.records import BUILT_IN_RECIPES, KeptPart, Part, PartExtent, Recipe,
 __all__ = ["REJECT_REASONS", "PartReader", "ReadLimits", "read_parts"]
 
 NAME = re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?\Z", re.IGNORECASE)
-PART_BYTES = 4 << 20  # of raw records, after which a part ends early
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +37,7 @@ class ReadLimits:
     max_decompressed_bytes: int  # of a compressed file
     max_compression_ratio: int
     part_records: int
+    part_bytes: int = 4 << 20  # of raw records, after which a part ends early
 
 
 class Framer(Protocol):
@@ -147,7 +147,7 @@ class PartReader:
     def _take(self, record: RawRecord) -> None:
         self._group.append(record)
         self._weight += len(record.text or "")
-        if len(self._group) == self._limits.part_records or self._weight >= PART_BYTES:
+        if len(self._group) == self._limits.part_records or self._weight >= self._limits.part_bytes:
             self._whole, self._group, self._weight = self._group, [], 0
 
     def _part(self, group: list[RawRecord], *, last: bool, began: float) -> Part | KeptPart:

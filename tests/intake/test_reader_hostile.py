@@ -16,7 +16,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from daemon.errors import FileError
-from daemon.intake import reader
 from daemon.intake.lines import LineSplitter
 from daemon.intake.reader import ReadLimits
 from daemon.intake.source import Decompression
@@ -214,11 +213,10 @@ async def test_garbage_after_a_member_is_damage():
 
 
 @pytest.mark.parametrize("name", ["f.json", "f.jsonl"])
-async def test_parts_are_bounded_in_bytes_too(name, monkeypatch):
-    monkeypatch.setattr(reader, "PART_BYTES", 1000)
+async def test_parts_are_bounded_in_bytes_too(name):
     records = [json.dumps({"text": "x" * 400}) for _ in range(7)]
     content = "\n".join(records) if name == "f.jsonl" else f"[{','.join(records)}]"
-    parts = await read(name, content.encode())
+    parts = await read(name, content.encode(), limits=dataclasses.replace(LIMITS, part_bytes=1000))
     assert [part.extent.records for part in parts] == [3, 3, 1]
 
 

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from daemon.output.parquet import ParquetFile
+from daemon.output.schema import features_options, features_schema
 
 TABLE = pa.table({"x": pa.array(range(10), pa.int64())})
 
@@ -66,3 +69,31 @@ def test_a_folder_whose_name_is_not_utf8_is_fine(tmp_path):
     file.append(TABLE)
     file.close()
     assert pq.read_table(pa.py_buffer((folder / "t.parquet").read_bytes())).equals(TABLE)
+
+
+@pytest.mark.parametrize(("values", "most"), [("float32", 5.5), ("float16", 3.5)])
+def test_an_activation_takes_few_bytes_and_comes_back_as_it_was(values, most, tmp_path):
+    """At the density of the bundled dictionaries; magnitudes are random, the worst that compression meets."""
+    chance = np.random.Generator(np.random.PCG64(0))
+    rows, d_sae, l0 = 3000, 2304, 65
+    schema = features_schema(values)
+    indices = np.sort(chance.permuted(np.tile(np.arange(d_sae), (rows, 1)), axis=1)[:, :l0], axis=1)
+    magnitudes = chance.lognormal(0, 1, (rows, l0)).astype(values)
+    table = pa.table(
+        {
+            "sample_id": [f"s{row // 3}" for row in range(rows)],
+            "record_index": np.arange(rows) // 3,
+            "text": ["text"] * rows,
+            "layer": pa.array([7, 15, 22] * (rows // 3), pa.int32()),
+            "hook_name": ["blocks.7.hook_resid_post"] * rows,
+            "position": pa.array([9] * rows, pa.int32()),
+            "token_id": pa.array(chance.integers(0, 49152, rows), pa.int32()),
+            "indices": list(indices.astype(np.uint32)),
+            "values": list(magnitudes),
+        },
+        schema=schema,
+    )
+    file = ParquetFile(tmp_path / "f", schema, group_bytes=32 << 20, options=features_options(values))
+    file.append(table)
+    assert file.close().bytes <= most * rows * l0
+    assert pq.read_table(tmp_path / "f").equals(table)
