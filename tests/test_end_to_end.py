@@ -407,3 +407,51 @@ def test_a_disk_below_its_floor_is_the_machines_failure(tiny_toml, inbox):
     with pytest.raises(MachineError, match=r"outbox\.min_free_bytes"):
         drain(configured(tiny_toml, inbox, outbox__min_free_bytes=1 << 60))
     assert (inbox / "study.json").exists()
+
+
+def test_every_token_of_a_document_is_stored_and_its_last_one_analysed(tiny_toml, inbox):
+    texts = [f"Document {n} " + "abc " * (n % 9) for n in range(40)]
+    lines = "".join(json.dumps({"id": f"d{n}", "text": text}) + "\n" for n, text in enumerate(texts))
+    found = {}
+    for positions in ("last", "all"):
+        (inbox / "docs.jsonl").write_text(lines)
+        flags = {
+            "analysis__positions": positions,
+            "inbox__part_records": 7,
+            "batching__max_batch_tokens": 256,
+        }
+        (outcome,) = drain(configured(tiny_toml, inbox, **flags))[1]
+        found[positions] = [
+            pq.read_table(outcome.folder / f"{name}.parquet") for name in ("metrics", "features")
+        ]
+    metrics, every = found["all"]
+    assert metrics["sample_id"].to_pylist() == [f"d{n}" for n in range(40)]
+    keys = every.select(["record_index", "layer", "position"]).to_pylist()
+    assert [tuple(key.values()) for key in keys] == [
+        (n, layer, position)
+        for n, text in enumerate(texts)
+        for layer in (0, 1, 2)
+        for position in range(1, len(text) + 1)  # a token is a byte; BOS, at 0, is not stored
+    ]
+    last = [row for row in every.to_pylist() if row["position"] == len(texts[row["record_index"]])]
+    for row, alone in zip(last, found["last"][1].to_pylist(), strict=True):
+        assert row["token_id"] == alone["token_id"]
+        assert row["indices"] == alone["indices"]
+        assert row["values"] == pytest.approx(alone["values"], rel=1e-4)
+    for name in ("l0_text_l0_norm", "l2_text_gini"):
+        assert metrics[name].to_pylist() == pytest.approx(found["last"][0][name].to_pylist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["mean", "max"])
+def test_pooled_features_come_out_as_one_row_without_a_position(positions, tiny_toml, inbox):
+    tiny.write_json(inbox / "study.json", tiny.contrast_records(6))
+    (outcome,) = drain(configured(tiny_toml, inbox, analysis__positions=positions))[1]
+    assert outcome.kind == "committed"
+    features = pq.read_table(outcome.folder / "features.parquet")
+    assert len(features) == 6 * 3 * 3
+    assert set(features["position"].to_pylist()) == set(features["token_id"].to_pylist()) == {-1}
+    metrics = pq.read_table(outcome.folder / "metrics.parquet")
+    assert metrics["stability_diff"].null_count == 6
+    assert metrics["l0_fact_reconstruction_error"].null_count == (6 if positions == "max" else 0)
+    assert metrics["entropy_diff"].null_count == 0
+    assert (manifest_of(outcome.folder)["saes"][0]["fvu"] is None) == (positions == "max")
