@@ -5,6 +5,7 @@ Replaces the linear layers of a module and fuses gated MLPs. Knows nothing about
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -23,12 +24,20 @@ Product = Callable[[Tensor], Tensor]
 
 def packs(weight: Tensor) -> bool:
     """Whether oneDNN has a packed product for such weights here."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in AGREEMENT
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's own
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    return weight.device.type == "cpu" and weight.dtype in AGREEMENT and works(weight.dtype)
+
+
+@functools.cache
+def works(dtype: torch.dtype) -> bool:
+    """Whether this build of torch, on this processor, multiplies packed weights, and rightly."""
+    weight = torch.linspace(-1, 1, 32 * 32).view(32, 32).to(dtype)
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        got = torch.ops.mkldnn._linear_pointwise(weight, pack(weight), None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return agrees(F.linear(weight, weight), got)
 
 
 def pack(weight: Tensor) -> Tensor:
