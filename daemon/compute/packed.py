@@ -33,11 +33,11 @@ from daemon.compute.trunk import Trunk, UnknownModel
 from daemon.records import ModelInfo, Positions
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # that packed attention knows
-PROBE_TOLERANCE = {  # relative, of a packed residual to a plain one
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.bfloat16: 0.1,
-    torch.float16: 0.02,
+PROBE_TOLERANCE = {  # relative, of packed residuals to plain ones: of the worst, of the median
+    torch.float64: (1e-9, 1e-9),
+    torch.float32: (1e-4, 1e-4),
+    torch.bfloat16: (1.0, 0.05),  # rounding alone moves a few tokens, such as attention sinks, by half
+    torch.float16: (1.0, 0.01),
 }
 
 log = structlog.get_logger()
@@ -144,11 +144,14 @@ class PackedEngine:
             raise CannotPack("a sliding window that the attention is not told of")
         for number, entry in enumerate(self._saes):
             expected = torch.cat([residuals[number] for residuals in plain])
-            worst = relative_error(expected, got[number])
-            log.debug("engine.probe", hook_name=entry.info.hook_name, relative_error=worst)
-            if not worst <= PROBE_TOLERANCE[self._dtype]:  # NaN too
+            errors = relative_errors(expected, got[number])
+            worst, median = float(errors.max()), float(errors.median())
+            log.debug("engine.probe", hook_name=entry.info.hook_name, worst=worst, median=median)
+            most, typical = PROBE_TOLERANCE[self._dtype]
+            if not (worst <= most and median <= typical):  # NaN too
                 raise CannotPack(
                     f"{entry.info.hook_name}: packed and plain runs differ by {worst:.1e} of the residual"
+                    f" at worst, {median:.1e} in the median"
                 )
 
     def _plain(self, text: Sequence[int]) -> list[Tensor]:
@@ -169,8 +172,8 @@ def probe_texts(vocabulary: int) -> list[list[int]]:
     return [ids[:150], ids[:7], ids[:90] + ids[200:300], ids[:90] + ids[300:310], ids[350:400], ids[:90]]
 
 
-def relative_error(expected: Tensor, got: Tensor) -> float:
-    """The largest difference of two rows (N, d), relative to the length of the first."""
+def relative_errors(expected: Tensor, got: Tensor) -> Tensor:
+    """(N,) the difference of each two rows (N, d), relative to the length of the first."""
     expected, got = expected.double(), got.double()
-    error = torch.linalg.vector_norm(got - expected, dim=-1)
-    return float((error / torch.linalg.vector_norm(expected, dim=-1)).max())
+    errors: Tensor = torch.linalg.vector_norm(got - expected, dim=-1)
+    return errors / torch.linalg.vector_norm(expected, dim=-1)

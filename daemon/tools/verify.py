@@ -113,7 +113,7 @@ class Verification:
             return False
         if self.dtype in ABSOLUTE_TOLERANCE:
             return difference.absolute <= ABSOLUTE_TOLERANCE[self.dtype]
-        return difference.relative <= RELATIVE_TOLERANCE[self.dtype]
+        return self.dtype not in RELATIVE_TOLERANCE or difference.relative <= RELATIVE_TOLERANCE[self.dtype]
 
     def as_json(self) -> dict[str, object]:
         return {**dataclasses.asdict(self), "tolerance": self.tolerance, "passed": self.passed}

@@ -51,6 +51,12 @@ def test_packed_weights_give_what_the_model_gives_in_float32(family, saes, tmp_p
         assert_close(layer.x, other.x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_precision_is_packed_too(dtype, llama, saes):
+    extraction = packed(llama, saes, dtype).extract(sharing_texts())
+    assert all(layer.x.dtype == torch.float32 and layer.x.isfinite().all() for layer in extraction.layers)
+
+
 def test_a_token_that_texts_share_is_computed_once(llama, saes):
     shared = random_texts([50])[0]
     extraction = packed(llama, saes).extract([[*shared, n] for n in range(20)])
