@@ -175,5 +175,6 @@ def probe_texts(vocabulary: int) -> list[list[int]]:
 def relative_errors(expected: Tensor, got: Tensor) -> Tensor:
     """(N,) the difference of each two rows (N, d), relative to the length of the first."""
     expected, got = expected.double(), got.double()
-    errors: Tensor = torch.linalg.vector_norm(got - expected, dim=-1)
-    return errors / torch.linalg.vector_norm(expected, dim=-1)
+    relative: Tensor = torch.linalg.vector_norm(got - expected, dim=-1)
+    relative /= torch.linalg.vector_norm(expected, dim=-1)
+    return relative
