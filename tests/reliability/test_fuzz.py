@@ -21,6 +21,7 @@ from random import Random
 import pytest
 import zstandard
 
+from daemon.config import InboxSection
 from daemon.errors import FileError
 from daemon.intake.parsing import REJECT_REASONS
 from daemon.intake.reader import PartReader
@@ -43,7 +44,11 @@ LIMITS = dataclasses.replace(
     max_compression_ratio=500,
     part_records=7,
 )
-FLAGS = {f"inbox.{name}": value for name, value in dataclasses.asdict(LIMITS).items()}
+FLAGS = {
+    f"inbox.{name}": value
+    for name, value in dataclasses.asdict(LIMITS).items()
+    if name in InboxSection.model_fields
+}
 FLAGS["batching.max_text_tokens"] = 64
 FILE_REASONS = {
     "binary",
