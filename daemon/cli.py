@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from daemon.config import Config
 
 DONE, SOME_FAILED, BAD_USAGE, MACHINE_FAILED = 0, 1, 2, 3
+STATUS = """Asks a running daemon what it does. Exit codes: 0 live and ready, 1 not so (loading, draining,
+paused, stalled), 3 no answer."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +84,18 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--baseline-samples", type=positive, metavar="N", help="on which these run")
     bench.add_argument("--positions", metavar="P", dest="analysis.positions", help="last, all, mean, max")
+    retry = commands.add_parser("retry", help="put failed files back into the inbox")
+    retry.set_defaults(command=run_retry)
+    retry.add_argument("names", nargs="*", metavar="NAME", help="files in failed/ (default: all)")
+    retry.add_argument("--list", action="store_true", help="show them and their reasons, move nothing")
+    retry.add_argument("--config", type=Path, metavar="FILE", help="TOML settings")
+    retry.add_argument("--inbox", metavar="DIR", dest="inbox.path")
     check = add_command(commands, "check-config", check_config, "validate settings, folders, model and SAEs")
+    status = commands.add_parser("status", help="what a running daemon does", description=STATUS)
+    status.set_defaults(command=show_status)
+    status.add_argument("--config", type=Path, metavar="FILE", help="TOML settings of the daemon")
+    status.add_argument("--url", metavar="URL", help="of the daemon (default: http.address)")
+    status.add_argument("--json", action="store_true", help="print it as JSON")
     for command in (run, demo, check):
         command.add_argument("--inbox", metavar="DIR", dest="inbox.path")
         command.add_argument("--outbox", metavar="DIR", dest="outbox.path")
@@ -186,6 +199,40 @@ def run_bench(args: argparse.Namespace) -> int:
     else:
         print_bench(Console(), report)
     return DONE
+
+
+def run_retry(args: argparse.Namespace) -> int:
+    config = configure(args)
+    from daemon.intake.names import printable
+    from daemon.intake.retry import chosen, retry
+
+    inbox = config.inbox.path
+    if not inbox.is_dir():
+        raise ConfigError(f"inbox.path = {inbox}: no such folder")
+    if args.list:
+        for failed in chosen(inbox, args.names):
+            sys.stdout.write(f"{failed.name}  {failed.failed_at}  {failed.reason}: {failed.message}\n")
+        return DONE
+    done = retry(inbox, args.names)
+    for failed, target in done:
+        sys.stdout.write(f"{failed.name} -> {printable(str(target))}\n")
+    sys.stdout.write(f"{len(done)} put back into {inbox}\n")
+    return DONE
+
+
+def show_status(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from daemon.config import load_config
+    from daemon.observe.status import to_json
+    from daemon.tools.status import fetch, healthy, print_status, url_of
+
+    status = fetch(args.url or url_of(load_config(args.config)))
+    if args.json:
+        sys.stdout.write(to_json(status).decode() + "\n")
+    else:
+        print_status(Console(), status)
+    return DONE if healthy(status) else SOME_FAILED
 
 
 def check_config(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from daemon.errors import MachineError
 T = TypeVar("T")
 
 DISK, DESCRIPTORS, FOLDERS = REASONS = ("disk", "descriptors", "folders")
+RETRIED = ("start", "claim", "read", "forward", "write", "settle")  # what may be tried again
 REASON_OF = {
     errno.ENOSPC: DISK,
     errno.EDQUOT: DISK,
@@ -31,6 +32,10 @@ REASON_OF = {
     errno.ESTALE: FOLDERS,
 }
 RETRY_SECONDS = 1.0  # between two tries of what the machine refused
+
+
+def ignore(stage: str) -> None:
+    pass
 
 
 class FoldersLost(MachineError):
@@ -48,10 +53,13 @@ class Pause:
         *,
         patient: bool = True,
         retry_seconds: float = RETRY_SECONDS,
+        on_retry: Callable[[str], None] = ignore,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_retry` is told, before each repetition, which of RETRIED is repeated."""
         self._patient = patient
         self._retry_seconds = retry_seconds
+        self._on_retry = on_retry
         self._clock = clock
         self._held: dict[str, str] = {}  # by a condition that is checked from time to time
         self._met: dict[str, tuple[str, float]] = {}  # by an operation that failed, until when
@@ -82,10 +90,11 @@ class Pause:
                 raise MachineError("; ".join(reasons.values()))
             await self._sleep()
 
-    async def outlast(self, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def outlast(self, attempt: Callable[[], Awaitable[T]], stage: str) -> T:
         """What `attempt` returns, called again until the machine no longer refuses it.
 
-        `attempt` must be safe to repeat. Raises the OSErrors that no waiting helps, and MachineError.
+        `attempt` must be safe to repeat; `stage` is one of RETRIED. Raises the OSErrors that no waiting
+        helps, and MachineError.
         """
         while True:
             try:
@@ -97,6 +106,7 @@ class Pause:
                 self._met[reason] = (describe(error), self._clock() + 2 * self._retry_seconds)
                 if not self._patient or self._given_up.is_set():
                     raise MachineError(describe(error)) from error
+                self._on_retry(stage)
             await self._sleep()
 
     async def _sleep(self) -> None:

@@ -28,6 +28,7 @@ from daemon.intake.reader import ReadLimits, read_parts
 from daemon.intake.tokenizer import Tokenizer
 from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
+from daemon.observe.workload import Workload
 from daemon.output.delivery import Arrival, Delivery, FileFailed, Outcome
 from daemon.output.finished import FinishedPart
 from daemon.pause import Pause
@@ -105,6 +106,7 @@ class Pipeline:
         self.parts: Channel[Part | KeptPart | FileFailed] = Channel(limits.queued_text_bytes)
         self.tokenized: Channel[TokenizedPart | KeptPart | FileFailed] = Channel(limits.queued_tokens)
         self.finished: Channel[Arrival] = Channel(limits.queued_result_bytes)
+        self.workload = Workload()
         self._units: dict[str, asyncio.Event] = {}  # under way; set when their outcome is known
         self._taking = False  # claimed files are being opened
         self._on_their_way = 0  # items between being read and reaching the device
@@ -152,7 +154,9 @@ class Pipeline:
 
     async def take(self, claims: Sequence[Claim]) -> None:
         """Hand claimed files on, part by part; or settle them at once."""
-        for opened in await self.pause.outlast(lambda: asyncio.to_thread(self.opener.open_all, claims)):
+        for opened in await self.pause.outlast(
+            lambda: asyncio.to_thread(self.opener.open_all, claims), "read"
+        ):
             with contextlib.closing(opened):
                 if opened.error is not None:
                     await self.settle(await self.delivery.fail(opened.claim, opened.error, opened.source))
@@ -181,6 +185,7 @@ class Pipeline:
             await self.settle(await self.delivery.give_up(dataclasses.replace(source, claim=begun), error))
             return False
         self._units[source.unit] = asyncio.Event()
+        self.workload.begin(source)
         self.metrics.input_bytes_total.inc(source.size)
         return True
 
@@ -190,6 +195,7 @@ class Pipeline:
         try:
             async for part in self.parts_of(file):
                 self.progress.add_total(part.extent.records)
+                self.workload.read(part.source, part.extent, last=part.last)
                 self._on_their_way += 1
                 if isinstance(part, Part):
                     self.metrics.stage_duration_seconds.labels("read").observe(part.read_seconds)
@@ -239,7 +245,7 @@ class Pipeline:
 
     async def compute(self) -> None:
         """Stage 3: whenever the device is free, give it the best batch of what is there."""
-        assembly = Assembly(tuple(sae.d_in for sae in self.study.engine.info.saes))
+        assembly = Assembly(tuple(sae.d_out for sae in self.study.engine.info.saes))
         ended = False
         while not ended or self.packer:
             ended = ended or await self.gather(assembly)
@@ -264,6 +270,7 @@ class Pipeline:
             log.warning("device.out_of_memory", samples=len(batch.entries), message=str(error))
             if len(batch.entries) > 1:
                 self.packer.shrink(batch)
+                self.metrics.observe_retry("forward")
                 self.metrics.max_batch_tokens.set(self.packer.max_batch_tokens)
                 return []
             self.metrics.rejects_total.labels("out_of_memory").inc()
@@ -329,6 +336,7 @@ class Pipeline:
         self.tally.rows += outcome.rows
         self.tally.rejects += outcome.rejects
         self.metrics.observe_outcome(outcome, self.study.engine.info.layers)
+        self.workload.end(outcome.unit)
         log.info("file.settled", outcome=kind, **outcome.log_fields())
         if outcome.unit is not None and (under_way := self._units.pop(outcome.unit, None)) is not None:
             under_way.set()

@@ -220,9 +220,9 @@ class LayerSums:
 
     rows: IntArray  # (n,) activations counted
     l0: FloatArray  # (n,)
-    squared_error: FloatArray  # (n,) sum of ||x - decode(f)||^2
+    squared_error: FloatArray  # (n,) sum of ||x - decode(f)||^2, x being what is to be reconstructed
     squared_norm: FloatArray  # (n,) sum of ||x||^2
-    total: FloatArray  # (n, d_in) sum of x
+    total: FloatArray  # (n, d_out) sum of x
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,10 +246,12 @@ class Block:
 class SaeInfo:
     """One loaded dictionary, as the manifest and the columns name it."""
 
-    hook_name: str
+    hook_name: str  # what it reads
+    hook_name_out: str  # what its reconstruction is to equal: of a transcoder another place
     layer: int
     d_in: int
     d_sae: int
+    d_out: int
     architecture: str
     source: str  # release and id, or the path's last component
     weights_sha256: str

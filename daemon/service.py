@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import os
-import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -27,23 +26,30 @@ from daemon.build import (
     read_limits,
     results_key,
 )
+from daemon.compute.buffers import keep_memory, memory_bytes, pool_bytes
 from daemon.compute.device import Device
 from daemon.compute.packing import Packer
 from daemon.config import Config
 from daemon.durable import make_folder
-from daemon.errors import ConfigError, MachineError
+from daemon.errors import ConfigError, MachineError, SyncFailed
 from daemon.intake.inbox import Inbox
-from daemon.observe.http import Health, serve_http
+from daemon.machine import Machine
+from daemon.observe.apart import apart
+from daemon.observe.board import DRAINING, PAUSED, StatusBoard
+from daemon.observe.health import DEVICE, EVENT_LOOP, HEARTBEAT_STALE_SECONDS, LOADING, Health
+from daemon.observe.http import serve_http
 from daemon.observe.metrics import Metrics
+from daemon.observe.notify import Notify, status_line
+from daemon.observe.page import status_routes
 from daemon.observe.progress import Progress
 from daemon.output.commit import Outbox
 from daemon.output.delivery import Delivery, Outcome
-from daemon.pause import DISK, FOLDERS, REASONS, FoldersLost, Pause, describe
+from daemon.pause import FOLDERS, REASONS, FoldersLost, Pause
 from daemon.pipeline import Limits, Pipeline, Tally
 
 HEARTBEAT_SECONDS = 1.0
-M_ARENA_MAX = -8  # <malloc.h>
-PAUSED = "paused: "  # how readiness words a reason to pause
+EXTEND_SECONDS = 30.0  # asked of the service manager at each heartbeat of a drain
+DEVICE_DEAD_SECONDS = 60.0  # that a daemon without its device thread stays, for monitoring to see
 
 log = structlog.get_logger()
 
@@ -71,18 +77,11 @@ def serve(
     forces the end.
     """
     check_folders(config.inbox.path, config.outbox.path)
-    share_arenas()
+    keep_memory()
     try:
         return asyncio.run(Service(config, once=once, on_outcome=on_outcome, load=load).run())
     except* (ConfigError, MachineError, OSError) as group:
         raise first_leaf(group) from None
-
-
-def share_arenas() -> None:
-    """Let all threads use two heaps, where the C library can: with one for each, memory grows for hours."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_ARENA_MAX, 2)
 
 
 def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -130,22 +129,44 @@ class Service:
         self.metrics = Metrics(CollectorRegistry())
         self.device = Device()
         self.health = Health(self.device, stall_seconds=config.http.stall_seconds)
+        for loop in (EVENT_LOOP, DEVICE):
+            self.metrics.heartbeat_timestamp_seconds.labels(loop).set_function(partial(self.last_seen, loop))
         self.progress = Progress()
-        self.pause = Pause(patient=not once)
+        self.board = StatusBoard(
+            inbox=config.inbox.path,
+            outbox=config.outbox.path,
+            metrics=self.metrics,
+            progress=self.progress,
+        )
+        self.notify = Notify()
+        self.pause = Pause(patient=not once, on_retry=self.metrics.observe_retry)
+        self.machine = Machine(
+            config.inbox.path,
+            config.outbox.path,
+            min_free_bytes=config.outbox.min_free_bytes,
+            pause=self.pause,
+        )
         self.paused: set[str] = set()  # reasons that were told
+        self.device_stalled = False  # and told
+        self.device_died_at: float | None = None
+        self.fatal: BaseException | None = None  # what ends the run from outside the pipeline
+        self.main_task: asyncio.Task[object] | None = None
         self.tally = Tally()
         self.inbox: Inbox | None = None
         self.pipeline: Pipeline | None = None
 
     async def run(self) -> Tally:
-        self.health.unmet.add("loading the model")
+        self.health.unmet.add(LOADING)
         with self.signals():
             async with self.http(), self.heartbeat():
                 try:
                     compute = await self.load()
-                    self.health.unmet.discard("loading the model")
+                    self.health.unmet.discard(LOADING)
                     await self.work(compute)
                     return self.tally
+                except* SyncFailed:
+                    self.metrics.sync_errors_total.inc()
+                    raise
                 finally:
                     self.device.close()
 
@@ -157,6 +178,7 @@ class Service:
         gc.freeze()  # the libraries' million objects stay: no collection needs to look at them again
         info = compute.engine.info
         self.metrics.describe(info, compute.max_batch_tokens)
+        self.board.describe(info, compute.max_batch_tokens)
         log.info(
             "model.loaded",
             model=info.name,
@@ -180,12 +202,13 @@ class Service:
                         raise
                     log.error("service.folders_lost", reason=str(first_leaf(lost)))
                     self.pause.hold(FOLDERS, str(first_leaf(lost)))
+                    self.progress.total = self.progress.done  # what was read is read again
                 await self.folders_back()
 
     async def folders_back(self) -> None:
         """Wait until inbox and outbox are there and fit each other."""
         while (
-            trouble := await asyncio.to_thread(self.folder_trouble)
+            trouble := await asyncio.to_thread(self.machine.folder_trouble)
         ) is not None and not self.stop.is_set():
             self.pause.hold(FOLDERS, trouble)
             await asyncio.sleep(HEARTBEAT_SECONDS)
@@ -201,12 +224,13 @@ class Service:
             pause=self.pause,
         )
         outbox = Outbox(config.outbox.path)
-        await self.pause.outlast(inbox.open)
+        await self.pause.outlast(inbox.open, "start")
         try:
-            removed = await self.pause.outlast(lambda: asyncio.to_thread(outbox.open))
+            removed = await self.pause.outlast(lambda: asyncio.to_thread(outbox.open), "start")
             self.metrics.recovered_files_total.labels("staging_removed").inc(removed)
             self.inbox = inbox
             self.pipeline = self.assemble(compute, inbox, outbox)
+            self.notify.ready()
             try:
                 await self.pipeline.run(self.stop, once=self.once)
             finally:
@@ -248,19 +272,24 @@ class Service:
             tally=self.tally,
             metrics=self.metrics,
             progress=self.progress,
-            on_outcome=self.on_outcome,
+            on_outcome=self.settled,
         )
+
+    def settled(self, outcome: Outcome) -> None:
+        self.board.settle(outcome)
+        self.on_outcome(outcome)
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
+        self.main_task = task = asyncio.current_task()
         assert task is not None
 
         def handle(received: signal.Signals) -> None:
             if not self.stop.is_set():
                 log.info("service.draining", signal=received.name)
-                self.health.unmet.add("draining")
+                self.health.unmet.add(DRAINING)
+                self.notify.stopping()
                 self.stop.set()
                 self.pause.give_up()
             else:
@@ -272,6 +301,8 @@ class Service:
         try:
             yield
         except asyncio.CancelledError:
+            if self.fatal is not None:
+                raise self.fatal from None
             raise Forced("forced to stop: unfinished files were put back into the inbox") from None
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -282,36 +313,11 @@ class Service:
         if not self.config.http.enabled:
             yield
             return
-        async with serve_http(self.config.http.address, self.metrics.registry, self.health) as url:
+        address, registry, health = self.config.http.address, self.metrics.registry, self.health
+        routes = status_routes(lambda: self.board.status(health))
+        async with apart(lambda: serve_http(address, registry, health, routes)) as url:
             log.info("http.listening", url=url)
             yield
-
-    def folder_trouble(self) -> str | None:
-        """Why inbox and outbox can't be worked with, if so. Blocks."""
-        for folder in (self.config.inbox.path, self.config.outbox.path):
-            if not folder.is_dir():
-                return f"{folder}: no such folder"
-            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-                return f"{folder}: not readable and writable for this user"
-        if self.config.inbox.path.stat().st_dev != self.config.outbox.path.stat().st_dev:
-            return f"{self.config.inbox.path} and {self.config.outbox.path} are on different file systems"
-        return None
-
-    def check_machine(self) -> None:
-        """Whether folders and disk allow work; sets the reasons to pause. Blocks."""
-        try:
-            self.pause.hold(FOLDERS, self.folder_trouble())
-            self.check_disk()
-        except OSError as error:  # one of them went while it was looked at
-            self.pause.hold(FOLDERS, describe(error))
-
-    def check_disk(self) -> None:
-        self.metrics.observe_disk({"inbox": self.config.inbox.path, "outbox": self.config.outbox.path})
-        free, floor = shutil.disk_usage(self.config.outbox.path).free, self.config.outbox.min_free_bytes
-        low = (
-            f"{self.config.outbox.path}: {free} bytes free, outbox.min_free_bytes = {floor}: free some space"
-        )
-        self.pause.hold(DISK, low if free < floor else None)
 
     def tell_pause(self) -> None:
         """Say where claiming pauses, and why, in metrics, readiness and log."""
@@ -329,33 +335,105 @@ class Service:
     def sample(self) -> None:
         """Set the gauges that describe this moment."""
         metrics = self.metrics
-        metrics.heartbeat_timestamp_seconds.labels("event_loop").set_to_current_time()
-        since = self.device.busy_since  # a device that is idle, or between two calls, is alive now
-        metrics.heartbeat_timestamp_seconds.labels("device").set(
-            time.time() - (time.monotonic() - since if since is not None else 0.0)
-        )
         metrics.observe_device(self.device.busy_seconds, time.monotonic())
         if self.inbox is not None:
-            metrics.observe_inbox(self.inbox.pending(), self.inbox.take_recovered())
+            metrics.observe_inbox(self.inbox.pending(), self.inbox.take_recovered(), self.inbox.take_found())
         if self.pipeline is not None:
             for stage, items in self.pipeline.queued().items():
                 metrics.queue_items.labels(stage).set(items)
             metrics.queue_tokens.set(self.pipeline.tokenized.weight + self.pipeline.packer.tokens)
+            device = self.pipeline.study.engine.info.device
+            metrics.observe_memory(memory_bytes(device), pool_bytes(device))
+        self.board.look(
+            self.inbox.pending() if self.inbox is not None else None,
+            self.pipeline.workload if self.pipeline is not None else None,
+            ready=not self.health.unmet,
+        )
+
+    def tell_manager(self) -> None:
+        """Feed the service manager's watchdog while all makes progress, and say how things are.
+
+        A drain, or a wait for the folders, may take as long as it makes progress; loading may not.
+        """
+        stalled = self.health.stalled()
+        if not stalled:
+            self.notify.alive()
+            if LOADING not in self.health.unmet and (self.stop.is_set() or self.pipeline is None):
+                self.notify.extend(EXTEND_SECONDS)
+        load = self.inbox.pending() if self.inbox is not None else None
+        self.notify.status(
+            status_line(
+                "; ".join(stalled or sorted(self.health.unmet)) or "running",
+                files=load.files if load else 0,
+                oldest_seconds=load.oldest_seconds if load else 0.0,
+                done=self.progress.done,
+                total=self.progress.total,
+                rate=self.progress.rate,
+            )
+        )
+
+    def last_seen(self, loop: str) -> float:
+        """When a loop last showed progress, in Unix time."""
+        return time.time() - self.health.silence_seconds(loop)
+
+    def check_loops(self, silence: float) -> None:
+        """Say what stalls, and what did: an event loop that stalled can tell only afterwards.
+
+        A device thread that died does not come back: the run ends, once monitoring had time to see it.
+        """
+        if silence > HEARTBEAT_STALE_SECONDS:
+            log.error("service.stalled", loop=EVENT_LOOP, seconds=round(silence, 1), over=True)
+        stalled = self.health.stalled()
+        if stalled and not self.device_stalled:
+            log.error("service.stalled", loop=DEVICE, message="; ".join(stalled))
+        elif self.device_stalled and not stalled:
+            log.info("service.recovered", loop=DEVICE)
+        self.device_stalled = bool(stalled)
+        if self.device.alive:
+            return
+        self.device_died_at = self.device_died_at or time.monotonic()
+        if time.monotonic() - self.device_died_at >= DEVICE_DEAD_SECONDS:
+            self.end(MachineError("the device thread died: unfinished files were put back into the inbox"))
+
+    def end(self, error: BaseException) -> None:
+        """End the run with this error, whatever it is at."""
+        if self.fatal is None and self.main_task is not None:
+            self.fatal = error
+            self.main_task.cancel()
+
+    def see_end(self, task: asyncio.Task[None]) -> None:
+        """A background task ended: a bug, unless it was told to."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.end(error)
+
+    async def beat(self) -> None:
+        """The heart of the event loop: whatever stalls it is seen by its silence."""
+        while True:
+            self.check_loops(self.health.beat())
+            self.machine.see_unanswered()
+            self.tell_pause()
+            self.tell_manager()
+            self.sample()
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def watch_machine(self) -> None:
+        """Look at folders and disk, which may take its time: a disk that is gone answers nothing."""
+        folders = {"inbox": self.config.inbox.path, "outbox": self.config.outbox.path}
+        while True:
+            await asyncio.to_thread(self.machine.look)
+            self.tell_pause()
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(self.metrics.observe_disk, folders)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
     @contextlib.asynccontextmanager
     async def heartbeat(self) -> AsyncIterator[None]:
-        async def beat() -> None:
-            while True:
-                self.health.beat()
-                self.sample()
-                await asyncio.to_thread(self.check_machine)
-                self.tell_pause()
-                await asyncio.sleep(HEARTBEAT_SECONDS)
-
-        task = asyncio.create_task(beat())
+        tasks = [asyncio.create_task(work()) for work in (self.watch_machine, self.beat)]
+        for task in tasks:
+            task.add_done_callback(self.see_end)
         try:
             yield
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)

@@ -34,13 +34,28 @@ def failing(times: int, code: int):
 )
 async def test_what_the_machine_refuses_for_a_while_is_tried_again(code):
     pause = Pause(retry_seconds=0.001)
-    assert await pause.outlast(failing(3, code)) == 4
+    assert await pause.outlast(failing(3, code), "write") == 4
+
+
+async def test_every_repetition_is_told_with_its_stage():
+    told = []
+    await Pause(retry_seconds=0.001, on_retry=told.append).outlast(failing(3, errno.ENOSPC), "read")
+    assert told == ["read", "read", "read"]
+
+
+async def test_a_try_that_is_not_repeated_is_not_told():
+    told = []
+    pause = Pause(patient=False, on_retry=told.append)
+    with pytest.raises(MachineError):
+        await pause.outlast(failing(1, errno.ENOSPC), "read")
+    assert await pause.outlast(failing(0, errno.ENOSPC), "read") == 1
+    assert told == []
 
 
 async def test_trouble_met_is_a_reason_until_it_lapses():
     clock = Clock()
     pause = Pause(retry_seconds=0.001, clock=clock)
-    await pause.outlast(failing(1, errno.ENOSPC))
+    await pause.outlast(failing(1, errno.ENOSPC), "write")
     assert pause.reasons == {DISK: "/outbox/x: refused"}
     clock.now = 1.0
     assert pause.reasons == {}
@@ -50,24 +65,24 @@ async def test_trouble_met_is_a_reason_until_it_lapses():
 async def test_what_no_waiting_helps_is_raised(code):
     attempt = failing(1, code)
     with pytest.raises(OSError, match="refused"):
-        await Pause(retry_seconds=0.001).outlast(attempt)
+        await Pause(retry_seconds=0.001).outlast(attempt, "write")
     assert await attempt() == 2  # tried once
 
 
 async def test_a_run_that_can_not_wait_fails_at_once():
     with pytest.raises(MachineError, match="/outbox/x: refused"):
-        await Pause(patient=False).outlast(failing(1, errno.ENOSPC))
+        await Pause(patient=False).outlast(failing(1, errno.ENOSPC), "write")
 
 
 async def test_the_wait_ends_when_the_daemon_is_told_to_stop():
     pause = Pause(retry_seconds=3600.0)
-    waiting = asyncio.create_task(pause.outlast(failing(1, errno.ENOSPC)))
+    waiting = asyncio.create_task(pause.outlast(failing(1, errno.ENOSPC), "write"))
     while not pause.reasons:
         await asyncio.sleep(0)
     pause.give_up()
     assert await waiting == 2
     with pytest.raises(MachineError):
-        await pause.outlast(failing(1, errno.ENOSPC))
+        await pause.outlast(failing(1, errno.ENOSPC), "write")
 
 
 async def test_claiming_waits_while_a_reason_holds():

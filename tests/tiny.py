@@ -9,12 +9,29 @@ from pathlib import Path
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.transcoder import (
+    JumpReLUSkipTranscoder,
+    JumpReLUSkipTranscoderConfig,
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 D_MODEL = 32
 D_SAE = 96
+D_OUT = 20  # of a transcoder that writes elsewhere
 BOS = 256
+TRANSCODERS = {
+    "transcoder": (Transcoder, TranscoderConfig),
+    "jumprelu_transcoder": (JumpReLUTranscoder, JumpReLUTranscoderConfig),
+    "skip_transcoder": (SkipTranscoder, SkipTranscoderConfig),
+    "jumprelu_skip_transcoder": (JumpReLUSkipTranscoder, JumpReLUSkipTranscoderConfig),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +109,10 @@ def random_sae(
         sae = StandardSAE(StandardSAEConfig(**settings))
     for key, value in metadata.items():
         setattr(sae.cfg.metadata, key, value)
+    return randomise(sae, d_in, seed)
+
+
+def randomise(sae, d_in: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sae.named_parameters():
         values = torch.randn(parameter.shape, generator=generator) / d_in**0.5
@@ -99,8 +120,31 @@ def random_sae(
     return sae
 
 
+def random_transcoder(
+    hook_name: str,
+    hook_name_out: str,
+    *,
+    architecture: str = "jumprelu_transcoder",
+    d_in: int = D_MODEL,
+    d_out: int = D_OUT,
+    seed: int = 0,
+):
+    """An untrained transcoder from one place of a model to another."""
+    kind, config = TRANSCODERS[architecture]
+    metadata = SAEMetadata(
+        model_name="tiny", hook_name=hook_name, hook_name_out=hook_name_out, prepend_bos=True
+    )
+    sae = kind(config(d_in=d_in, d_out=d_out, d_sae=D_SAE, apply_b_dec_to_input=False, metadata=metadata))
+    return randomise(sae, d_in, seed)
+
+
 def save_sae(folder: Path, hook_name: str, **options: object) -> Path:
     random_sae(hook_name, **options).save_model(folder)
+    return folder
+
+
+def save_transcoder(folder: Path, hook_name: str, hook_name_out: str, **options: object) -> Path:
+    random_transcoder(hook_name, hook_name_out, **options).save_model(folder)
     return folder
 
 

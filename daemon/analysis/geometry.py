@@ -31,9 +31,7 @@ WIDTH_SLACK = 1.25  # the widest row of a chunk has at most this many times the 
 WIDTH_FLOOR = 16  # unless it has no more than this
 RELATIVE_EPSILON = 1e-12  # an eigenvalue below this share of the largest is rounding: 0
 POINT_EPSILON = 1e-24  # a squared length below this share of sum w_i ||r_i||^2 is rounding: 0
-CANCELLED = (
-    1e-6  # a cloud smaller than this share of that has lost digits in the difference of inner products
-)
+CANCELLED = 1e-2  # a cloud below this share of that loses digits in the difference of inner products
 SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays off it
 INVERSE_ITERATIONS = 2
 

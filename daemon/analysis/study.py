@@ -36,7 +36,8 @@ class LayerActivations:
 
     layer: int
     x: Tensor | None  # (N, d_in) what the SAE read; None where features are the maximum of several readings
-    reconstruction: Tensor | None  # (N, d_in)
+    target: Tensor | None  # (N, d_out) what the reconstruction is to equal: x, but of a transcoder
+    reconstruction: Tensor | None  # (N, d_out)
     acts: SparseActs  # of N positions
     decoder: DecoderRows
     d_sae: int
@@ -108,11 +109,14 @@ def layer_metrics(layer: LayerActivations, shape: Geometry) -> dict[str, Tensor]
 
 
 def errors(layer: LayerActivations) -> tuple[Tensor, Tensor]:
-    """||x - decode(f)|| (N,), and that over ||x||; NaN where there is no x, the second where x is zero."""
-    if layer.x is None or layer.reconstruction is None:
+    """||x - decode(f)|| (N,), and that over ||x||; NaN where there is no x, the second where x is zero.
+
+    Here x is the target of the reconstruction.
+    """
+    if layer.target is None or layer.reconstruction is None:
         undefined = _undefined(layer.acts.counts)
         return undefined, undefined
-    x = layer.x.double()
+    x = layer.target.double()
     error = torch.linalg.vector_norm(x - layer.reconstruction.double(), dim=-1)
     return error, torch.where(x.any(-1), error / torch.linalg.vector_norm(x, dim=-1), torch.nan)
 
@@ -195,11 +199,11 @@ def layer_sums(layer: LayerActivations, n_texts: int) -> LayerSums:
     """What FVU and mean L0 are made of, per sample of `n_texts` readings; zeros for FVU without x."""
     l0 = layer.acts.counts.double().view(-1, n_texts).sum(-1)
     n = len(l0)
-    if layer.x is None or layer.reconstruction is None:
+    if layer.target is None or layer.reconstruction is None:
         nothing = np.zeros(n)
         squared_error, squared_norm, total = nothing, nothing, np.zeros((n, layer.decoder.W_dec.shape[1]))
     else:
-        x = layer.x.double().reshape(n, n_texts, -1)  # (n, T, d_in)
+        x = layer.target.double().reshape(n, n_texts, -1)  # (n, T, d_out)
         residual = layer.reconstruction.double().reshape(x.shape) - x
         squared_error = _host(residual.square().sum((1, 2)))
         squared_norm = _host(x.square().sum((1, 2)))

@@ -50,11 +50,11 @@ class OpenPart:
 class Assembly:
     """The parts under way on the device; owned by the compute stage.
 
-    `d_ins` gives the input width of each SAE.
+    `d_outs` gives the width of what each SAE reconstructs.
     """
 
-    def __init__(self, d_ins: tuple[int, ...], clock: Callable[[], float] = time.perf_counter) -> None:
-        self._d_ins = d_ins
+    def __init__(self, d_outs: tuple[int, ...], clock: Callable[[], float] = time.perf_counter) -> None:
+        self._d_outs = d_outs
         self._clock = clock
         self._open: dict[Key, OpenPart] = {}
 
@@ -66,7 +66,7 @@ class Assembly:
         opened = OpenPart(
             part=part,
             missing=len(part.samples),
-            layers=tuple(LayerTotals.zero(d_in) for d_in in self._d_ins),
+            layers=tuple(LayerTotals.zero(d_out) for d_out in self._d_outs),
             seconds=StageSeconds(read=part.part.read_seconds, tokenize=part.part.tokenize_seconds),
             opened_at=self._clock(),
         )
@@ -80,9 +80,13 @@ class Assembly:
         rows: dict[Key, list[int]] = defaultdict(list)
         for row, entry in enumerate(batch.entries):
             rows[key_of(entry.part)].append(row)
+        order = np.concatenate([np.array(block_rows) for block_rows in rows.values()])
+        starts = np.cumsum([0, *map(len, rows.values())])[:-1]
+        totals = zip(*(LayerTotals.of_groups(sums, order, starts) for sums in block.layers), strict=True)
         finished = []
-        for key, block_rows in rows.items():
+        for (key, block_rows), layers in zip(rows.items(), totals, strict=True):
             opened = self._open[key]
+            opened.layers = tuple(map(LayerTotals.plus, opened.layers, layers))
             self._add(opened, batch, block, np.array(block_rows), pack_seconds)
             if not opened.missing:
                 finished.append(self._open.pop(key).finish())
@@ -102,10 +106,6 @@ class Assembly:
         part_rows = np.array([batch.entries[row].row for row in rows])
         opened.pieces.append(BlockRows(block=block, block_rows=rows, part_rows=part_rows))
         opened.missing -= len(rows)
-        opened.layers = tuple(
-            totals.plus(LayerTotals.from_sums(sums, rows))
-            for totals, sums in zip(opened.layers, block.layers, strict=True)
-        )
         share = len(rows) / len(batch.entries)  # of a batch that several parts may share
         worked = block.forward_seconds + block.sae_seconds + block.analysis_seconds
         opened.seconds += StageSeconds(

@@ -32,7 +32,6 @@ class DeviceBlock:
     queries: slice
     keys: slice | Tensor
     mask: Tensor  # (Q, K) additive, of the model's dtype
-    distance: Tensor  # (Q, K) int64, how many tokens the key lies before the query
 
 
 @dataclass(slots=True)
@@ -40,6 +39,7 @@ class Plan:
     """Who attends to whom in one packed sequence, for every layer."""
 
     blocks: tuple[DeviceBlock, ...]
+    depth: Tensor  # (n,) position of each token in its text
     windows: dict[int, tuple[Tensor, ...]]  # the blocks' masks under a sliding window, by its width
 
     def masks(self, window: int | None) -> tuple[Tensor, ...]:
@@ -47,30 +47,29 @@ class Plan:
         if window is None:
             return tuple(block.mask for block in self.blocks)
         if window not in self.windows:
-            self.windows[window] = tuple(
-                block.mask.masked_fill(block.distance >= window, -torch.inf) for block in self.blocks
-            )
+            self.windows[window] = tuple(self._within(window, block) for block in self.blocks)
         return self.windows[window]
+
+    def _within(self, window: int, block: DeviceBlock) -> Tensor:
+        distance = self.depth[block.queries].unsqueeze(1) - self.depth[block.keys]  # (Q, K) tokens before
+        return block.mask.masked_fill(distance >= window, -torch.inf)
 
 
 def plan_attention(packed: Preorder, device: str, dtype: torch.dtype) -> Plan:
     """Move the attention of a packed sequence to the device."""
     block = QUERY_BLOCK[torch.device(device).type]
-    depth = torch.from_numpy(packed.depth)
-    blocks = (on_device(entry, depth, device, dtype) for entry in attention_blocks(packed.end, block))
-    return Plan(tuple(blocks), {})
+    blocks = (on_device(entry, device, dtype) for entry in attention_blocks(packed.end, block))
+    return Plan(tuple(blocks), torch.from_numpy(packed.depth).to(device), {})
 
 
-def on_device(block: AttentionBlock, depth: Tensor, device: str, dtype: torch.dtype) -> DeviceBlock:
+def on_device(block: AttentionBlock, device: str, dtype: torch.dtype) -> DeviceBlock:
     keys = block.keys if isinstance(block.keys, slice) else torch.from_numpy(block.keys)
     allowed = torch.from_numpy(block.mask)
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
-    distance = depth[block.queries].unsqueeze(1) - depth[keys]
     return DeviceBlock(
         queries=block.queries,
         keys=keys if isinstance(keys, slice) else keys.to(device),
         mask=mask.to(device),
-        distance=distance.to(device),
     )
 
 

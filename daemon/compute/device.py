@@ -6,9 +6,12 @@ Models, SAEs and every tensor stay on that thread; only NumPy arrays leave it. K
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -22,6 +25,7 @@ from daemon.errors import OutOfMemory
 from daemon.records import Block
 
 R = TypeVar("R")
+OWN_THREADS = Path("/proc/self/task")  # on Linux
 
 
 class Device:
@@ -33,14 +37,46 @@ class Device:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None  # from the first call on
+        self._closed = False
         self.busy_since: float | None = None
         self.busy_seconds = 0.0
         self.last_progress = clock()
 
+    @property
+    def alive(self) -> bool:
+        """False once the thread died, and with it whatever was or will be asked of it."""
+        return self._thread is None or self._closed or runs(self._thread)
+
     async def call(self, function: Callable[[], R]) -> R:
-        """Run `function()` on the device thread. Raises OutOfMemory where its memory is too small."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, function)
+        """Run `function()` on the device thread. Raises OutOfMemory where its memory is too small.
+
+        Never returns where the thread dies: see `alive`.
+        """
+        if self._thread is None:
+            # A daemon, so that a thread that died without Python knowing does not keep the process.
+            self._thread = threading.Thread(target=self._work, name="device", daemon=True)
+            self._thread.start()
+        future: Future[R] = Future()
+        self._calls.put(lambda: self._answer(future, function))
+        return await asyncio.wrap_future(future)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+            del call  # it holds the result
+
+    def _answer(self, future: Future[R], function: Callable[[], R]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self._timed(function)
+        except BaseException as error:
+            future.set_exception(error)
+            del future  # it holds the error, whose traceback holds this frame
+        else:
+            future.set_result(result)
 
     def _timed(self, function: Callable[[], R]) -> R:
         self.busy_since = began = self._clock()
@@ -60,7 +96,17 @@ class Device:
 
     def close(self) -> None:
         """Wait for the current call and end the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        self._calls.put(None)
+        if self._thread is not None and runs(self._thread):
+            self._thread.join()
+        self._closed = True
+
+
+def runs(thread: threading.Thread) -> bool:
+    """Whether a thread that was started lives, by Python's word and by the kernel's, where it has one."""
+    if not thread.is_alive():
+        return False
+    return not OWN_THREADS.is_dir() or (OWN_THREADS / str(thread.native_id)).exists()
 
 
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:

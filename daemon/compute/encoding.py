@@ -16,7 +16,7 @@ from torch import Tensor
 from daemon.analysis.geometry import DecoderRows, weighted_sum
 from daemon.analysis.sparse import SparseActs, from_dense
 from daemon.compute.linear import product
-from daemon.compute.sae import LoadedSae
+from daemon.compute.sae import TRANSCODERS, LoadedSae
 
 PROBE_ROWS = 64
 PROBE_SCALES = (0.1, 1.0, 10.0, 100.0)  # of the residuals it is tried on
@@ -44,8 +44,8 @@ class Encoder(Protocol):
 
     def encode(self, x: Tensor) -> SparseActs: ...
 
-    def decode(self, acts: SparseActs) -> Tensor:
-        """The reconstruction (N, d_in)."""
+    def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
+        """The reconstruction (N, d_out); a skip transcoder's takes a share of x itself."""
         ...
 
 
@@ -82,8 +82,8 @@ class PlainEncoder:
     def encode(self, x: Tensor) -> SparseActs:
         return from_dense(self._entry.encode(x))
 
-    def decode(self, acts: SparseActs) -> Tensor:
-        return self._entry.decode(acts.to_dense(self._d_sae))
+    def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
+        return self._entry.decode(acts.to_dense(self._d_sae), x)
 
 
 class FusedEncoder:
@@ -93,13 +93,14 @@ class FusedEncoder:
         sae = entry.sae
         W_enc = sae.W_enc.T.contiguous()  # (d_sae, d_in)
         bias = sae.b_enc.double() if entry.info.architecture != "gated" else torch.zeros_like(W_enc[:, 0])
-        if sae.cfg.apply_b_dec_to_input:
+        if sae.cfg.apply_b_dec_to_input and entry.info.architecture not in TRANSCODERS:
             bias = bias - W_enc.double() @ sae.b_dec.double()
         self.decoder = decoder
         self._product = product(W_enc, bias.to(W_enc.dtype))
         self._project = product(W_enc, None)
         self._activate = activate
         self._b_dec = sae.b_dec
+        self._skip = None if entry.W_skip is None else product(entry.W_skip.contiguous(), None)
         self._written = sae.W_dec
         if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
             self._written = sae.W_dec / sae.W_dec.norm(dim=-1, keepdim=True)
@@ -116,9 +117,9 @@ class FusedEncoder:
     def encode(self, x: Tensor) -> SparseActs:
         return from_dense(self._activate(self._product(x)))
 
-    def decode(self, acts: SparseActs) -> Tensor:
+    def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
         reconstruction: Tensor = weighted_sum(acts.indices, acts.values, self._written) + self._b_dec
-        return reconstruction
+        return reconstruction if self._skip is None else reconstruction + self._skip(x)
 
 
 def standard(sae: Any) -> Callable[[Tensor], Tensor]:
@@ -155,6 +156,10 @@ ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
     "jumprelu": jumprelu,
     "topk": topk,
     "gated": gated,
+    "transcoder": standard,
+    "skip_transcoder": standard,
+    "jumprelu_transcoder": jumprelu,
+    "jumprelu_skip_transcoder": jumprelu,
 }
 
 
@@ -167,7 +172,7 @@ def agree(plain: Encoder, fused: Encoder, entry: LoadedSae) -> bool:
         expected, got = (encoder.encode(x) for encoder in (plain, fused))
         pairs = [
             (expected.to_dense(entry.info.d_sae), got.to_dense(entry.info.d_sae)),
-            (plain.decode(expected), fused.decode(expected)),
+            (plain.decode(expected, x), fused.decode(expected, x)),
         ]
     return all(
         bool(torch.linalg.vector_norm(b - a) <= PROBE_TOLERANCE[dtype] * torch.linalg.vector_norm(a))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from daemon.compute.pickles import refused_pickles
 from daemon.compute.sae import first_line
 from daemon.compute.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
 from daemon.errors import ConfigError
@@ -71,7 +72,10 @@ def folder_sha256(folder: Path) -> str:
     """One hash over the weight files of a local model."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"model {folder}: no .safetensors there: lensd loads no pickled weights")
+        raise ConfigError(
+            f"model {folder}: no .safetensors there, and lensd loads no pickled weights (.bin, .pt):"
+            " convert them where that does no harm (from_pretrained, then save_pretrained)"
+        )
     digest = hashlib.sha256()
     for path in files:
         digest.update(sha256_of(path).encode())
@@ -96,7 +100,7 @@ def load_tokenizer(location: ModelLocation) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location.target)
+        tokenizer = AutoTokenizer.from_pretrained(location.target, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(unreachable(location, error)) from error
     if not tokenizer.is_fast:
@@ -110,10 +114,14 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
 
     quiet_libraries()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), refused_pickles(f"model {location.name}"):
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_pretrained(
-                location.target, dtype=dtype, attn_implementation="eager"
+                location.target,
+                dtype=dtype,
+                attn_implementation="eager",
+                use_safetensors=True,
+                trust_remote_code=False,
             ).to(device)
     except (OSError, ValueError) as error:
         raise ConfigError(unreachable(location, error)) from error

@@ -24,10 +24,10 @@ from daemon.compute.attention import (
 )
 from daemon.compute.encoding import Encoder
 from daemon.compute.engine import Extraction
-from daemon.compute.linear import pack_linears
+from daemon.compute.linear import pack_linears, prepared_rows
 from daemon.compute.loading import LoadedModel, model_info
 from daemon.compute.preorder import Preorder, preorder
-from daemon.compute.readings import choose_readings, encode_readings
+from daemon.compute.readings import Reader
 from daemon.compute.sae import LoadedSae, hook_point
 from daemon.compute.trunk import Trunk, UnknownModel
 from daemon.records import ModelInfo, Positions
@@ -58,16 +58,16 @@ class PackedEngine:
         positions: Positions,
     ) -> None:
         """Changes the model: its attention and its linear layers. Raises CannotPack."""
-        self._saes, self._encoders = tuple(saes), tuple(encoders)
+        self._reader = Reader(tuple(saes), tuple(encoders), positions, model.device)
         self._info = model_info(model, [entry.info for entry in saes], "packed")
-        self._positions = positions
-        self._skip = int(saes[0].prepend_bos)
         self._device, self._dtype = model.device, model.dtype
         # A mask of four dimensions reaches the attention as it is, which then does not look at it.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
         try:
-            self._trunk = Trunk(model.model, [hook_point(entry.info.hook_name) for entry in saes])
-        except UnknownModel as error:
+            self._trunk = Trunk(
+                model.model, [hook_point(name) for entry in saes for name in entry.hook_names]
+            )
+        except (UnknownModel, ValueError) as error:
             raise CannotPack(str(error)) from None
         self._adopt(model)
 
@@ -77,7 +77,7 @@ class PackedEngine:
 
     @property
     def prepend_bos(self) -> bool:
-        return self._saes[0].prepend_bos
+        return self._reader.prepend_bos
 
     @property
     def shares_prefixes(self) -> bool:
@@ -85,28 +85,19 @@ class PackedEngine:
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
-        return self._encoders
+        return self._reader.encoders
 
     def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
         """See `Engine.extract`."""
         began = time.perf_counter()
         packed = preorder(texts)
-        readings = choose_readings(
-            packed.path, packed.offsets, packed.tokens[packed.path], self._positions, self._skip
-        )
-        residuals = self.residuals(packed, torch.from_numpy(readings.keep).to(self._device))
-        self._synchronize()
-        ran = time.perf_counter()
-        with torch.inference_mode():
-            layers, stored = encode_readings(self._saes, self._encoders, residuals, readings, self._positions)
-        self._synchronize()
-        return Extraction(
-            layers=layers,
-            stored=stored,
-            computed_tokens=len(packed),
-            padding_tokens=0,
-            forward_seconds=ran - began,
-            sae_seconds=time.perf_counter() - ran,
+        run = packed.filled(prepared_rows(len(packed))) if self._fills else packed
+        return self._reader.extract(
+            self._reader.choose(packed.path, packed.offsets, packed.tokens[packed.path]),
+            lambda keep: (residuals := self.residuals(run, keep), residuals),
+            began=began,
+            computed_tokens=len(run),
+            padding_tokens=len(run) - len(packed),
         )
 
     def residuals(self, packed: Preorder, keep: Tensor) -> list[Tensor]:
@@ -133,7 +124,7 @@ class PackedEngine:
             model.model.config._attn_implementation = IMPLEMENTATION
             if config is not model.model.config:
                 config._attn_implementation = IMPLEMENTATION
-            pack_linears(self._trunk.layers)
+            self._fills = pack_linears(self._trunk.layers) > 0
             packed = preorder(texts)
             plan = plan_attention(packed, self._device, self._dtype)
             got = self._run(packed, plan, torch.from_numpy(packed.path).to(self._device))
@@ -142,7 +133,7 @@ class PackedEngine:
         slides = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None))
         if slides and not plan.windows:
             raise CannotPack("a sliding window that the attention is not told of")
-        for number, entry in enumerate(self._saes):
+        for number, entry in enumerate(self._reader.saes):
             expected = torch.cat([residuals[number] for residuals in plain])
             errors = relative_errors(expected, got[number])
             worst, median = float(errors.max()), float(errors.median())
@@ -159,10 +150,6 @@ class PackedEngine:
         tokens = torch.tensor([text], device=self._device)
         with torch.inference_mode():
             return self._trunk.run(tokens, torch.arange(len(text), device=self._device)[None], None, None)
-
-    def _synchronize(self) -> None:
-        if self._device.startswith("cuda"):
-            torch.cuda.synchronize(self._device)
 
 
 def probe_texts(vocabulary: int) -> list[list[int]]:

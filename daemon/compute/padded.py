@@ -17,8 +17,8 @@ from daemon.compute.encoding import Encoder
 from daemon.compute.engine import Extraction
 from daemon.compute.float64 import full_precision
 from daemon.compute.loading import LoadedModel, bridge_of, model_info
-from daemon.compute.readings import choose_readings, encode_readings
-from daemon.compute.sae import LoadedSae
+from daemon.compute.readings import Reader
+from daemon.compute.sae import LoadedSae, layer_of
 from daemon.errors import ConfigError
 from daemon.records import ModelInfo, Positions
 
@@ -35,21 +35,16 @@ class PaddedEngine:
     ) -> None:
         """Raises ConfigError where the model lacks a hook point that an SAE names."""
         self._bridge = bridge_of(model)
-        self._saes, self._encoders = tuple(saes), tuple(encoders)
+        self._reader = Reader(tuple(saes), tuple(encoders), positions, model.device)
         self._info = model_info(model, [entry.info for entry in saes], "padded")
-        self._positions = positions
-        self._skip = int(saes[0].prepend_bos)
         self._dtype = model.dtype
         self._device = model.device
-        self._stop_at_layer = max(entry.info.layer for entry in saes) + 1
-        hooks = self._bridge.hook_dict
-        self._hook_points = {}
-        for entry in saes:
-            name = entry.info.hook_name
-            canonical = name.replace("hook_resid_post", "hook_out").replace("hook_resid_pre", "hook_in")
-            if canonical not in hooks:
+        self._hook_points = {name: canonical(name) for entry in saes for name in entry.hook_names}
+        self._stop_at_layer = max(map(layer_of, self._hook_points)) + 1
+        for name, point in self._hook_points.items():
+            if point not in self._bridge.hook_dict:
                 raise ConfigError(f"model {model.location.name} has no hook point {name}")
-            self._hook_points[name] = canonical
+        self._check_widths()
 
     @property
     def info(self) -> ModelInfo:
@@ -57,7 +52,7 @@ class PaddedEngine:
 
     @property
     def prepend_bos(self) -> bool:
-        return self._saes[0].prepend_bos
+        return self._reader.prepend_bos
 
     @property
     def shares_prefixes(self) -> bool:
@@ -65,18 +60,27 @@ class PaddedEngine:
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
-        return self._encoders
+        return self._reader.encoders
 
     @property
     def saes(self) -> tuple[LoadedSae, ...]:
-        return self._saes
+        return self._reader.saes
 
-    def residuals(self, tokens: Tensor) -> list[Tensor]:
-        """tokens: (rows, width) on the device -> per SAE the raw residuals (rows, width, d_model)."""
+    def _check_widths(self) -> None:
+        """Raises ConfigError where a dictionary does not fit the places it reads and predicts."""
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self._device)
+        for entry, read, written in zip(self._reader.saes, *self.residuals(tokens), strict=True):
+            info = entry.info
+            check_width(info.source, info.hook_name, info.d_in, read)
+            check_width(info.source, info.hook_name_out, info.d_out, written)
+
+    def residuals(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """tokens: (rows, width) on the device -> the raw values (rows, width, d) that each SAE reads, and
+        those that it reconstructs."""
         captured: dict[str, Tensor] = {}
 
         def capture(activation: Tensor, hook: object, name: str) -> None:
-            captured[name] = activation
+            captured[name] = activation.flatten(2)  # heads side by side
 
         fwd_hooks = [
             (point, lambda activation, hook, name=name: capture(activation, hook, name))
@@ -86,7 +90,8 @@ class PaddedEngine:
             self._bridge.run_with_hooks(
                 tokens, return_type=None, stop_at_layer=self._stop_at_layer, fwd_hooks=fwd_hooks
             )
-        return [captured[entry.info.hook_name] for entry in self._saes]
+        infos = [entry.info for entry in self._reader.saes]
+        return [captured[info.hook_name] for info in infos], [captured[info.hook_name_out] for info in infos]
 
     def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
         """See `Engine.extract`."""
@@ -96,32 +101,37 @@ class PaddedEngine:
         tokens = np.zeros((len(texts), width), np.int64)
         inside = np.arange(width) < lengths[:, None]
         tokens[inside] = np.concatenate(texts)
-        readings = choose_readings(
-            path=np.flatnonzero(inside),
-            offsets=np.concatenate(([0], np.cumsum(lengths))),
-            token_ids=tokens[inside],
-            positions=self._positions,
-            skip=self._skip,
-        )
-        keep = torch.from_numpy(readings.keep).to(self._device)
-        residuals = [
-            residual.flatten(0, 1)[keep]
-            for residual in self.residuals(torch.from_numpy(tokens).to(self._device))
-        ]
-        self._synchronize()
-        ran = time.perf_counter()
-        with torch.inference_mode():
-            layers, stored = encode_readings(self._saes, self._encoders, residuals, readings, self._positions)
-        self._synchronize()
-        return Extraction(
-            layers=layers,
-            stored=stored,
+        padded = torch.from_numpy(tokens).to(self._device)
+        return self._reader.extract(
+            self._reader.choose(
+                path=np.flatnonzero(inside),
+                offsets=np.concatenate(([0], np.cumsum(lengths))),
+                token_ids=tokens[inside],
+            ),
+            lambda keep: self._kept(padded, keep),
+            began=began,
             computed_tokens=tokens.size,
             padding_tokens=tokens.size - int(lengths.sum()),
-            forward_seconds=ran - began,
-            sae_seconds=time.perf_counter() - ran,
         )
 
-    def _synchronize(self) -> None:
-        if self._device.startswith("cuda"):
-            torch.cuda.synchronize(self._device)
+    def _kept(self, padded: Tensor, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        read, written = self.residuals(padded)
+        kept = [x.flatten(0, 1)[keep] for x in read]
+        targets = [
+            x if target is raw else target.flatten(0, 1)[keep]
+            for x, raw, target in zip(kept, read, written, strict=True)
+        ]
+        return kept, targets
+
+
+def check_width(source: str, hook_name: str, width: int, got: Tensor) -> None:
+    if got.shape[-1] != width:
+        raise ConfigError(
+            f"SAE {source}: expects {width} values at {hook_name}, where the model has {got.shape[-1]}:"
+            " it belongs to another model"
+        )
+
+
+def canonical(hook_name: str) -> str:
+    """A residual hook's name as the bridge's list of hooks has it."""
+    return hook_name.replace("hook_resid_post", "hook_out").replace("hook_resid_pre", "hook_in")

@@ -9,7 +9,7 @@ Knows no torch, no model and no samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,16 @@ class Preorder:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def filled(self, n: int) -> Preorder:
+        """With nodes up to `n` of them that no text has, each of them all by itself."""
+        more = n - len(self)
+        return replace(
+            self,
+            tokens=np.pad(self.tokens, (0, more)),
+            depth=np.pad(self.depth, (0, more)),
+            end=np.concatenate((self.end, np.arange(len(self), n) + 1)),
+        )
 
     @property
     def leaf(self) -> IntArray:

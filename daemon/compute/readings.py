@@ -7,7 +7,8 @@ with `all`, `mean` and `max` it is left out. Knows no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from daemon.analysis.features import StoredFeatures
 from daemon.analysis.sparse import SparseActs, from_dense
 from daemon.analysis.study import LayerActivations
 from daemon.compute.encoding import Encoder
+from daemon.compute.engine import Extraction
 from daemon.compute.sae import LoadedSae
 from daemon.records import IntArray, Positions
 
@@ -41,6 +43,59 @@ class Readings:
         return self.rows[self.offsets[1:] - 1]
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What engines have in common: from residuals on, whatever ran the model."""
+
+    saes: tuple[LoadedSae, ...]
+    encoders: tuple[Encoder, ...]  # of each SAE
+    positions: Positions
+    device: str
+
+    @property
+    def prepend_bos(self) -> bool:
+        return self.saes[0].prepend_bos
+
+    def choose(self, path: IntArray, offsets: IntArray, token_ids: IntArray) -> Readings:
+        """See `choose_readings`."""
+        return choose_readings(path, offsets, token_ids, self.positions, skip=int(self.prepend_bos))
+
+    def extract(
+        self,
+        readings: Readings,
+        residuals: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]],
+        *,
+        began: float,
+        computed_tokens: int,
+        padding_tokens: int,
+    ) -> Extraction:
+        """Encode what `residuals` gives at the computed tokens it is asked for (K,): per SAE what is read
+        (K, d_in), and what is to be reconstructed (K, d_out), which is the same but for transcoders.
+
+        The forward pass counts from `began` of `time.perf_counter` on.
+        """
+        read, written = residuals(torch.from_numpy(readings.keep).to(self.device))
+        self._synchronize()
+        ran = time.perf_counter()
+        with torch.inference_mode():
+            layers, stored = encode_readings(
+                self.saes, self.encoders, read, written, readings, self.positions
+            )
+        self._synchronize()
+        return Extraction(
+            layers=layers,
+            stored=stored,
+            computed_tokens=computed_tokens,
+            padding_tokens=padding_tokens,
+            forward_seconds=ran - began,
+            sae_seconds=time.perf_counter() - ran,
+        )
+
+    def _synchronize(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+
 def choose_readings(
     path: IntArray, offsets: IntArray, token_ids: IntArray, positions: Positions, skip: int
 ) -> Readings:
@@ -59,81 +114,103 @@ def choose_readings(
     return Readings(keep, rows, own_offsets, position[own], token_ids[own])
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What one SAE made of K readings."""
+
+    entry: LoadedSae
+    encoder: Encoder
+    x: Tensor  # (K, d_in) what it read
+    target: Tensor  # (K, d_out) what its reconstruction is to equal: x, but of a transcoder
+    acts: SparseActs
+
+    @classmethod
+    def of(cls, entry: LoadedSae, encoder: Encoder, read: Tensor, written: Tensor) -> Encoded:
+        """`read` (K, d_in) and `written` (K, d_out) as the model has them."""
+        x = entry.residual(read)
+        target = x if written is read else entry.residual(written)
+        return cls(entry, encoder, x, target, encoder.encode(x))
+
+    def select(self, rows: Tensor) -> Encoded:
+        x = self.x[rows]
+        target = x if self.target is self.x else self.target[rows]
+        return Encoded(self.entry, self.encoder, x, target, self.acts.select(rows))
+
+    def analysed(self) -> LayerActivations:
+        """The readings as they are analysed, with their reconstruction."""
+        return self._layer(self.acts, self.x, self.target, self.encoder.decode(self.acts, self.x))
+
+    def pooled(self, readings: Readings, positions: Positions) -> LayerActivations:
+        """The features of each text's readings as one: their mean, with the mean of x; or their maximum."""
+        rows = torch.from_numpy(readings.rows).to(self.x.device)
+        counts = torch.from_numpy(np.diff(readings.offsets)).to(self.x.device)
+        text = torch.repeat_interleave(torch.arange(len(counts), device=self.x.device), counts)  # (R,)
+        d_sae = self.entry.info.d_sae
+        features = self.x.new_zeros(len(counts) * d_sae)
+        for start in range(0, len(rows), POOLED_ROWS):
+            chunk = slice(start, start + POOLED_ROWS)
+            read = self.acts.select(rows[chunk])
+            slots = (text[chunk, None] * d_sae + read.indices)[read.active]
+            values = read.values[read.active]
+            if positions == "mean":
+                features.index_add_(0, slots, values)
+            else:
+                features.scatter_reduce_(0, slots, values, "amax")
+        dense = features.view(len(counts), d_sae)
+        if positions == "max":
+            return self._layer(from_dense(dense), None, None, None)
+        acts = from_dense(dense / counts.unsqueeze(1))
+        x = mean_of(self.x, rows, text, counts)
+        target = x if self.target is self.x else mean_of(self.target, rows, text, counts)
+        return self._layer(acts, x, target, self.encoder.decode(acts, x))
+
+    def _layer(
+        self, acts: SparseActs, x: Tensor | None, target: Tensor | None, reconstruction: Tensor | None
+    ) -> LayerActivations:
+        return LayerActivations(
+            layer=self.entry.info.layer,
+            x=x,
+            target=target,
+            reconstruction=reconstruction,
+            acts=acts,
+            decoder=self.encoder.decoder,
+            d_sae=self.entry.info.d_sae,
+        )
+
+
+def mean_of(values: Tensor, rows: Tensor, text: Tensor, counts: Tensor) -> Tensor:
+    """Values (K, d) at the readings `rows` (R,) of the texts `text` (R,) -> the mean of each text (N, d)."""
+    total = values.new_zeros(len(counts), values.shape[1])
+    for start in range(0, len(rows), POOLED_ROWS):
+        chunk = slice(start, start + POOLED_ROWS)
+        total.index_add_(0, text[chunk], values[rows[chunk]])
+    return total / counts.unsqueeze(1)
+
+
 def encode_readings(
     saes: Sequence[LoadedSae],
     encoders: Sequence[Encoder],
-    residuals: Sequence[Tensor],
+    read: Sequence[Tensor],
+    written: Sequence[Tensor],
     readings: Readings,
     positions: Positions,
 ) -> tuple[tuple[LayerActivations, ...], StoredFeatures]:
-    """residuals: per SAE (K, d_in), at the tokens `readings.keep`."""
-    kept = [entry.residual(raw) for entry, raw in zip(saes, residuals, strict=True)]
-    acts = tuple(encoder.encode(x) for encoder, x in zip(encoders, kept, strict=True))
-    stored = StoredFeatures(acts, readings.rows, readings.offsets, readings.positions, readings.token_ids)
+    """Per SAE what it reads (K, d_in) and what it reconstructs (K, d_out), at the tokens `readings.keep`."""
+    encoded = list(map(Encoded.of, saes, encoders, read, written))
     if positions in ("mean", "max"):
-        pooled = tuple(
-            pool(entry, encoder, x, sparse, readings, positions)
-            for entry, encoder, x, sparse in zip(saes, encoders, kept, acts, strict=True)
-        )
+        pooled = tuple(one.pooled(readings, positions) for one in encoded)
         n = len(readings.offsets) - 1
-        stored = StoredFeatures(
-            tuple(layer.acts for layer in pooled),
-            np.arange(n),
-            np.arange(n + 1),
-            np.full(n, NOWHERE),
-            np.full(n, NOWHERE),
-        )
-        return pooled, stored
+        nowhere = np.full(n, NOWHERE)
+        every = tuple(layer.acts for layer in pooled)
+        return pooled, StoredFeatures(every, np.arange(n), np.arange(n + 1), nowhere, nowhere)
+    stored = StoredFeatures(
+        tuple(one.acts for one in encoded),
+        readings.rows,
+        readings.offsets,
+        readings.positions,
+        readings.token_ids,
+    )
     if positions == "all":
-        last = torch.from_numpy(readings.last).to(kept[0].device)
-        kept = [x[last] for x in kept]
-        acts = tuple(sparse.select(last) for sparse in acts)
-    layers = tuple(
-        layer_of(entry, encoder, x, encoder.decode(sparse), sparse)
-        for entry, encoder, x, sparse in zip(saes, encoders, kept, acts, strict=True)
-    )
-    return layers, stored
-
-
-def layer_of(
-    entry: LoadedSae, encoder: Encoder, x: Tensor | None, reconstruction: Tensor | None, acts: SparseActs
-) -> LayerActivations:
-    return LayerActivations(
-        layer=entry.info.layer,
-        x=x,
-        reconstruction=reconstruction,
-        acts=acts,
-        decoder=encoder.decoder,
-        d_sae=entry.info.d_sae,
-    )
-
-
-def pool(
-    entry: LoadedSae,
-    encoder: Encoder,
-    x: Tensor,
-    acts: SparseActs,
-    readings: Readings,
-    positions: Positions,
-) -> LayerActivations:
-    """The features of each text's readings as one: their mean, with the mean of x; or their maximum."""
-    rows = torch.from_numpy(readings.rows).to(x.device)
-    counts = torch.from_numpy(np.diff(readings.offsets)).to(x.device)
-    text = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)  # (R,)
-    features = x.new_zeros(len(counts) * entry.info.d_sae)
-    total = x.new_zeros(len(counts), x.shape[1])
-    for start in range(0, len(rows), POOLED_ROWS):
-        chunk = slice(start, start + POOLED_ROWS)
-        read = acts.select(rows[chunk])
-        slots = (text[chunk, None] * entry.info.d_sae + read.indices)[read.active]
-        values = read.values[read.active]
-        if positions == "mean":
-            features.index_add_(0, slots, values)
-            total.index_add_(0, text[chunk], x[rows[chunk]])
-        else:
-            features.scatter_reduce_(0, slots, values, "amax")
-    dense = features.view(len(counts), entry.info.d_sae)
-    if positions == "max":
-        return layer_of(entry, encoder, None, None, from_dense(dense))
-    sparse = from_dense(dense / counts.unsqueeze(1))
-    return layer_of(entry, encoder, total / counts.unsqueeze(1), encoder.decode(sparse), sparse)
+        last = torch.from_numpy(readings.last).to(encoded[0].x.device)
+        encoded = [one.select(last) for one in encoded]
+    return tuple(one.analysed() for one in encoded), stored

@@ -14,12 +14,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from daemon.compute.pickles import refused_pickles
 from daemon.compute.smollm2 import sha256_of
 from daemon.errors import ConfigError
 from daemon.records import SaeInfo
 
-HOOK_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
-ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
+HOOK_NAME = re.compile(r"blocks\.(\d+)\.\S+")
+RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+# Places whose raw values, less their mean, are what TransformerLens gives with centred writing weights.
+CENTRED = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
+TRANSCODERS = ("transcoder", "jumprelu_transcoder", "skip_transcoder", "jumprelu_skip_transcoder")
+ARCHITECTURES = ("standard", "jumprelu", "topk", "gated", *TRANSCODERS)
 WEIGHTS_NAME = "sae_weights.safetensors"
 
 
@@ -44,13 +49,18 @@ class LoadedSae:
     center_residual: bool  # it was trained on weights processed by TransformerLens
 
     @property
+    def hook_names(self) -> tuple[str, ...]:
+        """The places of the model that are needed: what is read, and of a transcoder what it predicts."""
+        return tuple(dict.fromkeys((self.info.hook_name, self.info.hook_name_out)))
+
+    @property
     def W_dec(self) -> Tensor:
-        """(d_sae, d_in) decoder rows."""
+        """(d_sae, d_out) decoder rows."""
         weights: Tensor = self.sae.W_dec
         return weights
 
     def residual(self, x: Tensor) -> Tensor:
-        """What the dictionary reads, out of the raw residual x: (..., d_in), in the SAE's dtype.
+        """What the dictionary reads or predicts, out of the model's own x: (..., d), in the SAE's dtype.
 
         `center_writing_weights` makes every write to the residual stream sum to zero over d_model, which
         equals subtracting that mean from the raw residual.
@@ -63,16 +73,22 @@ class LoadedSae:
         feature_acts: Tensor = self.sae.encode(x)
         return feature_acts
 
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """(N, d_sae) -> (N, d_in). Call right after the `encode` it belongs to: SAEs with run-time
-        normalisation keep its statistics from one to the other."""
+    def decode(self, feature_acts: Tensor, x: Tensor) -> Tensor:
+        """(N, d_sae) and what was read (N, d_in) -> (N, d_out). Call right after the `encode` it belongs to:
+        SAEs with run-time normalisation keep its statistics from one to the other."""
         reconstruction: Tensor = self.sae.decode(feature_acts)
-        return reconstruction
+        return reconstruction if self.W_skip is None else reconstruction + x @ self.W_skip.T
+
+    @property
+    def W_skip(self) -> Tensor | None:
+        """(d_out, d_in) what a skip transcoder adds to its reconstruction, per x."""
+        weights: Tensor | None = getattr(self.sae, "W_skip", None)
+        return weights
 
 
 def hook_point(hook_name: str) -> tuple[int, str]:
     """`blocks.5.hook_resid_post` -> (5, "post"). Raises ValueError for another kind of name."""
-    match = HOOK_NAME.fullmatch(hook_name)
+    match = RESIDUAL.fullmatch(hook_name)
     if match is None:
         raise ValueError(f"{hook_name} is no hook point of the residual stream")
     return int(match[1]), match[2]
@@ -88,7 +104,7 @@ def load_saes(
     loaded = [load_sae(source, device=device, dtype=dtype) for source in sources]
     for entry in loaded:
         info = entry.info
-        if info.d_in != d_model:
+        if info.d_in != d_model and RESIDUAL.fullmatch(info.hook_name):
             raise ConfigError(
                 f"SAE {info.source}: reads d_in = {info.d_in}, but the model has d_model = {d_model}:"
                 " it belongs to another model"
@@ -119,20 +135,23 @@ def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae
         raise ConfigError(
             f"SAE {name}: architecture {architecture} is not supported: use one of {', '.join(ARCHITECTURES)}"
         )
-    hook_name = sae.cfg.metadata.hook_name
-    match = HOOK_NAME.fullmatch(hook_name or "")
-    if match is None:
-        raise ConfigError(
-            f"SAE {name}: hook {hook_name!r} is not supported:"
-            " use a dictionary at blocks.L.hook_resid_pre or blocks.L.hook_resid_post"
-        )
+    hook_name, hook_name_out = hooks_of(sae, name)
     kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
+    centred = bool(kwargs.get("center_writing_weights", False))
+    for hook in (hook_name, hook_name_out):
+        if centred and not CENTRED.fullmatch(hook):
+            raise ConfigError(
+                f"SAE {name}: was trained on weights that TransformerLens had processed, and what these give"
+                f" at {hook} can't be told from the model's own: use one with from_pretrained_no_processing"
+            )
     prepend_bos = sae.cfg.metadata.prepend_bos
     info = SaeInfo(
         hook_name=hook_name,
-        layer=int(match[1]),
+        hook_name_out=hook_name_out,
+        layer=layer_of(hook_name),
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
+        d_out=getattr(sae.cfg, "d_out", sae.cfg.d_in),
         architecture=architecture,
         source=name,
         weights_sha256=sha256_of(source.path / WEIGHTS_NAME) if source.path else tensors_sha256(sae),
@@ -141,8 +160,32 @@ def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae
         info=info,
         sae=sae,
         prepend_bos=True if prepend_bos is None else bool(prepend_bos),
-        center_residual=bool(kwargs.get("center_writing_weights", False)),
+        center_residual=centred,
     )
+
+
+def hooks_of(sae: Any, name: str) -> tuple[str, str]:
+    """What a dictionary reads and what it reconstructs. Raises ConfigError."""
+    read = sae.cfg.metadata.hook_name
+    written = read
+    if sae.cfg.architecture() in TRANSCODERS:
+        written = getattr(sae.cfg.metadata, "hook_name_out", None)
+        if written is None:
+            raise ConfigError(f"SAE {name}: a transcoder whose metadata has no hook_name_out: add it")
+    for hook in (read, written):
+        if not HOOK_NAME.fullmatch(hook or ""):
+            raise ConfigError(
+                f"SAE {name}: hook {hook!r} is not supported: use a dictionary at a hook point of"
+                " TransformerLens inside a layer, such as blocks.L.hook_resid_post"
+            )
+    return read, written
+
+
+def layer_of(hook_name: str) -> int:
+    """`blocks.5.hook_mlp_out` -> 5."""
+    match = HOOK_NAME.fullmatch(hook_name)
+    assert match is not None, hook_name
+    return int(match[1])
 
 
 def load_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
@@ -150,7 +193,9 @@ def load_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
 
     for needed in ("cfg.json", WEIGHTS_NAME):
         if not (path / needed).is_file():
-            raise ConfigError(f"SAE {path}: no {needed} there: give a folder in SAELens format")
+            pickled = [file.name for file in sorted(path.glob("*")) if file.suffix in (".pt", ".pth", ".bin")]
+            instead = f" (pickled weights, {pickled[0]}, are not loaded)" if pickled else ""
+            raise ConfigError(f"SAE {path}: no {needed} there{instead}: give a folder in SAELens format")
     try:
         sae = quietly(SAE.load_from_disk, path, device=device, dtype=str(dtype).removeprefix("torch."))
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
@@ -167,13 +212,14 @@ def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype) -> Any:
     from sae_lens import SAE
 
     try:
-        return quietly(
-            SAE.from_pretrained,
-            release=source.release,
-            sae_id=source.id,
-            device=device,
-            dtype=str(dtype).removeprefix("torch."),
-        )
+        with refused_pickles(f"SAE {source.release}/{source.id}"):
+            return quietly(
+                SAE.from_pretrained,
+                release=source.release,
+                sae_id=source.id,
+                device=device,
+                dtype=str(dtype).removeprefix("torch."),
+            )
     except ValueError as error:  # an unknown release or id, with SAELens's list of the known
         raise ConfigError(f"SAE {source.release}/{source.id}: {first_line(error)}") from error
     except (OSError, RuntimeError) as error:

@@ -73,6 +73,8 @@ class Inbox:
         self._looked_at = float("-inf")
         self._waiting: deque[Claim] = deque()  # taken over, not begun again yet
         self._recovered = 0  # files taken over from dead processes, not yet told
+        self._asked = True  # for the next look, by an event or by a file that was settled, or it is the first
+        self._found = 0  # files first seen by a look that nothing asked for, not yet told
         self._unclaimable: set[str] = set()  # names reported
         self._held: dict[Path, Claim] = {}
         self._lease: Lease | None = None
@@ -168,6 +170,11 @@ class Inbox:
         recovered, self._recovered = self._recovered, 0
         return recovered
 
+    def take_found(self) -> int:
+        """How many files were first seen by a look that nothing had asked for, since the last call."""
+        found, self._found = self._found, 0
+        return found
+
     def pending(self) -> InboxLoad:
         """What waited at the last look."""
         return self._scanner.load
@@ -182,8 +189,9 @@ class Inbox:
                 await self._pause.over()
                 if stop.is_set():
                     return
+                self._asked |= self._wake.is_set()
                 self._wake.clear()
-                claims, look_in = await self._pause.outlast(lambda: self._call(self._next))
+                claims, look_in = await self._pause.outlast(lambda: self._call(self._next), "claim")
                 if claims:
                     yield claims
                 elif once and look_in is None:
@@ -240,6 +248,8 @@ class Inbox:
             wait = self._rescan_seconds if candidate.name in names else settles_in
             look_in = wait if look_in is None else min(look_in, wait)
         self._looked_at = self._clock()
+        self._found += 0 if self._asked else self._scanner.new
+        self._asked = False
         return look_in
 
     def _take_ready(self, *, fresh: bool) -> list[Claim]:

@@ -49,6 +49,7 @@ class Scanner:
 
     def __init__(self, path: Path, *, settle_seconds: float, clock: Callable[[], float]) -> None:
         self.load = InboxLoad(0, 0, 0.0)
+        self.new = 0  # files of the last look that the one before it did not see
         self._path = path
         self._settle_seconds = settle_seconds
         self._clock = clock
@@ -64,6 +65,7 @@ class Scanner:
             name: seen[name] if name in seen and seen[name][0] == stamp else (stamp, now)
             for name, stamp in found
         }
+        self.new = len(self._seen.keys() - seen.keys())
         candidates = [Candidate(name, stamp) for name, stamp in found]
         self.load = InboxLoad(
             files=len(candidates),

@@ -1,4 +1,4 @@
-"""The HTTP face: `/metrics` for Prometheus, `/livez` and `/readyz` for supervisors.
+"""The HTTP face: `/metrics` for Prometheus, `/livez` and `/readyz` for supervisors, and routes it is given.
 
 Knows nothing about files or models; health is told to it.
 """
@@ -7,63 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
-from collections.abc import AsyncIterator, Callable
-from importlib.metadata import version
-from typing import Protocol
+from collections.abc import AsyncIterator, Iterable
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from daemon.errors import ConfigError
-
-HEARTBEAT_STALE_SECONDS = 15.0
-LOADING = "loading the model"  # while it is unmet, one call may take as long as it takes
+from daemon.observe.health import Health
 
 
-class Busy(Protocol):
-    """What is asked of the device: since when it has been at one call, None while idle."""
-
-    @property
-    def busy_since(self) -> float | None: ...
-
-
-class Health:
-    """Whether the daemon is alive and ready; written by the service, read by the endpoints.
-
-    `unmet` holds what readiness still waits for, in words. A device busy on one call for more than
-    `stall_seconds` is stalled, except while LOADING is unmet.
-    """
-
-    def __init__(
-        self, device: Busy, *, stall_seconds: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.unmet: set[str] = set()
-        self._device = device
-        self._stall_seconds = stall_seconds
-        self._clock = clock
-        self._beat = clock()
-
-    def beat(self) -> None:
-        """The event loop is running."""
-        self._beat = self._clock()
-
-    def stalled(self) -> list[str]:
-        """What makes no progress; empty while all is well."""
-        now = self._clock()
-        reasons = []
-        if now - self._beat > HEARTBEAT_STALE_SECONDS:
-            reasons.append(f"event loop stalled for {now - self._beat:.0f} s")
-        since = self._device.busy_since
-        if LOADING in self.unmet or since is None:
-            return reasons
-        if now - since > self._stall_seconds:
-            reasons.append(f"device busy on one call for {now - since:.0f} s")
-        return reasons
-
-
-def application(registry: CollectorRegistry, health: Health) -> web.Application:
+def application(
+    registry: CollectorRegistry, health: Health, routes: Iterable[web.RouteDef] = ()
+) -> web.Application:
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -73,15 +29,11 @@ def application(registry: CollectorRegistry, health: Health) -> web.Application:
     async def readyz(_: web.Request) -> web.Response:
         return verdict(sorted(health.unmet))
 
-    async def index(_: web.Request) -> web.Response:
-        endpoints = ["/metrics", "/livez", "/readyz"]
-        return web.json_response({"service": "lensd", "version": version("lensd"), "endpoints": endpoints})
-
     app = web.Application()
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", readyz)
-    app.router.add_get("/", index)
+    app.router.add_routes(routes)
     return app
 
 
@@ -92,13 +44,17 @@ def verdict(reasons: list[str]) -> web.Response:
 
 
 @contextlib.asynccontextmanager
-async def serve_http(address: str, registry: CollectorRegistry, health: Health) -> AsyncIterator[str]:
+async def serve_http(
+    address: str, registry: CollectorRegistry, health: Health, routes: Iterable[web.RouteDef] = ()
+) -> AsyncIterator[str]:
     """Serve on `address` (HOST:PORT; port 0 takes a free one) within the context; gives the base URL.
+
+    `routes` come besides `/metrics`, `/livez` and `/readyz`.
 
     Raises ConfigError where the address can't be had.
     """
     host, _, port = address.rpartition(":")
-    runner = web.AppRunner(application(registry, health), access_log=None)
+    runner = web.AppRunner(application(registry, health, routes), access_log=None)
     await runner.setup()
     try:
         site = web.TCPSite(runner, host.strip("[]"), int(port))

@@ -1,6 +1,7 @@
-"""Every Prometheus metric of lensd: names, labels and buckets, in one place.
+"""Every Prometheus metric of lensd: names, types, labels and buckets, in one place.
 
-Knows how to turn what happened into numbers, not when it happens. Labels never carry paths or ids.
+Knows how to turn what happened into numbers, not when it happens. No label carries a path, an id or a text:
+what each can be is written down beside its metric, so the number of series is bounded.
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import platform
 import shutil
 from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from daemon.intake.reader import REJECT_REASONS
-from daemon.pause import REASONS
+from daemon.observe.histogram import ArrayHistogram
+from daemon.pause import REASONS, RETRIED
 
 if TYPE_CHECKING:
     from daemon.compute.packing import Batch
@@ -29,6 +33,11 @@ SAMPLE_OUTCOMES = ("committed", "rejected")
 TOKEN_KINDS = ("text", "computed", "padding")
 STAGES = ("read", "tokenize", "queue", "pack", "forward", "sae", "analysis", "write", "commit")
 RECOVERIES = ("taken_over", "staging_removed")
+RELOADS = ("applied", "rejected")
+QUEUES = ("tokenize", "compute", "write")
+LOOPS = ("event_loop", "device")
+FOLDERS = ("inbox", "outbox")
+MEMORY_KINDS = ("resident", "allocated", "reserved", "total")
 
 BUSY_WINDOW_SECONDS = 60.0
 
@@ -39,47 +48,128 @@ COUNT_BUCKETS = tuple(2.0**n for n in range(11))
 L0_BUCKETS = (0, 1, 3, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)
 
 
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A label: every value it can have, or in words what they are; neither where it never changes."""
+
+    name: str
+    values: tuple[str, ...] = ()
+    meaning: str = ""
+
+
+STAGE = Label("stage", STAGES)
+LAYER = Label("layer", meaning="the layers of the SAEs")
+FOLDER = Label("dir", FOLDERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A metric as it is scraped, for its documentation."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram", "info"]
+    text: str
+    labels: tuple[Label, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
 class Metrics:
-    """The metrics of one daemon, in the registry it is given."""
+    """The metrics of one daemon, in the registry it is given. `descriptions` says what there is."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        counter, gauge, histogram = self._counter, self._gauge, self._histogram
-        self.files_total = counter("files", "Input files by how they ended.", "outcome", FILE_OUTCOMES)
-        self.samples_total = counter("samples", "Records by how they ended.", "outcome", SAMPLE_OUTCOMES)
-        self.rejects_total = counter("rejects", "Rejected records by reason.", "reason", REJECT_REASONS)
+        self.descriptions: list[Description] = []
+        self._looks: deque[tuple[float, float]] = deque()  # (when, busy seconds until then)
+        self._declare_work()
+        self._declare_trouble()
+        self._declare_moment()
+        self._declare_distributions()
+        self._declare_identity()
+
+    def _declare_work(self) -> None:
+        counter = self._counter
+        self.files_total = counter("files", "Input files by how they ended.", Label("outcome", FILE_OUTCOMES))
+        self.samples_total = counter(
+            "samples", "Records by how they ended, when their file did.", Label("outcome", SAMPLE_OUTCOMES)
+        )
+        self.rejects_total = counter(
+            "rejects", "Rejected records by reason, when they are met.", Label("reason", REJECT_REASONS)
+        )
         self.tokens_total = counter(
-            "tokens", "Tokens: in texts, run by the model, and padding among these.", "kind", TOKEN_KINDS
+            "tokens",
+            "Tokens: in texts, run by the model, and padding among these.",
+            Label("kind", TOKEN_KINDS),
         )
         self.batches_total = counter("batches", "Device batches.")
         self.input_bytes_total = counter("input_bytes", "Bytes of input files read.")
         self.output_bytes_total = counter("output_bytes", "Bytes of output files published.")
-        self.recovered_files_total = counter(
-            "recovered_files", "What an earlier process left, by what became of it.", "action", RECOVERIES
-        )
+
+    def _declare_trouble(self) -> None:
+        counter = self._counter
         self.oom_total = counter("oom", "Batches that the device's memory did not hold.")
-        self.paused = gauge("paused", "1 while nothing is taken up for this reason.", "reason")
+        self.retries_total = counter(
+            "retries", "Tries that the machine refused and that were repeated.", Label("stage", RETRIED)
+        )
+        self.sync_errors_total = counter(
+            "sync_errors", "fsync calls that the disk refused; the process ends after one."
+        )
+        self.rescan_found_total = counter(
+            "rescan_found", "Files first seen by a look that no event had asked for."
+        )
+        self.recovered_files_total = counter(
+            "recovered_files",
+            "What an earlier process left, by what became of it.",
+            Label("action", RECOVERIES),
+        )
+        self.config_reloads_total = counter(
+            "config_reloads", "Reloads of the settings, by outcome.", Label("outcome", RELOADS)
+        )
+        self.paused = self._gauge(
+            "paused", "1 while nothing is taken up for this reason.", Label("reason", REASONS)
+        )
         for reason in REASONS:
             self.paused.labels(reason)
+
+    def _declare_moment(self) -> None:
+        gauge = self._gauge
         self.inbox_files = gauge("inbox_files", "Files waiting in the inbox.")
         self.inbox_bytes = gauge("inbox_bytes", "Bytes of the files waiting in the inbox.")
-        self.oldest_pending_seconds = gauge("oldest_pending_seconds", "Age of the oldest waiting file.")
-        self.queue_items = gauge("queue_items", "Items waiting for a stage.", "stage")
+        self.oldest_pending_seconds = gauge(
+            "oldest_pending_seconds", "Age of the oldest waiting file, 0 where none waits."
+        )
+        self.queue_items = gauge("queue_items", "Items waiting for a stage.", Label("stage", QUEUES))
         self.queue_tokens = gauge("queue_tokens", "Tokens waiting for the device.")
-        self.disk_free_bytes = gauge("disk_free_bytes", "Free space under a folder.", "dir")
+        self.buffer_pool_bytes = gauge(
+            "buffer_pool_bytes", "Memory kept for batches, in use or free, where it is counted."
+        )
+        self.device_memory_bytes = gauge(
+            "device_memory_bytes",
+            "On a CPU the process's resident memory; on CUDA torch's allocated and reserved, and the total.",
+            Label("kind", MEMORY_KINDS),
+        )
+        self.disk_free_bytes = gauge("disk_free_bytes", "Free space under a folder.", FOLDER)
+        self.disk_size_bytes = gauge("disk_size_bytes", "Size of the file system of a folder.", FOLDER)
         self.device_busy_ratio = gauge(
             "device_busy_ratio", "Share of the last minute that the device worked."
         )
-        self.max_batch_tokens = gauge("max_batch_tokens", "Tokens of a device batch, at most.")
+        self.max_batch_tokens = gauge(
+            "max_batch_tokens", "Tokens of a device batch, at most; 0 until the model is loaded."
+        )
         self.last_commit_timestamp_seconds = gauge(
-            "last_commit_timestamp_seconds", "When a file was last published, in Unix time."
+            "last_commit_timestamp_seconds",
+            "When this process last published a file, in Unix time; 0 before.",
         )
         self.heartbeat_timestamp_seconds = gauge(
-            "heartbeat_timestamp_seconds", "When a loop last made progress, in Unix time.", "loop"
+            "heartbeat_timestamp_seconds",
+            "When a loop last made progress or was idle, in Unix time.",
+            Label("loop", LOOPS),
         )
-        self.sae_fvu = gauge("sae_fvu", "Fraction of variance unexplained, last file.", "layer")
+        self.sae_fvu = gauge("sae_fvu", "Fraction of variance unexplained, last file.", LAYER)
+
+    def _declare_distributions(self) -> None:
+        histogram = self._histogram
         self.stage_duration_seconds = histogram(
-            "stage_duration_seconds", "Work of a stage on a part, a batch or a file.", STAGE_BUCKETS, "stage"
+            "stage_duration_seconds", "Work of a stage on a part, a batch or a file.", STAGE_BUCKETS, STAGE
         )
         for stage in STAGES:
             self.stage_duration_seconds.labels(stage)
@@ -88,32 +178,67 @@ class Metrics:
         )
         self.batch_tokens = histogram("batch_tokens", "Tokens of a batch, padding included.", TOKEN_BUCKETS)
         self.batch_texts = histogram("batch_texts", "Texts of a batch.", COUNT_BUCKETS)
-        self.sequence_tokens = histogram("sequence_tokens", "Tokens of a text.", TOKEN_BUCKETS)
-        self.feature_l0 = histogram("feature_l0", "Active features of a text.", L0_BUCKETS, "layer")
-        self.build_info = Info("lensd_build", "Versions.", registry=registry)
-        self.model_info = Info("lensd_model", "The model and its SAEs.", registry=registry)
+        self.sequence_tokens = self._array_histogram("sequence_tokens", "Tokens of a text.", TOKEN_BUCKETS)
+        self.feature_l0 = self._array_histogram(
+            "feature_l0", "Active features at a position.", L0_BUCKETS, LAYER
+        )
+
+    def _declare_identity(self) -> None:
+        self.build_info = self._info("build", "Versions; always 1.", ("version", "python", "torch"))
+        self.model_info = self._info(
+            "model", "The model and its SAEs; always 1.", ("model", "dtype", "device", "engine", "saes")
+        )
         self.build_info.info(
             {"version": version("lensd"), "python": platform.python_version(), "torch": version("torch")}
         )
-        self._looks: deque[tuple[float, float]] = deque()  # (when, busy seconds until then)
+        process = ProcessCollector(registry=self.registry)
+        for family in process.collect():
+            kind: Literal["counter", "gauge"] = "counter" if family.type == "counter" else "gauge"
+            name = f"{family.name}_total" if kind == "counter" else family.name
+            self.descriptions.append(Description(name, kind, family.documentation))
 
-    def _counter(
-        self, name: str, text: str, label: str | None = None, values: tuple[str, ...] = ()
-    ) -> Counter:
-        labels = (label,) if label else ()
+    def _counter(self, name: str, text: str, label: Label | None = None) -> Counter:
+        labels = self._describe(f"{name}_total", "counter", text, label)
         counter = Counter(f"lensd_{name}", text, labels, registry=self.registry)
-        for value in values:  # a series that starts at 0 has a rate from its first event on
+        for value in label.values if label else ():  # a series that starts at 0 has a rate from then on
             counter.labels(value)
         return counter
 
-    def _gauge(self, name: str, text: str, label: str | None = None) -> Gauge:
-        return Gauge(f"lensd_{name}", text, (label,) if label else (), registry=self.registry)
+    def _gauge(self, name: str, text: str, label: Label | None = None) -> Gauge:
+        labels = self._describe(name, "gauge", text, label)
+        return Gauge(f"lensd_{name}", text, labels, registry=self.registry)
 
     def _histogram(
-        self, name: str, text: str, buckets: tuple[float, ...], label: str | None = None
+        self, name: str, text: str, buckets: tuple[float, ...], label: Label | None = None
     ) -> Histogram:
-        labels = (label,) if label else ()
+        labels = self._describe(name, "histogram", text, label, buckets)
         return Histogram(f"lensd_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def _array_histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], label: Label | None = None
+    ) -> ArrayHistogram:
+        self._describe(name, "histogram", text, label, buckets)
+        return ArrayHistogram(
+            f"lensd_{name}", text, buckets, label.name if label else None, registry=self.registry
+        )
+
+    def _info(self, name: str, text: str, names: tuple[str, ...]) -> Info:
+        labels = tuple(map(Label, names))  # one value each in the life of a process
+        self.descriptions.append(Description(f"lensd_{name}_info", "info", text, labels))
+        return Info(f"lensd_{name}", text, registry=self.registry)
+
+    def _describe(
+        self,
+        name: str,
+        kind: Literal["counter", "gauge", "histogram"],
+        text: str,
+        label: Label | None,
+        buckets: tuple[float, ...] = (),
+    ) -> tuple[str, ...]:
+        """Keep what documents a metric; the names of its labels."""
+        labels = (label,) if label else ()
+        self.descriptions.append(Description(f"lensd_{name}", kind, text, labels, buckets))
+        return tuple(label.name for label in labels)
 
     def describe(self, info: ModelInfo, max_batch_tokens: int) -> None:
         """What was loaded."""
@@ -131,9 +256,7 @@ class Metrics:
     def observe_tokenized(self, part: TokenizedPart) -> None:
         self.stage_duration_seconds.labels("tokenize").observe(part.part.tokenize_seconds)
         self.tokens_total.labels("text").inc(part.n_tokens)
-        for sample in part.samples:
-            for ids in sample.token_ids:
-                self.sequence_tokens.observe(len(ids))
+        self.sequence_tokens.observe([len(ids) for sample in part.samples for ids in sample.token_ids])
         for reject in part.part.rejects:
             self.rejects_total.labels(reject.reason).inc()
 
@@ -150,9 +273,7 @@ class Metrics:
         self.stage_duration_seconds.labels("analysis").observe(block.analysis_seconds)
         counts = block.features.offsets[1:] - block.features.offsets[:-1]
         for number, sae in enumerate(info.saes):
-            histogram = self.feature_l0.labels(str(sae.layer))
-            for count in counts[block.features.layer == number]:
-                histogram.observe(count)
+            self.feature_l0.observe(counts[block.features.layer == number], str(sae.layer))
 
     def observe_outcome(self, outcome: Outcome, layers: tuple[int, ...]) -> None:
         """One file came to its end; `layers` are the SAEs'."""
@@ -187,14 +308,27 @@ class Metrics:
         if now > then:
             self.device_busy_ratio.set(min(1.0, (busy_seconds - busy_then) / (now - then)))
 
-    def observe_inbox(self, load: InboxLoad, recovered: int) -> None:
-        """What waits, and how many files were taken over from dead processes since the last call."""
+    def observe_inbox(self, load: InboxLoad, recovered: int, found: int) -> None:
+        """What waits, and since the last call: files taken over from dead processes, and found unasked."""
         self.inbox_files.set(load.files)
         self.inbox_bytes.set(load.bytes)
         self.oldest_pending_seconds.set(load.oldest_seconds)
         self.recovered_files_total.labels("taken_over").inc(recovered)
+        self.rescan_found_total.inc(found)
 
     def observe_disk(self, folders: dict[str, Path]) -> None:
-        """Free space under each folder, by the name it has in the configuration."""
+        """Free space under each folder, and how much there is, by the folder's name in the configuration."""
         for name, folder in folders.items():
-            self.disk_free_bytes.labels(name).set(shutil.disk_usage(folder).free)
+            usage = shutil.disk_usage(folder)
+            self.disk_free_bytes.labels(name).set(usage.free)
+            self.disk_size_bytes.labels(name).set(usage.total)
+
+    def observe_memory(self, kinds: Mapping[str, int], pool_bytes: int) -> None:
+        """Bytes by MEMORY_KINDS, as far as the device has them, and what is kept for batches."""
+        for kind, size in kinds.items():
+            self.device_memory_bytes.labels(kind).set(size)
+        self.buffer_pool_bytes.set(pool_bytes)
+
+    def observe_retry(self, stage: str) -> None:
+        """The machine refused a try of this stage, which will be repeated."""
+        self.retries_total.labels(stage).inc()

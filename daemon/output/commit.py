@@ -168,18 +168,7 @@ class Outbox:
 
         Raises SyncFailed where the disk refuses.
         """
-        for unit in staged:
-            content = unit.manifest
-            if content["records"] != content["rows"] + content["rejects"]:
-                raise AssertionError(f"unit {unit.source.unit}: records != rows + rejects: {content}")
-            manifest = unit.folder / MANIFEST
-            if manifest.exists():
-                durable.unlink(manifest)
-            with durable.create(manifest) as file:
-                file.write(to_json_lines(content))
-        paths = [path for unit in staged for path in sorted(unit.folder.iterdir())]
-        list(self._pool.map(durable.fsync_file, paths))
-        list(self._pool.map(durable.fsync_folder, [unit.folder for unit in staged]))
+        list(self._pool.map(flush, staged))
 
     def flush_names(self) -> None:
         """Make sure that what is visible in the outbox stays. Raises SyncFailed where the disk refuses."""
@@ -217,6 +206,20 @@ class Outbox:
         if os.path.lexists(link):
             durable.unlink(link)
         durable.symlink(link, name)
+
+
+def flush(unit: Staged) -> None:
+    content = unit.manifest
+    if content["records"] != content["rows"] + content["rejects"]:
+        raise AssertionError(f"unit {unit.source.unit}: records != rows + rejects: {content}")
+    manifest = unit.folder / MANIFEST
+    if manifest.exists():
+        durable.unlink(manifest)
+    with durable.create(manifest) as file:
+        file.write(to_json_lines(content))
+    for path in sorted(unit.folder.iterdir()):
+        durable.fsync_file(path)
+    durable.fsync_folder(unit.folder)
 
 
 def output_folder_name(name: str, unit: str) -> str:

@@ -148,7 +148,7 @@ class Delivery:
                 self._sync_failed = error
                 raise
 
-        return await self.pause.outlast(lambda: loop.run_in_executor(self._thread, call))
+        return await self.pause.outlast(lambda: loop.run_in_executor(self._thread, call), "write")
 
     async def write(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
         """Store what came; the outcomes of the files that it completes, which share their syncs."""
@@ -260,7 +260,7 @@ class Delivery:
 
     async def _requeue(self, claim: Claim, unit: str | None) -> Outcome:
         """Put a file that changed under us back into the inbox."""
-        await self.pause.outlast(lambda: self.inbox.release([claim]))
+        await self.pause.outlast(lambda: self.inbox.release([claim]), "settle")
         return Outcome("requeued", claim.name, unit, reason="changed")
 
     async def _fail_unit(self, unit: Unit) -> Outcome:
@@ -274,7 +274,7 @@ class Delivery:
         return await self.fail(source.claim, error, source)
 
     async def _retire(self, claims: Sequence[Claim]) -> None:
-        await self.pause.outlast(lambda: self.inbox.retire(claims))
+        await self.pause.outlast(lambda: self.inbox.retire(claims), "settle")
 
     async def duplicate(self, claim: Claim, unit: str, folder: Path) -> Outcome:
         """The same content under the same settings is published already: nothing to compute."""
@@ -289,7 +289,7 @@ class Delivery:
         if await self._changed(claim):
             return await self._requeue(claim, source.unit if source else None)
         sha256 = source.sha256 if source else None
-        await self.pause.outlast(lambda: self.inbox.fail(claim, error.reason, str(error), sha256))
+        await self.pause.outlast(lambda: self.inbox.fail(claim, error.reason, str(error), sha256), "settle")
         return Outcome(
             "failed",
             claim.name,

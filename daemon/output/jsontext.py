@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def to_json(value: Any) -> bytes:
@@ -15,7 +20,7 @@ def to_json(value: Any) -> bytes:
 
     Raises ValueError for NaN and infinities.
     """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text = ENCODER.encode(value)
     return LONE_SURROGATE.sub(lambda match: f"\\\\u{ord(match[0]):04x}", text).encode()
 
 
@@ -23,6 +28,11 @@ def to_json_lines(content: dict[str, Any]) -> bytes:
     """`to_json` of an object with a line for each of its keys: to be read by people, and fast to make."""
     lines = [b"  %s: %s" % (to_json(key), to_json(value)) for key, value in content.items()]
     return b"{\n" + b",\n".join(lines) + b"\n}\n"
+
+
+def fields_of(value: DataclassInstance) -> dict[str, Any]:
+    """The fields of a dataclass, their values as they are: what takes `dataclasses.asdict` a deep copy."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def readable_name(name: str) -> str:

@@ -12,7 +12,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from daemon.output.jsontext import readable_name
+from daemon.output.jsontext import fields_of, readable_name
 from daemon.output.totals import LayerTotals, StageSeconds, UnitTotals
 from daemon.records import ModelInfo, Recipe, SaeInfo, Source
 
@@ -52,14 +52,15 @@ def manifest(
         "recipe": describe_recipe(recipe),
         "config": settings,
         "versions": versions(),
-        "files": [asdict(file) for file in totals.files],
+        "files": [fields_of(file) for file in totals.files],
     }
 
 
 def describe_stages(seconds: StageSeconds) -> dict[str, float]:
-    return {stage: round(value, 6) for stage, value in asdict(seconds).items()}
+    return {stage: round(value, 6) for stage, value in fields_of(seconds).items()}
 
 
+@functools.cache
 def describe_model(info: ModelInfo) -> dict[str, Any]:
     fields = asdict(info)
     del fields["saes"]
@@ -72,14 +73,17 @@ def describe_sae(sae: SaeInfo, totals: LayerTotals) -> dict[str, Any]:
         "layer": sae.layer,
         "source": sae.source,
         "architecture": sae.architecture,
+        "hook_out": sae.hook_name_out,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
+        "d_out": sae.d_out,
         "weights_sha256": sae.weights_sha256,
         "fvu": totals.fvu(),
         "mean_l0": totals.mean_l0(),
     }
 
 
+@functools.cache
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     return {
         "texts": dict(recipe.templates),

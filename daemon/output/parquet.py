@@ -39,7 +39,7 @@ class ParquetFile:
         self._gathered: list[pa.Table] = []
         self._gathered_bytes = 0
         self._file = HashedFile(path)
-        self._sink = pa.BufferedOutputStream(pa.PythonFile(self._file, mode="w"), BUFFER_BYTES)
+        self._sink: pa.NativeFile | None = None  # with its writer, from the first row group on
         self._writer: pq.ParquetWriter | None = None
 
     def append(self, table: pa.Table) -> None:
@@ -49,15 +49,18 @@ class ParquetFile:
         self._gathered.append(table)
         self._gathered_bytes += weight(table)
         if self._gathered_bytes >= self._group_bytes:
-            self._flush(self._options)
+            self._flush()
 
     def close(self) -> FileTotals:
         """Write what is gathered, and the footer; what the file then is."""
-        few = self._writer is None and self.rows <= FEW_ROWS
-        self._flush(PLAIN if few else self._options)
-        assert self._writer is not None
-        self._writer.close()
-        self._sink.close()
+        if self._writer is None and self.rows <= FEW_ROWS:
+            self._file.write(encoded(self._schema, self._group()))
+        else:
+            self._flush()
+            assert self._writer is not None
+            assert self._sink is not None
+            self._writer.close()
+            self._sink.close()
         self._file.close()
         return self._file.totals(self.rows)
 
@@ -66,22 +69,34 @@ class ParquetFile:
         self._gathered = []
         if self._file.closed:
             return
-        with contextlib.suppress(
-            OSError
-        ):  # what it still holds would else be written whenever it is collected
-            self._sink.close()
+        if self._sink is not None:  # what it still holds would else be written whenever it is collected
+            with contextlib.suppress(OSError):
+                self._sink.close()
         self._file.close()
 
-    def _flush(self, options: dict[str, Any]) -> None:
+    def _flush(self) -> None:
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._sink, self._schema, **options)
+            self._sink = pa.BufferedOutputStream(pa.PythonFile(self._file, mode="w"), BUFFER_BYTES)
+            self._writer = pq.ParquetWriter(self._sink, self._schema, **self._options)
         if self._gathered:
-            group = self._gathered[0]
-            if len(self._gathered) > 1:
-                group = pa.concat_tables(self._gathered).combine_chunks()
-            self._gathered = []
-            self._gathered_bytes = 0
+            group = self._group()
             self._writer.write_table(group, row_group_size=len(group))
+
+    def _group(self) -> pa.Table:
+        """What is gathered, which is gathered no longer."""
+        gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
+        if len(gathered) == 1:
+            return gathered[0]
+        return pa.concat_tables([self._schema.empty_table(), *gathered]).combine_chunks()
+
+
+def encoded(schema: pa.Schema, table: pa.Table) -> pa.Buffer:
+    """A whole file of few rows, in memory: a file of many columns is made of many small writes."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, **PLAIN) as writer:
+        if len(table):
+            writer.write_table(table)
+    return sink.getvalue()
 
 
 def weight(table: pa.Table) -> int:

@@ -7,7 +7,6 @@ in the metadata of the first. Knows nothing about who asks for a part and when. 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from daemon import durable
-from daemon.output.jsontext import to_json
+from daemon.output.jsontext import fields_of, to_json
 from daemon.output.totals import LayerTotals, StageSeconds
 from daemon.records import PartExtent, Reject
 
@@ -102,15 +101,11 @@ def read_extent(path: Path) -> PartExtent | None:
 def header_of(part: StoredPart) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "extent": dataclasses.asdict(part.extent),
-        "rejects": [dataclasses.asdict(reject) for reject in part.rejects],
+        "extent": fields_of(part.extent),
+        "rejects": [fields_of(reject) for reject in part.rejects],
         "layers": [{**fields_of(layer), "total": layer.total.tolist()} for layer in part.layers],
-        "seconds": dataclasses.asdict(part.seconds),
+        "seconds": fields_of(part.seconds),
     }
-
-
-def fields_of(layer: LayerTotals) -> dict[str, Any]:
-    return {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
 
 
 def layer_of(fields: dict[str, Any]) -> LayerTotals:

@@ -1,7 +1,8 @@
 """The columns of both Parquet files and how they are encoded on disk.
 
 Types are plain ones that every reader knows; dictionaries and byte streams are encodings, not types.
-Every field carries its unit and meaning as metadata. Knows nothing about samples and results.
+Every field carries its unit and meaning as metadata, which only files of a few rows do without.
+Knows nothing about samples and results.
 """
 
 from __future__ import annotations

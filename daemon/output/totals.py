@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from daemon.records import FloatArray, IntArray, LayerSums
 
@@ -24,22 +26,23 @@ class LayerTotals:
     l0: float
     squared_error: float  # sum of ||x - decode(f)||^2
     squared_norm: float  # sum of ||x||^2
-    total: FloatArray  # (d_in,) sum of x
+    total: FloatArray  # (d_out,) sum of x
 
     @classmethod
-    def zero(cls, d_in: int) -> LayerTotals:
-        return cls(rows=0, l0=0.0, squared_error=0.0, squared_norm=0.0, total=np.zeros(d_in))
+    def zero(cls, d_out: int) -> LayerTotals:
+        return cls(rows=0, l0=0.0, squared_error=0.0, squared_norm=0.0, total=np.zeros(d_out))
 
     @classmethod
-    def from_sums(cls, sums: LayerSums, rows: IntArray) -> LayerTotals:
-        """The totals of the samples at `rows` (m,) of a block."""
-        return cls(
-            rows=int(sums.rows[rows].sum()),
-            l0=float(sums.l0[rows].sum()),
-            squared_error=float(sums.squared_error[rows].sum()),
-            squared_norm=float(sums.squared_norm[rows].sum()),
-            total=sums.total[rows].sum(axis=0),
-        )
+    def of_groups(cls, sums: LayerSums, rows: IntArray, starts: IntArray) -> list[LayerTotals]:
+        """The totals of groups of samples; group g, not empty, is `rows[starts[g]:starts[g + 1]]`."""
+
+        def added(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.add.reduceat(values[rows], starts, axis=0)
+
+        scalars = (added(sums.rows), added(sums.l0), added(sums.squared_error), added(sums.squared_norm))
+        return [
+            cls(*row) for row in zip(*(column.tolist() for column in scalars), added(sums.total), strict=True)
+        ]
 
     def plus(self, other: LayerTotals) -> LayerTotals:
         return LayerTotals(

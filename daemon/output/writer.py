@@ -107,7 +107,7 @@ class UnitWriter:
         self._check_complete()
         began = self._clock()
         make_empty_folder(self.staging)
-        layers = tuple(LayerTotals.zero(sae.d_in) for sae in self.info.saes)
+        layers = tuple(LayerTotals.zero(sae.d_out) for sae in self.info.saes)
         seconds = self._seconds
         with contextlib.ExitStack() as files:
             metrics = ParquetFile(

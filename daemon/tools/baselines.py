@@ -66,7 +66,7 @@ class Baselines:
                         rows = torch.arange(len(lengths), device=self._device)
                         x = entry.residual(cache[entry.info.hook_name][rows, lengths - 1])
                         feature_acts = entry.encode(x)
-                        entry.decode(feature_acts)
+                        entry.decode(feature_acts, x)
                         for acts in feature_acts:
                             inertia_by_definition(acts, entry.W_dec)
 

@@ -6,6 +6,7 @@ repetitions. Speed counts whole runs, from the file to published results, but fo
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import statistics
@@ -20,12 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from daemon.compute.autotune import processor
 from daemon.config import Config
-from daemon.errors import MachineError
+from daemon.errors import ConfigError, MachineError
 from daemon.tools.bench_worker import AUTO, BARE, Loaded, Measured, baseline_process, lensd_process
 from daemon.tools.limit import ProductRate
 
 DEMO_SAMPLES = Path(__file__).parents[1] / "presets" / "demo.jsonl"
 BATCH_SIZES = (1, 4, 8, 16, 32)
+NOISE = 0.97  # of the fastest rate: one that reaches it is as fast
 SLOW_SAMPLES = {"sequential": 16, "original": 16}  # a rate needs no more of the slowest
 
 
@@ -72,23 +74,18 @@ class BenchReport:
     def variant(self, name: str) -> VariantReport:
         return next(variant for variant in self.variants if variant.name == name)
 
-    @property
-    def recommended(self) -> str:
-        """The setting that was fastest, the smaller where two are within the noise."""
-        fastest = max(
-            variant.samples_per_second for variant in self.variants if variant.name.startswith("lensd")
-        )
-        good = [
-            variant
-            for variant in self.variants
-            if variant.name.startswith("lensd") and variant.samples_per_second >= 0.97 * fastest
-        ]
-        best = min(good, key=lambda variant: variant.peak_bytes)
-        return (
-            f"max_batch_tokens = {self.max_batch_tokens}"
-            if best.name == AUTO
-            else f"max_batch_samples = {best.name.split()[1]}"
-        )
+    def recommended(self, memory_bytes: float = math.inf) -> VariantReport | None:
+        """The fastest setting within this much memory, the smaller where two are within the noise."""
+        fit = [v for v in self.variants if v.name.startswith("lensd") and v.peak_bytes <= memory_bytes]
+        fastest = max((v.samples_per_second for v in fit), default=0.0)
+        good = [v for v in fit if v.samples_per_second >= NOISE * fastest]
+        return min(good, key=lambda v: v.peak_bytes, default=None)
+
+    def setting(self, variant: VariantReport) -> str:
+        """How a variant of lensd is configured."""
+        if variant.name == AUTO:
+            return f"max_batch_tokens = {self.max_batch_tokens}"
+        return f"max_batch_samples = {variant.name.split()[1]}"
 
 
 def bench(
@@ -112,7 +109,7 @@ def bench(
         worker(baseline_process, config, paths, limits) as others,
     ):
         loaded: Loaded = lensd.receive()
-        names = [name for name in others.receive() if baselines is None or name in (*baselines, "sequential")]
+        names = chosen(others.receive(), baselines)
         order = [(others, name) for name in names] + [(lensd, name) for name in loaded.variants]
         runs: dict[str, list[Measured]] = {name: [] for _, name in order}
         rates: list[ProductRate] = []
@@ -125,6 +122,15 @@ def bench(
         for name in runs:  # the first round warms up
             del runs[name][0]
     return report(config, paths, loaded, runs, rates[1:])
+
+
+def chosen(known: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    """The baselines to run: all, or the wanted and the one that speedups refer to. Raises ConfigError."""
+    if wanted is None:
+        return list(known)
+    if unknown := [name for name in wanted if name not in known]:
+        raise ConfigError(f"--baselines: no {unknown[0]!r} here: {', '.join(known)}")
+    return [name for name in known if name in (*wanted, "sequential")]
 
 
 def report(

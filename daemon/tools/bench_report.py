@@ -11,6 +11,8 @@ from daemon.tools.bench import BenchReport
 from daemon.tools.bench_worker import AUTO
 from daemon.tools.report import plain_table
 
+MEMORY_GIB = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 80, 141)
+
 
 def print_bench(console: Console, report: BenchReport) -> None:
     table = plain_table(
@@ -48,7 +50,20 @@ def conclusions(report: BenchReport) -> list[str]:
         for name, ratio in report.over.items()
         if not name.startswith(("lensd", "bare"))
     ]
-    return [*lines, f"Recommended here: {report.recommended}"]
+    return [*lines, *recommendations(report)]
+
+
+def recommendations(report: BenchReport) -> list[str]:
+    """What to set on such a device, by the memory that lensd may take; where more memory helps, a line."""
+    lines: list[str] = []
+    last = None
+    for gib in MEMORY_GIB:
+        best = report.recommended(gib * 2**30)
+        if best is not None and best != last:
+            rate = f"{best.samples_per_second:.1f} samples/s"
+            lines.append(f"Recommended with {gib} GiB on {report.device}: {report.setting(best)} ({rate})")
+            last = best
+    return lines
 
 
 def plot(report: BenchReport, path: Path) -> None:

@@ -20,7 +20,8 @@ from daemon.compute.linear import product
 from daemon.compute.loading import LoadedModel
 from daemon.compute.preorder import Preorder
 from daemon.compute.sae import LoadedSae, hook_point
-from daemon.compute.trunk import Trunk
+from daemon.compute.trunk import HookPoint, Trunk
+from daemon.records import SaeInfo
 
 ROWS = 1024  # of the products that are timed
 MEASURED_LAYERS = 6  # whose weights together exceed the caches
@@ -39,7 +40,7 @@ class Work:
     @classmethod
     def of(cls, model: LoadedModel, saes: Sequence[LoadedSae]) -> Work:
         """Before the model's layers are packed."""
-        layers = Trunk(model.model, [hook_point(entry.info.hook_name) for entry in saes]).layers
+        layers = Trunk(model.model, [point_of(entry.info) for entry in saes]).layers
         shapes: list[tuple[int, int]] = []
         for module in layers[0].modules():
             if isinstance(module, nn.Linear):
@@ -63,6 +64,14 @@ class Work:
         return (
             linear * len(packed) + attention * (int(packed.depth.sum()) + len(packed)) + encoding * readings
         )
+
+
+def point_of(info: SaeInfo) -> HookPoint:
+    """Up to where the model must run for an SAE, in whole layers."""
+    try:
+        return hook_point(info.hook_name)
+    except ValueError:
+        return info.layer, "post"
 
 
 @dataclass(frozen=True, slots=True)

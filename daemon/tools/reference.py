@@ -32,9 +32,10 @@ class ReferenceLayer:
 
     layer: int
     x: Sequence[FloatArray]  # per text (d_in,)
+    target: Sequence[FloatArray]  # per text (d_out,)
     feature_acts: Sequence[FloatArray]  # per text (d_sae,), dense
-    reconstruction: Sequence[FloatArray]  # per text (d_in,)
-    W_dec: FloatArray  # (d_sae, d_in)
+    reconstruction: Sequence[FloatArray]  # per text (d_out,)
+    W_dec: FloatArray  # (d_sae, d_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def reference_columns(
 
 def text_metrics(layer: ReferenceLayer, text: int) -> dict[str, Value]:
     """`daemon.columns.LAYER_COLUMNS` of one text at one SAE."""
-    x = as_float64(layer.x[text])
+    x = as_float64(layer.target[text])
     feature_acts = as_float64(layer.feature_acts[text])
     error = float(np.linalg.norm(x - as_float64(layer.reconstruction[text])))
     size = float(np.linalg.norm(x))

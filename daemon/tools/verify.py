@@ -235,15 +235,16 @@ def single_text_layers(engine: PaddedEngine, sample: TokenizedSample) -> list[Re
     per_text = [engine.residuals(torch.tensor([ids], device=engine.info.device)) for ids in sample.token_ids]
     layers = []
     for number, entry in enumerate(engine.saes):
-        x, feature_acts, reconstruction = [], [], []
-        for residuals in per_text:
-            read = entry.residual(residuals[number][0, -1:])
-            acts = entry.encode(read)
-            reconstruction.append(to_array(entry.decode(acts)[0]))
-            x.append(to_array(read[0]))
+        x, target, feature_acts, reconstruction = [], [], [], []
+        for read, written in per_text:
+            last = entry.residual(read[number][0, -1:])
+            acts = entry.encode(last)
+            reconstruction.append(to_array(entry.decode(acts, last)[0]))
+            x.append(to_array(last[0]))
+            target.append(to_array(entry.residual(written[number][0, -1:])[0]))
             feature_acts.append(to_array(acts[0]))
         W_dec = to_array(entry.W_dec)
-        layers.append(ReferenceLayer(entry.info.layer, x, feature_acts, reconstruction, W_dec))
+        layers.append(ReferenceLayer(entry.info.layer, x, target, feature_acts, reconstruction, W_dec))
     return layers
 
 

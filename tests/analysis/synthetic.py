@@ -69,6 +69,7 @@ def activations(sae: RandomSae, x: Tensor, layer: int) -> LayerActivations:
     return LayerActivations(
         layer=layer,
         x=x,
+        target=x,
         reconstruction=sae.decode(feature_acts),
         acts=from_dense(feature_acts),
         decoder=DecoderRows.of(sae.W_dec),

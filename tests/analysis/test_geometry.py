@@ -169,6 +169,16 @@ def test_rows_that_span_less_than_their_number_have_exact_zeros():
     assert shape.sphericity.item() == 0
 
 
+@pytest.mark.parametrize("shift", [0.0, 1.0, 3.0, 10.0, 100.0, 1000.0])
+def test_a_line_far_from_the_origin_is_a_line_all_the_same(shift):
+    direction = np.array([0.6, 0.8, 0.0, 0.0, 0.0])
+    place = shift * np.array([0.3, -0.5, 0.7, 0.2, 0.4])
+    shape = of_rows([(place + t * direction).tolist() for t in (-1.0, -0.35, 0.2, 0.55, 1.3)])
+    assert (shape.elongation.item(), shape.sphericity.item()) == (0, 0)
+    assert class_of(shape) == "Prolate"
+    assert_close(shape.axis[0].abs(), torch.tensor(direction), rtol=0, atol=1e-9)
+
+
 def test_a_cloud_about_the_origin_has_a_shape_but_no_misalignment():
     turned = torch.linalg.qr(residuals(0, 3, 3)).Q  # so that the rows cancel out but for rounding
     shape = of_rows(

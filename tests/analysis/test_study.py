@@ -75,6 +75,7 @@ class Case:
                 ReferenceLayer(
                     layer=layer.layer,
                     x=list(layer.x[rows].double().numpy()),
+                    target=list(layer.target[rows].double().numpy()),
                     feature_acts=list(sae.encode(layer.x[rows]).double().numpy()),
                     reconstruction=list(layer.reconstruction[rows].double().numpy()),
                     W_dec=layer.decoder.W_dec.double().numpy(),
@@ -207,7 +208,7 @@ def test_silent_texts_are_undefined_only_where_nothing_can_be_said():
 
 def test_the_error_relative_to_nothing_is_undefined():
     layer = dataclasses.replace(
-        make_case().layers[0], x=torch.zeros(12, D_IN), reconstruction=torch.ones(12, D_IN)
+        make_case().layers[0], target=torch.zeros(12, D_IN), reconstruction=torch.ones(12, D_IN)
     )
     metrics = layer_metrics(layer, geometry(layer.acts, layer.decoder))
     assert metrics["reconstruction_error"].tolist() == pytest.approx([D_IN**0.5] * 12)
@@ -246,6 +247,7 @@ def ragged_layers(seed: int, counts: list[list[int]]) -> list[LayerActivations]:
         LayerActivations(
             layer=i,
             x=empty,
+            target=empty,
             reconstruction=empty,
             acts=random_acts(seed + i, row, 12),
             decoder=DecoderRows(empty, None, None),

@@ -25,9 +25,9 @@ def test_it_is_measured_once_and_then_remembered(engine, tmp_path, monkeypatch):
     assert auto_batch_tokens(engine, 256, tmp_path) == chosen
 
 
-def test_the_smallest_batch_that_is_fast_enough_is_chosen(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "measure", lambda *_: {256: 50, 512: 99, 1024: 100, 2048: 99})
-    assert auto_batch_tokens(engine, 256, tmp_path) == 512
+def test_the_largest_batch_that_is_fast_enough_is_chosen(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune, "measure", lambda *_: {256: 50, 512: 100, 1024: 98, 2048: 96})
+    assert auto_batch_tokens(engine, 256, tmp_path) == 1024
 
 
 def test_a_cache_that_cannot_be_read_or_written_is_done_without(engine, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from daemon.compute import encoding
 from daemon.compute.encoding import FusedEncoder, PlainEncoder, encoder_of
 from daemon.compute.linear import PackedGatedMlp, PackedLinear, agrees, pack_linears, product
-from daemon.compute.sae import LoadedSae
+from daemon.compute.sae import TRANSCODERS, LoadedSae
 from daemon.records import SaeInfo
 from tests import tiny
 
@@ -27,7 +27,7 @@ def loaded(architecture: str, dtype: torch.dtype = torch.float64, **settings: ob
         setattr(sae.cfg, name, value)
     sae = sae.to(dtype).requires_grad_(False)
     sae.dtype = dtype
-    info = SaeInfo(HOOK, 1, tiny.D_MODEL, tiny.D_SAE, architecture, "tiny", "0")
+    info = SaeInfo(HOOK, HOOK, 1, tiny.D_MODEL, tiny.D_SAE, tiny.D_MODEL, architecture, "tiny", "0")
     return LoadedSae(info, sae, prepend_bos=True, center_residual=False)
 
 
@@ -46,7 +46,7 @@ def test_the_fast_encoder_is_saelens_encoder(architecture, reads_less_b_dec):
     assert (feature_acts > 0).any()
     acts = encoder.encode(x)
     assert_close(acts.to_dense(tiny.D_SAE), feature_acts, rtol=0, atol=1e-12)
-    assert_close(encoder.decode(acts), entry.sae.decode(feature_acts), rtol=0, atol=1e-12)
+    assert_close(encoder.decode(acts, x), entry.sae.decode(feature_acts), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "gated"])
@@ -62,10 +62,29 @@ def test_activations_rescaled_by_the_decoder_are_read_and_written_so():
     entry = loaded("topk", rescale_acts_by_decoder_norm=True)
     encoder = encoder_of(entry)
     assert isinstance(encoder, FusedEncoder)
-    feature_acts = entry.sae.encode(residuals())
-    acts = encoder.encode(residuals())
+    x = residuals()
+    feature_acts = entry.sae.encode(x)
+    acts = encoder.encode(x)
     assert_close(acts.to_dense(tiny.D_SAE), feature_acts, rtol=0, atol=1e-12)
-    assert_close(encoder.decode(acts), entry.sae.decode(feature_acts), rtol=0, atol=1e-12)
+    assert_close(encoder.decode(acts, x), entry.sae.decode(feature_acts), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", TRANSCODERS)
+def test_the_fast_transcoder_is_saelens_transcoder(architecture):
+    sae = tiny.random_transcoder("in", "out", architecture=architecture).to(torch.float64)
+    sae.dtype = torch.float64
+    info = SaeInfo("in", "out", 1, tiny.D_MODEL, tiny.D_SAE, tiny.D_OUT, architecture, "tiny", "0")
+    entry = LoadedSae(info, sae.requires_grad_(False), prepend_bos=True, center_residual=False)
+    encoder = encoder_of(entry)
+    assert isinstance(encoder, FusedEncoder)
+    x = residuals()
+    acts = encoder.encode(x)
+    feature_acts = sae.encode(x)
+    assert (feature_acts > 0).any()
+    assert_close(acts.to_dense(tiny.D_SAE), feature_acts, rtol=0, atol=1e-12)
+    assert_close(encoder.decode(acts, x), sae(x), rtol=0, atol=1e-12)
+    plain = PlainEncoder(entry, encoder.decoder)
+    assert_close(plain.decode(plain.encode(x), x), sae(x), rtol=0, atol=1e-12)
 
 
 def test_a_normalising_dictionary_is_left_to_saelens():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.compute.preorder import attention_blocks, preorder
+from daemon.compute.preorder import Preorder, attention_blocks, preorder
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=12)
 
@@ -13,6 +13,16 @@ texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1
 def slow_trie(given_texts: list[list[int]]) -> list[tuple[int, ...]]:
     """Every prefix of every text once, parents before children, in order of their tokens."""
     return sorted({tuple(text[: n + 1]) for text in given_texts for n in range(len(text))})
+
+
+def attended(packed: Preorder, block: int) -> np.ndarray:
+    """(n, n) whether a node, down, attends to another, across, by blocks of so many queries."""
+    pairs = np.zeros((len(packed), len(packed)), bool)
+    nodes = np.arange(len(packed))
+    for entry in attention_blocks(packed.end, block):
+        assert entry.mask.any(axis=0).all()  # no key is read in vain
+        pairs[np.ix_(nodes[entry.queries], nodes[entry.keys])] = entry.mask
+    return pairs
 
 
 @given(texts)
@@ -40,13 +50,20 @@ def test_paths_lead_through_the_prefixes_of_each_text(given_texts):
 def test_blocks_hold_exactly_the_pairs_of_a_token_and_what_came_before_it(given_texts, block):
     packed = preorder(given_texts)
     nodes = slow_trie(given_texts)
-    attended = np.zeros((len(nodes), len(nodes)), bool)
-    for entry in attention_blocks(packed.end, block):
-        keys = np.arange(len(nodes))[entry.keys]
-        assert entry.mask.any(axis=0).all()  # no key is read in vain
-        attended[np.ix_(np.arange(len(nodes))[entry.queries], keys)] = entry.mask
     expected = [[query[: len(key)] == key for key in nodes] for query in nodes]
-    assert attended.tolist() == expected
+    assert attended(packed, block).tolist() == expected
+
+
+@given(texts, st.integers(0, 40), st.integers(1, 9))
+def test_nodes_to_fill_up_with_are_by_themselves(given_texts, more, block):
+    packed = preorder(given_texts)
+    filled = packed.filled(len(packed) + more)
+    assert filled.path.tolist() == packed.path.tolist()
+    assert filled.tokens.tolist() == packed.tokens.tolist() + more * [0]
+    assert filled.depth.tolist() == packed.depth.tolist() + more * [0]
+    expected = np.eye(len(filled), dtype=bool)
+    expected[: len(packed), : len(packed)] = attended(packed, block)
+    assert attended(filled, block).tolist() == expected.tolist()
 
 
 def test_a_shared_beginning_is_counted_once():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -48,10 +50,36 @@ def test_two_dictionaries_at_one_layer_are_refused(tmp_path):
         load(first, second)
 
 
-def test_a_hook_that_is_not_the_residual_stream_is_refused(tmp_path):
-    folder = tiny.save_sae(tmp_path / "sae", "blocks.1.hook_mlp_out")
-    with pytest.raises(ConfigError, match=r"use a dictionary at blocks\.L\.hook_resid_pre or"):
+@pytest.mark.parametrize("hook_name", ["hook_embed", "ln_final.hook_normalized", ""])
+def test_a_hook_outside_the_layers_is_refused(hook_name, tmp_path):
+    folder = tiny.save_sae(tmp_path / "sae", hook_name)
+    with pytest.raises(ConfigError, match=r"is not supported: use a dictionary at a hook point"):
         load(folder)
+
+
+def test_a_transcoder_says_what_it_reads_and_what_it_predicts(tmp_path):
+    folder = tiny.save_transcoder(tmp_path / "t", "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out")
+    (entry,) = load(folder)
+    assert entry.hook_names == ("blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out")
+    assert (entry.info.layer, entry.info.d_in, entry.info.d_out) == (1, tiny.D_MODEL, tiny.D_OUT)
+
+
+def test_a_transcoder_that_does_not_say_what_it_predicts_is_refused(tmp_path):
+    folder = tiny.save_transcoder(tmp_path / "t", "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out")
+    config = json.loads((folder / "cfg.json").read_text())
+    del config["metadata"]["hook_name_out"]
+    (folder / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="a transcoder whose metadata has no hook_name_out"):
+        load(folder)
+
+
+def test_processed_weights_are_followed_only_where_they_can_be(tmp_path):
+    processed = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    centred = tiny.save_sae(tmp_path / "mlp", "blocks.1.hook_mlp_out", **processed)
+    assert load(centred)[0].center_residual
+    scaled = tiny.save_sae(tmp_path / "z", "blocks.1.mlp.hook_post", **processed)
+    with pytest.raises(ConfigError, match=r"gives? at blocks\.1\.mlp\.hook_post can't be told"):
+        load(scaled)
 
 
 def test_unfolded_normalisation_is_refused(tmp_path):

@@ -290,3 +290,32 @@ def test_numbered_names_fit_the_file_system():
     assert numbered("a.json", 0, 255) == "a.json"
     assert numbered("a.json", 3, 255) == "a.json.3"
     assert len(os.fsencode(numbered("é" * 127 + ".json", 12, 255))) == 255
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told by an event", "told by none"])
+async def test_files_that_no_event_told_of_are_counted(tmp_path, monkeypatch, told):
+    dropped = asyncio.Event()
+
+    async def watch(folder, wake, ended, retry_seconds):
+        await dropped.wait()
+        if told:
+            wake.set()
+        await ended.wait()
+
+    monkeypatch.setattr("daemon.intake.watch.watch", watch)
+    (tmp_path / "early.json").write_text("[]")  # found by the first look, of which no event could tell
+    stop = asyncio.Event()
+    async with opened(tmp_path, rescan_seconds=1000 if told else 0.02) as inbox:
+        claims = inbox.claims(stop, once=False)
+        (early,) = await anext(claims)
+        coming = asyncio.create_task(anext(claims))
+        while inbox.pending().files:  # until a look saw the inbox empty
+            await asyncio.sleep(0)
+        (tmp_path / "late.json").write_text("[]")
+        dropped.set()
+        (late,) = await coming
+        assert (early.name, late.name) == ("early.json", "late.json")
+        assert inbox.take_found() == (0 if told else 1)
+        assert inbox.take_found() == 0
+        stop.set()
+        await claims.aclose()

@@ -7,12 +7,14 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from daemon.errors import ConfigError
-from daemon.observe.http import HEARTBEAT_STALE_SECONDS, Health, serve_http
+from daemon.observe.health import HEARTBEAT_STALE_SECONDS, Health
+from daemon.observe.http import serve_http
 
 
 @dataclasses.dataclass
 class FakeDevice:
     busy_since: float | None = None
+    alive: bool = True
 
 
 @dataclasses.dataclass

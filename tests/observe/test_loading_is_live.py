@@ -7,12 +7,13 @@ import pytest
 
 from daemon.config import load_config
 from daemon.errors import ConfigError
-from daemon.observe.http import LOADING, Health
+from daemon.observe.health import LOADING, Health
 from daemon.service import Service
 
 
 class Device:
     busy_since: float | None = 0.0
+    alive = True
 
 
 def test_only_loading_may_take_longer_than_the_limit():

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 
+from daemon.compute.buffers import memory_bytes
 from daemon.compute.packing import Batch, Entry
-from daemon.observe.metrics import FILE_OUTCOMES, STAGES, Metrics
+from daemon.intake.scan import InboxLoad
+from daemon.observe.metrics import FILE_OUTCOMES, MEMORY_KINDS, STAGES, Metrics
 from daemon.output.delivery import Outcome
 from daemon.output.totals import StageSeconds
 from daemon.records import (
@@ -26,8 +30,46 @@ from daemon.records import (
 from tests.sources import unclaimed
 
 SOURCE = unclaimed("f")
-SAES = tuple(SaeInfo(f"blocks.{n}.hook_resid_post", n, 4, 8, "jumprelu", "s", "h") for n in (3, 5))
+HOOK = "blocks.{}.hook_resid_post"
+SAES = tuple(SaeInfo(HOOK.format(n), HOOK.format(n), n, 4, 8, 4, "jumprelu", "s", "h") for n in (3, 5))
 INFO = ModelInfo("tiny", "Llama", 4, 6, "float32", "cpu", "packed", None, SAES)
+
+DESIGN = [  # name, type, label
+    ("files_total", "counter", "outcome"),
+    ("samples_total", "counter", "outcome"),
+    ("rejects_total", "counter", "reason"),
+    ("tokens_total", "counter", "kind"),
+    ("batches_total", "counter"),
+    ("input_bytes_total", "counter"),
+    ("output_bytes_total", "counter"),
+    ("oom_total", "counter"),
+    ("retries_total", "counter", "stage"),
+    ("rescan_found_total", "counter"),
+    ("recovered_files_total", "counter", "action"),
+    ("sync_errors_total", "counter"),
+    ("config_reloads_total", "counter", "outcome"),
+    ("inbox_files", "gauge"),
+    ("inbox_bytes", "gauge"),
+    ("oldest_pending_seconds", "gauge"),
+    ("queue_items", "gauge", "stage"),
+    ("queue_tokens", "gauge"),
+    ("buffer_pool_bytes", "gauge"),
+    ("disk_free_bytes", "gauge", "dir"),
+    ("disk_size_bytes", "gauge", "dir"),
+    ("paused", "gauge", "reason"),
+    ("device_memory_bytes", "gauge", "kind"),
+    ("device_busy_ratio", "gauge"),
+    ("max_batch_tokens", "gauge"),
+    ("last_commit_timestamp_seconds", "gauge"),
+    ("heartbeat_timestamp_seconds", "gauge", "loop"),
+    ("sae_fvu", "gauge", "layer"),
+    ("stage_duration_seconds", "histogram", "stage"),
+    ("file_latency_seconds", "histogram"),
+    ("batch_tokens", "histogram"),
+    ("batch_texts", "histogram"),
+    ("sequence_tokens", "histogram"),
+    ("feature_l0", "histogram", "layer"),
+]
 
 
 @pytest.fixture
@@ -151,4 +193,52 @@ def test_a_device_always_in_long_calls_counts_as_busy(metrics):
 
 def test_free_space_is_told_by_the_folders_role(metrics, tmp_path):
     metrics.observe_disk({"inbox": tmp_path})
-    assert value(metrics, "disk_free_bytes", dir="inbox") > 0
+    free, size = (value(metrics, name, dir="inbox") for name in ("disk_free_bytes", "disk_size_bytes"))
+    assert 0 < free < size
+
+
+def test_memory_is_told_by_kind_and_what_is_kept_for_batches_beside_it(metrics):
+    metrics.observe_memory({"allocated": 3, "reserved": 5, "total": 9}, pool_bytes=5)
+    kinds = ("allocated", "reserved", "total", "resident")
+    assert [value(metrics, "device_memory_bytes", kind=kind) for kind in kinds] == [3, 5, 9, None]
+    assert value(metrics, "buffer_pool_bytes") == 5
+
+
+def test_what_is_told_once_about_the_inbox_adds_up(metrics):
+    for recovered, found in ((2, 1), (0, 3)):
+        metrics.observe_inbox(InboxLoad(files=4, bytes=9, oldest_seconds=1.5), recovered, found)
+    assert value(metrics, "recovered_files_total", action="taken_over") == 2
+    assert value(metrics, "rescan_found_total") == 4
+    assert value(metrics, "oldest_pending_seconds") == 1.5
+
+
+def test_every_metric_of_the_design_exists_with_its_type_and_label(metrics):
+    described = {(d.name, d.kind, *(label.name for label in d.labels)) for d in metrics.descriptions}
+    plain = [entry for entry in described if entry[1] != "info" and not entry[0].startswith("process_")]
+    assert set(plain) == {(f"lensd_{name}", kind, *labels) for name, kind, *labels in DESIGN}
+    assert {"lensd_build_info", "lensd_model_info", "process_start_time_seconds"} <= {
+        d.name for d in metrics.descriptions
+    }
+
+
+def test_every_series_in_the_registry_is_described_and_within_its_bounds(metrics):
+    """What bounds the number of series is true of those that exist."""
+    metrics.observe_retry("read")
+    described = {d.name: d for d in metrics.descriptions}
+    for family in metrics.registry.collect():
+        name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+        labels = {label.name: label.values for label in described[name].labels}
+        for sample in family.samples:
+            for key in sample.labels.keys() - {"le"}:
+                assert sample.labels[key] in labels[key] or labels[key] == ()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_kinds_of_memory_are_those_that_are_described(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=3))
+    kinds = memory_bytes(device)
+    assert kinds.keys() <= set(MEMORY_KINDS)
+    assert all(size > 0 for size in kinds.values())
+    assert ("resident" in kinds) == (device == "cpu")

@@ -35,6 +35,7 @@ from daemon.records import (
 
 D_IN = 4
 D_SAE = 64
+HOOK = "blocks.{}.hook_resid_post"
 UNIT = "0123456789ab"
 INFO = ModelInfo(
     name="tiny",
@@ -46,8 +47,18 @@ INFO = ModelInfo(
     engine="packed",
     weights_sha256=None,
     saes=tuple(
-        SaeInfo(f"blocks.{layer}.hook_resid_post", layer, D_IN, D_SAE, "jumprelu", f"sae-{layer}", "5" * 64)
-        for layer in (3, 5)
+        SaeInfo(
+            HOOK.format(layer),
+            HOOK.format(layer),
+            layer,
+            D_IN,
+            D_SAE,
+            D_IN,
+            "jumprelu",
+            f"sae-{layer}",
+            "5" * 64,
+        )
+        for layer, hook in ((3, HOOK.format(3)), (5, HOOK.format(5)))
     ),
 )
 
@@ -199,7 +210,7 @@ def finished_from(part: TokenizedPart, pieces: Sequence[BlockRows]) -> FinishedP
     layers = tuple(LayerTotals.zero(D_IN) for _ in INFO.saes)
     for piece in pieces:
         layers = tuple(
-            totals.plus(LayerTotals.from_sums(sums, piece.block_rows))
+            totals.plus(*LayerTotals.of_groups(sums, piece.block_rows, np.array([0])))
             for totals, sums in zip(layers, piece.block.layers, strict=True)
         )
     return FinishedPart(

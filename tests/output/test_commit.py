@@ -110,11 +110,13 @@ def test_the_manifest_describes_each_sae(outbox):
     variance = sum(value**2 for value in x) - sum(x) ** 2 / 4
     assert first == {
         "hook": "blocks.3.hook_resid_post",
+        "hook_out": "blocks.3.hook_resid_post",
         "layer": 3,
         "source": "sae-3",
         "architecture": "jumprelu",
         "d_in": 4,
         "d_sae": 64,
+        "d_out": 4,
         "weights_sha256": "5" * 64,
         "fvu": pytest.approx(4 * 0.5 / variance),
         "mean_l0": 6.0,

@@ -37,8 +37,9 @@ ROOT = Path(__file__).parents[2]
 class Job:
     """What one daemon is told.
 
-    `flags` are dotted settings as on the command line. `hook`, `module:function`, is called in the new
-    process with `hook_args` and must return a context manager, within which the service runs.
+    `flags` are dotted settings as on the command line, `environment` is added to the process's. `hook`,
+    `module:function`, is called in the new process with `hook_args` and must return a context manager, within
+    which the service runs.
     """
 
     inbox: Path
@@ -48,6 +49,7 @@ class Job:
     flags: dict[str, Any] | None = None
     hook: str | None = None
     hook_args: dict[str, Any] | None = None
+    environment: dict[str, str] | None = None
 
     def as_json(self) -> str:
         flags = {
@@ -65,6 +67,7 @@ class Job:
                 "log": str(self.log),
                 "hook": self.hook,
                 "hook_args": self.hook_args or {},
+                "environment": self.environment or {},
             }
         )
 
@@ -165,6 +168,7 @@ def serve_job(toml: Path, job: dict[str, Any], compute: Any) -> int:
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)
     configure("json", "info")
+    os.environ.update(job["environment"])
     config = load_config(toml, {}, job["flags"])
     with hooked(job):
         try:

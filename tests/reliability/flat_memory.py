@@ -36,20 +36,22 @@ def peak_mib(folder: Path, records: list[dict[str, object]], flags: list[str]) -
     return usage.ru_maxrss / 1024
 
 
+def numbered(record: dict[str, object], number: int) -> dict[str, object]:
+    """A record like no other."""
+    return record | {"id": f"r{number}", "prompt": f"{number}. {record['prompt']}"}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--records", type=int, default=1000, help="of the short file: it fills every queue")
+    parser.add_argument("--times", type=int, default=10, help="of that, the long file")
     args, flags = parser.parse_known_args()
     demo = [json.loads(line) for line in DEMO_SAMPLES.read_text().splitlines()]
     peaks = []
     with tempfile.TemporaryDirectory(prefix="lensd-flat-memory-") as folder:
-        for times in (1, args.times):
-            records = [
-                record | {"id": f"{record['id']}-{copy}", "prompt": f"{copy}. {record['prompt']}"}
-                for copy in range(times)
-                for record in demo
-            ]
-            peaks.append(peak_mib(Path(folder) / str(times), records, flags))
+        for n in (args.records, args.times * args.records):
+            records = [numbered(demo[number % len(demo)], number) for number in range(n)]
+            peaks.append(peak_mib(Path(folder) / str(n), records, flags))
             say(f"{len(records)} records: peak {peaks[-1]:.0f} MiB")
     say(f"ratio {peaks[1] / peaks[0]:.3f}")
     return 0

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -8,12 +10,37 @@ from rich.console import Console
 
 from daemon.compute.preorder import preorder
 from daemon.config import load_config
-from daemon.tools.bench import AUTO, BARE, bench
-from daemon.tools.bench_report import plot, print_bench
+from daemon.errors import ConfigError
+from daemon.tools.bench import AUTO, BARE, BenchReport, VariantReport, bench
+from daemon.tools.bench_report import plot, print_bench, recommendations
 from daemon.tools.limit import Products, Work
 from tests import tiny
 from tests.compute.engines import loaded
 from tests.families import save_family
+
+EMPTY_REPORT = BenchReport(
+    machine="m",
+    cores=2,
+    device="cpu",
+    model="tiny",
+    dtype="float32",
+    positions="last",
+    engine="packed",
+    files=(),
+    samples=1,
+    text_tokens=1,
+    unique_tokens=1,
+    multiply_adds=1,
+    repetitions=1,
+    max_batch_tokens=64,
+    torch_product_flops=1.0,
+    fastest_product_flops=1.0,
+    fraction_of_fastest=1.0,
+    fraction_of_torch=1.0,
+    pipeline_over_bare=1.0,
+    over={},
+    variants=(),
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +88,37 @@ def test_bench_measures_every_variant_beside_the_others(positions, made, tmp_pat
     assert all(variant.seconds > 0 and variant.peak_bytes > 0 for variant in report.variants)
     json.dumps(report.as_json())
     print_bench(console := Console(record=True), report)
-    assert "Recommended here: max_batch_" in console.export_text()
+    shown = console.export_text()
+    assert re.search(r"Recommended with \d+ GiB on cpu: max_batch_(samples = 3|tokens = 64) ", shown), shown
     plot(report, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_an_unknown_baseline_is_named_with_those_there_are(made, tmp_path):
+    toml = tmp_path / "lensd.toml"
+    toml.write_text(made.toml())
+    file = tiny.write_json(tmp_path / "some.json", tiny.contrast_records(2))
+    config = load_config(toml, {}, {"batching.max_batch_tokens": 64})
+    with pytest.raises(ConfigError, match=r"--baselines: no 'vllm' here: sequential, original, idiomatic"):
+        bench(config, [file], baselines=["original", "vllm"])
+
+
+def variant(name: str, rate: float, gib: float) -> VariantReport:
+    return VariantReport(name, 1, 1.0, rate, rate, 1.0, int(gib * 2**30))
+
+
+def test_the_recommendation_is_the_fastest_that_memory_holds():
+    variants = (
+        variant("sequential", 99.0, 0.1),
+        variant("lensd 4", 10.0, 1.5),
+        variant("lensd 32", 20.0, 2.5),
+        variant(AUTO, 20.3, 3.5),
+    )
+    report = dataclasses.replace(EMPTY_REPORT, variants=variants, max_batch_tokens=512)
+    assert report.recommended(2**30) is None
+    assert report.recommended(2 * 2**30) == variants[1]
+    assert report.recommended() == variants[2]
+    assert recommendations(report) == [
+        "Recommended with 2 GiB on cpu: max_batch_samples = 4 (10.0 samples/s)",
+        "Recommended with 3 GiB on cpu: max_batch_samples = 32 (20.0 samples/s)",
+    ]

@@ -1,0 +1,81 @@
+"""The memory that batches work in: asked of the system once, kept, and used again by the next batch.
+
+On a CPU that is the C library's heap, which would else give large pieces back and have the system clear them
+anew, page by page, for the next batch; on CUDA it is torch's allocator, which keeps them by itself.
+Knows nothing about what is computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
+KEPT_BYTES = (1 << 31) - 1  # free memory at a heap's end, up to which none of it is given back
+MAPPED_BYTES = 32 << 20  # from which on a piece is mapped by itself: the most that the C library allows
+STATM = Path("/proc/self/statm")  # sizes in pages: of the address space, resident, ...
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's for it
+KEPT_KERNELS = 128  # of up to a MiB, one for each shape of a product: else a thousand, met over hours
+ARENAS = 2  # heaps that all threads share: with one for each thread, memory grows for hours
+
+
+class MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of <malloc.h>: ten counts, in bytes or pieces."""
+
+    _fields_ = [
+        *[(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")],
+        *[(name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")],
+    ]
+
+
+def keep_memory() -> None:
+    """Have the C library keep and share what it was given, where it can, and oneDNN keep few kernels.
+
+    Best before any thread starts; oneDNN listens only before its first product.
+    """
+    for variable in KERNEL_CACHES:
+        os.environ.setdefault(variable, str(KEPT_KERNELS))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, ARENAS)
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def memory_bytes(device: str) -> dict[str, int]:
+    """By kind, the memory that bounds batches: of the process on a CPU, of the device on CUDA."""
+    if torch.device(device).type == "cuda":
+        return {
+            "allocated": torch.cuda.memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+            "total": torch.cuda.get_device_properties(device).total_memory,
+        }
+    try:
+        pages = int(STATM.read_text().split()[1])
+    except OSError:  # no Linux
+        return {}
+    return {"resident": pages * os.sysconf("SC_PAGE_SIZE")}
+
+
+def pool_bytes(device: str) -> int:
+    """The memory that is kept for batches on this device, in use or free; 0 where nobody counts it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    count = heap_count()
+    if count is None:
+        return 0
+    info = count()
+    return int(info.arena + info.hblkhd)
+
+
+@functools.cache
+def heap_count() -> ctypes._FuncPointer | None:
+    """`mallinfo2`, of glibc 2.33 and later."""
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if function is not None:
+        function.restype = MallInfo
+    return function

@@ -1,0 +1,97 @@
+"""Puts files that failed back into the inbox. Safe beside running daemons; does not know why they failed.
+
+Functions block.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from daemon import durable
+from daemon.errors import ConfigError
+from daemon.intake.failed import reason_of
+from daemon.intake.inbox import CLAIMED, FAILED, FAILING
+from daemon.intake.names import MAX_NUMBER, no_free_name, numbered_stem, printable
+
+
+@dataclass(frozen=True, slots=True)
+class FailedFile:
+    """A file in `failed/` and what its reason says."""
+
+    path: Path
+    dropped_as: str  # its name in the inbox
+    reason: str
+    message: str
+    failed_at: str
+
+    @property
+    def name(self) -> str:
+        """What it is called there, for people."""
+        return printable(self.path.name)
+
+
+def failed_files(inbox: Path) -> list[FailedFile]:
+    """Every file in `failed/` that has its reason beside it, by name."""
+    folder = inbox / FAILED
+    if not folder.is_dir():
+        return []
+    paths = set(folder.iterdir())
+    return [described(path) for path in sorted(paths) if reason_of(path) in paths]
+
+
+def described(path: Path) -> FailedFile:
+    try:
+        content = json.loads(reason_of(path).read_bytes())
+    except (OSError, ValueError):
+        content = None
+    fields: dict[str, Any] = content if isinstance(content, dict) else {}
+    dropped_as = fields.get("name")
+    if not isinstance(dropped_as, str) or not is_file_name(dropped_as):
+        dropped_as = path.name
+    texts = (str(fields.get(key, "")) for key in ("reason", "message", "failed_at"))
+    return FailedFile(path, dropped_as, *texts)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name out of a reason is one, and not the rendering of bytes that are no text."""
+    return name not in ("", ".", "..") and not any(char in name for char in "/\0\\")
+
+
+def retry(inbox: Path, names: Sequence[str]) -> list[tuple[FailedFile, Path]]:
+    """Put the named files, or all, back under their old name or the nearest free one; where each lies now.
+
+    Raises ConfigError, and moves nothing, where a name is not in `failed/`; OSError where the disk refuses.
+    """
+    if not chosen(inbox, names):
+        return []
+    with durable.locked(inbox / CLAIMED / FAILING):
+        done = [(failed, put_back(failed, inbox)) for failed in chosen(inbox, names)]
+        durable.fsync_folder(inbox)
+        durable.fsync_folder(inbox / FAILED)
+    return done
+
+
+def chosen(inbox: Path, names: Sequence[str]) -> list[FailedFile]:
+    known = failed_files(inbox)
+    if not names:
+        return known
+    by_name = {failed.name: failed for failed in known}
+    if unknown := [name for name in names if printable(name) not in by_name]:
+        raise ConfigError(
+            f"{printable(unknown[0])}: no such file in {inbox / FAILED}: `lensd retry --list` shows them"
+        )
+    return [by_name[name] for name in dict.fromkeys(map(printable, names))]
+
+
+def put_back(failed: FailedFile, inbox: Path) -> Path:
+    """The file first, then its reason: what a crash leaves is a reason without its file."""
+    for number in range(MAX_NUMBER):
+        target = inbox / numbered_stem(failed.dropped_as, number)
+        if durable.move_without_replacing(failed.path, target):
+            durable.unlink(reason_of(failed.path))
+            return target
+    raise no_free_name(failed.dropped_as, inbox)

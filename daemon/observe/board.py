@@ -1,0 +1,334 @@
+"""The status board: keeps what one daemon has to say of itself, in bounded memory, and says it when asked.
+
+Numbers are read from the metrics, so that page, terminal and Prometheus agree. Told of each second and of
+each settled file by one thread, asked by any; knows no HTTP and no HTML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from daemon.observe.health import LOADING
+from daemon.observe.status import (
+    HEALTHY,
+    Alert,
+    Backlog,
+    Dictionary,
+    History,
+    Pace,
+    Point,
+    Running,
+    SettledFile,
+    Stage,
+    State,
+    Status,
+    Totals,
+)
+from daemon.observe.wording import counted, duration, period, visible
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+    from daemon.intake.scan import InboxLoad
+    from daemon.observe.metrics import Metrics
+    from daemon.observe.progress import Progress
+    from daemon.observe.workload import Workload
+    from daemon.output.delivery import Outcome
+    from daemon.records import ModelInfo
+
+WINDOW_SECONDS = 900.0
+STEP_SECONDS = 5.0
+RATE_SECONDS = 10.0  # that a rate "now" looks back
+FILES_SHOWN = 20
+NO_PROGRESS_SECONDS = 120.0  # with work at hand, after which that is worth an alert
+WAITING = "queue"  # of the stages, the one that does no work
+
+DRAINING, PAUSED = "draining", "paused: "  # how readiness words them
+
+
+class Verdicts(Protocol):
+    """What is asked of health: reasons not to be ready, and not to be live."""
+
+    @property
+    def unmet(self) -> set[str]: ...
+    def stalled(self) -> list[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was counted until one moment of the monotonic clock."""
+
+    when: float
+    done: int  # samples computed or rejected
+    tokens: float  # run by the model
+    failed: int
+    stages: dict[str, float]
+
+
+class StatusBoard:
+    """`look` each second, `settle` each file, `status` whenever someone asks."""
+
+    def __init__(
+        self,
+        *,
+        inbox: Path,
+        outbox: Path,
+        metrics: Metrics,
+        progress: Progress,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._inbox = visible(str(inbox.absolute()))
+        self._outbox = visible(str(outbox.absolute()))
+        self._metrics = metrics
+        self._progress = progress
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._version = version("lensd")
+        self._host = visible(platform.node())
+        self._instance = secrets.token_hex(8)
+        self._started_at = wall_clock()
+        self._running: Running | None = None
+        self._lock = threading.Lock()  # around all that is below
+        self._backlog = Backlog(0, 0, 0.0, 0, 0)
+        self._estimated = False
+        self._eta_seconds: float | None = None
+        self._files: deque[SettledFile] = deque(maxlen=FILES_SHOWN)
+        self._points: deque[Point] = deque(maxlen=int(WINDOW_SECONDS / STEP_SECONDS))
+        first = self._now()
+        self._marks: deque[Look] = deque([first], maxlen=self._points.maxlen)  # at the points' ends
+        self._recent: deque[Look] = deque([first])  # of the last RATE_SECONDS
+        self._progressed = first.when  # when `done` last grew, or there was nothing to do
+
+    def describe(self, info: ModelInfo, max_batch_tokens: int) -> None:
+        """What was loaded."""
+        self._running = Running(
+            model=visible(info.name),
+            architecture=info.architecture,
+            dtype=info.dtype,
+            device=info.device,
+            engine=info.engine,
+            max_batch_tokens=max_batch_tokens,
+            saes=tuple(
+                Dictionary(
+                    hook_name=sae.hook_name,
+                    layer=sae.layer,
+                    architecture=sae.architecture,
+                    d_in=sae.d_in,
+                    d_sae=sae.d_sae,
+                    source=visible(sae.source),
+                    fvu=None,
+                )
+                for sae in info.saes
+            ),
+        )
+
+    def settle(self, outcome: Outcome) -> None:
+        """One file came to its end."""
+        settled = SettledFile(
+            name=visible(outcome.name),
+            outcome=outcome.kind,
+            rows=outcome.rows,
+            rejects=outcome.rejects,
+            seconds=outcome.seconds,
+            reason=outcome.reason,
+            message=visible(outcome.message) if outcome.message else None,
+            unit=outcome.unit,
+            at=self._wall_clock(),
+        )
+        with self._lock:
+            self._files.appendleft(settled)
+
+    def look(self, load: InboxLoad | None, workload: Workload | None, *, ready: bool) -> None:
+        """Take note of this moment; `load` and `workload` are None while there is no inbox yet."""
+        now = self._now()
+        with self._lock:
+            self._note_work(load, workload, ready=ready)
+            if now.done > self._recent[-1].done or not self._work_at_hand:
+                self._progressed = now.when
+            self._recent.append(now)
+            while len(self._recent) > 2 and self._recent[1].when <= now.when - RATE_SECONDS:
+                self._recent.popleft()
+            if now.when - self._marks[-1].when >= STEP_SECONDS:
+                self._points.append(self._point(self._marks[-1], now))
+                self._marks.append(now)
+
+    def _note_work(self, load: InboxLoad | None, workload: Workload | None, *, ready: bool) -> None:
+        """What there is to do, and how long it takes at the present rate."""
+        progress = self._progress
+        read_not_done = max(0, progress.total - progress.done)
+        self._backlog = Backlog(
+            files=load.files if load else 0,
+            bytes=load.bytes if load else 0,
+            oldest_seconds=load.oldest_seconds if load else 0.0,
+            files_under_way=len(workload) if workload else 0,
+            samples_under_way=read_not_done,
+        )
+        unread = workload.unread_records(self._backlog.bytes) if workload is not None else None
+        self._estimated = bool(unread)
+        self._eta_seconds = None
+        rate = progress.rate  # which leaves out the time spent waiting for files
+        if ready and self._work_at_hand and unread is not None and rate:
+            self._eta_seconds = round((read_not_done + unread) / rate, 1)
+
+    def status(self, health: Verdicts) -> Status:
+        """What there is to say now."""
+        now, at = self._now(), self._wall_clock()
+        stalled, unmet = health.stalled(), sorted(health.unmet)
+        with self._lock:
+            return self._status(stalled, unmet, now, at)
+
+    def _status(self, stalled: list[str], unmet: list[str], now: Look, at: float) -> Status:
+        state = self._state(stalled, unmet)
+        return Status(
+            version=self._version,
+            host=self._host,
+            instance=self._instance,
+            inbox=self._inbox,
+            outbox=self._outbox,
+            at=at,
+            started_at=self._started_at,
+            state=state,
+            live=not stalled,
+            ready=not unmet,
+            alerts=tuple(self._alerts(stalled, unmet, now, at)),
+            running=self._with_fit(self._running),
+            backlog=self._backlog,
+            pace=self._pace(state),
+            totals=self._totals(),
+            stages=self._stages(now),
+            files=tuple(self._files),
+            free_bytes={name: int(free) for name, free in by_label(self._metrics.disk_free_bytes).items()},
+            history=History(WINDOW_SECONDS, STEP_SECONDS, tuple(self._points)),
+        )
+
+    @property
+    def _work_at_hand(self) -> bool:
+        backlog = self._backlog
+        return bool(backlog.files or backlog.files_under_way or backlog.samples_under_way)
+
+    def _now(self) -> Look:
+        metrics = self._metrics
+        return Look(
+            when=self._clock(),
+            done=self._progress.done,
+            tokens=by_label(metrics.tokens_total)["computed"],
+            failed=int(by_label(metrics.files_total)["failed"]),
+            stages=by_label(metrics.stage_duration_seconds, "_sum"),
+        )
+
+    def _point(self, before: Look, now: Look) -> Point:
+        seconds = now.when - before.when
+        return Point(
+            at=round(self._wall_clock(), 1),
+            samples_per_second=round((now.done - before.done) / seconds, 2),
+            tokens_per_second=round((now.tokens - before.tokens) / seconds, 1),
+            backlog_files=self._backlog.files + self._backlog.files_under_way,
+            eta_seconds=self._eta_seconds,
+            failed_files=now.failed - before.failed,
+        )
+
+    def _pace(self, state: State) -> Pace:
+        first, last = self._recent[0], self._recent[-1]
+        seconds = last.when - first.when
+        return Pace(
+            samples_per_second=(last.done - first.done) / seconds if seconds else 0.0,
+            tokens_per_second=(last.tokens - first.tokens) / seconds if seconds else 0.0,
+            device_busy_ratio=by_label(self._metrics.device_busy_ratio).get("", 0.0),
+            eta_seconds=self._eta_seconds if state in HEALTHY else None,
+            estimated=self._estimated,
+        )
+
+    def _totals(self) -> Totals:
+        metrics = self._metrics
+        files, samples = by_label(metrics.files_total), by_label(metrics.samples_total)
+        tokens = by_label(metrics.tokens_total)
+        return Totals(
+            committed=int(files["committed"]),
+            failed=int(files["failed"]),
+            duplicate=int(files["duplicate"]),
+            requeued=int(files["requeued"]),
+            rows=int(samples["committed"]),
+            rejects=int(samples["rejected"]),
+            text_tokens=int(tokens["text"]),
+            computed_tokens=int(tokens["computed"]),
+            output_bytes=int(by_label(metrics.output_bytes_total).get("", 0)),
+            last_commit_at=by_label(metrics.last_commit_timestamp_seconds).get("") or None,
+        )
+
+    def _stages(self, now: Look) -> tuple[Stage, ...]:
+        before = self._marks[0].stages
+        return tuple(
+            Stage(name, round(seconds - before.get(name, 0.0), 3))
+            for name, seconds in now.stages.items()
+            if name != WAITING
+        )
+
+    def _with_fit(self, running: Running | None) -> Running | None:
+        """The SAEs with the fit that the last file showed."""
+        if running is None:
+            return None
+        fvu = by_label(self._metrics.sae_fvu)
+        saes = tuple(dataclasses.replace(sae, fvu=fvu.get(str(sae.layer))) for sae in running.saes)
+        limit = int(by_label(self._metrics.max_batch_tokens).get("", 0)) or running.max_batch_tokens
+        return dataclasses.replace(running, saes=saes, max_batch_tokens=limit)
+
+    def _state(self, stalled: list[str], unmet: list[str]) -> State:
+        if stalled:
+            return "stalled"
+        if LOADING in unmet:
+            return "loading"
+        if DRAINING in unmet:
+            return "draining"
+        if any(reason.startswith(PAUSED) for reason in unmet):
+            return "paused"
+        if unmet:
+            return "not ready"
+        return "working" if self._work_at_hand else "idle"
+
+    def _alerts(self, stalled: list[str], unmet: list[str], now: Look, at: float) -> Iterable[Alert]:
+        for reason in stalled:
+            yield Alert("critical", "Not live", visible(reason))
+        for reason in unmet:
+            if reason.startswith(PAUSED):
+                message = visible(reason.removeprefix(PAUSED))
+                yield Alert("critical", "Paused", f"{message}. Nothing is taken up until it is over.")
+            elif reason not in (LOADING, DRAINING):
+                yield Alert("warning", "Not ready", visible(reason))
+        quiet = now.when - self._progressed
+        if quiet >= NO_PROGRESS_SECONDS and self._state(stalled, unmet) in HEALTHY:
+            yield Alert("warning", "No progress", f"There is work, and none was done for {duration(quiet)}.")
+        yield from self._failures(now, at)
+        if DRAINING in unmet:
+            yield Alert("note", "Draining", "It finishes the files that it has taken up, then it ends.")
+
+    def _failures(self, now: Look, at: float) -> Iterable[Alert]:
+        failed = now.failed - self._marks[0].failed
+        if failed <= 0:
+            return
+        looked = now.when - self._marks[0].when
+        minutes = f"in the last {period(max(60.0, looked // 60 * 60))}"
+        last = next((file for file in self._files if file.outcome == "failed"), None)
+        which = f" The last: {last.name}: {last.message or last.reason}" if last else ""
+        yield Alert("warning", f"{counted(failed, 'file')} failed {minutes}", which.strip())
+
+
+def by_label(collector: Collector, suffix: str = "") -> dict[str, float]:
+    """A metric's values by its one label, "" where it has none; `suffix` picks a histogram's sums."""
+    values = {}
+    for family in collector.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_created") or (suffix and not sample.name.endswith(suffix)):
+                continue
+            values[next(iter(sample.labels.values()), "")] = sample.value
+    return values

@@ -1,0 +1,90 @@
+"""The status in words and a few figures, the same on the page and in the terminal. Knows neither."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from daemon.observe.status import HEALTHY, Status
+from daemon.observe.wording import ago, count, counted, duration, eta, size
+
+DASH = "\N{EN DASH}"  # where there is no value
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A value with its name and what to know about it."""
+
+    name: str
+    value: str
+    note: str
+
+
+def sentence(status: Status) -> str:
+    """The state in a few more words."""
+    backlog = status.backlog
+    waits = count(backlog.files) if backlog.files else "none"
+    waiting = f"{counted(backlog.files_under_way, 'file')} under way, {waits} waiting"
+    return {
+        "loading": f"Not ready yet. {waiting}.",
+        "idle": "The inbox is empty.",
+        "working": f"{waiting}.",
+        "draining": f"Finishing what was taken up, then ending. {waiting}.",
+        "paused": f"Nothing is taken up for now. {waiting}.",
+        "not ready": f"{waiting}.",
+        "stalled": f"Something makes no progress. {waiting}.",
+    }[status.state]
+
+
+def what_runs(status: Status) -> str:
+    running = status.running
+    return f"{running.model}, {running.dtype} on {running.device}" if running else "no model loaded yet"
+
+
+def uptime(status: Status) -> str:
+    """To the minute, so that it changes seldom."""
+    seconds = status.uptime_seconds
+    return "under a minute" if seconds < 60 else duration(seconds // 60 * 60)
+
+
+def figures(status: Status) -> tuple[Figure, ...]:
+    backlog, totals = status.backlog, status.totals
+    oldest = f"{size(backlog.bytes)}, the oldest for {duration(round(backlog.oldest_seconds))}"
+    last = ago(status.at - totals.last_commit_at) if totals.last_commit_at else "never"
+    read = f"{counted(backlog.samples_under_way, 'sample')} read, not computed"
+    published = f"{counted(totals.committed, 'file')}, {size(totals.output_bytes)}; last {last}"
+    failed = f"{counted(totals.failed, 'file')} failed, {count(totals.duplicate)} duplicate"
+    return (
+        Figure("Waiting", counted(backlog.files, "file"), oldest if backlog.files else "the inbox is empty"),
+        Figure("Under way", counted(backlog.files_under_way, "file"), read),
+        Figure("Time left", time_left(status), time_left_note(status)),
+        Figure("Published", counted(totals.rows, "sample"), published),
+        Figure("Set aside", counted(totals.rejects, "reject"), failed),
+        Figure("Device busy", f"{status.pace.device_busy_ratio:.0%}", "of the last minute"),
+    )
+
+
+def has_work(status: Status) -> bool:
+    return bool(status.backlog.files or status.backlog.files_under_way)
+
+
+def time_left(status: Status) -> str:
+    pace = status.pace
+    if not has_work(status) or status.state not in HEALTHY:
+        return DASH
+    return eta(pace.eta_seconds, estimated=pace.estimated)
+
+
+def time_left_note(status: Status) -> str:
+    if not has_work(status):
+        return "nothing to do"
+    if status.state not in HEALTHY:
+        return f"not known while {status.state}"
+    if status.pace.eta_seconds is None:
+        return "once there are results"
+    return "unread files by their bytes" if status.pace.estimated else "at the present rate"
+
+
+def shares(status: Status) -> tuple[tuple[str, float], ...]:
+    """Of the stages in the work of the window; nothing where there was none."""
+    total = sum(stage.seconds for stage in status.stages)
+    return tuple((stage.name, stage.seconds / total) for stage in status.stages) if total else ()

@@ -1,0 +1,78 @@
+"""Numbers and names as people read them, on the page and in the terminal."""
+
+from __future__ import annotations
+
+UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+def count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{count(number)} {plural(number, noun)}"
+
+
+def plural(number: int, noun: str) -> str:
+    return noun if number == 1 else f"{noun}s"
+
+
+def rate(number: float) -> str:
+    """Three figures, and no decimals that nobody reads."""
+    if number == 0:
+        return "0"
+    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else count(number)
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: `8 s`, `3 min 20 s`, `2 h 5 min`, `4 d 3 h`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 10 or seconds == int(seconds) else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes < 10 and rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def period(seconds: float) -> str:
+    """After "the last": `minute`, `5 min`."""
+    return "minute" if seconds == 60 else duration(seconds)
+
+
+def ago(seconds: float) -> str:
+    """Since when; whole units only, so that it changes seldom."""
+    if seconds < 5:
+        return "just now"
+    if seconds < 60:
+        return f"{seconds // 5 * 5:.0f} s ago"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min ago"
+    return f"{duration(seconds // 3600 * 3600)} ago"
+
+
+def size(number: float) -> str:
+    power = 0
+    while number >= 1024 and power < len(UNITS) - 1:
+        number /= 1024
+        power += 1
+    return f"{number:.{1 if power and number < 100 else 0}f} {UNITS[power]}"
+
+
+def eta(seconds: float | None, *, estimated: bool) -> str:
+    if seconds is None:
+        return "not known yet"
+    text = duration(round(seconds)) if seconds >= 1 else "under 1 s"
+    return f"about {text}" if estimated else text
+
+
+def visible(text: str) -> str:
+    """What a page and a terminal can show: control characters and lone surrogates become escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode()
+        for char in text
+    )

@@ -1,0 +1,75 @@
+"""After the first batches, a daemon asks the system for no more memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from daemon.compute import buffers
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+BATCHES = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import torch
+from daemon.build import load_compute
+from daemon.compute.buffers import keep_memory, pool_bytes
+from daemon.config import load_config
+
+keep_memory()
+torch.set_num_threads(1)
+engine = load_compute(load_config(Path(sys.argv[1]), {}, {})).engine
+texts = np.random.default_rng(0).integers(0, 250, (100, 60)).tolist()
+batches = int(sys.argv[2])
+marks = []
+with torch.inference_mode():
+    for number in range(2 * batches):
+        different = [*texts[: number // 2], texts[-1][: 9 + number % 2]]
+        engine.extract(texts if sys.argv[3] == "alike" else different)
+        if number in (batches - 1, 2 * batches - 1):
+            marks.append((pool_bytes("cpu"), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
+(pool, faults), (later_pool, later_faults) = marks
+print(pool, later_pool - pool, later_faults - faults)
+"""
+
+
+COUNTED = pytest.mark.skipif(
+    buffers.heap_count() is None, reason="the C library does not count its heap (mallinfo2)"
+)
+
+
+def ran(tmp_path: Path, batches: int, sizes: str) -> tuple[int, int, int]:
+    """The heap after so many batches, by how much it grew in as many more, and the page faults of these."""
+    toml = tmp_path / "lensd.toml"
+    toml.write_text(
+        tiny.make_tiny(tmp_path).toml() + '[analysis]\npositions = "all"\n[batching]\nmax_batch_tokens = 64\n'
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", BATCHES, str(toml), str(batches), sizes],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    pool, grown, faults = map(int, done.stdout.splitlines()[-1].split())
+    return pool, grown, faults
+
+
+@COUNTED
+def test_batches_after_the_first_take_no_new_memory(tmp_path):
+    batches, residuals = 20, 100 * 60 * tiny.D_MODEL * 4  # bytes of one batch's residual stream
+    pool, grown, faults = ran(tmp_path, batches, "alike")
+    assert pool > 0
+    assert grown <= residuals  # by all batches together
+    assert 4096 * faults <= 0.1 * batches * residuals
+
+
+@COUNTED
+def test_batches_of_many_sizes_take_no_memory_for_each_size(tmp_path):
+    _, grown, _ = ran(tmp_path, 100, "different")
+    assert grown < 100 * (1 << 20)

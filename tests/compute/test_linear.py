@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from daemon.compute.linear import prepared_rows, product
+
+
+def test_any_number_of_rows_is_run_as_one_of_few():
+    prepared = [prepared_rows(rows) for rows in range(1, 4097)]
+    assert all(rows <= more <= rows + max(15, rows // 16) for rows, more in enumerate(prepared, 1))
+    assert len(set(prepared)) <= 16 * (12 - 4)  # 16 to each doubling above 16 rows
+    assert prepared_rows(0) == 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 16, 17, 300, 1000])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_is_that_of_the_rows_alone(rows, biased):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*shape, generator=generator) for shape in ((24, 40), (24,), (rows, 40)))
+    got = product(weight, bias if biased else None)(x)
+    assert got.shape == (rows, 24)
+    assert_close(got, x @ weight.T + biased * bias, rtol=1e-4, atol=1e-4)

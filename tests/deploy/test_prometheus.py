@@ -1,0 +1,121 @@
+"""A real Prometheus finds in a real daemon exactly what the daemon's folders hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from prometheus_client import CollectorRegistry
+
+from daemon.observe.metrics import Metrics
+from daemon.tools import metrics_table
+from tests.deploy.monitored import BAD_RECORDS, FILE_RECORDS, FILES, UNUSABLE, Monitored
+
+
+def manifests(pair: Monitored) -> list[tuple[Path, dict]]:
+    paths = pair.outbox.glob("[!.]*/manifest.json")
+    return [(path.parent, json.loads(path.read_bytes())) for path in paths]
+
+
+def by_label(pair: Monitored, metric: str, label: str) -> dict[str, float]:
+    return {labels[label]: value for labels, value in pair.query(metric) if value}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.endswith(".reason.json")}
+
+
+def test_prometheus_counts_the_files_that_the_folders_hold(monitored):
+    committed = len(manifests(monitored))
+    done, failed = names(monitored.inbox / "done"), names(monitored.inbox / "failed")
+    assert by_label(monitored, "lensd_files_total", "outcome") == {
+        "committed": committed,
+        "failed": len(failed),
+        "duplicate": len(done) - committed,
+    }
+    assert (committed, failed, len(done)) == (FILES, set(UNUSABLE), FILES + 1)
+    assert monitored.value("lensd_file_latency_seconds_count") == committed
+
+
+def test_prometheus_counts_the_samples_that_the_outbox_holds(monitored):
+    rows = sum(pq.read_metadata(folder / "metrics.parquet").num_rows for folder, _ in manifests(monitored))
+    reasons = Counter(
+        json.loads(line)["reason"]
+        for path in monitored.outbox.glob("[!.]*/rejects.jsonl")
+        for line in path.read_bytes().splitlines()
+    )
+    assert by_label(monitored, "lensd_samples_total", "outcome") == {
+        "committed": rows,
+        "rejected": reasons.total(),
+    }
+    assert by_label(monitored, "lensd_rejects_total", "reason") == reasons
+    assert (rows + reasons.total(), reasons.total()) == (FILES * FILE_RECORDS, BAD_RECORDS)
+
+
+def test_prometheus_counts_the_bytes_that_were_read_and_published(monitored):
+    published = [content for _, content in manifests(monitored)]
+    assert monitored.value("lensd_input_bytes_total") == sum(c["input"]["bytes"] for c in published)
+    sizes = [file["bytes"] for content in published for file in content["files"]]
+    assert monitored.value("lensd_output_bytes_total") == sum(sizes)
+
+
+def test_prometheus_counts_the_tokens_and_features_that_the_tables_hold(monitored):
+    tokens, features = 0, Counter()
+    for folder, _ in manifests(monitored):
+        table = pq.read_table(folder / "metrics.parquet")
+        columns = [name for name in table.column_names if name.startswith("n_tokens_")]
+        tokens += sum(pc.sum(table[name]).as_py() for name in columns)
+        sparse = pq.read_table(folder / "features.parquet", columns=["layer", "indices"])
+        counts = pc.list_value_length(sparse["indices"]).to_pylist()
+        for layer, count in zip(sparse["layer"].to_pylist(), counts, strict=True):
+            features[str(layer)] += count
+    assert monitored.value('lensd_tokens_total{kind="text"}') == tokens
+    assert by_label(monitored, "lensd_feature_l0_sum", "layer") == features
+    assert monitored.value("lensd_batch_tokens_sum") == monitored.value('lensd_tokens_total{kind="computed"}')
+
+
+def test_every_metric_is_scraped_with_the_labels_that_are_described(monitored):
+    for described in Metrics(CollectorRegistry()).descriptions:
+        suffix = "_count" if described.kind == "histogram" else ""
+        series = monitored.query(f"{described.name}{suffix}")
+        assert series, described.name
+        for labels, _ in series:
+            wanted = {label.name for label in described.labels}
+            assert labels.keys() - {"__name__", "job", "instance"} == wanted
+
+
+def test_the_gauges_of_this_moment_are_those_of_a_daemon_that_is_idle(monitored):
+    for metric in ("lensd_inbox_files", "lensd_inbox_bytes", "lensd_queue_tokens", "sum(lensd_queue_items)"):
+        assert monitored.value(metric) == 0, metric
+    resident = monitored.value('lensd_device_memory_bytes{kind="resident"}')
+    assert resident == pytest.approx(monitored.value("process_resident_memory_bytes"), rel=0.5)
+    assert monitored.value("lensd_buffer_pool_bytes") > 0
+    assert 0 < monitored.value("max(lensd:disk_free:ratio)") < 1
+    assert monitored.value("lensd_last_commit_timestamp_seconds - process_start_time_seconds") > 0
+
+
+def test_no_label_holds_a_path_an_id_or_a_text(monitored):
+    values = {
+        value
+        for labels in monitored.api("series", **{"match[]": '{job="lensd"}'})
+        for name, value in labels.items()
+        if name != "instance"
+    }
+    assert not [value for value in values if "/" in value or ".json" in value or "number after" in value]
+
+
+def test_the_number_of_series_is_what_the_documentation_says(monitored):
+    own = monitored.value('count({job="lensd", __name__=~"(lensd_|process_).*"})')
+    text = metrics_table.README.read_text(encoding="utf-8")
+    (said,) = re.findall(r"a daemon\s+has\s+about (\d+) series with three SAEs", text)
+    assert own == pytest.approx(int(said), rel=0.1)
+
+
+def test_the_table_of_metrics_in_the_documentation_is_up_to_date():
+    text = metrics_table.README.read_text(encoding="utf-8")
+    assert metrics_table.with_table(text) == text, "run: python -m daemon.tools.metrics_table"

@@ -1,0 +1,103 @@
+"""What runs inside a daemon that is made to stall or to lose a thread; named by `Job.hook`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+from daemon import service
+from daemon.compute.packing import Batch
+from daemon.observe import health
+from tests.reliability.hooks import before_each_batch, gated
+
+BEAT_SECONDS = 0.05
+STALE_SECONDS = 0.5
+SYS_EXIT = {"x86_64": 60, "aarch64": 93}.get(platform.machine())  # <asm/unistd.h>: of one thread
+
+
+@contextlib.contextmanager
+def quick(dead_seconds: float = 3600.0) -> Iterator[None]:
+    """A hook: heartbeats come often; a daemon without its device stays for `dead_seconds`."""
+    with (
+        mock.patch.object(service, "HEARTBEAT_SECONDS", BEAT_SECONDS),
+        mock.patch.object(service, "DEVICE_DEAD_SECONDS", dead_seconds),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def stalling_loop(stall: str) -> Iterator[None]:
+    """A hook: while the file `stall` is there the event loop stands still."""
+    sample = service.Service.sample
+
+    def stall_and_sample(self: service.Service) -> None:
+        while Path(stall).exists():
+            time.sleep(0.01)
+        sample(self)
+
+    with (
+        quick(),
+        mock.patch.object(service, "HEARTBEAT_STALE_SECONDS", STALE_SECONDS),
+        mock.patch.object(health, "HEARTBEAT_STALE_SECONDS", STALE_SECONDS),
+        mock.patch.object(service.Service, "sample", stall_and_sample),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def stuck_device(go: str) -> Iterator[None]:
+    """A hook: the device's first call takes until the file `go` is there."""
+    with quick(), gated(f"{go}.reached", go):
+        yield
+
+
+@contextlib.contextmanager
+def slow_loading(go: str) -> Iterator[None]:
+    """A hook: loading takes until the file `go` is there."""
+    load = service.Service.load
+
+    def wait() -> None:
+        while not Path(go).exists():
+            time.sleep(0.01)
+
+    async def wait_and_load(self: service.Service) -> object:
+        await self.device.call(wait)
+        return await load(self)
+
+    with quick(), mock.patch.object(service.Service, "load", wait_and_load):
+        yield
+
+
+@contextlib.contextmanager
+def dying_idle(die: str, dead_seconds: float) -> Iterator[None]:
+    """A hook: once the file `die` is there the device thread gets an exception outside of any call."""
+
+    def watch() -> None:
+        threads: list[threading.Thread] = []
+        while not (threads and Path(die).exists()):
+            time.sleep(0.01)
+            threads = [thread for thread in threading.enumerate() if thread.name == "device"]
+        (thread,) = threads
+        set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        set_exception(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+
+    with quick(dead_seconds):
+        threading.Thread(target=watch, daemon=True).start()
+        yield
+
+
+@contextlib.contextmanager
+def dying_in_a_call(dead_seconds: float) -> Iterator[None]:
+    """A hook: the kernel ends the device thread in its first batch, and Python is not told."""
+
+    def die(_: Batch) -> None:
+        ctypes.CDLL(None).syscall(SYS_EXIT, 0)
+
+    with quick(dead_seconds), before_each_batch(die):
+        yield

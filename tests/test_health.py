@@ -1,0 +1,233 @@
+"""What a supervisor sees of a real daemon that loads, drains, stalls, or may not write."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from daemon import machine, service
+from daemon.machine import Machine
+from daemon.observe import health
+from daemon.pause import FOLDERS, Pause
+from tests import health_hooks, tiny
+from tests.reliability.daemons import Daemons, Job
+from tests.reliability.handling import end, events, running, shared_daemons, wait_until
+from tests.reliability.test_disk_full import get, pauses, url_of
+
+NOBODY = 65534
+VISIBLE_SECONDS = 30.0  # within which trouble must show
+
+
+@pytest.fixture
+def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
+    return shared_daemons(request, tmp_path_factory)
+
+
+@pytest.fixture
+def users_root() -> Iterator[Path]:
+    """A place of an ordinary user, since nothing is read-only to root."""
+    folder = Path(tempfile.mkdtemp(prefix="lensd-"))
+    for name in ("inbox", "outbox"):
+        (folder / name).mkdir()
+    if os.geteuid() == 0:
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, NOBODY, NOBODY)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def job(root: Path, hook: str = "quick", *, flags: dict[str, object] | None = None, **args: object) -> Job:
+    (root / "inbox").mkdir(exist_ok=True)
+    return Job(
+        root / "inbox",
+        root / "outbox",
+        root / "log",
+        once=False,
+        flags={"http.enabled": True, "http.address": "127.0.0.1:0", **(flags or {})},
+        hook=f"tests.health_hooks:{hook}",
+        hook_args=args,
+    )
+
+
+def drop(root: Path, name: str = "study.json") -> Path:
+    path = root / "inbox" / name
+    path.parent.mkdir(exist_ok=True)
+    tiny.write_json(root / "draft", tiny.contrast_records(3))
+    (root / "draft").rename(path)
+    return path
+
+
+def silence(url: str, loop: str) -> float:
+    """For how long a loop made no progress, as monitoring works it out."""
+    pattern = rf'^lensd_heartbeat_timestamp_seconds\{{loop="{loop}"\}} (\S+)$'
+    match = re.search(pattern, get(f"{url}/metrics")[1], re.MULTILINE)
+    assert match is not None
+    return time.time() - float(match[1])
+
+
+def becomes(url: str, status: int, reason: str, pid: int) -> None:
+    """Wait for an answer with this status that gives this reason."""
+
+    def so() -> bool:
+        seen, body = get(url)
+        return seen == status and reason in body
+
+    wait_until(so, f"{url} to be {status} {reason}", pid)
+
+
+def test_a_stalled_event_loop_is_told_while_it_stalls_and_is_over_when_it_goes_on(daemons, tmp_path):
+    stall = tmp_path / "stall"
+    with running(daemons, job(tmp_path, "stalling_loop", stall=str(stall))) as pid:
+        url = url_of(tmp_path / "log", pid)
+        becomes(f"{url}/livez", 200, "", pid)
+        stall.touch()
+        becomes(f"{url}/livez", 503, "event loop stalled", pid)
+        wait_until(lambda: silence(url, "event_loop") > 1, "a stale heartbeat", pid)
+        assert silence(url, "device") < silence(url, "event_loop")
+        stall.unlink()
+        becomes(f"{url}/livez", 200, "", pid)
+    assert "event_loop" in {line["loop"] for line in events(tmp_path / "log", "service.stalled")}
+
+
+def test_a_device_stuck_in_a_call_is_told_and_is_over_when_it_goes_on(daemons, tmp_path):
+    go = tmp_path / "go"
+    stuck = job(tmp_path, "stuck_device", flags={"http.stall_seconds": 0.3}, go=str(go))
+    with running(daemons, stuck) as pid:
+        url = url_of(tmp_path / "log", pid)
+        becomes(f"{url}/readyz", 200, "", pid)
+        drop(tmp_path)
+        becomes(f"{url}/livez", 503, "device busy on one call", pid)
+        wait_until(lambda: silence(url, "device") > 1, "a stale heartbeat", pid)
+        assert silence(url, "event_loop") < silence(url, "device")
+        go.touch()
+        becomes(f"{url}/livez", 200, "", pid)
+        wait_until(lambda: list((tmp_path / "outbox").glob("study-*")), "the results", pid)
+        wait_until(lambda: events(tmp_path / "log", "service.recovered"), "the next heartbeat", pid)
+    assert [line["loop"] for line in events(tmp_path / "log", "service.stalled")] == ["device"]
+    assert [line["loop"] for line in events(tmp_path / "log", "service.recovered")] == ["device"]
+
+
+needs_syscall = pytest.mark.skipif(
+    health_hooks.SYS_EXIT is None, reason="the system call's number is unknown"
+)
+
+
+@pytest.mark.parametrize("when", ["idle", pytest.param("in_a_call", marks=needs_syscall)])
+def test_a_device_thread_that_died_is_told_however_long_a_batch_may_take(daemons, tmp_path, when):
+    hook, args = killed(when, tmp_path)
+    pid = daemons.start(job(tmp_path, hook, **args, dead_seconds=3600.0))
+    url = url_of(tmp_path / "log", pid)
+    becomes(f"{url}/readyz", 200, "", pid)
+    file = drop(tmp_path)
+    becomes(f"{url}/livez", 503, "device thread died", pid)
+    wait_until(lambda: silence(url, "device") > 1, "a stale heartbeat", pid)
+    assert silence(url, "event_loop") < silence(url, "device")
+    os.kill(pid, signal.SIGTERM)  # the drain waits for a device that is no more
+    becomes(f"{url}/readyz", 503, "draining", pid)
+    assert end(daemons, pid) == 3
+    assert file.is_file()
+
+
+@pytest.mark.parametrize("when", ["idle", pytest.param("in_a_call", marks=needs_syscall)])
+def test_a_daemon_whose_device_thread_died_ends_by_itself_and_gives_its_files_back(daemons, tmp_path, when):
+    hook, args = killed(when, tmp_path)
+    file = drop(tmp_path)
+    pid = daemons.start(job(tmp_path, hook, **args, dead_seconds=0.5))
+    assert daemons.wait(pid) == 3
+    assert file.is_file()
+    assert "the device thread died" in (tmp_path / "log").read_text()
+    assert list((tmp_path / "inbox/.claimed").glob("*/")) == []
+
+
+def killed(when: str, root: Path) -> tuple[str, dict[str, str]]:
+    """A hook and its arguments."""
+    if when == "in_a_call":
+        return "dying_in_a_call", {}
+    (root / "die").touch()
+    return "dying_idle", {"die": str(root / "die")}
+
+
+def test_a_daemon_is_ready_once_its_model_is_loaded(daemons, tmp_path):
+    go = tmp_path / "go"
+    with running(
+        daemons, job(tmp_path, "slow_loading", go=str(go), flags={"http.stall_seconds": 0.1})
+    ) as pid:
+        url = url_of(tmp_path / "log", pid)
+        becomes(f"{url}/readyz", 503, health.LOADING, pid)
+        wait_until(lambda: silence(url, "device") > 0.5, "loading for longer than a batch may take", pid)
+        assert get(f"{url}/livez")[0] == 200
+        go.touch()
+        becomes(f"{url}/readyz", 200, "", pid)
+
+
+def test_a_daemon_that_drains_is_live_and_not_ready(daemons, tmp_path):
+    go = tmp_path / "go"
+    pid = daemons.start(job(tmp_path, "stuck_device", go=str(go)))
+    url = url_of(tmp_path / "log", pid)
+    becomes(f"{url}/readyz", 200, "", pid)
+    drop(tmp_path)
+    wait_until(lambda: list((tmp_path / "inbox/.claimed").glob("*/*/study.json")), "the claim", pid)
+    os.kill(pid, signal.SIGTERM)
+    becomes(f"{url}/readyz", 503, "draining", pid)
+    assert get(f"{url}/livez")[0] == 200
+    go.touch()
+    assert daemons.wait(pid) == 0
+    assert list((tmp_path / "outbox").glob("study-*"))
+
+
+def test_a_disk_below_its_floor_is_not_ready(daemons, tmp_path):
+    with running(daemons, job(tmp_path, flags={"outbox.min_free_bytes": 1 << 62})) as pid:
+        url = url_of(tmp_path / "log", pid)
+        becomes(f"{url}/readyz", 503, "outbox.min_free_bytes", pid)
+        assert pauses(url) == {"disk"}
+        assert get(f"{url}/livez")[0] == 200
+
+
+@pytest.mark.parametrize("which", ["inbox", "outbox"])
+def test_a_folder_that_may_not_be_written_is_not_ready_until_it_may(daemons, users_root, which):
+    if os.geteuid() == 0:
+        started = replace(job(users_root), hook="tests.reliability.hooks:as_user", hook_args={"uid": NOBODY})
+    else:
+        started = job(users_root)
+    with running(daemons, started) as pid:
+        url = url_of(users_root / "log", pid)
+        becomes(f"{url}/readyz", 200, "", pid)
+        (users_root / which).chmod(0o500)
+        becomes(f"{url}/readyz", 503, f"{which}: not readable and writable", pid)
+        assert pauses(url) == {"folders"}
+        assert get(f"{url}/livez")[0] == 200
+        (users_root / which).chmod(0o700)
+        becomes(f"{url}/readyz", 200, "", pid)
+
+
+def test_folders_that_do_not_answer_are_a_reason_to_pause(tmp_path):
+    now = [0.0]
+    pause = Pause()
+    watched = Machine(tmp_path, tmp_path, min_free_bytes=0, pause=pause, clock=lambda: now[0])
+
+    def hang() -> str | None:
+        now[0] += machine.UNANSWERED_SECONDS + 1
+        watched.see_unanswered()
+        assert "no answer for 11 s" in pause.reasons[FOLDERS]
+        return None
+
+    watched.folder_trouble = hang  # type: ignore[method-assign]
+    watched.look()
+    assert pause.reasons == {}
+    watched.see_unanswered()
+    assert pause.reasons == {}
+
+
+def test_by_default_trouble_shows_in_time():
+    assert service.HEARTBEAT_SECONDS + health.HEARTBEAT_STALE_SECONDS < VISIBLE_SECONDS
+    assert 2 * service.HEARTBEAT_SECONDS + machine.UNANSWERED_SECONDS < VISIBLE_SECONDS
+    assert 2 * service.HEARTBEAT_SECONDS < VISIBLE_SECONDS < service.DEVICE_DEAD_SECONDS
