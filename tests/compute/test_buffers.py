@@ -62,10 +62,11 @@ def ran(tmp_path: Path, batches: int, sizes: str) -> tuple[int, int, int]:
 
 @COUNTED
 def test_batches_after_the_first_take_no_new_memory(tmp_path):
-    batches, residuals = 20, 100 * 60 * tiny.D_MODEL * 4  # bytes of one batch's residual stream
+    batches, residuals = 60, 100 * 60 * tiny.D_MODEL * 4  # bytes of one batch's residual stream
     pool, grown, faults = ran(tmp_path, batches, "alike")
     assert pool > 0
-    assert grown <= residuals  # by all batches together
+    # A heap goes on to settle in rarer and rarer steps of some MB: what would show is a part of each batch.
+    assert grown <= 0.1 * batches * residuals
     assert 4096 * faults <= 0.1 * batches * residuals
 
 

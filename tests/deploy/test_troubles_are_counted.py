@@ -5,7 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests import tiny
 from tests.reliability.daemons import Job
-from tests.reliability.handling import shared_daemons, wait_until
+from tests.reliability.handling import events, shared_daemons, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def last_words(request, tmp_path_factory) -> dict[tuple[str, ...], float]:
     hook_args = {"bad_disk": str(bad_disk), "last_words": str(words)}
     job = Job(inbox, outbox, folder / "log", False, None, "tests.deploy.troubles:troubled", hook_args)
     pid = daemons.start(job)
-    wait_until(lambda: (inbox / "done" / "a.json").exists(), "a.json done", pid)
+    wait_until(lambda: events(job.log, "file.settled"), "a.json settled", pid)
     bad_disk.touch()
     (inbox / "b.json").write_bytes(b"[")
     assert daemons.wait(pid) == 3
