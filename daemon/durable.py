@@ -84,9 +84,16 @@ class NewFile(io.FileIO):
             written += count
         return written
 
+    def fsync(self) -> None:
+        """Flush data and metadata to disk, but not the folder's entry.
+
+        Raises SyncFailed where the disk refuses.
+        """
+        fsync_descriptor("fsync_file", self._path, self.fileno())
+
 
 def create(path: Path) -> NewFile:
-    """Open a new file for writing. Nothing of it is flushed: see `fsync_file`."""
+    """Open a new file for writing. Nothing of it is flushed: see `NewFile.fsync`."""
     return NewFile(path)
 
 
@@ -94,7 +101,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a new file and flush it. The folder's entry is not flushed: see `fsync_folder`."""
     with create(path) as file:
         file.write(content)
-    fsync_file(path)
+        file.fsync()
 
 
 def fsync_file(path: Path) -> None:
@@ -110,12 +117,17 @@ def fsync_folder(path: Path) -> None:
 def fsync_path(name: OperationName, path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
+        fsync_descriptor(name, path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_descriptor(name: OperationName, path: Path, descriptor: int) -> None:
+    try:
         announce(name, path)
         os.fsync(descriptor)
     except OSError as error:
         raise SyncFailed(f"{path}: fsync failed: {error.strerror}: check the disk, then restart") from error
-    finally:
-        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:

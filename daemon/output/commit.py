@@ -1,6 +1,7 @@
 """The outbox: where results are made, and how they appear, whole under their final name or not at all.
 
-The order is what makes it safe: manifest, sync of every file and of the folder, rename, sync of the outbox.
+The order is what makes it safe: sync of every file, of the manifest and of the folder, rename, sync of the
+outbox.
 Several processes may share an outbox: each makes its results in a lease of its own and publishes under a
 lock, and the first to publish a unit wins. Knows nothing about what the files hold. Functions block.
 """
@@ -12,7 +13,6 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ PUBLISHING = ".publishing"  # locked while results get their final names
 MANIFEST = "manifest.json"
 NAME_BYTES = 255  # of a folder name, on every Linux file system
 ORPHANED_SECONDS = 7 * 86400.0  # after which parts that nobody came back for are removed
-SYNC_THREADS = 8  # syncs that overlap share the disk's work
 
 SUFFIXES = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|zst))?$", re.IGNORECASE)
 # In a folder's name these break a reader: `*?[]{}` are patterns, DuckDB's glob skips a backslash and takes
@@ -66,7 +65,6 @@ class Outbox:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lease: Lease | None = None
-        self._pool = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="sync")
 
     def open(self) -> int:
         """Make the folders, take a lease, clear what dead processes left half-made; how much that was.
@@ -92,7 +90,6 @@ class Outbox:
             self._lease = None
             if (self.path / STAGING).is_dir():
                 self.sweep()
-        self._pool.shutdown()
 
     @property
     def lease(self) -> Lease:
@@ -163,19 +160,12 @@ class Outbox:
             return None
         return folder if (folder / MANIFEST).is_file() else None
 
-    def flush(self, staged: Sequence[Staged]) -> None:
-        """Write the manifests and flush all files and their folders; syncs overlap. Safe to repeat.
-
-        Raises SyncFailed where the disk refuses.
-        """
-        list(self._pool.map(flush, staged))
-
     def flush_names(self) -> None:
         """Make sure that what is visible in the outbox stays. Raises SyncFailed where the disk refuses."""
         durable.fsync_folder(self.path)
 
     def publish(self, staged: Sequence[Staged]) -> None:
-        """Give flushed folders their final names and say so in each; one sync for all. Safe to repeat.
+        """Give sealed folders their final names and say so in each; one sync for all. Safe to repeat.
 
         Where a unit is published already, its folder is removed instead. Raises MachineError where the sync
         fails or something else has the name.
@@ -208,17 +198,17 @@ class Outbox:
         durable.symlink(link, name)
 
 
-def flush(unit: Staged) -> None:
+def seal(unit: Staged) -> None:
+    """Write the manifest of a folder, and flush all of its files and the folder itself.
+
+    Raises SyncFailed where the disk refuses, AssertionError unless records == rows + rejects.
+    """
     content = unit.manifest
     if content["records"] != content["rows"] + content["rejects"]:
         raise AssertionError(f"unit {unit.source.unit}: records != rows + rejects: {content}")
-    manifest = unit.folder / MANIFEST
-    if manifest.exists():
-        durable.unlink(manifest)
-    with durable.create(manifest) as file:
-        file.write(to_json_lines(content))
-    for path in sorted(unit.folder.iterdir()):
-        durable.fsync_file(path)
+    durable.write_file(unit.folder / MANIFEST, to_json_lines(content))
+    for file in content["files"]:
+        durable.fsync_file(unit.folder / file["name"])
     durable.fsync_folder(unit.folder)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from daemon.durable import remove_folder
 from daemon.errors import FileError, SyncFailed
 from daemon.intake.inbox import Inbox
-from daemon.output.commit import Outbox, Staged
+from daemon.output.commit import Outbox, Staged, seal
 from daemon.output.finished import FinishedPart
 from daemon.output.manifest import manifest
 from daemon.output.parts import stored_extents
@@ -31,7 +31,9 @@ from daemon.records import Claim, KeptPart, ModelInfo, PartExtent, Recipe, Sourc
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Item = TypeVar("Item")
 WRITERS = 2  # of units at a time
+SYNCS = 8  # at a time: those that overlap share the disk's work
 OutcomeKind = Literal["committed", "failed", "duplicate", "requeued"]
 
 
@@ -130,15 +132,15 @@ class Delivery:
         self._sync_failed: SyncFailed | None = None  # after which nothing is synced any more
         # One thread, so that giving up waits for a write that a cancelled stage left running.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="stage")
+        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="stage")
+        self._syncs = ThreadPoolExecutor(SYNCS, thread_name_prefix="sync")
 
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run on the writer's thread, again and again while the machine refuses for a while."""
         loop = asyncio.get_running_loop()
 
         def call() -> R:
-            if self._sync_failed is not None:  # met by a task that runs beside this one
-                raise self._sync_failed
+            self._check_disk()
             try:
                 return function(*args, **kwargs)
             except FileNotFoundError:
@@ -218,13 +220,28 @@ class Delivery:
     def _stage(self, units: Sequence[Unit]) -> list[Staged]:
         """Every unit's results in its folder, whole and on disk."""
         try:
-            staged = list(self._pool.map(self._write, units))
-            self.outbox.flush(staged)
+            staged = side_by_side(self._writers, self._write, units)
+            side_by_side(
+                self._syncs, self._seal, staged
+            )  # only now: much written is synced at little more cost
         except OSError:
             for unit in units:  # on a full disk their space is needed
                 unit.writer.abandon()
             raise
         return staged
+
+    def _seal(self, staged: Staged) -> None:
+        self._check_disk()
+        try:
+            seal(staged)
+        except SyncFailed as error:
+            self._sync_failed = error
+            raise
+
+    def _check_disk(self) -> None:
+        """Raises SyncFailed where the disk refused a sync before, in whatever task or thread."""
+        if self._sync_failed is not None:
+            raise self._sync_failed
 
     def _write(self, unit: Unit) -> Staged:
         unit.totals = unit.writer.write()
@@ -310,7 +327,8 @@ class Delivery:
     def close(self) -> None:
         """Wait for what is being written, and end the threads."""
         self._thread.shutdown()
-        self._pool.shutdown()
+        self._writers.shutdown()
+        self._syncs.shutdown()
 
     async def stored(self, source: Source) -> dict[int, PartExtent]:
         """Which parts of a file an earlier attempt finished."""
@@ -323,6 +341,13 @@ class Delivery:
     def published(self, unit: str) -> Path | None:
         """The folder that holds a unit's results already, if any. Two looks at the disk."""
         return self.outbox.published(unit)
+
+
+def side_by_side(pool: ThreadPoolExecutor, function: Callable[[Item], R], items: Sequence[Item]) -> list[R]:
+    """`function` of each item, in order. Raises its first error, once it is at work on none of them."""
+    calls = [pool.submit(function, item) for item in items]
+    wait(calls)
+    return [call.result() for call in calls]
 
 
 def published(unit: Unit, staged: Staged) -> Outcome:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from daemon.output.files import HashedFile
+from daemon.output.smallfile import SmallFile
 from daemon.output.totals import FileTotals
 
 BUFFER_BYTES = 64 << 10
@@ -38,9 +39,17 @@ class ParquetFile:
         self._options = options
         self._gathered: list[pa.Table] = []
         self._gathered_bytes = 0
+        self._whole = False  # given as a whole, and written
         self._file = HashedFile(path)
         self._sink: pa.NativeFile | None = None  # with its writer, from the first row group on
         self._writer: pq.ParquetWriter | None = None
+
+    def put(self, small: SmallFile) -> None:
+        """Make it all of the file."""
+        assert not self.rows, "nothing came before"
+        self.rows = small.rows
+        self._file.write(small.content)
+        self._whole = True
 
     def append(self, table: pa.Table) -> None:
         if not len(table):
@@ -54,7 +63,8 @@ class ParquetFile:
     def close(self) -> FileTotals:
         """Write what is gathered, and the footer; what the file then is."""
         if self._writer is None and self.rows <= FEW_ROWS:
-            self._file.write(encoded(self._schema, self._group()))
+            if not self._whole:
+                self._file.write(encoded(self._schema, self._group()))
         else:
             self._flush()
             assert self._writer is not None

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from daemon import durable
 from daemon.output.jsontext import fields_of, to_json
+from daemon.output.smallfile import SmallFile
 from daemon.output.totals import LayerTotals, StageSeconds
 from daemon.records import PartExtent, Reject
 
@@ -32,7 +33,7 @@ class StoredPart:
     """The results of one part, as they go into the files of its unit."""
 
     extent: PartExtent
-    metrics: pa.Table
+    metrics: pa.Table | SmallFile  # the latter of a part that is not stored
     features: pa.Table
     rejects: tuple[Reject, ...]  # in record order
     layers: tuple[LayerTotals, ...]  # one per SAE
@@ -45,6 +46,7 @@ def part_path(folder: Path, number: int) -> Path:
 
 def write_part(folder: Path, part: StoredPart) -> None:
     """Store a part in `folder`, in place of one of its number. Flushed to disk when this returns."""
+    assert isinstance(part.metrics, pa.Table), "a part that is all of its file stays in memory"
     durable.make_folder(folder)
     target = part_path(folder, part.extent.number)
     draft = target.with_suffix(".tmp")

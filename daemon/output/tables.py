@@ -1,11 +1,12 @@
-"""Assembles finished parts into Arrow tables, in record order however their batches were formed.
+"""Assembles finished parts into tables, in record order however their batches were formed.
 
-Vectorised: no Python loop per sample. Knows nothing about files.
+Vectorised: no Python loop per sample. Knows nothing about files and folders.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow as pa
 
 from daemon.output.finished import FinishedPart
 from daemon.output.schema import SAMPLE_FIELDS
+from daemon.output.smallfile import MAX_ROWS, SmallFile, SmallFiles, Values
 from daemon.records import Block, FeatureRows, IntArray, ModelInfo, Recipe, Sample
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -25,7 +27,7 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 class PartTables:
     """What one part adds to the two Parquet files."""
 
-    metrics: pa.Table
+    metrics: pa.Table | SmallFile  # the file itself where the part is all there is, and small
     features: pa.Table
 
 
@@ -37,18 +39,38 @@ def part_tables(
     The schemas are `metrics_schema`'s and `features_schema`'s. Raises AssertionError unless the pieces of
     each part cover its samples exactly once, KeyError where a block lacks a column.
     """
-    gathered = gather(parts)
-    rows = np.concatenate(([0], np.cumsum([len(part.part.samples) for part in parts])))
-    all_metrics = metrics_table(gathered, metrics)
-    all_features = features_table(gathered, features, info)
-    starts = np.searchsorted(gathered.feature_samples, rows)
-    return [
-        PartTables(
-            metrics=all_metrics.slice(rows[i], rows[i + 1] - rows[i]),
-            features=all_features.slice(starts[i], starts[i + 1] - starts[i]),
+    tables: dict[int, PartTables] = {}
+    for small in (False, True):
+        numbers = [i for i, part in enumerate(parts) if is_small_file(part) == small]
+        if not numbers:
+            continue
+        gathered = gather([parts[i] for i in numbers])
+        columns = metrics_columns(gathered, metrics)
+        sizes = np.array([len(parts[i].part.samples) for i in numbers])
+        cut: Sequence[pa.Table | SmallFile] = (
+            small_files(metrics).encode(columns, sizes)
+            if small
+            else cut_up(table_of(columns, metrics), sizes)
         )
-        for i in range(len(parts))
-    ]
+        ends = np.searchsorted(gathered.feature_samples, np.cumsum(sizes))
+        features_cut = cut_up(features_table(gathered, features, info), np.diff(ends, prepend=0))
+        for number, *pair in zip(numbers, cut, features_cut, strict=True):
+            tables[number] = PartTables(*pair)
+    return [tables[number] for number in range(len(parts))]
+
+
+def is_small_file(part: FinishedPart) -> bool:
+    """Whether the part is a whole file of a few rows."""
+    whole = part.part.part.number == 0 and part.part.part.last
+    return whole and 0 < len(part.part.samples) <= MAX_ROWS
+
+
+small_files = functools.lru_cache(maxsize=64)(SmallFiles)
+
+
+def cut_up(table: pa.Table, sizes: IntArray) -> list[pa.Table]:
+    """So many rows each, one after the other."""
+    return [table.slice(end - size, size) for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,26 +121,26 @@ def gather(parts: Sequence[FinishedPart]) -> Gathered:
     )
 
 
-def metrics_table(gathered: Gathered, schema: pa.Schema) -> pa.Table:
-    """One row per sample; NaN becomes null."""
-    if not gathered.samples:
-        return schema.empty_table()
+def metrics_columns(gathered: Gathered, schema: pa.Schema) -> list[Values]:
+    """One row per sample; NaN where a value is undefined."""
     sizes = [len(next(iter(block.columns.values()))) for block in gathered.blocks]
     first = np.concatenate(([0], np.cumsum(sizes)))
     rows = first[gathered.block] + gathered.block_row
-    arrays = []
-    for field in list(schema)[len(SAMPLE_FIELDS) :]:
-        values = np.concatenate([block.columns[field.name] for block in gathered.blocks])
-        arrays.append(pa.array(values[rows], field.type, from_pandas=True))
-    return pa.Table.from_arrays([*sample_arrays(gathered.samples), *arrays], schema=schema)
-
-
-def sample_arrays(samples: Sequence[Sample]) -> list[pa.Array]:
-    """The columns of `SAMPLE_FIELDS`, each (n,)."""
-    return [
-        pa.array([getattr(sample, field.name) for sample in samples], field.type, from_pandas=True)
-        for field in SAMPLE_FIELDS
+    columns: list[Values] = [
+        [getattr(sample, field.name) for sample in gathered.samples] for field in SAMPLE_FIELDS
     ]
+    for field in list(schema)[len(SAMPLE_FIELDS) :]:
+        values = [block.columns[field.name] for block in gathered.blocks]
+        columns.append(np.concatenate(values)[rows] if values else [])
+    return columns
+
+
+def table_of(columns: Sequence[Values], schema: pa.Schema) -> pa.Table:
+    """As Arrow has it, NaN as null."""
+    arrays = [
+        pa.array(column, field.type, from_pandas=True) for column, field in zip(columns, schema, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def features_table(gathered: Gathered, schema: pa.Schema, info: ModelInfo) -> pa.Table:

@@ -27,6 +27,7 @@ from daemon.output.schema import (
     metrics_options,
     metrics_schema,
 )
+from daemon.output.smallfile import SmallFile
 from daemon.output.tables import PartTables, part_tables
 from daemon.output.totals import FileTotals, LayerTotals, StageSeconds, UnitTotals
 from daemon.records import ModelInfo, PartExtent, Recipe, Reject, Source
@@ -42,7 +43,7 @@ class UnitWriter:
     """The results of one unit while they come together.
 
     Parts of a file that has several are kept in `parts`, where a later attempt finds them. Once `complete`,
-    `write` makes the folder `staging`, which is then whole and on disk but for its manifest.
+    `write` makes the folder `staging`, whole but for its manifest.
     """
 
     def __init__(
@@ -127,7 +128,10 @@ class UnitWriter:
             rejects = RejectsFile(self.staging / REJECTS)
             files.callback(rejects.discard)
             for part in self._stored_parts():
-                metrics.append(part.metrics)
+                if isinstance(part.metrics, SmallFile):
+                    metrics.put(part.metrics)
+                else:
+                    metrics.append(part.metrics)
                 features.append(part.features)
                 rejects.append(part.rejects)
                 layers = tuple(sum_.plus(more) for sum_, more in zip(layers, part.layers, strict=True))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from daemon import durable
 from daemon.errors import MachineError
-from daemon.output.commit import Outbox, Publication, Staged, output_folder_name
+from daemon.output.commit import Outbox, Publication, Staged, output_folder_name, seal
 from daemon.output.manifest import manifest
 from daemon.output.totals import UnitTotals
 
@@ -55,7 +55,7 @@ def content_for(totals: UnitTotals, name: str = "a.jsonl") -> dict[str, object]:
 
 def publish_one(outbox: Outbox, name: str = "a.jsonl") -> Publication:
     staged, _ = stage(outbox, name)
-    outbox.flush([staged])
+    seal(staged)
     outbox.publish([staged])
     assert staged.publication is not None
     return staged.publication
@@ -128,7 +128,7 @@ def test_records_must_be_rows_and_rejects(outbox):
     staged, _ = stage(outbox)
     staged.manifest["records"] = 6
     with pytest.raises(AssertionError, match="rows"):
-        outbox.flush([staged])
+        seal(staged)
     assert outbox.published(UNIT) is None
 
 
@@ -147,8 +147,8 @@ def test_of_two_processes_the_first_to_publish_a_unit_wins(outbox):
     rival.open()
     ours, _ = stage(outbox, "a.jsonl")
     theirs, _ = stage(rival, "b.jsonl")
-    outbox.flush([ours])
-    rival.flush([theirs])
+    seal(ours)
+    seal(theirs)
     rival.publish([theirs])
     outbox.publish([ours])
     assert theirs.publication == Publication(outbox.path / f"b-{UNIT}", fresh=True)
@@ -160,7 +160,8 @@ def test_of_two_processes_the_first_to_publish_a_unit_wins(outbox):
 def test_several_units_share_the_sync_of_the_outbox(outbox):
     units = [stage(outbox, f"{number}.jsonl", f"{number:012x}")[0] for number in range(3)]
     with traced() as operations:
-        outbox.flush(units)
+        for unit in units:
+            seal(unit)
         outbox.publish(units)
     assert operations.count(("fsync_folder", "outbox")) == 1
     assert visible(outbox) == {f"{number}-{number:012x}" for number in range(3)}
@@ -168,7 +169,8 @@ def test_several_units_share_the_sync_of_the_outbox(outbox):
 
 def test_publishing_again_after_an_interruption_changes_nothing(outbox):
     units = [stage(outbox, f"{number}.jsonl", f"{number:012x}")[0] for number in range(2)]
-    outbox.flush(units)
+    for unit in units:
+        seal(unit)
     with traced(fail_at=("rename", units[1].folder.name)), pytest.raises(OSError, match="disk gone"):
         outbox.publish(units)
     assert [unit.publication is None for unit in units] == [False, True]
@@ -185,7 +187,7 @@ def test_something_else_under_the_final_name_stops_publication(outbox, kind):
         (target / "notes.txt").touch()
     else:
         target.touch()
-    outbox.flush([staged])
+    seal(staged)
     with pytest.raises(MachineError, match="move it away"):
         outbox.publish([staged])
     assert (staged.folder / "metrics.parquet").exists()
@@ -297,7 +299,7 @@ def test_a_living_process_keeps_its_own(outbox):
     staged, _ = stage(other)
     assert outbox.sweep() == 0
     assert outbox.adopt_parts(UNIT) == outbox.parts(UNIT)
-    other.flush([staged])
+    seal(staged)
     other.publish([staged])
     other.close()
     assert visible(outbox) == {f"a-{UNIT}"}
