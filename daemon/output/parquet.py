@@ -15,13 +15,6 @@ from daemon.output.totals import FileTotals
 
 BUFFER_BYTES = 64 << 10
 MANY_COLUMNS = 16
-FEW_ROWS = 64  # of a file, up to which to encode and compress each column costs more than it saves
-PLAIN: dict[str, Any] = {
-    "compression": "none",
-    "use_dictionary": False,
-    "write_statistics": False,
-    "store_schema": False,
-}
 
 
 class ParquetFile:
@@ -44,14 +37,14 @@ class ParquetFile:
         self._sink: pa.NativeFile | None = None  # with its writer, from the first row group on
         self._writer: pq.ParquetWriter | None = None
 
-    def put(self, small: SmallFile) -> None:
-        """Make it all of the file."""
-        assert not self.rows, "nothing came before"
-        self.rows = small.rows
-        self._file.write(small.content)
-        self._whole = True
-
-    def append(self, table: pa.Table) -> None:
+    def append(self, table: pa.Table | SmallFile) -> None:
+        """More rows; a small file is all of them."""
+        if isinstance(table, SmallFile):
+            assert not self.rows, "nothing came before"
+            self.rows = table.rows
+            self._file.write(table.content)
+            self._whole = True
+            return
         if not len(table):
             return
         self.rows += len(table)
@@ -62,10 +55,7 @@ class ParquetFile:
 
     def close(self) -> FileTotals:
         """Write what is gathered, and the footer; what the file then is."""
-        if self._writer is None and self.rows <= FEW_ROWS:
-            if not self._whole:
-                self._file.write(encoded(self._schema, self._group()))
-        else:
+        if not self._whole:
             self._flush()
             assert self._writer is not None
             assert self._sink is not None
@@ -98,15 +88,6 @@ class ParquetFile:
         if len(gathered) == 1:
             return gathered[0]
         return pa.concat_tables([self._schema.empty_table(), *gathered]).combine_chunks()
-
-
-def encoded(schema: pa.Schema, table: pa.Table) -> pa.Buffer:
-    """A whole file of few rows, in memory: a file of many columns is made of many small writes."""
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, schema, **PLAIN) as writer:
-        if len(table):
-            writer.write_table(table)
-    return sink.getvalue()
 
 
 def weight(table: pa.Table) -> int:

@@ -33,8 +33,8 @@ class StoredPart:
     """The results of one part, as they go into the files of its unit."""
 
     extent: PartExtent
-    metrics: pa.Table | SmallFile  # the latter of a part that is not stored
-    features: pa.Table
+    metrics: pa.Table | SmallFile  # the latter where the part is all of its file, and is not stored
+    features: pa.Table | SmallFile
     rejects: tuple[Reject, ...]  # in record order
     layers: tuple[LayerTotals, ...]  # one per SAE
     seconds: StageSeconds
@@ -46,7 +46,8 @@ def part_path(folder: Path, number: int) -> Path:
 
 def write_part(folder: Path, part: StoredPart) -> None:
     """Store a part in `folder`, in place of one of its number. Flushed to disk when this returns."""
-    assert isinstance(part.metrics, pa.Table), "a part that is all of its file stays in memory"
+    assert not isinstance(part.metrics, SmallFile), "a part that is all of its file stays in memory"
+    assert not isinstance(part.features, SmallFile)
     durable.make_folder(folder)
     target = part_path(folder, part.extent.number)
     draft = target.with_suffix(".tmp")

@@ -29,22 +29,48 @@ from daemon.output.thrift import (
     Field,
     Hole,
     Template,
-    hole_bytes,
+    wide_varint,
 )
 from daemon.records import IntArray
 
-MAX_ROWS = 63  # of a file: with them the head of a run of definition levels is one byte
 MAGIC = b"PAR1"
+LEVELS_HEAD = 4 + HOLE_BYTES  # bytes before levels: how many bytes they are, and the head of their one run
 LONG_BYTES = 256  # from which a piece is copied faster by itself than by an index for each of its bytes
-LEVELS_HEAD = 5  # bytes before a page's definition levels: how many they are, and the head of their run
 
 # The numbers of parquet.thrift.
-DATA_PAGE, PLAIN, RLE, UNCOMPRESSED, OPTIONAL, UTF8 = 0, 0, 3, 0, 1, 0
-PHYSICAL = {pa.int32(): 1, pa.int64(): 2, pa.float64(): 5, pa.string(): 6}
-DTYPES = {pa.int32(): "<i4", pa.int64(): "<i8", pa.float64(): "<f8"}
+DATA_PAGE, PLAIN, RLE, UNCOMPRESSED = 0, 0, 3, 0
+REQUIRED, OPTIONAL, REPEATED = 0, 1, 2
+BYTE_ARRAY, FIXED_LEN_BYTE_ARRAY = 6, 7
+UTF8, CONVERTED_LIST, UINT_32 = 0, 3, 13  # converted types
+LOGICAL_FLOAT16 = 15
+PHYSICAL = {
+    pa.int32(): 1,
+    pa.uint32(): 1,
+    pa.int64(): 2,
+    pa.float32(): 4,
+    pa.float64(): 5,
+    pa.string(): BYTE_ARRAY,
+    pa.float16(): FIXED_LEN_BYTE_ARRAY,
+}
+CONVERTED = {pa.string(): UTF8, pa.uint32(): UINT_32}
 
 BoolArray = npt.NDArray[np.bool_]
-Values = npt.NDArray[Any] | Sequence[str | None]  # numbers, NaN where a nullable one is null; or strings
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """A column of lists: row r has `values[offsets[r]:offsets[r + 1]]`."""
+
+    offsets: IntArray  # (N + 1,) from 0 on
+    values: npt.NDArray[Any]
+
+    def __getitem__(self, rows: IntArray) -> Ragged:
+        lengths = np.diff(self.offsets)[rows]
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        return Ragged(offsets, self.values[spread(self.offsets[:-1][rows], lengths)])
+
+
+Values = npt.NDArray[Any] | Ragged  # numbers, NaN where a nullable one is null; str or None; or lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +82,19 @@ class SmallFile:
 
 
 class SmallFiles:
-    """Makes files of one schema: int32 and int64 columns that have no null, float64 and strings."""
+    """Makes files of one schema.
+
+    Its columns are numbers, of which only float64 may be null, strings, or lists of numbers without nulls.
+    """
 
     def __init__(self, schema: pa.Schema) -> None:
         kinds = [field.type for field in schema]
-        self._numbers = {
-            dtype: np.array([c for c, kind in enumerate(kinds) if kind == of], np.int64)
-            for of, dtype in DTYPES.items()
-        }
+        self._numbers = [
+            np.array([c for c, kind in enumerate(kinds) if kind == of], np.int64)
+            for of in sorted({kind for kind in kinds if is_number(kind)}, key=str)
+        ]
         self._strings = [c for c, kind in enumerate(kinds) if pa.types.is_string(kind)]
+        self._lists = [c for c, kind in enumerate(kinds) if pa.types.is_list(kind)]
         self._nullable = np.array([field.nullable for field in schema])
         self._header = Template(page_header())
         self._footer = Template(file_metadata(schema))
@@ -72,61 +102,94 @@ class SmallFiles:
     def encode(self, columns: Sequence[Values], n: IntArray) -> list[SmallFile]:
         """F files; the first holds the first `n[0]` rows of the columns, the next `n[1]`, and so on.
 
-        The C columns are the schema's, each (N,); n: (F,), from 1 to MAX_ROWS. Raises UnicodeEncodeError for
-        a string that is not Unicode.
+        The C columns are the schema's, N rows each, of its types; n: (F,), none of them 0. Raises
+        UnicodeEncodeError for a string that is not Unicode.
         """
+        rows = Rows.of(n)
         cells = self._cells(columns)
         sizes = np.empty((n.sum(), len(columns)), np.int64)  # (N, C) bytes
         for cell in cells:
             sizes[:, cell.columns] = cell.sizes
-        last = np.cumsum(n)
-        first = last - n
-        before = np.concatenate(
-            (np.zeros((1, len(columns)), np.int64), np.cumsum(sizes, axis=0))
-        )  # (N + 1, C)
-        head, foot = len(self._header.content), len(self._footer.content)
-        levels = np.where(self._nullable, LEVELS_HEAD + level_groups(n)[:, None], 0)  # (F, C) bytes
-        page = levels + before[last] - before[first]  # (F, C) bytes
-        chunk = head + page
-        chunk_at = len(MAGIC) + np.cumsum(chunk, axis=1) - chunk  # (F, C) in its file
-        footer_at = len(MAGIC) + chunk.sum(axis=1)  # (F,) in its file
-        length = footer_at + foot + 4 + len(MAGIC)
-        base = np.cumsum(length) - length  # (F,) where each file begins
-        place = Placement(np.empty(length.sum(), np.uint8))
+        entries = np.repeat(n[:, None], len(columns), axis=1)  # (F, C) of each page's levels
+        levels = np.where(self._nullable, LEVELS_HEAD + groups_of_8(entries), 0)  # (F, C) bytes
+        nested = {c: ListLevels.of(columns[c], rows) for c in self._lists}
+        for c, of in nested.items():
+            entries[:, c] = of.entries
+            levels[:, c] = 2 * LEVELS_HEAD + 3 * of.groups
+        before = np.pad(np.cumsum(sizes, axis=0), ((1, 0), (0, 0)))  # (N + 1, C)
+        page = levels + before[rows.first + n] - before[rows.first]  # (F, C) bytes
+        layout = Layout.of(page, head=len(self._header.content), foot=len(self._footer.content))
+        place = Placement(np.empty(layout.length.sum(), np.uint8))
 
-        place.copies(base, MAGIC)
-        header_at = base[:, None] + chunk_at
-        place.template(header_at, self._header, {"page_bytes": page[..., None], "rows": n[:, None, None]})
+        place.copies(layout.base, MAGIC)
+        place.template(layout.header_at, self._header, {"page_bytes": page, "values": entries})
         metadata = {
-            "rows": n[:, None],
-            "all_bytes": chunk.sum(axis=1, keepdims=True),
-            "chunk_bytes": np.repeat(chunk, 2, axis=1),  # uncompressed, and as they are
-            "chunk_at": chunk_at,
+            "rows": n,
+            "all_bytes": layout.chunk.sum(axis=1),
+            "chunk_bytes": np.repeat(layout.chunk, 2, axis=1),  # uncompressed, and as they are
+            "chunk_at": layout.chunk_at,
+            "values": entries,
         }
-        place.template(base + footer_at, self._footer, metadata)
-        place.copies(base + footer_at + foot, foot.to_bytes(4, "little") + MAGIC)
-
-        file = np.repeat(np.arange(len(n)), n)  # (N,) of each row
-        page_at = header_at + head
+        place.template(layout.footer_at, self._footer, metadata)
+        place.copies(layout.end - 4 - len(MAGIC), len(self._footer.content).to_bytes(4, "little") + MAGIC)
         optional = self._nullable
-        rank = np.arange(len(file)) - first[file]
-        put_levels(place, page_at[:, optional], sizes[:, optional] > 0, n, file, rank)
-        values_at = (page_at + levels)[file] + before[:-1] - before[first[file]]  # (N, C)
+        put_levels(place, layout.page_at[:, optional], sizes[:, optional] > 0, rows)
+        for c, of in nested.items():
+            of.put(place, layout.page_at[:, c])
+        at = (layout.page_at + levels)[rows.file] + before[:-1] - before[rows.first][rows.file]  # (N, C)
         for cell in cells:
-            place.cells(values_at[:, cell.columns], cell)
-        ends = (base + length).tolist()
+            place.ragged(at[:, cell.columns], cell.sizes, cell.content)
         return [
-            SmallFile(rows, place.content[begin:end].data)
-            for rows, begin, end in zip(n.tolist(), base.tolist(), ends, strict=True)
+            SmallFile(count, place.content[begin:end].data)
+            for count, begin, end in zip(n.tolist(), layout.base.tolist(), layout.end.tolist(), strict=True)
         ]
 
     def _cells(self, columns: Sequence[Values]) -> list[Cells]:
-        numbers = [
-            number_cells(of, np.stack([columns[c] for c in of], axis=1).astype(dtype))
-            for dtype, of in self._numbers.items()
-            if len(of)
+        numbers = [number_cells(of, np.stack([columns[c] for c in of], axis=1)) for of in self._numbers]
+        return numbers + [
+            list_cells(c, column) if isinstance(column := columns[c], Ragged) else text_cells(c, column)
+            for c in self._strings + self._lists
         ]
-        return numbers + [text_cells(c, columns[c]) for c in self._strings]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """N rows that are dealt out to F files."""
+
+    n: IntArray  # (F,) how many to each
+    first: IntArray  # (F,)
+    file: IntArray  # (N,)
+
+    @classmethod
+    def of(cls, n: IntArray) -> Rows:
+        return cls(n, np.cumsum(n) - n, np.repeat(np.arange(len(n)), n))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything of F files of C columns goes, the files laid end to end."""
+
+    base: IntArray  # (F,) where each file begins
+    end: IntArray  # (F,)
+    length: IntArray  # (F,) bytes
+    chunk: IntArray  # (F, C) bytes of each column: its header and its page
+    chunk_at: IntArray  # (F, C) from the beginning of its file
+    header_at: IntArray  # (F, C)
+    page_at: IntArray  # (F, C)
+    footer_at: IntArray  # (F,)
+
+    @classmethod
+    def of(cls, page: IntArray, *, head: int, foot: int) -> Layout:
+        """page: (F, C) bytes of each page; `head` of each header, `foot` of each file's metadata."""
+        chunk = head + page
+        chunk_at = len(MAGIC) + np.cumsum(chunk, axis=1) - chunk
+        length = len(MAGIC) + chunk.sum(axis=1) + foot + 4 + len(MAGIC)
+        base = np.cumsum(length) - length
+        header_at = base[:, None] + chunk_at
+        end = base + length
+        return cls(
+            base, end, length, chunk, chunk_at, header_at, header_at + head, end - foot - 4 - len(MAGIC)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +207,13 @@ def number_cells(columns: IntArray, values: npt.NDArray[Any]) -> Cells:
     return Cells(columns, np.where(there, values.itemsize, 0), as_bytes(values[there].tobytes()))
 
 
-def text_cells(column: int, values: Values) -> Cells:
-    """values: (N,)"""
+def list_cells(column: int, lists: Ragged) -> Cells:
+    sizes = lists.values.itemsize * np.diff(lists.offsets)[:, None]
+    return Cells(np.array([column]), sizes, as_bytes(lists.values.tobytes()))
+
+
+def text_cells(column: int, values: npt.NDArray[Any]) -> Cells:
+    """values: (N,) str or None"""
     texts = [b"" if value is None else plain_text(value) for value in values]
     sizes = np.array([[len(text)] for text in texts], np.int64)
     return Cells(np.array([column]), sizes, as_bytes(b"".join(texts)))
@@ -170,6 +238,16 @@ class Placement:
         """Pieces of w bytes, (..., w), each to its place `at` (...)."""
         self.content[at[..., None] + np.arange(pieces.shape[-1])] = pieces
 
+    def ragged(self, at: IntArray, sizes: IntArray, pieces: Bytes) -> None:
+        """Pieces of `sizes` (...), which lie end to end, each to its place."""
+        at, sizes = at.ravel(), sizes.ravel()
+        if len(pieces) < LONG_BYTES * len(sizes):
+            self.content[spread(at, sizes)] = pieces
+            return
+        begin = np.cumsum(sizes) - sizes
+        for place, start, size in zip(at.tolist(), begin.tolist(), sizes.tolist(), strict=True):
+            self.content[place : place + size] = pieces[start : start + size]
+
     def copies(self, at: IntArray, piece: bytes | bytearray) -> None:
         """The same piece to each of the places (...)."""
         if len(piece) < LONG_BYTES:
@@ -179,55 +257,96 @@ class Placement:
             self.content[begin : begin + len(piece)] = as_bytes(piece)
 
     def template(self, at: IntArray, template: Template, holes: dict[str, IntArray]) -> None:
-        """Copies at `at` (...), their holes filled: those of a name, k of them, by values (..., k or 1)."""
+        """Copies at `at` (...); holes of a name are filled by one value for all of them, or by one each."""
         self.copies(at, template.content)
         for name, values in holes.items():
             places = at[..., None] + np.array(template.holes[name])
-            self.each(places, np.broadcast_to(hole_bytes(values), (*places.shape, HOLE_BYTES)))
-
-    def cells(self, at: IntArray, cells: Cells) -> None:
-        """Values to their places, (N, k)."""
-        sizes = cells.sizes.ravel()
-        starts = np.cumsum(sizes) - sizes  # in the values' own bytes
-        if len(cells.content) < LONG_BYTES * len(sizes):
-            self.content[np.repeat(at.ravel() - starts, sizes) + np.arange(len(cells.content))] = (
-                cells.content
-            )
-            return
-        for begin, start, size in zip(at.ravel().tolist(), starts.tolist(), sizes.tolist(), strict=True):
-            self.content[begin : begin + size] = cells.content[start : start + size]
+            each = values if values.shape == places.shape else values[..., None]
+            zigzag = wide_varint(2 * each)
+            self.each(places, np.broadcast_to(zigzag, (*places.shape, HOLE_BYTES)))
 
 
-def level_groups(n: IntArray) -> IntArray:
-    """In how many groups of eight the definition levels of n values come."""
+def spread(starts: IntArray, lengths: IntArray) -> IntArray:
+    """The numbers from each start on, so many of each, one after the other."""
+    first = np.cumsum(lengths) - lengths
+    return np.repeat(starts - first, lengths) + np.arange(lengths.sum())
+
+
+def groups_of_8(n: IntArray) -> IntArray:
+    """In how many groups of eight the levels of n values come."""
     return -(-n // 8)
 
 
-def put_levels(
-    place: Placement, at: IntArray, there: BoolArray, n: IntArray, file: IntArray, rank: IntArray
-) -> None:
-    """Which values of C' nullable columns are there, as one bit-packed run for each file and column.
+def levels_head(groups: IntArray, width: int) -> Bytes:
+    """What comes before levels of `width` bits in `groups` (...) groups: (..., LEVELS_HEAD)."""
+    size = (HOLE_BYTES + width * groups).astype("<u4")
+    return np.concatenate((size[..., None].view(np.uint8), wide_varint(groups << 1 | 1)), axis=-1)
 
-    at: (F, C'), there: (N, C'). Row r is the `rank[r]`-th of the n of its `file`.
-    """
-    groups = level_groups(n)  # (F,)
+
+def put_levels(place: Placement, at: IntArray, there: BoolArray, rows: Rows) -> None:
+    """Which of the values of C' nullable columns are there. at: (F, C'), there: (N, C')"""
+    groups = groups_of_8(rows.n)  # (F,)
     most = int(groups.max())
-    bits = np.zeros((len(n), 8 * most, there.shape[1]), np.bool_)
-    bits[file, rank] = there
+    bits = np.zeros((len(rows.n), 8 * most, there.shape[1]), np.bool_)
+    bits[rows.file, np.arange(len(there)) - rows.first[rows.file]] = there
     packed = np.packbits(bits, axis=1, bitorder="little")  # (F, most, C')
-    head = np.zeros((len(n), 1, LEVELS_HEAD), np.uint8)
-    head[..., 0] = 1 + groups[:, None]
-    head[..., -1] = (groups << 1 | 1)[:, None]
+    head = levels_head(groups, 1)[:, None]
     place.each(at, np.broadcast_to(head, (*at.shape, LEVELS_HEAD)))
     for group in range(most):
         has = groups > group
         place.each(at[has] + LEVELS_HEAD + group, packed[has, group, :, None])
 
 
+@dataclass(frozen=True, slots=True)
+class ListLevels:
+    """The levels of a column of lists: where each begins, and which are empty.
+
+    Repetition is 0 at the first entry of a row and 1 at the others. Definition is 2 at an element and 0 at
+    the one entry of an empty list.
+    """
+
+    entries: IntArray  # (F,)
+    groups: IntArray  # (F,)
+    repetition: Bytes  # one bit an entry, each file's filled up to a group
+    definition: Bytes  # two bits an entry
+
+    @classmethod
+    def of(cls, lists: Values, rows: Rows) -> ListLevels:
+        assert isinstance(lists, Ragged)
+        lengths = np.diff(lists.offsets)  # (N,)
+        taken = np.maximum(lengths, 1)
+        entries = np.add.reduceat(taken, rows.first)
+        groups = groups_of_8(entries)
+        first = 8 * (np.cumsum(groups) - groups)  # (F,)
+        row_at = np.cumsum(taken) - taken
+        row_at += (first - row_at[rows.first])[rows.file]
+        repeated = np.zeros(8 * groups.sum(), np.bool_)
+        defined = np.zeros((len(repeated), 2), np.bool_)
+        repeated[spread(row_at + 1, taken - 1)] = True
+        defined[spread(row_at, lengths), 1] = True
+        return cls(
+            entries,
+            groups,
+            np.packbits(repeated, bitorder="little"),
+            np.packbits(defined, bitorder="little"),
+        )
+
+    def put(self, place: Placement, at: IntArray) -> None:
+        """at: (F,)"""
+        for levels, width in ((self.repetition, 1), (self.definition, 2)):
+            place.each(at, levels_head(self.groups, width))
+            place.ragged(at + LEVELS_HEAD, width * self.groups, levels)
+            at = at + LEVELS_HEAD + width * self.groups
+
+
+def is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
 def page_header() -> list[Field]:
     """`PageHeader` of parquet.thrift."""
     data_page = [
-        Field(1, I32, Hole("rows")),
+        Field(1, I32, Hole("values")),
         Field(2, I32, PLAIN),
         Field(3, I32, RLE),
         Field(4, I32, RLE),
@@ -243,6 +362,7 @@ def page_header() -> list[Field]:
 def file_metadata(schema: pa.Schema) -> list[Field]:
     """`FileMetaData` of parquet.thrift, of one row group."""
     root = [Field(4, BINARY, "schema"), Field(5, I32, len(schema))]
+    elements = [element for field in schema for element in schema_elements(field)]
     row_group = [
         Field(1, LIST, [column_chunk(field) for field in schema], STRUCT),
         Field(2, I64, Hole("all_bytes")),
@@ -250,32 +370,48 @@ def file_metadata(schema: pa.Schema) -> list[Field]:
     ]
     return [
         Field(1, I32, 1),  # the format's version
-        Field(2, LIST, [root, *(schema_element(field) for field in schema)], STRUCT),
+        Field(2, LIST, [root, *elements], STRUCT),
         Field(3, I64, Hole("rows")),
         Field(4, LIST, [row_group], STRUCT),
         Field(6, BINARY, "lensd"),
     ]
 
 
-def schema_element(field: pa.Field) -> list[Field]:
-    element = [
-        Field(1, I32, PHYSICAL[field.type]),
-        Field(3, I32, OPTIONAL if field.nullable else 0),
+def schema_elements(field: pa.Field) -> list[list[Field]]:
+    """A column, or a group of a repeated group of a column for a list."""
+    repetition = OPTIONAL if field.nullable else REQUIRED
+    if not pa.types.is_list(field.type):
+        return [leaf(field.name, field.type, repetition)]
+    lists = [
+        Field(3, I32, repetition),
         Field(4, BINARY, field.name),
+        Field(5, I32, 1),
+        Field(6, I32, CONVERTED_LIST),
     ]
-    if pa.types.is_string(field.type):
-        element.append(Field(6, I32, UTF8))
-        element.append(Field(10, STRUCT, [Field(1, STRUCT, [])]))  # LogicalType: STRING
+    repeated = [Field(3, I32, REPEATED), Field(4, BINARY, "list"), Field(5, I32, 1)]
+    return [lists, repeated, leaf("element", field.type.value_type, OPTIONAL)]
+
+
+def leaf(name: str, kind: pa.DataType, repetition: int) -> list[Field]:
+    element = [Field(1, I32, PHYSICAL[kind])]
+    if pa.types.is_float16(kind):
+        element.append(Field(2, I32, 2))  # bytes
+    element += [Field(3, I32, repetition), Field(4, BINARY, name)]
+    if kind in CONVERTED:
+        element.append(Field(6, I32, CONVERTED[kind]))
+    if pa.types.is_float16(kind):
+        element.append(Field(10, STRUCT, [Field(LOGICAL_FLOAT16, STRUCT, [])]))
     return element
 
 
 def column_chunk(field: pa.Field) -> list[Field]:
+    nested = pa.types.is_list(field.type)
     metadata = [
-        Field(1, I32, PHYSICAL[field.type]),
+        Field(1, I32, PHYSICAL[field.type.value_type if nested else field.type]),
         Field(2, LIST, [PLAIN, RLE], I32),
-        Field(3, LIST, [field.name], BINARY),
+        Field(3, LIST, [field.name, *(("list", "element") if nested else ())], BINARY),
         Field(4, I32, UNCOMPRESSED),
-        Field(5, I64, Hole("rows")),
+        Field(5, I64, Hole("values")),
         Field(6, I64, Hole("chunk_bytes")),  # uncompressed
         Field(7, I64, Hole("chunk_bytes")),
         Field(9, I64, Hole("chunk_at")),

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +16,20 @@ import pyarrow as pa
 
 from daemon.output.finished import FinishedPart
 from daemon.output.schema import SAMPLE_FIELDS
-from daemon.output.smallfile import MAX_ROWS, SmallFile, SmallFiles, Values
+from daemon.output.smallfile import BoolArray, Ragged, SmallFile, SmallFiles, Values
 from daemon.records import Block, FeatureRows, IntArray, ModelInfo, Recipe, Sample
 
+FEW_ROWS = 64  # of a file, up to which to encode and compress each column costs more than it saves
+DTYPES = {pa.int32(): np.int32, pa.int64(): np.int64, pa.float64(): np.float64, pa.string(): object}
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, slots=True)
 class PartTables:
-    """What one part adds to the two Parquet files."""
+    """What one part adds to the two Parquet files; the whole file where that is small."""
 
-    metrics: pa.Table | SmallFile  # the file itself where the part is all there is, and small
-    features: pa.Table
+    metrics: pa.Table | SmallFile
+    features: pa.Table | SmallFile
 
 
 def part_tables(
@@ -39,38 +40,53 @@ def part_tables(
     The schemas are `metrics_schema`'s and `features_schema`'s. Raises AssertionError unless the pieces of
     each part cover its samples exactly once, KeyError where a block lacks a column.
     """
-    tables: dict[int, PartTables] = {}
-    for small in (False, True):
-        numbers = [i for i, part in enumerate(parts) if is_small_file(part) == small]
-        if not numbers:
+    gathered = gather(parts)
+    samples = np.array([len(part.part.samples) for part in parts])
+    rows = np.diff(np.searchsorted(gathered.feature_samples, np.cumsum(samples)), prepend=0)
+    whole = np.array([part.part.part.number == 0 and part.part.part.last for part in parts])
+    both = zip(
+        cut_up(metrics_columns(gathered, metrics), metrics, samples, whole),
+        cut_up(features_columns(gathered, features, info), features, rows, whole),
+        strict=True,
+    )
+    return [PartTables(*pair) for pair in both]
+
+
+def cut_up(
+    columns: Sequence[Values], schema: pa.Schema, rows: IntArray, whole: BoolArray
+) -> list[pa.Table | SmallFile]:
+    """So many rows of the columns for each part; as a file where it is `whole` and has few."""
+    small = whole & (rows > 0) & (rows <= FEW_ROWS)
+    pieces: dict[int, pa.Table | SmallFile] = {}
+    for chosen in (small, ~small):
+        if not chosen.any():
             continue
-        gathered = gather([parts[i] for i in numbers])
-        columns = metrics_columns(gathered, metrics)
-        sizes = np.array([len(parts[i].part.samples) for i in numbers])
-        cut: Sequence[pa.Table | SmallFile] = (
-            small_files(metrics).encode(columns, sizes)
-            if small
-            else cut_up(table_of(columns, metrics), sizes)
-        )
-        ends = np.searchsorted(gathered.feature_samples, np.cumsum(sizes))
-        features_cut = cut_up(features_table(gathered, features, info), np.diff(ends, prepend=0))
-        for number, *pair in zip(numbers, cut, features_cut, strict=True):
-            tables[number] = PartTables(*pair)
-    return [tables[number] for number in range(len(parts))]
-
-
-def is_small_file(part: FinishedPart) -> bool:
-    """Whether the part is a whole file of a few rows."""
-    whole = part.part.part.number == 0 and part.part.part.last
-    return whole and 0 < len(part.part.samples) <= MAX_ROWS
+        if not chosen.all():
+            taken = np.flatnonzero(np.repeat(chosen, rows))
+            picked = [column[taken] for column in columns]
+        else:
+            picked = list(columns)
+        sizes = rows[chosen]
+        made = small_files(schema).encode(picked, sizes) if chosen is small else slices(picked, schema, sizes)
+        for number, piece in zip(np.flatnonzero(chosen), made, strict=True):
+            pieces[int(number)] = piece
+    return [pieces[number] for number in range(len(rows))]
 
 
 small_files = functools.lru_cache(maxsize=64)(SmallFiles)
 
 
-def cut_up(table: pa.Table, sizes: IntArray) -> list[pa.Table]:
-    """So many rows each, one after the other."""
+def slices(columns: Sequence[Values], schema: pa.Schema, sizes: IntArray) -> list[pa.Table]:
+    """Tables of so many rows each; NaN becomes null."""
+    arrays = [arrow(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    table = pa.Table.from_arrays(arrays, schema=schema)
     return [table.slice(end - size, size) for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
+
+
+def arrow(column: Values, kind: pa.DataType) -> pa.Array:
+    if isinstance(column, Ragged):
+        return pa.ListArray.from_arrays(pa.array(column.offsets, pa.int32()), pa.array(column.values))
+    return pa.array(column, kind, from_pandas=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,54 +141,43 @@ def metrics_columns(gathered: Gathered, schema: pa.Schema) -> list[Values]:
     """One row per sample; NaN where a value is undefined."""
     sizes = [len(next(iter(block.columns.values()))) for block in gathered.blocks]
     first = np.concatenate(([0], np.cumsum(sizes)))
-    rows = first[gathered.block] + gathered.block_row
+    rows = (first[gathered.block] + gathered.block_row).astype(np.int64)
     columns: list[Values] = [
-        [getattr(sample, field.name) for sample in gathered.samples] for field in SAMPLE_FIELDS
+        np.array([getattr(sample, field.name) for sample in gathered.samples], DTYPES[field.type])
+        for field in SAMPLE_FIELDS
     ]
     for field in list(schema)[len(SAMPLE_FIELDS) :]:
-        values = [block.columns[field.name] for block in gathered.blocks]
-        columns.append(np.concatenate(values)[rows] if values else [])
+        values = [block.columns[field.name] for block in gathered.blocks] or [np.empty(0)]
+        columns.append(np.concatenate(values)[rows].astype(DTYPES[field.type], copy=False))
     return columns
 
 
-def table_of(columns: Sequence[Values], schema: pa.Schema) -> pa.Table:
-    """As Arrow has it, NaN as null."""
-    arrays = [
-        pa.array(column, field.type, from_pandas=True) for column, field in zip(columns, schema, strict=True)
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
-
-
-def features_table(gathered: Gathered, schema: pa.Schema, info: ModelInfo) -> pa.Table:
+def features_columns(gathered: Gathered, schema: pa.Schema, info: ModelInfo) -> list[Values]:
     """The sparse activations, ordered by sample, text, SAE and position.
 
     Where `schema` says float16, activations beyond 65504 are stored as 65504.
     """
-    if gathered.features is None:
-        return schema.empty_table()
     rows, samples = gathered.features, gathered.samples
-    columns = {
-        "sample_id": repeated([sample.sample_id for sample in samples], pa.string(), rows.sample_row),
-        "record_index": repeated([sample.record_index for sample in samples], pa.int64(), rows.sample_row),
-        "text": repeated(gathered.recipe.text_names, pa.string(), rows.text),
-        "layer": repeated(info.layers, pa.int32(), rows.layer),
-        "hook_name": repeated([sae.hook_name for sae in info.saes], pa.string(), rows.layer),
-        "position": pa.array(rows.position, pa.int32()),
-        "token_id": pa.array(rows.token_id, pa.int32()),
-        "indices": ragged(rows.offsets, rows.indices),
-        "values": ragged(rows.offsets, stored_values(rows, schema.field("values").type.value_type)),
+    if rows is None:
+        return [no_rows(field.type) for field in schema]
+    columns: dict[str, Values] = {
+        "sample_id": np.array([sample.sample_id for sample in samples], object)[rows.sample_row],
+        "record_index": np.array([sample.record_index for sample in samples], np.int64)[rows.sample_row],
+        "text": np.array(gathered.recipe.text_names, object)[rows.text],
+        "layer": np.array(info.layers, np.int32)[rows.layer],
+        "hook_name": np.array([sae.hook_name for sae in info.saes], object)[rows.layer],
+        "position": rows.position.astype(np.int32),
+        "token_id": rows.token_id.astype(np.int32),
+        "indices": Ragged(rows.offsets, rows.indices),
+        "values": Ragged(rows.offsets, stored_values(rows, schema.field("values").type.value_type)),
     }
-    return pa.Table.from_arrays([columns[field.name] for field in schema], schema=schema)
+    return [columns[field.name] for field in schema]
 
 
-def repeated(values: Sequence[Any], kind: pa.DataType, rows: IntArray) -> pa.Array:
-    """`values[rows]` as an Arrow array."""
-    return pa.array(values, kind).take(pa.array(rows))
-
-
-def ragged(offsets: IntArray, values: npt.NDArray[np.generic]) -> pa.Array:
-    """List r holds `values[offsets[r]:offsets[r + 1]]`."""
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
+def no_rows(kind: pa.DataType) -> Values:
+    if pa.types.is_list(kind):
+        return Ragged(np.zeros(1, np.int64), np.empty(0, kind.value_type.to_pandas_dtype()))
+    return np.empty(0, DTYPES[kind])
 
 
 def stored_values(rows: FeatureRows, value_type: pa.DataType) -> npt.NDArray[np.generic]:

@@ -84,9 +84,9 @@ def varint(value: int) -> bytes:
     return bytes(content)
 
 
-def hole_bytes(values: npt.NDArray[np.int64]) -> Bytes:
-    """What fills a hole with each of `values` (...), from 0 to 2^34 - 1: (..., HOLE_BYTES)."""
+def wide_varint(values: npt.NDArray[np.int64]) -> Bytes:
+    """Each of `values` (...), from 0 to 2^35 - 1, as a varint of fixed width: (..., HOLE_BYTES)."""
     shifts = 7 * np.arange(HOLE_BYTES)
-    digits = ((2 * values[..., None]) >> shifts & 0x7F).astype(np.uint8)
+    digits = (values[..., None] >> shifts & 0x7F).astype(np.uint8)
     digits[..., :-1] |= 0x80
     return digits

@@ -27,7 +27,6 @@ from daemon.output.schema import (
     metrics_options,
     metrics_schema,
 )
-from daemon.output.smallfile import SmallFile
 from daemon.output.tables import PartTables, part_tables
 from daemon.output.totals import FileTotals, LayerTotals, StageSeconds, UnitTotals
 from daemon.records import ModelInfo, PartExtent, Recipe, Reject, Source
@@ -128,10 +127,7 @@ class UnitWriter:
             rejects = RejectsFile(self.staging / REJECTS)
             files.callback(rejects.discard)
             for part in self._stored_parts():
-                if isinstance(part.metrics, SmallFile):
-                    metrics.put(part.metrics)
-                else:
-                    metrics.append(part.metrics)
+                metrics.append(part.metrics)
                 features.append(part.features)
                 rejects.append(part.rejects)
                 layers = tuple(sum_.plus(more) for sum_, more in zip(layers, part.layers, strict=True))

@@ -48,20 +48,6 @@ def test_discarded_content_is_not_written(tmp_path):
     assert (tmp_path / "t.parquet").read_bytes() == b""
 
 
-def test_a_few_rows_are_not_worth_compressing_and_many_are(tmp_path):
-    for name, tables, codec in (("few", 6, "UNCOMPRESSED"), ("many", 7, "ZSTD")):
-        file = ParquetFile(
-            tmp_path / name,
-            TABLE.schema,
-            group_bytes=1 << 20,
-            options={"compression": "zstd", "compression_level": 3},
-        )
-        for _ in range(tables):
-            file.append(TABLE)
-        file.close()
-        assert pq.read_metadata(tmp_path / name).row_group(0).column(0).compression == codec
-
-
 def test_a_folder_whose_name_is_not_utf8_is_fine(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()

@@ -6,8 +6,8 @@ import pytest
 from handmade import finish, make_part, open_writer
 
 from daemon.columns import analysis_columns
-from daemon.output.parquet import FEW_ROWS
 from daemon.output.schema import features_schema, metrics_schema
+from daemon.output.tables import FEW_ROWS
 from daemon.records import CONTRAST_RECIPE, PLAIN_RECIPE
 
 
