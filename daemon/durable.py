@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 AT_FDCWD = -100  # <fcntl.h>: a path is relative to the working folder
 RENAME_NOREPLACE = 1  # <stdio.h>
+SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 
 OperationName = Literal[
     "create", "write", "fsync_file", "fsync_folder", "mkdir", "rename", "link", "symlink", "unlink", "rmdir"
@@ -83,6 +84,15 @@ class NewFile(io.FileIO):
             assert count, "a blocking file takes at least one byte"
             written += count
         return written
+
+    def start_writeback(self) -> None:
+        """Have the kernel begin to write to disk what it holds of the file, and wait for nothing.
+
+        Makes nothing durable, but where many files follow, their syncs then have less to do one by one. Where
+        this C library or file system can't, that is all that is lost.
+        """
+        if SYNC_FILE_RANGE is not None:
+            SYNC_FILE_RANGE(self.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
 
     def fsync(self) -> None:
         """Flush data and metadata to disk, but not the folder's entry.
@@ -247,4 +257,5 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
 RENAMEAT2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

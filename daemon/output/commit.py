@@ -198,17 +198,20 @@ class Outbox:
         durable.symlink(link, name)
 
 
-def seal(unit: Staged) -> None:
-    """Write the manifest of a folder, and flush all of its files and the folder itself.
-
-    Raises SyncFailed where the disk refuses, AssertionError unless records == rows + rejects.
-    """
+def complete(unit: Staged) -> None:
+    """Write the manifest. Raises AssertionError unless records == rows + rejects."""
     content = unit.manifest
     if content["records"] != content["rows"] + content["rejects"]:
         raise AssertionError(f"unit {unit.source.unit}: records != rows + rejects: {content}")
-    durable.write_file(unit.folder / MANIFEST, to_json_lines(content))
-    for file in content["files"]:
-        durable.fsync_file(unit.folder / file["name"])
+    with durable.create(unit.folder / MANIFEST) as file:
+        file.write(to_json_lines(content))
+        file.start_writeback()
+
+
+def seal(unit: Staged) -> None:
+    """Flush all files of a complete folder, and the folder. Raises SyncFailed where the disk refuses."""
+    for name in (MANIFEST, *(file["name"] for file in unit.manifest["files"])):
+        durable.fsync_file(unit.folder / name)
     durable.fsync_folder(unit.folder)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from daemon.durable import remove_folder
 from daemon.errors import FileError, SyncFailed
 from daemon.intake.inbox import Inbox
-from daemon.output.commit import Outbox, Staged, seal
+from daemon.output.commit import Outbox, Staged, complete, seal
 from daemon.output.finished import FinishedPart
 from daemon.output.manifest import manifest
 from daemon.output.parts import stored_extents
@@ -255,7 +255,9 @@ class Delivery:
             seconds=unit.seconds,
             created=datetime.now(UTC),
         )
-        return Staged(unit.source, unit.writer.staging, content)
+        staged = Staged(unit.source, unit.writer.staging, content)
+        complete(staged)
+        return staged
 
     def _discard_parts(self, units: Sequence[Unit]) -> None:
         for unit in units:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from daemon import durable
 from daemon.errors import MachineError
-from daemon.output.commit import Outbox, Publication, Staged, output_folder_name, seal
+from daemon.output.commit import Outbox, Publication, Staged, complete, output_folder_name, seal
 from daemon.output.manifest import manifest
 from daemon.output.totals import UnitTotals
 
@@ -38,7 +38,9 @@ def stage(outbox: Outbox, name: str = "a.jsonl", unit: str = UNIT) -> tuple[Stag
     writer = open_writer(outbox.staging(unit))
     writer.write_part(finish(make_part(0, 0, 5, rejected=(2,), last=True)))
     totals = writer.write()
-    return Staged(make_source(name, unit), writer.staging, content_for(totals, name)), totals
+    staged = Staged(make_source(name, unit), writer.staging, content_for(totals, name))
+    complete(staged)
+    return staged, totals
 
 
 def content_for(totals: UnitTotals, name: str = "a.jsonl") -> dict[str, object]:
@@ -128,7 +130,7 @@ def test_records_must_be_rows_and_rejects(outbox):
     staged, _ = stage(outbox)
     staged.manifest["records"] = 6
     with pytest.raises(AssertionError, match="rows"):
-        seal(staged)
+        complete(staged)
     assert outbox.published(UNIT) is None
 
 
