@@ -229,7 +229,7 @@ class Pipeline:
         """Stage 2: texts to token ids, off the event loop."""
         async for items in self.parts.batches():
             parts = [item for item in items if isinstance(item, Part)]
-            tokenized = iter(await asyncio.to_thread(self.tokenize_all, parts))
+            tokenized = iter(await asyncio.to_thread(self.tokenizer.tokenize, parts))
             for item in items:
                 if not isinstance(item, Part):
                     await self.tokenized.put(item)
@@ -239,9 +239,6 @@ class Pipeline:
                 self.progress.advance(len(part.part.rejects))
                 await self.tokenized.put(part, part.n_tokens)
         await self.tokenized.close()
-
-    def tokenize_all(self, parts: Sequence[Part]) -> list[TokenizedPart]:
-        return [self.tokenizer.tokenize(part) for part in parts]
 
     async def compute(self) -> None:
         """Stage 3: whenever the device is free, give it the best batch of what is there."""

@@ -184,7 +184,7 @@ async def tokenized_parts(config: Config, tokenizer: Tokenizer, file: Path) -> l
     source = source_of(file)
     with file.open("rb") as content:
         parts = read_parts(content, source, recipe=config.recipe, limits=read_limits(config), stored={})
-        return [tokenizer.tokenize(part) async for part in parts if isinstance(part, Part)]
+        return tokenizer.tokenize([part async for part in parts if isinstance(part, Part)])
 
 
 def source_of(file: Path) -> Source:

@@ -23,20 +23,20 @@ def tokenizer(**options: object) -> Tokenizer:
 
 
 def test_texts_become_ids_after_one_bos():
-    part = tokenizer().tokenize(part_of("ab", "c"))
+    (part,) = tokenizer().tokenize([part_of("ab", "c")])
     assert [len(sample.token_ids[0]) for sample in part.samples] == [3, 2]
     assert all(sample.token_ids[0][0] == tiny.BOS for sample in part.samples)
     assert part.n_tokens == 5
 
 
 def test_without_bos_nothing_is_added():
-    part = tokenizer(prepend_bos=False).tokenize(part_of("ab"))
+    (part,) = tokenizer(prepend_bos=False).tokenize([part_of("ab")])
     assert len(part.samples[0].token_ids[0]) == 2
 
 
 def test_empty_and_overlong_texts_become_rejects_in_order():
     earlier = Reject(1, None, 2, 5, "malformed_json", "m")
-    part = tokenizer().tokenize(part_of("x" * 10, "fine", "", rejects=(earlier,)))
+    (part,) = tokenizer().tokenize([part_of("x" * 10, "fine", "", rejects=(earlier,))])
     assert [sample.sample.sample_id for sample in part.samples] == ["id1"]
     assert part.part.samples == (part.samples[0].sample,)
     assert [reject.reason for reject in part.part.rejects] == [
