@@ -102,7 +102,7 @@ class BatchingSection(Section):
     max_batch_tokens: BatchTokens = "auto"  # tokens per forward pass; auto: measured once, and remembered
     max_batch_samples: PositiveInt | None = None  # samples per forward pass
     max_text_tokens: PositiveInt = 1024  # a longer text is rejected
-    window_tokens: PositiveInt = 16_384  # tokens sorted by length at a time, and queued ahead
+    window_tokens: PositiveInt = 65_536  # tokens sorted by length at a time, and queued ahead
 
 
 class InboxSection(Section):

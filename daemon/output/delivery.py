@@ -20,6 +20,7 @@ from daemon.errors import FileError, SyncFailed
 from daemon.intake.inbox import Inbox
 from daemon.output.commit import Outbox, Staged, complete, seal
 from daemon.output.finished import FinishedPart
+from daemon.output.jsontext import Constant
 from daemon.output.manifest import manifest
 from daemon.output.parts import stored_extents
 from daemon.output.schema import ValueType, features_schema, metrics_schema
@@ -125,7 +126,7 @@ class Delivery:
         self.outbox = outbox
         self.info = info
         self.values = values
-        self.settings = settings
+        self.settings = Constant(settings)
         self.pause = Pause() if pause is None else pause
         self.clock = clock
         self._units: dict[str, Unit] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+class Constant(dict[str, Any]):
+    """An object that nobody changes, and that is written many times."""
+
+    @functools.cached_property
+    def json(self) -> bytes:
+        return to_json(dict(self))
 
 
 def to_json(value: Any) -> bytes:
@@ -26,7 +35,10 @@ def to_json(value: Any) -> bytes:
 
 def to_json_lines(content: dict[str, Any]) -> bytes:
     """`to_json` of an object with a line for each of its keys: to be read by people, and fast to make."""
-    lines = [b"  %s: %s" % (to_json(key), to_json(value)) for key, value in content.items()]
+    lines = [
+        b"  %s: %s" % (to_json(key), value.json if isinstance(value, Constant) else to_json(value))
+        for key, value in content.items()
+    ]
     return b"{\n" + b",\n".join(lines) + b"\n}\n"
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from daemon.output.jsontext import fields_of, readable_name
+from daemon.output.jsontext import Constant, fields_of, readable_name
 from daemon.output.totals import LayerTotals, StageSeconds, UnitTotals
 from daemon.records import ModelInfo, Recipe, SaeInfo, Source
 
@@ -64,7 +64,7 @@ def describe_stages(seconds: StageSeconds) -> dict[str, float]:
 def describe_model(info: ModelInfo) -> dict[str, Any]:
     fields = asdict(info)
     del fields["saes"]
-    return fields
+    return Constant(fields)
 
 
 def describe_sae(sae: SaeInfo, totals: LayerTotals) -> dict[str, Any]:
@@ -85,16 +85,15 @@ def describe_sae(sae: SaeInfo, totals: LayerTotals) -> dict[str, Any]:
 
 @functools.cache
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "texts": dict(recipe.templates),
-        "contrast": asdict(recipe.contrast) if recipe.contrast else None,
-    }
+    return Constant(
+        texts=dict(recipe.templates), contrast=asdict(recipe.contrast) if recipe.contrast else None
+    )
 
 
 @functools.cache
 def versions() -> dict[str, str | None]:
     """Of Python and of the distributions that shape results, without importing them."""
-    return {"python": platform.python_version()} | {name: installed(name) for name in DISTRIBUTIONS}
+    return Constant({"python": platform.python_version()} | {name: installed(name) for name in DISTRIBUTIONS})
 
 
 def installed(distribution: str) -> str | None:
