@@ -22,18 +22,18 @@ from torch.nn import functional as F
 
 from daemon.analysis.angles import line_angle
 from daemon.analysis.sparse import SparseActs
+from daemon.analysis.spectra import LANES, LookedUp, Spectra, looked_up, spectra
 from daemon.analysis.threads import side_by_side
 from daemon.columns import SHAPE_CLASSES
 
 MAX_GATHERED = 1 << 19  # elements of a chunk's decoder rows or Gram matrices: 4 MiB, which caches hold
 MAX_TABLE_BYTES = 128 << 20  # of all inner products of one dictionary
+LOOKED_UP_FLOOR = MAX_GATHERED >> 6  # so that no more than 64 rows are looked up at a time
 WIDTH_SLACK = 1.25  # the widest row of a chunk has at most this many times the features of its narrowest,
 WIDTH_FLOOR = 16  # unless it has no more than this
 RELATIVE_EPSILON = 1e-12  # an eigenvalue below this share of the largest is rounding: 0
 POINT_EPSILON = 1e-24  # a squared length below this share of sum w_i ||r_i||^2 is rounding: 0
 CANCELLED = 1e-2  # a cloud below this share of that loses digits in the difference of inner products
-SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays off it
-INVERSE_ITERATIONS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,12 @@ class DecoderRows:
         exact = W_dec.double()
         return cls(W_dec, exact, exact @ exact.T)
 
+    def elements(self, width: int) -> int:
+        """How many numbers a row of `width` features needs at a time: (width, d_in), or what is looked up."""
+        if self.inner is None:
+            return width * self.W_dec.shape[1]
+        return width * LANES + LOOKED_UP_FLOOR
+
 
 def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
     """The geometry of N sparse activations. Waits for the device once.
@@ -84,7 +90,7 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
             ordered.indices[rows, :width], ordered.values[rows, :width], ordered.counts[rows], decoder
         )
 
-    planned = list(row_chunks(ordered.counts.tolist(), decoder.W_dec.shape[1]))
+    planned = list(row_chunks(ordered.counts.tolist(), decoder.elements))
     on_cpu = decoder.W_dec.device.type == "cpu"
     chunks = side_by_side(of_chunk, planned) if on_cpu else [of_chunk(chunk) for chunk in planned]
     inverse = order.argsort()
@@ -96,15 +102,18 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
     )
 
 
-def row_chunks(ascending: list[int], d_in: int) -> Iterator[tuple[slice, int]]:
-    """Runs of rows of similar width, and each run's width; one empty run if there are no rows."""
+def row_chunks(ascending: list[int], elements: Callable[[int], int]) -> Iterator[tuple[slice, int]]:
+    """Runs of rows of similar width, and each run's width; one empty run if there are no rows.
+
+    `elements` is how many numbers a row of a width needs, so that a run stays within MAX_GATHERED.
+    """
     start = 0
     for stop in range(1, len(ascending) + 1):
         at_end = stop == len(ascending)
         width = max(1, ascending[stop - 1])
         following = width if at_end else max(1, ascending[stop])
         too_wide = following > max(WIDTH_FLOOR, WIDTH_SLACK * ascending[start])
-        too_large = (stop + 1 - start) * following * d_in > MAX_GATHERED
+        too_large = (stop + 1 - start) * elements(following) > MAX_GATHERED
         if at_end or too_wide or too_large:
             yield slice(start, stop), width
             start = stop
@@ -116,7 +125,7 @@ def row_chunks(ascending: list[int], d_in: int) -> Iterator[tuple[slice, int]]:
 class Cloud:
     """The weighted decoder rows of a few positions, relative to their centroid."""
 
-    gram: Tensor  # (rows, width, width) S S^T
+    spectra: Spectra  # of S S^T
     centroid: Tensor  # (rows, d_in)
     moment: Tensor  # (rows,) sum w_i ||r_i||^2
     along: Callable[[Tensor], Tensor]  # u (rows, width) -> S^T u (rows, d_in)
@@ -127,11 +136,24 @@ def _chunk_geometry(indices: Tensor, values: Tensor, counts: Tensor, decoder: De
     magnitudes = values.double()
     # a row that has no sum, or an infinite one, weighs nothing
     weights = (magnitudes / magnitudes.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
-    cloud = _looked_up(indices, weights, counts, decoder) or _gathered(indices, weights, decoder.W_dec)
-    raw = torch.linalg.eigvalsh(cloud.gram)
-    eigenvalues = _clean_eigenvalues(raw.flip(-1), counts, POINT_EPSILON * cloud.moment)
+    if decoder.inner is None or decoder.exact is None:
+        return _shape(_gathered(indices, weights, counts, decoder.W_dec), counts)
+    cloud, small = _looked_up(indices, weights, counts, decoder.exact, decoder.inner)
+    found = _shape(cloud, counts)
+    if small.any():
+        width = int(counts[small].max())
+        exact = _gathered(indices[small, :width], weights[small, :width], counts[small], decoder.W_dec)
+        shape = _shape(exact, counts[small])
+        for field in fields(Geometry):
+            getattr(found, field.name)[small] = getattr(shape, field.name)
+    return found
+
+
+def _shape(cloud: Cloud, counts: Tensor) -> Geometry:
+    """The geometry of clouds of `counts` (rows,) decoder rows."""
+    eigenvalues = _clean_eigenvalues(cloud.spectra.eigenvalues, counts, POINT_EPSILON * cloud.moment)
     has_shape = eigenvalues[:, 0] > 0
-    axis = cloud.along(_principal(cloud.gram, eigenvalues[:, 0]))
+    axis = cloud.along(cloud.spectra.principal)
     axis = _where(has_shape, axis / torch.linalg.vector_norm(axis, dim=-1, keepdim=True))
     off_origin = torch.linalg.vector_norm(cloud.centroid, dim=-1).square() > POINT_EPSILON * cloud.moment
     centroid = _where(off_origin, cloud.centroid)
@@ -150,68 +172,54 @@ def _chunk_geometry(indices: Tensor, values: Tensor, counts: Tensor, decoder: De
     )
 
 
-def _gathered(indices: Tensor, weights: Tensor, W_dec: Tensor) -> Cloud:
+def _gathered(indices: Tensor, weights: Tensor, counts: Tensor, W_dec: Tensor) -> Cloud:
     """By the rows themselves: exact for the smallest cloud, (rows, width, d_in) of memory."""
     decoders = W_dec[indices].double()
     moment = (weights * torch.linalg.vector_norm(decoders, dim=-1).square()).sum(-1)
     centroid = (weights.unsqueeze(1) @ decoders).squeeze(1)
     spread = decoders.sub_(centroid.unsqueeze(1)).mul_(weights.sqrt().unsqueeze(-1))  # S
     return Cloud(
-        gram=spread @ spread.mT,
+        spectra=spectra(spread @ spread.mT, counts),
         centroid=centroid,
         moment=moment,
         along=lambda u: (u.unsqueeze(1) @ spread).squeeze(1),
     )
 
 
-def _looked_up(indices: Tensor, weights: Tensor, counts: Tensor, decoder: DecoderRows) -> Cloud | None:
-    """By the table of inner products; None without one, or where a cloud is too small for differences."""
-    if decoder.inner is None or decoder.exact is None:
-        return None
-    exact = decoder.exact
-    inner = decoder.inner[indices.unsqueeze(2), indices.unsqueeze(1)]  # K
-    moment = (weights * inner.diagonal(dim1=1, dim2=2)).sum(-1)
-    to_centroid = (inner @ weights.unsqueeze(2)).squeeze(2)  # K w
-    square = (weights * to_centroid).sum(-1)  # ||c||^2
-    if ((moment - square <= CANCELLED * moment) & (counts > 1)).any():
-        return None
+def _looked_up(
+    indices: Tensor, weights: Tensor, counts: Tensor, exact: Tensor, inner: Tensor
+) -> tuple[Cloud, Tensor]:
+    """By the table of inner products; and which (rows,) are too small for differences of those."""
+    found = looked_up(inner, indices, weights, counts)
+    if found is None:
+        found = _looked_up_by_torch(inner, indices, weights, counts)
+    small = (found.moment - found.square <= CANCELLED * found.moment) & (counts > 1)
     roots = weights.sqrt()
-    inner -= (to_centroid - 0.5 * square.unsqueeze(1)).unsqueeze(2)
-    inner -= (to_centroid - 0.5 * square.unsqueeze(1)).unsqueeze(1)
-    gram = inner.mul_(roots.unsqueeze(2)).mul_(roots.unsqueeze(1))
 
     def along(u: Tensor) -> Tensor:
         scaled = roots * u
         return weighted_sum(indices, scaled, exact) - scaled.sum(-1, keepdim=True) * centroid
 
     centroid = weighted_sum(indices, weights, exact)
-    return Cloud(gram=gram, centroid=centroid, moment=moment, along=along)
+    return Cloud(spectra=found.spectra, centroid=centroid, moment=found.moment, along=along), small
+
+
+def _looked_up_by_torch(inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> LookedUp:
+    """What `looked_up` finds, where there is no compiled routine."""
+    gram = inner[indices.unsqueeze(2), indices.unsqueeze(1)]  # K
+    moment = (weights * gram.diagonal(dim1=1, dim2=2)).sum(-1)
+    to_centroid = (gram @ weights.unsqueeze(2)).squeeze(2)  # K w
+    square = (weights * to_centroid).sum(-1)
+    gram -= (to_centroid - 0.5 * square.unsqueeze(1)).unsqueeze(2)
+    gram -= (to_centroid - 0.5 * square.unsqueeze(1)).unsqueeze(1)
+    roots = weights.sqrt()
+    gram.mul_(roots.unsqueeze(2)).mul_(roots.unsqueeze(1))
+    return LookedUp(spectra(gram, counts), moment, square)
 
 
 def weighted_sum(indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     """sum_i weights_i rows[indices_i]: (N, width) twice, (M, d) -> (N, d), no (N, width, d) in between."""
     return F.embedding_bag(indices, rows, mode="sum", per_sample_weights=weights)
-
-
-def _principal(gram: Tensor, largest: Tensor) -> Tensor:
-    """The unit eigenvectors (rows, width) of the `largest` eigenvalues (rows,), by inverse iteration.
-
-    Each step divides the share of another eigenvector by its distance over SHIFT. Arbitrary where
-    `largest` is 0.
-    """
-    has_shape = largest > 0
-    width = gram.shape[-1]
-    identity = torch.eye(width, dtype=gram.dtype, device=gram.device)
-    shift = torch.where(has_shape, largest * (1 + SHIFT), 1)
-    shifted = shift[:, None, None] * identity - _where(has_shape, gram)
-    factor = torch.linalg.cholesky_ex(shifted).L
-    # an irregular start, so that no cloud's symmetry makes it orthogonal to the axis
-    start = torch.cos(torch.arange(1, width + 1, dtype=gram.dtype, device=gram.device) ** 1.5)
-    u = start.expand(len(gram), width).unsqueeze(2)
-    for _ in range(INVERSE_ITERATIONS):
-        u = torch.cholesky_solve(u, factor)
-        u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True)
-    return u.squeeze(2)
 
 
 def _clean_eigenvalues(descending: Tensor, counts: Tensor, point: Tensor) -> Tensor:

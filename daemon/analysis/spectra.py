@@ -1,0 +1,108 @@
+"""The spectra of batches of small Gram matrices: every eigenvalue, and the principal eigenvector.
+
+By a compiled routine (`spectra.c`) where it was built and the matrices are on a CPU, else by torch. Knows
+nothing about what the matrices are made of, but for how to look one up in a table of inner products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays off it
+INVERSE_ITERATIONS = 2
+LANES = 8  # matrices that the compiled routine works on at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Spectra:
+    """Of (rows, width, width) symmetric matrices that are not negative, but for rounding."""
+
+    eigenvalues: Tensor  # (rows, width) descending
+    principal: Tensor  # (rows, width) unit eigenvectors of the first; arbitrary where that is not above 0
+
+
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """Spectra of S S^T for clouds in a table of inner products, and what came up on the way."""
+
+    spectra: Spectra
+    moment: Tensor  # (rows,) sum w_i ||r_i||^2
+    square: Tensor  # (rows,) ||sum w_i r_i||^2
+
+
+@functools.cache
+def compiled() -> ctypes._FuncPointer | None:
+    """`lensd_spectra` of spectra.c; None where the package was installed without a compiler."""
+    spec = importlib.util.find_spec("daemon.analysis._spectra")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        function = ctypes.CDLL(spec.origin).lensd_spectra  # which releases the interpreter's lock
+    except (OSError, AttributeError):  # built for another machine
+        return None
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    function.argtypes = [pointer, pointer, integer, *[pointer] * 3, integer, integer, *[pointer] * 4]
+    function.restype = ctypes.c_int
+    return function
+
+
+def spectra(gram: Tensor, counts: Tensor) -> Spectra:
+    """gram: (rows, width, width) float64, of which the first `counts` (rows,) rows and columns matter."""
+    function = compiled() if gram.device.type == "cpu" else None
+    if function is not None:
+        rows, width = gram.shape[:2]
+        gram, counts = gram.contiguous(), counts.contiguous()
+        values, vectors = gram.new_empty(rows, width), gram.new_empty(rows, width)
+        matrices = (gram.data_ptr(), None, 0, None, None)
+        found = (values.data_ptr(), vectors.data_ptr(), None, None)
+        if function(*matrices, counts.data_ptr(), rows, width, *found) == 0:
+            return Spectra(values.sort(dim=-1, descending=True).values, vectors)
+    eigenvalues = torch.linalg.eigvalsh(gram).flip(-1)
+    return Spectra(eigenvalues, inverse_iteration(gram, eigenvalues[:, 0]))
+
+
+def looked_up(inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> LookedUp | None:
+    """The spectra of D^(1/2) (K - 1 (K w)^T - (K w) 1^T + w^T K w) D^(1/2), D = diag(w), on a CPU.
+
+    inner: (d_sae, d_sae) float64, indices, weights: (rows, width), counts: (rows,). None where there is no
+    compiled routine, or it did not converge.
+    """
+    function = compiled() if inner.device.type == "cpu" else None
+    if function is None:
+        return None
+    rows, width = indices.shape
+    indices, weights, counts = indices.contiguous(), weights.contiguous(), counts.contiguous()
+    values, vectors = weights.new_empty(rows, width), weights.new_empty(rows, width)
+    moment, square = weights.new_empty(rows), weights.new_empty(rows)
+    clouds = (None, inner.data_ptr(), len(inner), indices.data_ptr(), weights.data_ptr(), counts.data_ptr())
+    found = (values.data_ptr(), vectors.data_ptr(), moment.data_ptr(), square.data_ptr())
+    if function(*clouds, rows, width, *found) != 0:
+        return None
+    return LookedUp(Spectra(values.sort(dim=-1, descending=True).values, vectors), moment, square)
+
+
+def inverse_iteration(gram: Tensor, largest: Tensor) -> Tensor:
+    """The unit eigenvectors (rows, width) of the `largest` eigenvalues (rows,).
+
+    Each step divides the share of another eigenvector by its distance over SHIFT. Arbitrary where
+    `largest` is not above 0.
+    """
+    above = largest > 0
+    width = gram.shape[-1]
+    identity = torch.eye(width, dtype=gram.dtype, device=gram.device)
+    shift = torch.where(above, largest * (1 + SHIFT), 1)
+    shifted = shift[:, None, None] * identity - gram.where(above[:, None, None], 0)
+    factor = torch.linalg.cholesky_ex(shifted).L
+    # an irregular start, so that no cloud's symmetry makes it orthogonal to the axis
+    start = torch.cos(torch.arange(1, width + 1, dtype=gram.dtype, device=gram.device) ** 1.5)
+    u = start.expand(len(gram), width).unsqueeze(2)
+    for _ in range(INVERSE_ITERATIONS):
+        u = torch.cholesky_solve(u, factor)
+        u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True)
+    return u.squeeze(2)
