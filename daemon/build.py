@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import structlog
 import torch
 
+from daemon.analysis.spectra import compiled
 from daemon.analysis.study import StudySettings
 from daemon.compute.autotune import auto_batch_tokens
 from daemon.compute.device import Study
@@ -52,6 +53,8 @@ def load_compute(config: Config) -> Compute:
     Raises ConfigError where something can't be found or does not fit together.
     """
     engine, model = load_engine(config)
+    if engine.info.device == "cpu" and compiled() is None:
+        log.warning("geometry.not_compiled", message="installed without a C compiler: the analysis is slower")
     max_batch_tokens = config.batching.max_batch_tokens
     if max_batch_tokens == "auto":
         max_batch_tokens = auto_batch_tokens(engine, model.vocabulary, default_cache_dir())

@@ -20,10 +20,10 @@
 #define LANES 8
 #define ALIGNMENT 64
 #define SHIFT 1e-11      /* of the principal eigenvalue, by which inverse iteration stays off it */
-#define ITERATIONS 2     /* of inverse iteration: each divides the other eigenvectors' share by their distance / SHIFT */
+#define ITERATIONS 2     /* of it: each divides another eigenvector's share by its distance over SHIFT */
 #define MAX_SWEEPS 50    /* of QL for each eigenvalue; two are usual */
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define EACH_CPU
@@ -95,7 +95,7 @@ INLINE void tridiagonalise(Group *g, int64_t n) {
                 r1[j] = a1;
                 p0 += a0 * v[j];
                 p1 += a1 * v[j];
-                p[j] += a0 * v0 + a1 * v1;
+                p[j] = (p[j] + a0 * v0) + a1 * v1;
             }
             lanes d0 = r0[i] - ov0 * old_w[i] - ow0 * old_v[i];
             lanes below = r1[i] - ov1 * old_w[i] - ow1 * old_v[i];
@@ -106,15 +106,15 @@ INLINE void tridiagonalise(Group *g, int64_t n) {
             p[i] = p0 + d0 * v0 + below * v1;
             p[i + 1] = p1 + below * v0 + d1 * v1;
         }
-        for (; i < n; i++) {
+        for (; i < n; i++) { /* in the same order of rounding */
             lanes *restrict r0 = a + i * n;
             lanes p0 = p[i];
             for (int64_t j = k + 1; j < i; j++) {
-                r0[j] -= old_v[i] * old_w[j] + old_w[i] * old_v[j];
+                r0[j] = r0[j] - old_v[i] * old_w[j] - old_w[i] * old_v[j];
                 p0 += r0[j] * v[j];
                 p[j] += r0[j] * v[i];
             }
-            r0[i] -= old_v[i] * old_w[i] + old_w[i] * old_v[i];
+            r0[i] = r0[i] - old_v[i] * old_w[i] - old_w[i] * old_v[i];
             p[i] = p0 + r0[i] * v[i];
         }
         lanes dot = all(0);
@@ -289,7 +289,8 @@ EACH_CPU int lensd_spectra(const double *gram, const double *inner, int64_t d_sa
             count[k] = k < used ? counts[first + k] : 0;
             if (count[k] > n) n = count[k];
         }
-        Group g = {room};
+        Group g;
+        g.a = room;
         lanes **parts[] = {&g.d, &g.e, &g.tau, &g.v, &g.w, &g.p, &g.x, &g.q, &g.f};
         for (int part = 0; part < 9; part++) *parts[part] = room + n * n + part * n;
         if (gram) {

@@ -1,0 +1,101 @@
+"""The compiled routine against LAPACK, on what it meets and on what is hard for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from daemon.analysis import spectra as module
+from daemon.analysis.spectra import LANES, inverse_iteration, looked_up, spectra
+
+COMPILED = pytest.mark.skipif(module.compiled() is None, reason="installed without a C compiler")
+
+
+def grams(kind: str, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices (rows, width, width) and how many of their rows matter."""
+    chance = torch.Generator().manual_seed(width)
+    counts = torch.randint(1, width + 1, (rows,), generator=chance)
+    spread = torch.randn(rows, width, width + 3, generator=chance, dtype=torch.float64)
+    match kind:
+        case "of low rank":
+            spread = spread[..., : max(1, width // 3)]
+        case "steep":
+            spread = spread * torch.logspace(0, -8, width, dtype=torch.float64)[:, None]
+        case "alike":
+            spread = spread[:, :1].expand_as(spread)
+        case "diagonal":
+            spread = torch.diag_embed(spread[..., 0])
+        case "equal eigenvalues":
+            spread = torch.eye(width, dtype=torch.float64).expand(rows, -1, -1)
+        case "nothing":
+            spread = torch.zeros_like(spread)
+    spread = spread.clone()
+    for row, count in enumerate(counts.tolist()):
+        spread[row, count:] = 0
+    return spread @ spread.mT, counts
+
+
+KINDS = ["random", "of low rank", "steep", "alike", "diagonal", "equal eigenvalues", "nothing"]
+
+
+@COMPILED
+@pytest.mark.parametrize("width", [1, 2, 3, 9, 40, 101])
+@pytest.mark.parametrize("kind", KINDS)
+def test_spectra_are_those_of_lapack(kind, width):
+    gram, counts = grams(kind, 2 * LANES + 3, width)
+    found = spectra(gram, counts)
+    expected = torch.linalg.eigvalsh(gram).flip(-1)
+    largest = expected[:, :1]
+    assert ((found.eigenvalues - expected).abs() <= 1e-13 * largest).all()
+    image = (gram @ found.principal.unsqueeze(2)).squeeze(2)
+    above = largest[:, 0] > 0
+    residual = torch.linalg.vector_norm(image - largest * found.principal, dim=-1)
+    assert (residual[above] <= 1e-10 * largest[above, 0]).all()
+    norm = torch.linalg.vector_norm(found.principal[above], dim=-1)
+    torch.testing.assert_close(norm, torch.ones_like(norm))
+
+
+@COMPILED
+def test_a_matrix_gives_the_same_bits_whatever_its_neighbours():
+    gram, counts = grams("random", 3 * LANES, 50)
+    together = spectra(gram, counts)
+    for row in range(len(gram)):
+        n = int(counts[row])
+        alone = spectra(gram[row : row + 1, :n, :n], counts[row : row + 1])
+        assert torch.equal(alone.eigenvalues[0], together.eigenvalues[row, :n])
+        assert torch.equal(alone.principal[0], together.principal[row, :n])
+
+
+@COMPILED
+def test_what_is_looked_up_is_what_is_worked_out():
+    chance = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, 20, generator=chance, dtype=torch.float64)
+    counts = torch.tensor([1, 4, 12, 12, 7, 12, 3, 9, 12])
+    indices = torch.stack([torch.randperm(60, generator=chance)[:12] for _ in counts])
+    weights = torch.rand(indices.shape, generator=chance, dtype=torch.float64)
+    weights *= torch.arange(12) < counts.unsqueeze(1)
+    weights /= weights.sum(-1, keepdim=True)
+    found = looked_up(rows @ rows.T, indices, weights, counts)
+    cloud = rows[indices]
+    centroid = (weights.unsqueeze(1) @ cloud).squeeze(1)
+    spread = (cloud - centroid.unsqueeze(1)) * weights.sqrt().unsqueeze(2)
+    expected = torch.linalg.eigvalsh(spread @ spread.mT).flip(-1)
+    torch.testing.assert_close(found.spectra.eigenvalues, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.moment, (weights * cloud.square().sum(-1)).sum(-1))
+    torch.testing.assert_close(found.square, centroid.square().sum(-1))
+    axis = inverse_iteration(spread @ spread.mT, expected[:, 0])
+    several = counts > 1
+    along = (axis * found.spectra.principal).sum(-1).abs()[several]
+    torch.testing.assert_close(along, torch.ones_like(along))
+
+
+def test_without_the_routine_or_where_it_gives_up_torch_does_the_work(monkeypatch):
+    gram, counts = grams("random", 5, 12)
+    expected = spectra(gram, counts)
+    for function in (None, lambda *_: 1):
+        monkeypatch.setattr(module, "compiled", lambda function=function: function)
+        found = spectra(gram, counts)
+        torch.testing.assert_close(found.eigenvalues, expected.eigenvalues)
+        along = (found.principal * expected.principal).sum(-1).abs()
+        torch.testing.assert_close(along, torch.ones_like(along))
+        assert looked_up(gram[0], counts[None], counts[None].double(), counts[:1]) is None
