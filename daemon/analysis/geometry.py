@@ -27,6 +27,7 @@ from daemon.analysis.threads import side_by_side
 from daemon.columns import SHAPE_CLASSES
 
 MAX_GATHERED = 1 << 19  # elements of a chunk's decoder rows or Gram matrices: 4 MiB, which caches hold
+MAX_GATHERED_ON_DEVICE = 1 << 27  # the same on an accelerator: 1 GiB
 MAX_TABLE_BYTES = 128 << 20  # of all inner products of one dictionary
 LOOKED_UP_FLOOR = MAX_GATHERED >> 6  # so that no more than 64 rows are looked up at a time
 WIDTH_SLACK = 1.25  # the widest row of a chunk has at most this many times the features of its narrowest,
@@ -90,8 +91,9 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
             ordered.indices[rows, :width], ordered.values[rows, :width], ordered.counts[rows], decoder
         )
 
-    planned = list(row_chunks(ordered.counts.tolist(), decoder.elements))
     on_cpu = decoder.W_dec.device.type == "cpu"
+    most = MAX_GATHERED if on_cpu else MAX_GATHERED_ON_DEVICE
+    planned = list(row_chunks(ordered.counts.tolist(), decoder.elements, most))
     chunks = side_by_side(of_chunk, planned) if on_cpu else [of_chunk(chunk) for chunk in planned]
     inverse = order.argsort()
     return Geometry(
@@ -102,10 +104,12 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
     )
 
 
-def row_chunks(ascending: list[int], elements: Callable[[int], int]) -> Iterator[tuple[slice, int]]:
+def row_chunks(
+    ascending: list[int], elements: Callable[[int], int], most: int
+) -> Iterator[tuple[slice, int]]:
     """Runs of rows of similar width, and each run's width; one empty run if there are no rows.
 
-    `elements` is how many numbers a row of a width needs, so that a run stays within MAX_GATHERED.
+    `elements` is how many numbers a row of a width needs; a run of several rows needs at most `most`.
     """
     start = 0
     for stop in range(1, len(ascending) + 1):
@@ -113,7 +117,7 @@ def row_chunks(ascending: list[int], elements: Callable[[int], int]) -> Iterator
         width = max(1, ascending[stop - 1])
         following = width if at_end else max(1, ascending[stop])
         too_wide = following > max(WIDTH_FLOOR, WIDTH_SLACK * ascending[start])
-        too_large = (stop + 1 - start) * elements(following) > MAX_GATHERED
+        too_large = (stop + 1 - start) * elements(following) > most
         if at_end or too_wide or too_large:
             yield slice(start, stop), width
             start = stop

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from daemon.analysis.threads import side_by_side
+
 SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays off it
 INVERSE_ITERATIONS = 2
 LANES = 8  # matrices that the compiled routine works on at a time
+HOST_ROWS = 4 * LANES  # that one core takes of those that came from an accelerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,47 @@ def compiled() -> ctypes._FuncPointer | None:
 
 
 def spectra(gram: Tensor, counts: Tensor) -> Spectra:
-    """gram: (rows, width, width) float64, of which the first `counts` (rows,) rows and columns matter."""
-    function = compiled() if gram.device.type == "cpu" else None
-    if function is not None:
-        rows, width = gram.shape[:2]
-        gram, counts = gram.contiguous(), counts.contiguous()
-        values, vectors = gram.new_empty(rows, width), gram.new_empty(rows, width)
-        matrices = (gram.data_ptr(), None, 0, None, None)
-        found = (values.data_ptr(), vectors.data_ptr(), None, None)
-        if function(*matrices, counts.data_ptr(), rows, width, *found) == 0:
-            return Spectra(values.sort(dim=-1, descending=True).values, vectors)
+    """gram: (rows, width, width) float64, of which the first `counts` (rows,) rows and columns matter.
+
+    Off a CPU the compiled routine is still the fastest: so small matrices cross over and back in less time
+    than an accelerator's own routine takes.
+    """
+    found = by_lanes(gram, counts) if gram.device.type == "cpu" else by_lanes_on_host(gram, counts)
+    if found is not None:
+        return found
     eigenvalues = torch.linalg.eigvalsh(gram).flip(-1)
     return Spectra(eigenvalues, inverse_iteration(gram, eigenvalues[:, 0]))
+
+
+def by_lanes(gram: Tensor, counts: Tensor) -> Spectra | None:
+    """By the compiled routine, on a CPU; None where there is none, or it did not converge."""
+    function = compiled()
+    if function is None:
+        return None
+    rows, width = gram.shape[:2]
+    gram, counts = gram.contiguous(), counts.contiguous()
+    values, vectors = gram.new_empty(rows, width), gram.new_empty(rows, width)
+    matrices = (gram.data_ptr(), None, 0, None, None)
+    found = (values.data_ptr(), vectors.data_ptr(), None, None)
+    if function(*matrices, counts.data_ptr(), rows, width, *found) != 0:
+        return None
+    return Spectra(values.sort(dim=-1, descending=True).values, vectors)
+
+
+def by_lanes_on_host(gram: Tensor, counts: Tensor) -> Spectra | None:
+    """The same for matrices elsewhere: they cross over, and every core takes some."""
+    if compiled() is None:
+        return None
+    on_host, counts_there = gram.cpu(), counts.cpu()
+    pieces = [slice(start, start + HOST_ROWS) for start in range(0, max(1, len(gram)), HOST_ROWS)]
+    parts = side_by_side(lambda piece: by_lanes(on_host[piece], counts_there[piece]), pieces)
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    return Spectra(
+        torch.cat([part.eigenvalues for part in found]).to(gram.device),
+        torch.cat([part.principal for part in found]).to(gram.device),
+    )
 
 
 def looked_up(inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> LookedUp | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from daemon.records import IntArray
 
 NOISE_BANK_SIZE = 256  # rows; a byte of a hash is a row
-MAX_ACTIVATED_ROWS = 512  # rows of the dense (M, d_sae) workspace, or one text's draws if they are more
+MAX_ACTIVATED = {"cpu": 512, "cuda": 8192}  # rows of the dense (M, d_sae) workspace, or one text's draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def stability(noise: Noise, x: Tensor, draws: Tensor, top_k: int) -> tuple[Tenso
     """
     n, k = draws.shape
     pre_acts = noise.pre_acts(x)
-    rows = max(1, MAX_ACTIVATED_ROWS // (k + 1))
+    rows = max(1, MAX_ACTIVATED[x.device.type] // (k + 1))
     similarity = [
         _similarity(noise, pre_acts[start : start + rows], draws[start : start + rows], top_k)
         for start in range(0, max(1, n), rows)

@@ -1,28 +1,65 @@
 """Attention over packed token tries, as Hugging Face modules call it. Knows no model and no texts.
 
 Each block of queries reads only the keys that one of them attends to: for tries of short texts little more
-than the block itself, for a long shared prompt that prompt and the block.
+than the block itself, for a long shared prompt that prompt and the block. On a CPU block by block, on CUDA
+all blocks at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from daemon.compute.preorder import AttentionBlock, Preorder, attention_blocks
+from daemon.records import IntArray
 
 IMPLEMENTATION = "lensd_packed"  # the name by which Hugging Face modules find `packed_attention`
-QUERY_BLOCK = {"cpu": 64, "cuda": 256}  # queries that share a set of keys
+QUERY_BLOCK = {"cpu": 64, "cuda": 128}  # queries that share a set of keys
 
 
 class UnsupportedAttention(Exception):
     """The model asks for something that packed attention does not do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a layer asks for."""
+
+    query: Tensor  # (1, heads, n, d_head)
+    key: Tensor  # (1, key heads, n, d_head)
+    value: Tensor  # the same
+    window: int | None  # of those that a query may attend to, it sees the last so many
+    scale: float  # of the scores
+    softcap: float | None
+
+
+class Plan(Protocol):
+    """Who attends to whom in one packed sequence of n tokens, for every layer."""
+
+    windows: dict[int, Any]  # what is known of sliding windows that a layer asked for, by their width
+
+    def attend(self, call: Call) -> Tensor:
+        """-> (1, n, heads, d_head)."""
+        ...
+
+
+def plan_attention(packed: Preorder, device: str, dtype: torch.dtype) -> Plan:
+    """The attention of a packed sequence, on the device."""
+    kind = torch.device(device).type
+    blocks = attention_blocks(packed.end, QUERY_BLOCK[kind])
+    end, depth = (moved(row, device) for row in (packed.end, packed.depth))
+    if kind == "cuda":
+        return GroupedPlan.of(blocks, end, depth, dtype)
+    nodes = torch.arange(len(packed), device=device)
+    return BlockPlan(tuple(on_device(block, nodes, end, dtype) for block in blocks), depth, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +71,38 @@ class DeviceBlock:
     mask: Tensor  # (Q, K) additive, of the model's dtype
 
 
+def on_device(block: AttentionBlock, nodes: Tensor, end: Tensor, dtype: torch.dtype) -> DeviceBlock:
+    """nodes, end: (n,) of all nodes. The mask, most of what a plan weighs, is made where it is needed."""
+    keys = block.keys if isinstance(block.keys, slice) else moved(block.keys, end.device)
+    queries = nodes[block.queries].unsqueeze(1)
+    allowed = (nodes[keys] <= queries) & (queries < end[keys])
+    return DeviceBlock(queries=block.queries, keys=keys, mask=additive(allowed, dtype))
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where it is allowed, else -inf."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
+
+
 @dataclass(slots=True)
-class Plan:
-    """Who attends to whom in one packed sequence, for every layer."""
+class BlockPlan:
+    """Block after block, each with no more keys than it needs: for a CPU, where a call costs little."""
 
     blocks: tuple[DeviceBlock, ...]
     depth: Tensor  # (n,) position of each token in its text
-    windows: dict[int, tuple[Tensor, ...]]  # the blocks' masks under a sliding window, by its width
+    windows: dict[int, tuple[Tensor, ...]]  # the blocks' masks
+
+    def attend(self, call: Call) -> Tensor:
+        query, key, value = call.query, call.key, call.value
+        result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        for block, mask in zip(self.blocks, self.masks(call.window), strict=True):
+            ours = query[:, :, block.queries]
+            theirs = rows(key, block.keys), rows(value, block.keys)
+            result[:, block.queries] = attend(ours, *theirs, mask, call.scale, call.softcap).transpose(1, 2)
+        return result
 
     def masks(self, window: int | None) -> tuple[Tensor, ...]:
-        """The mask of each block: of those that it may attend to, a query sees the last `window`."""
+        """The mask of each block."""
         if window is None:
             return tuple(block.mask for block in self.blocks)
         if window not in self.windows:
@@ -55,22 +114,59 @@ class Plan:
         return block.mask.masked_fill(distance >= window, -torch.inf)
 
 
-def plan_attention(packed: Preorder, device: str, dtype: torch.dtype) -> Plan:
-    """Move the attention of a packed sequence to the device."""
-    block = QUERY_BLOCK[torch.device(device).type]
-    blocks = (on_device(entry, device, dtype) for entry in attention_blocks(packed.end, block))
-    return Plan(tuple(blocks), torch.from_numpy(packed.depth).to(device), {})
+@dataclass(slots=True)
+class GroupedPlan:
+    """All blocks at once, each with as many keys as the widest: for CUDA, where every call costs.
+
+    B blocks of Q queries, the last one filled up with queries that nobody reads.
+    """
+
+    n: int
+    queries: Tensor  # (B, Q) nodes
+    keys: Tensor  # (B, K) nodes
+    mask: Tensor  # (B, Q, K) additive
+    depth: Tensor  # (n,) position of each token in its text
+    windows: dict[int, Tensor]  # masks
+
+    @classmethod
+    def of(
+        cls, blocks: Sequence[AttentionBlock], end: Tensor, depth: Tensor, dtype: torch.dtype
+    ) -> GroupedPlan:
+        nodes = np.arange(len(end))
+        needed = [nodes[block.keys] for block in blocks]
+        keys = np.full((len(blocks), max(map(len, needed))), -1)
+        for row, of_block in zip(keys, needed, strict=True):
+            row[: len(of_block)] = of_block
+        width = blocks[0].queries.stop - blocks[0].queries.start
+        all_queries = np.minimum(np.arange(len(blocks) * width), len(end) - 1).reshape(len(blocks), width)
+        queries, key_nodes = moved(all_queries, end.device), moved(keys, end.device)
+        i, j = queries.unsqueeze(2), key_nodes.unsqueeze(1)
+        key_nodes = key_nodes.clamp(min=0)
+        allowed = (j >= 0) & (j <= i) & (i < end[key_nodes].unsqueeze(1))
+        return cls(len(end), queries, key_nodes, additive(allowed, dtype), depth, {})
+
+    def attend(self, call: Call) -> Tensor:
+        grouped = taken(call.query, self.queries)
+        keys, values = taken(call.key, self.keys), taken(call.value, self.keys)
+        attended = attend(grouped, keys, values, self._mask(call.window), call.scale, call.softcap)
+        return attended.transpose(1, 2).flatten(0, 1)[None, : self.n]
+
+    def _mask(self, window: int | None) -> Tensor:
+        """(B, 1, Q, K)."""
+        if window is None:
+            return self.mask.unsqueeze(1)
+        if window not in self.windows:
+            distance = self.depth[self.queries].unsqueeze(2) - self.depth[self.keys].unsqueeze(1)
+            self.windows[window] = self.mask.masked_fill(distance >= window, -torch.inf)
+        return self.windows[window].unsqueeze(1)
 
 
-def on_device(block: AttentionBlock, device: str, dtype: torch.dtype) -> DeviceBlock:
-    keys = block.keys if isinstance(block.keys, slice) else torch.from_numpy(block.keys)
-    allowed = torch.from_numpy(block.mask)
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
-    return DeviceBlock(
-        queries=block.queries,
-        keys=keys if isinstance(keys, slice) else keys.to(device),
-        mask=mask.to(device),
-    )
+def moved(values: IntArray, device: str | torch.device) -> Tensor:
+    """On the device; to CUDA by pinned memory, so that the host goes on while it is copied."""
+    on_host = torch.from_numpy(values)
+    if torch.device(device).type == "cuda":
+        return on_host.pin_memory().to(device, non_blocking=True)
+    return on_host.to(device)
 
 
 current: ContextVar[Plan] = ContextVar("current")
@@ -104,29 +200,33 @@ def packed_attention(
     """
     if unknown := [name for name in ("s_aux", "position_bias") if others.get(name) is not None]:
         raise UnsupportedAttention(f"attention with {unknown[0]}")
-    plan = current.get()
-    result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    for block, mask in zip(plan.blocks, plan.masks(sliding_window), strict=True):
-        attended = attend(
-            query[:, :, block.queries], rows(key, block.keys), rows(value, block.keys), mask, scaling, softcap
-        )
-        result[:, block.queries] = attended.transpose(1, 2)
-    return result, None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return current.get().attend(Call(query, key, value, sliding_window, scale, softcap)), None
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """(1, heads, Q, d_head), (1, key heads, K, d_head) twice and (Q, K) -> (1, heads, Q, d_head)."""
+    """(B, heads, Q, d_head), (B, key heads, K, d_head) twice, and a mask (Q, K) or (B, 1, Q, K)."""
     groups = query.shape[1] // key.shape[1]
     if softcap is None:
+        mask = mask if mask.ndim == 4 else mask[None, None]
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask[None, None], scale=scaling, enable_gqa=groups > 1
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=groups > 1
         )
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
-    scores = softcap * torch.tanh(query @ key.mT * (scale / softcap)) + mask
-    return scores.softmax(-1) @ value
+    # The heads that share a key head side by side, as more queries of it.
+    batch, heads, n, d_head = query.shape
+    together = query.reshape(batch, heads // groups, groups * n, d_head)
+    scores = (together @ key.mT).mul_(scale / softcap).tanh_().view(batch, heads, n, -1)
+    scores = torch.add(mask, scores, alpha=softcap)
+    attended = scores.softmax(-1).view(batch, heads // groups, groups * n, -1) @ value
+    return attended.view(batch, heads, n, -1)
+
+
+def taken(heads: Tensor, nodes: Tensor) -> Tensor:
+    """heads: (1, heads, n, d_head), nodes: (B, M) -> (B, heads, M, d_head)."""
+    flat = heads[0].index_select(1, nodes.flatten())
+    return flat.view(len(flat), *nodes.shape, -1).transpose(0, 1)
 
 
 def rows(heads: Tensor, keys: slice | Tensor) -> Tensor:

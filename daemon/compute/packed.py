@@ -19,6 +19,7 @@ from daemon.compute.attention import (
     Plan,
     UnsupportedAttention,
     attending,
+    moved,
     plan_attention,
     register,
 )
@@ -105,9 +106,7 @@ class PackedEngine:
         return self._run(packed, plan_attention(packed, self._device, self._dtype), keep)
 
     def _run(self, packed: Preorder, plan: Plan, keep: Tensor) -> list[Tensor]:
-        tokens, depth = (
-            torch.from_numpy(row).to(self._device).unsqueeze(0) for row in (packed.tokens, packed.depth)
-        )
+        tokens, depth = (moved(row, self._device).unsqueeze(0) for row in (packed.tokens, packed.depth))
         with torch.inference_mode(), attending(plan):
             return self._trunk.run(tokens, depth, self._no_mask, keep)
 

@@ -12,11 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from daemon.records import IntArray
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,23 +90,19 @@ def shared_lengths(ids: IntArray, lengths: IntArray) -> IntArray:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBlock:
-    """Some consecutive queries, the keys that any of them attends to, and who attends to which."""
+    """Some consecutive queries, and the keys that any of them attends to."""
 
     queries: slice
     keys: slice | IntArray  # (K,) node numbers, ascending; a slice where they are consecutive
-    mask: BoolArray  # (Q, K)
 
 
 def attention_blocks(end: IntArray, block: int) -> list[AttentionBlock]:
     """The attention of a packed sequence, in runs of at most `block` queries."""
-    nodes = np.arange(len(end))
     blocks = []
     for start in range(0, len(end), block):
         stop = min(start + block, len(end))
         needed = np.flatnonzero(end[:stop] > start)
-        queries = nodes[start:stop, None]
-        mask = (needed <= queries) & (queries < end[needed])
         consecutive = needed[-1] - needed[0] + 1 == len(needed)
         keys = slice(int(needed[0]), stop) if consecutive else needed
-        blocks.append(AttentionBlock(slice(start, stop), keys, mask))
+        blocks.append(AttentionBlock(slice(start, stop), keys))
     return blocks

@@ -217,7 +217,7 @@ def test_a_row_does_not_depend_on_its_batch(seed, counts, budget):
 @given(st.lists(st.integers(0, 3000), max_size=40), st.sampled_from([16, 576, 4096]))
 def test_chunks_cover_the_rows_and_bound_the_workspace(counts, d_in):
     ascending = sorted(counts)
-    chunks = list(row_chunks(ascending, lambda width: width * d_in))
+    chunks = list(row_chunks(ascending, lambda width: width * d_in, module.MAX_GATHERED))
     assert [row for rows, _ in chunks for row in range(len(ascending))[rows]] == list(range(len(ascending)))
     for rows, width in chunks:
         chunk = ascending[rows]

@@ -86,7 +86,7 @@ def test_stability_is_that_of_each_sample_alone(seed, n, top_k, max_rows):
     ids = [f"id{row}" for row in range(n)]
     draws = torch.from_numpy(np.stack([noise_draws(chosen.seed, i, "t", chosen.noise_draws) for i in ids]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "MAX_ACTIVATED_ROWS", max_rows)
+        patch.setattr(module, "MAX_ACTIVATED", {"cpu": max_rows})
         mean, deviation = stability(sae.noise(chosen.seed, chosen.noise_sigma), x, draws, top_k)
     for row, sample_id in enumerate(ids):
         alone = noise_similarities(
@@ -152,7 +152,7 @@ def test_the_dense_workspace_is_bounded(n, k):
     noise = unprojected(encode, noise_bank(0, 2, torch.float32), 0.1)
     stability(noise, torch.ones(n, 2), draws, 1)
     assert sum(sizes) == n * (k + 1)
-    assert max(sizes) <= module.MAX_ACTIVATED_ROWS
+    assert max(sizes) <= module.MAX_ACTIVATED["cpu"]
 
 
 entries = st.sampled_from([-1.0, 0.0, 1.0, 2.0, 3.0])

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from daemon.compute.attention import on_device
 from daemon.compute.preorder import Preorder, attention_blocks, preorder
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=12)
@@ -20,8 +22,10 @@ def attended(packed: Preorder, block: int) -> np.ndarray:
     pairs = np.zeros((len(packed), len(packed)), bool)
     nodes = np.arange(len(packed))
     for entry in attention_blocks(packed.end, block):
-        assert entry.mask.any(axis=0).all()  # no key is read in vain
-        pairs[np.ix_(nodes[entry.queries], nodes[entry.keys])] = entry.mask
+        on_it = on_device(entry, torch.from_numpy(nodes), torch.from_numpy(packed.end), torch.float32)
+        mask = (on_it.mask == 0).numpy()
+        assert mask.any(axis=0).all()  # no key is read in vain
+        pairs[np.ix_(nodes[entry.queries], nodes[entry.keys])] = mask
     return pairs
 
 

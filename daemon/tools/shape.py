@@ -1,0 +1,306 @@
+"""`python -m daemon.tools.shape`: what batches cost on a model of a given shape, its weights random.
+
+For an accelerator where no hub can be reached: the arithmetic of a model does not depend on what it learned.
+The thresholds of the dictionaries are set for the number of active features that published ones have. Reports
+tokens a second, the share of the product rate that they reach, and the share of the time that the device
+waits. Reads no file and writes none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from daemon.analysis.geometry import DecoderRows
+from daemon.analysis.study import StudySettings
+from daemon.compute.device import Study
+from daemon.compute.encoding import FusedEncoder, jumprelu
+from daemon.compute.loading import LoadedModel, ModelLocation
+from daemon.compute.packed import PackedEngine
+from daemon.compute.packing import Batch, Packer
+from daemon.compute.preorder import preorder
+from daemon.compute.sae import LoadedSae
+from daemon.compute.trunk import Trunk
+from daemon.records import (
+    CONTRAST_RECIPE,
+    PLAIN_RECIPE,
+    PartExtent,
+    Positions,
+    Recipe,
+    SaeInfo,
+    Sample,
+    TokenizedPart,
+    TokenizedSample,
+)
+from daemon.tools.limit import Products, Work
+
+T = TypeVar("T")
+
+CALIBRATION_TEXTS = 32
+TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Gemma-2 decoder and the dictionaries on it."""
+
+    config: dict[str, int]
+    sae_layers: tuple[int, ...]
+    d_sae: int
+    l0: int  # active features that the thresholds are set for
+
+
+SHAPES = {
+    "gemma-2-2b": Shape(
+        {
+            "hidden_size": 2304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "intermediate_size": 9216,
+            "sliding_window": 4096,
+            "vocab_size": 32_768,  # no logits are computed: a larger one would only fill memory
+        },
+        sae_layers=(5, 12, 20),
+        d_sae=16_384,
+        l0=70,
+    ),
+    "tiny": Shape(
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "intermediate_size": 64,
+            "sliding_window": 64,
+            "vocab_size": 256,
+        },
+        sae_layers=(0, 2),
+        d_sae=128,
+        l0=10,
+    ),
+}
+
+
+def random_model(shape: Shape, device: str, dtype: torch.dtype) -> LoadedModel:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(**shape.config, attn_implementation="eager")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model: Any = Gemma2ForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    return LoadedModel(
+        model=model,
+        tokenizer=None,
+        location=ModelLocation("random", "random", None),
+        architecture=type(model).__name__,
+        d_model=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        vocabulary=config.vocab_size,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def random_saes(shape: Shape, model: LoadedModel) -> list[LoadedSae]:
+    """JumpReLU dictionaries in float32, with nothing active until `calibrate`."""
+    d_in, d_sae = model.d_model, shape.d_sae
+    saes = []
+    for layer in shape.sae_layers:
+        chance = torch.Generator(model.device).manual_seed(layer)
+        W_dec = torch.randn(d_sae, d_in, generator=chance, device=model.device)
+        W_dec /= torch.linalg.vector_norm(W_dec, dim=-1, keepdim=True)
+        sae = SimpleNamespace(
+            W_enc=W_dec.T.contiguous(),
+            W_dec=W_dec,
+            b_enc=W_dec.new_zeros(d_sae),
+            b_dec=W_dec.new_zeros(d_in),
+            threshold=W_dec.new_full((d_sae,), torch.inf),
+            dtype=torch.float32,
+            cfg=SimpleNamespace(apply_b_dec_to_input=False, normalize_activations="none"),
+        )
+        hook_name = f"blocks.{layer}.hook_resid_post"
+        info = SaeInfo(
+            hook_name=hook_name,
+            hook_name_out=hook_name,
+            layer=layer,
+            d_in=d_in,
+            d_sae=d_sae,
+            d_out=d_in,
+            architecture="jumprelu",
+            source="random",
+            weights_sha256="",
+        )
+        saes.append(LoadedSae(info, sae, prepend_bos=True, center_residual=False))
+    return saes
+
+
+def engine_of(model: LoadedModel, saes: Sequence[LoadedSae], positions: Positions, l0: int) -> PackedEngine:
+    calibrate(model, saes, l0)
+    encoders = [FusedEncoder(entry, DecoderRows.of(entry.W_dec), jumprelu(entry.sae)) for entry in saes]
+    return PackedEngine(model, saes, encoders, positions)
+
+
+def calibrate(model: LoadedModel, saes: Sequence[LoadedSae], l0: int) -> None:
+    """Set each dictionary's threshold where that many features of random texts are above it."""
+    chance = torch.Generator().manual_seed(1)
+    tokens = torch.randint(model.vocabulary, (CALIBRATION_TEXTS, 64), generator=chance).to(model.device)
+    trunk = Trunk(model.model, [(entry.info.layer, "post") for entry in saes])
+    with torch.inference_mode():
+        positions = torch.arange(tokens.shape[1], device=model.device).expand_as(tokens)
+        for entry, x in zip(saes, trunk.run(tokens, positions, None, None), strict=True):
+            pre_acts = x.to(entry.sae.dtype) @ entry.sae.W_enc
+            entry.sae.threshold.fill_(pre_acts.topk(l0 + 1, dim=-1).values[:, -1].median().clamp(min=0))
+
+
+Texts = tuple[tuple[int, ...], ...]  # of one sample, in tokens
+
+
+def contrast_samples(n: int, vocabulary: int) -> list[Texts]:
+    """A prompt of about twenty tokens, and that with two endings."""
+    chance = np.random.Generator(np.random.PCG64(2))
+    samples: list[Texts] = []
+    for _ in range(n):
+        prompt, true, false = (
+            tuple(chance.integers(1, vocabulary, int(length)).tolist())
+            for length in chance.integers((12, 2, 2), (30, 8, 8))
+        )
+        prompt = (0, *prompt)
+        samples.append((prompt, prompt + true, prompt + false))
+    return samples
+
+
+def documents(n: int, vocabulary: int) -> list[Texts]:
+    """Texts of 100 to 600 tokens."""
+    chance = np.random.Generator(np.random.PCG64(3))
+    return [
+        ((0, *chance.integers(1, vocabulary, int(chance.integers(100, 600))).tolist()),) for _ in range(n)
+    ]
+
+
+def batches(samples: Sequence[Texts], recipe: Recipe, tokens: int) -> list[Batch]:
+    tokenized = tuple(
+        TokenizedSample(Sample(number, f"s{number}", None, None, None, (), None, 0), texts)
+        for number, texts in enumerate(samples)
+    )
+    extent = PartExtent(number=0, first_record=0, records=len(samples), byte_offset=0)
+    part: Any = SimpleNamespace(recipe=recipe, extent=extent, samples=())
+    packer = Packer(tokens, shares_prefixes=True)
+    packer.add(TokenizedPart(part, tokenized))
+    planned = []
+    while packer:
+        planned.append(packer.take())
+    return planned
+
+
+def seconds_of(function: Callable[[T], object], items: Sequence[T], device: str) -> float:
+    """Of the best of a few runs over all items, after one that is not counted."""
+    seconds = []
+    for _ in range(TRIES + 1):
+        began = time.perf_counter()
+        for item in items:
+            function(item)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def waiting_share(function: Callable[[T], object], items: Sequence[T]) -> tuple[float, str]:
+    """The share of the time in which a CUDA device runs no kernel; and which kernels take the rest."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        began = time.perf_counter()
+        for item in items:
+            function(item)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    events = profiler.key_averages()
+    busy = sum(event.self_device_time_total for event in events if event.device_type.name == "CUDA") / 1e6
+    return round(1 - busy / seconds, 3), str(events.table(sort_by="self_cuda_time_total", row_limit=25))
+
+
+def measure(
+    shape: Shape, device: str, dtype: torch.dtype, sizes: Sequence[int], n: int
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """What was measured of each case and size of batch, and the kernels of a CUDA device."""
+    cases: tuple[tuple[str, Positions, Recipe, Callable[[int, int], list[Texts]], int], ...] = (
+        ("contrast, last", "last", CONTRAST_RECIPE, contrast_samples, 8 * n),
+        ("documents, all", "all", PLAIN_RECIPE, documents, n),
+    )
+    for name, positions, recipe, make, count in cases:
+        model = random_model(shape, device, dtype)  # anew: an engine changes it
+        saes = random_saes(shape, model)
+        work = Work.of(model, saes)
+        rate = 2 * Products(work, dtype, device).rate().fastest
+        samples = make(count, model.vocabulary)
+        engine = engine_of(model, saes, positions, shape.l0)
+        study = Study(engine, StudySettings(0, 0.1, 8, 10, 50, positions))
+        for tokens in sizes:
+            planned = batches(samples, recipe, tokens)
+            texts = [[ids for sample in batch.samples for ids in sample.token_ids] for batch in planned]
+            packed = [preorder(of_batch) for of_batch in texts]
+            readings = [len(one) - 1 if positions == "all" else len(one.leaf) for one in packed]
+            flops = 2 * sum(map(work.multiply_adds, packed, readings))
+            unique = sum(map(len, packed))
+            with torch.inference_mode():
+                extraction = seconds_of(engine.extract, texts, device)
+                whole = seconds_of(study.run, planned, device)
+                l0 = float(engine.extract(texts[0]).layers[0].acts.counts.double().mean())
+                on_cuda = device.startswith("cuda")
+                waits, kernels = waiting_share(study.run, planned) if on_cuda else (None, "")
+            yield (
+                {
+                    "case": name,
+                    "max_batch_tokens": tokens,
+                    "batches": len(planned),
+                    "samples": len(samples),
+                    "unique_tokens": unique,
+                    "l0": round(l0, 1),
+                    "product_tflops": round(rate / 1e12, 1),
+                    "unique_tokens_per_second": round(unique / whole),
+                    "samples_per_second": round(len(samples) / whole, 1),
+                    "utilisation_of_extraction": round(flops / extraction / rate, 3),
+                    "utilisation": round(flops / whole / rate, 3),
+                    "device_waits": waits,
+                },
+                kernels,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="gemma-2-2b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--max-batch-tokens", default="8192,16384,32768", help="several, with commas")
+    parser.add_argument("--documents", type=int, default=512, help="and eight times as many contrast samples")
+    args = parser.parse_args()
+    sizes = [int(size) for size in args.max_batch_tokens.split(",")]
+    dtype = getattr(torch, args.dtype)
+    for line, kernels in measure(SHAPES[args.shape], args.device, dtype, sizes, args.documents):
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+        sys.stderr.write(kernels + "\n")
+
+
+if __name__ == "__main__":
+    main()

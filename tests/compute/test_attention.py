@@ -1,0 +1,64 @@
+"""Both ways to attend, against one query at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from daemon.compute.attention import BlockPlan, Call, GroupedPlan, on_device
+from daemon.compute.preorder import attention_blocks, preorder
+from tests.compute.engines import random_texts
+
+HEADS, KEY_HEADS, D_HEAD = 4, 2, 8
+
+
+def sharing_texts() -> list[list[int]]:
+    a, b, c = random_texts([90, 40, 13])
+    return [a, a[:30] + b[1:], b, c, a[:30] + c[1:]]
+
+
+def plans(texts: list[list[int]]) -> list[BlockPlan | GroupedPlan]:
+    packed = preorder(texts)
+    end, depth, nodes = (
+        torch.from_numpy(packed.end),
+        torch.from_numpy(packed.depth),
+        torch.arange(len(packed)),
+    )
+    blocks = attention_blocks(packed.end, 16)
+    one_by_one = tuple(on_device(block, nodes, end, torch.float64) for block in blocks)
+    return [BlockPlan(one_by_one, depth, {}), GroupedPlan.of(blocks, end, depth, torch.float64)]
+
+
+def slowly(call: Call, texts: list[list[int]]) -> torch.Tensor:
+    """(n, heads, d_head): each text by itself, each query by itself."""
+    packed = preorder(texts)
+    n = len(packed)
+    result = torch.full((n, HEADS, D_HEAD), torch.nan, dtype=torch.float64)
+    for start, stop in zip(packed.offsets, packed.offsets[1:], strict=False):
+        path = torch.from_numpy(packed.path[start:stop])
+        for position, node in enumerate(path):
+            seen = path[max(0, position + 1 - (call.window or n)) : position + 1]
+            for head in range(HEADS):
+                key_head = head // (HEADS // KEY_HEADS)
+                scores = call.scale * call.key[0, key_head, seen] @ call.query[0, head, node]
+                if call.softcap is not None:
+                    scores = call.softcap * torch.tanh(scores / call.softcap)
+                result[node, head] = scores.softmax(0) @ call.value[0, key_head, seen]
+    return result
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_query_sees_its_own_text_and_of_it_what_came_before(window, softcap):
+    texts = sharing_texts()
+    n = len(preorder(texts))
+    chance = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, n, D_HEAD, generator=chance, dtype=torch.float64)
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    call = Call(query, key, value, window, 0.4, softcap)
+    expected = slowly(call, texts)
+    for plan in plans(texts):
+        assert_close(plan.attend(call)[0], expected)
