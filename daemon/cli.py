@@ -133,9 +133,7 @@ def configure(args: argparse.Namespace) -> Config:
     from daemon.config import load_config
     from daemon.observe.logs import configure as configure_logs
 
-    flags = {key: value for key, value in vars(args).items() if "." in key}
-    if getattr(args, "no_http", False):
-        flags["http.enabled"] = False
+    flags = flags_of(args)
     config = load_config(args.config, flags=flags)
     told_to_serve = "enabled" in config.http.model_fields_set or flags.get("http.address") is not None
     if getattr(args, "once", False) and not told_to_serve:  # a drain by cron must not take the daemon's port
@@ -144,11 +142,23 @@ def configure(args: argparse.Namespace) -> Config:
     return config
 
 
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as flags, by their keys."""
+    flags = {key: value for key, value in vars(args).items() if "." in key}
+    if getattr(args, "no_http", False):
+        flags["http.enabled"] = False
+    return flags
+
+
 def run_daemon(args: argparse.Namespace) -> int:
+    from daemon.config import load_config
+    from daemon.settings import Source
+
+    source = Source(lambda: load_config(args.config, flags=flags_of(args)), args.config)
     config = configure(args)
     from daemon.service import serve
 
-    tally = serve(config, once=args.once)
+    tally = serve(config, once=args.once, source=None if args.once else source)
     return SOME_FAILED if args.once and tally.failed else DONE
 
 
@@ -238,7 +248,7 @@ def show_status(args: argparse.Namespace) -> int:
 def check_config(args: argparse.Namespace) -> int:
     config = configure(args)
     from daemon.build import load_compute
-    from daemon.service import check_folders
+    from daemon.machine import check_folders
 
     check_folders(config.inbox.path, config.outbox.path)
     info = load_compute(config).engine.info

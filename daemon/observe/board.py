@@ -99,6 +99,7 @@ class StatusBoard:
         self._instance = secrets.token_hex(8)
         self._started_at = wall_clock()
         self._running: Running | None = None
+        self._refused: str | None = None  # what is wrong with changed settings
         self._lock = threading.Lock()  # around all that is below
         self._backlog = Backlog(0, 0, 0.0, 0, 0)
         self._estimated = False
@@ -132,6 +133,10 @@ class StatusBoard:
                 for sae in info.saes
             ),
         )
+
+    def refuse_settings(self, message: str | None) -> None:
+        """Why changed settings were not taken up; None once they were."""
+        self._refused = None if message is None else visible(message)
 
     def settle(self, outcome: Outcome) -> None:
         """One file came to its end."""
@@ -308,6 +313,8 @@ class StatusBoard:
         quiet = now.when - self._progressed
         if quiet >= NO_PROGRESS_SECONDS and self._state(stalled, unmet) in HEALTHY:
             yield Alert("warning", "No progress", f"There is work, and none was done for {duration(quiet)}.")
+        if self._refused is not None:
+            yield Alert("warning", "Settings refused", f"{self._refused}. The ones before hold.")
         yield from self._failures(now, at)
         if DRAINING in unmet:
             yield Alert("note", "Draining", "It finishes the files that it has taken up, then it ends.")
