@@ -250,7 +250,7 @@ def test_an_outbox_that_was_mounted_read_only_is_not_ready_until_it_is_no_more(d
     with running(daemons, job(tmp_path)) as pid:
         url = url_of(tmp_path / "log", pid)
         becomes(f"{url}/readyz", 200, "", pid)
-        with mounted(outbox, "-t", "tmpfs", "-o", "ro,size=1m", "lensd-test"):
+        with mounted(outbox, "-o", "bind,ro", str(outbox)):
             becomes(f"{url}/readyz", 503, "outbox: not readable and writable", pid)
             wait_until(lambda: pauses(url) == {"folders"}, "the metric", pid)
             page_shows(url, "paused", "outbox: not readable and writable", pid)
