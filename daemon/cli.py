@@ -28,18 +28,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         code: int = args.command(args)
-    except ConfigError as error:
-        return complain(error, BAD_USAGE)
-    except (MachineError, OSError) as error:
-        return complain(error, MACHINE_FAILED)
-    except LensdError as error:
-        return complain(error, SOME_FAILED)
+    except (LensdError, OSError) as error:
+        return complain(error, exit_code(error))
     except KeyboardInterrupt:
         return MACHINE_FAILED
-    except Exception:  # a bug: Python's own exit code for it, 1, would say that some files failed
+    except Exception as error:
         traceback.print_exc()
-        return MACHINE_FAILED
+        return exit_code(error)
     return code
+
+
+def exit_code(error: Exception) -> int:
+    """Of a bug too: Python's own for it, 1, would say that some files failed."""
+    if isinstance(error, ConfigError):
+        return BAD_USAGE
+    if isinstance(error, LensdError) and not isinstance(error, MachineError):
+        return SOME_FAILED
+    return MACHINE_FAILED
 
 
 def complain(error: BaseException, code: int) -> int:
@@ -156,9 +161,16 @@ def run_daemon(args: argparse.Namespace) -> int:
 
     source = Source(lambda: load_config(args.config, flags=flags_of(args)), args.config)
     config = configure(args)
+    from daemon.observe.logs import failed, for_people
     from daemon.service import serve
 
-    tally = serve(config, once=args.once, source=None if args.once else source)
+    try:
+        tally = serve(config, once=args.once, source=None if args.once else source)
+    except Exception as error:
+        if for_people(config.log.format):
+            raise
+        failed(error)  # what reads the log reads JSON
+        return exit_code(error)
     return SOME_FAILED if args.once and tally.failed else DONE
 
 

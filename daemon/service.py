@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -150,6 +152,8 @@ class Service:
 
     async def run(self) -> Tally:
         self.health.unmet.add(LOADING)
+        folders = {"inbox": str(self.config.inbox.path), "outbox": str(self.config.outbox.path)}
+        log.info("service.starting", version=version("lensd"), **folders)
         with self.signals():
             async with self.http(), self.heart.beating():
                 try:
@@ -157,6 +161,7 @@ class Service:
                     self.health.unmet.discard(LOADING)
                     async with self.following_settings():
                         await self.work(compute)
+                    log.info("service.stopped", **dataclasses.asdict(self.tally))
                     return self.tally
                 except* SyncFailed:
                     self.metrics.sync_errors_total.inc()
