@@ -20,7 +20,7 @@ SECRET = "xyzzy"
 GOOD = {"id": "a", "prompt": f"{SECRET} is", "fact": f" {SECRET}", "hallucination": f" not {SECRET}"}
 BAD_RECORDS = (
     f'{{"prompt": "{SECRET}", "fact": "{SECRET}"}}',
-    f'{{"prompt": "{SECRET}", "fact": "{SECRET}", "hallucination": 7}}',
+    f'{{"prompt": "{SECRET}", "fact": "{SECRET}", "hallucination": ["{SECRET}"]}}',
     f'{{"prompt": "{SECRET}", "prompt": "{SECRET}", "fact": "", "hallucination": ""}}',
     f'{{"prompt": "{SECRET}", "fact": "{SECRET}", "hallucination": NaN}}',
     f'{{"prompt": "{SECRET}\\ud800", "fact": "{SECRET}", "hallucination": "{SECRET}"}}',
