@@ -70,6 +70,15 @@ def load_compute(config: Config) -> Compute:
     )
 
 
+def with_settings(compute: Compute, config: Config) -> Compute:
+    """The same model and SAEs under changed settings; call it on the device thread."""
+    return dataclasses.replace(
+        compute,
+        study=Study(compute.engine, study_settings(config)),
+        tokenizer=compute.tokenizer.limited(config.batching.max_text_tokens),
+    )
+
+
 def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
     """The model and its dictionaries. Raises ConfigError."""
     device = resolve_device(config.model.device)

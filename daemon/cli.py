@@ -28,18 +28,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         code: int = args.command(args)
-    except ConfigError as error:
-        return complain(error, BAD_USAGE)
-    except (MachineError, OSError) as error:
-        return complain(error, MACHINE_FAILED)
-    except LensdError as error:
-        return complain(error, SOME_FAILED)
+    except (LensdError, OSError) as error:
+        return complain(error, exit_code(error))
     except KeyboardInterrupt:
         return MACHINE_FAILED
-    except Exception:  # a bug: Python's own exit code for it, 1, would say that some files failed
+    except Exception as error:
         traceback.print_exc()
-        return MACHINE_FAILED
+        return exit_code(error)
     return code
+
+
+def exit_code(error: Exception) -> int:
+    """Of a bug too: Python's own for it, 1, would say that some files failed."""
+    if isinstance(error, ConfigError):
+        return BAD_USAGE
+    if isinstance(error, LensdError) and not isinstance(error, MachineError):
+        return SOME_FAILED
+    return MACHINE_FAILED
 
 
 def complain(error: BaseException, code: int) -> int:
@@ -133,9 +138,7 @@ def configure(args: argparse.Namespace) -> Config:
     from daemon.config import load_config
     from daemon.observe.logs import configure as configure_logs
 
-    flags = {key: value for key, value in vars(args).items() if "." in key}
-    if getattr(args, "no_http", False):
-        flags["http.enabled"] = False
+    flags = flags_of(args)
     config = load_config(args.config, flags=flags)
     told_to_serve = "enabled" in config.http.model_fields_set or flags.get("http.address") is not None
     if getattr(args, "once", False) and not told_to_serve:  # a drain by cron must not take the daemon's port
@@ -144,11 +147,30 @@ def configure(args: argparse.Namespace) -> Config:
     return config
 
 
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as flags, by their keys."""
+    flags = {key: value for key, value in vars(args).items() if "." in key}
+    if getattr(args, "no_http", False):
+        flags["http.enabled"] = False
+    return flags
+
+
 def run_daemon(args: argparse.Namespace) -> int:
+    from daemon.config import load_config
+    from daemon.settings import Source
+
+    source = Source(lambda: load_config(args.config, flags=flags_of(args)), args.config)
     config = configure(args)
+    from daemon.observe.logs import failed, for_people
     from daemon.service import serve
 
-    tally = serve(config, once=args.once)
+    try:
+        tally = serve(config, once=args.once, source=None if args.once else source)
+    except Exception as error:
+        if for_people(config.log.format):
+            raise
+        failed(error)  # what reads the log reads JSON
+        return exit_code(error)
     return SOME_FAILED if args.once and tally.failed else DONE
 
 
@@ -238,7 +260,7 @@ def show_status(args: argparse.Namespace) -> int:
 def check_config(args: argparse.Namespace) -> int:
     config = configure(args)
     from daemon.build import load_compute
-    from daemon.service import check_folders
+    from daemon.machine import check_folders
 
     check_folders(config.inbox.path, config.outbox.path)
     info = load_compute(config).engine.info

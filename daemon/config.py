@@ -273,6 +273,8 @@ def toml_layer(path: Path | None) -> Iterator[tuple[str, Any, str]]:
         raise ConfigError(f"{path}: can't be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
     for section, value in table.items():
         if isinstance(value, dict) and section not in ("texts", "contrast"):
             if not value:

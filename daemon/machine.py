@@ -1,6 +1,6 @@
 """Looks at the machine that the daemon works on: whether its folders and its disk allow work. Blocks.
 
-Finds reasons to pause; does not know who acts on them.
+Finds reasons not to start and reasons to pause; does not know who acts on them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from daemon.durable import make_folder
+from daemon.errors import ConfigError
 from daemon.pause import DISK, FOLDERS, Pause, describe
 
 UNANSWERED_SECONDS = 10.0  # after which a look that does not come back is trouble by itself
+
+
+def check_folders(inbox: Path, outbox: Path) -> None:
+    """Make both folders and see that results can be published by a rename. Raises ConfigError."""
+    for key, folder in (("inbox.path", inbox), ("outbox.path", outbox)):
+        try:
+            make_folder(folder)
+        except OSError as error:
+            raise ConfigError(f"{key} = {folder}: can't be made: {error.strerror}") from None
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            raise ConfigError(f"{key} = {folder}: not readable and writable for this user")
+    if inbox.stat().st_dev != outbox.stat().st_dev:
+        raise ConfigError(
+            f"inbox.path = {inbox} and outbox.path = {outbox} are on different file systems:"
+            " put them on one, so that a rename publishes"
+        )
+    if inbox.resolve() == outbox.resolve():
+        raise ConfigError(f"inbox.path and outbox.path are the same folder, {inbox}: use two")
 
 
 class Machine:

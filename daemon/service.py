@@ -1,4 +1,4 @@
-"""Start, serve, drain, stop, in order. The first SIGTERM or SIGINT drains, the second forces.
+"""Start, serve, drain, stop, in order. The first SIGTERM or SIGINT drains, the second forces; SIGHUP reloads.
 
 Knows the configuration and the lifecycle; what happens to a file is `daemon.pipeline`'s business.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
-import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
-from pathlib import Path
+from importlib.metadata import version
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -25,31 +26,32 @@ from daemon.build import (
     load_compute,
     read_limits,
     results_key,
+    with_settings,
 )
-from daemon.compute.buffers import keep_memory, memory_bytes, pool_bytes
+from daemon.compute.buffers import keep_memory
 from daemon.compute.device import Device
 from daemon.compute.packing import Packer
 from daemon.config import Config
-from daemon.durable import make_folder
 from daemon.errors import ConfigError, MachineError, SyncFailed
+from daemon.heart import Heart
 from daemon.intake.inbox import Inbox
-from daemon.machine import Machine
+from daemon.machine import Machine, check_folders
+from daemon.observe import logs
 from daemon.observe.apart import apart
-from daemon.observe.board import DRAINING, PAUSED, StatusBoard
-from daemon.observe.health import DEVICE, EVENT_LOOP, HEARTBEAT_STALE_SECONDS, LOADING, Health
+from daemon.observe.board import DRAINING, StatusBoard
+from daemon.observe.health import LOADING, Health
 from daemon.observe.http import serve_http
 from daemon.observe.metrics import Metrics
-from daemon.observe.notify import Notify, status_line
+from daemon.observe.notify import Notify
 from daemon.observe.page import status_routes
 from daemon.observe.progress import Progress
 from daemon.output.commit import Outbox
 from daemon.output.delivery import Delivery, Outcome
-from daemon.pause import FOLDERS, REASONS, FoldersLost, Pause
+from daemon.pause import FOLDERS, FoldersLost, Pause
 from daemon.pipeline import Limits, Pipeline, Tally
+from daemon.settings import AT_ONCE, Source, changes, is_in
 
-HEARTBEAT_SECONDS = 1.0
-EXTEND_SECONDS = 30.0  # asked of the service manager at each heartbeat of a drain
-DEVICE_DEAD_SECONDS = 60.0  # that a daemon without its device thread stays, for monitoring to see
+LOOK_SECONDS = 1.0  # between two looks for folders that are gone, or for changed settings
 
 log = structlog.get_logger()
 
@@ -68,10 +70,12 @@ def serve(
     once: bool,
     on_outcome: Callable[[Outcome], None] = ignore,
     load: Callable[[Config], Compute] = load_compute,
+    source: Source | None = None,
 ) -> Tally:
     """Run the daemon until it is told to stop, or with `once` until the inbox is drained.
 
-    `load` gives the model, the SAEs and the tokenizer; it is called on the device thread.
+    `load` gives the model, the SAEs and the tokenizer; it is called on the device thread. `source` is where
+    the settings are read again when they change; without it they don't.
 
     Raises ConfigError before anything is touched, MachineError where the machine fails or a second signal
     forces the end.
@@ -79,7 +83,7 @@ def serve(
     check_folders(config.inbox.path, config.outbox.path)
     keep_memory()
     try:
-        return asyncio.run(Service(config, once=once, on_outcome=on_outcome, load=load).run())
+        return asyncio.run(Service(config, once=once, on_outcome=on_outcome, load=load, source=source).run())
     except* (ConfigError, MachineError, OSError) as group:
         raise first_leaf(group) from None
 
@@ -92,24 +96,6 @@ def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return error
 
 
-def check_folders(inbox: Path, outbox: Path) -> None:
-    """Make both folders and see that results can be published by a rename. Raises ConfigError."""
-    for key, folder in (("inbox.path", inbox), ("outbox.path", outbox)):
-        try:
-            make_folder(folder)
-        except OSError as error:
-            raise ConfigError(f"{key} = {folder}: can't be made: {error.strerror}") from None
-        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-            raise ConfigError(f"{key} = {folder}: not readable and writable for this user")
-    if inbox.stat().st_dev != outbox.stat().st_dev:
-        raise ConfigError(
-            f"inbox.path = {inbox} and outbox.path = {outbox} are on different file systems:"
-            " put them on one, so that a rename publishes"
-        )
-    if inbox.resolve() == outbox.resolve():
-        raise ConfigError(f"inbox.path and outbox.path are the same folder, {inbox}: use two")
-
-
 class Service:
     """One run of the daemon."""
 
@@ -120,17 +106,19 @@ class Service:
         once: bool,
         on_outcome: Callable[[Outcome], None],
         load: Callable[[Config], Compute],
+        source: Source | None = None,
     ) -> None:
         self.config = config
         self.load_compute = load
         self.once = once
         self.on_outcome = on_outcome
-        self.stop = asyncio.Event()
+        self.source = source
+        self.stop = asyncio.Event()  # of the run
+        self.turn = asyncio.Event()  # of one pipeline, with the run or for another one with other settings
+        self.hung_up = asyncio.Event()  # SIGHUP came
         self.metrics = Metrics(CollectorRegistry())
         self.device = Device()
         self.health = Health(self.device, stall_seconds=config.http.stall_seconds)
-        for loop in (EVENT_LOOP, DEVICE):
-            self.metrics.heartbeat_timestamp_seconds.labels(loop).set_function(partial(self.last_seen, loop))
         self.progress = Progress()
         self.board = StatusBoard(
             inbox=config.inbox.path,
@@ -146,23 +134,34 @@ class Service:
             min_free_bytes=config.outbox.min_free_bytes,
             pause=self.pause,
         )
-        self.paused: set[str] = set()  # reasons that were told
-        self.device_stalled = False  # and told
-        self.device_died_at: float | None = None
+        self.heart = Heart(
+            folders={"inbox": config.inbox.path, "outbox": config.outbox.path},
+            device=self.device,
+            health=self.health,
+            machine=self.machine,
+            pause=self.pause,
+            metrics=self.metrics,
+            progress=self.progress,
+            board=self.board,
+            notify=self.notify,
+            end=self.end,
+        )
         self.fatal: BaseException | None = None  # what ends the run from outside the pipeline
         self.main_task: asyncio.Task[object] | None = None
         self.tally = Tally()
-        self.inbox: Inbox | None = None
-        self.pipeline: Pipeline | None = None
 
     async def run(self) -> Tally:
         self.health.unmet.add(LOADING)
+        folders = {"inbox": str(self.config.inbox.path), "outbox": str(self.config.outbox.path)}
+        log.info("service.starting", version=version("lensd"), **folders)
         with self.signals():
-            async with self.http(), self.heartbeat():
+            async with self.http(), self.heart.beating():
                 try:
                     compute = await self.load()
                     self.health.unmet.discard(LOADING)
-                    await self.work(compute)
+                    async with self.following_settings():
+                        await self.work(compute)
+                    log.info("service.stopped", **dataclasses.asdict(self.tally))
                     return self.tally
                 except* SyncFailed:
                     self.metrics.sync_errors_total.inc()
@@ -192,11 +191,19 @@ class Service:
         return compute
 
     async def work(self, compute: Compute) -> None:
-        """Run pipelines to their end; another one where the folders of the first were taken away."""
+        """Run pipelines until the run stops: another for changed settings, or once lost folders are back."""
+        made_for = self.config
         with self.progress:
             while True:
+                self.turn = asyncio.Event()  # before the settings are taken: a later change sets it
+                config = self.config
+                if config is not made_for:
+                    compute = await self.device.call(partial(with_settings, compute, config))
+                    made_for = config
                 try:
-                    return await self.drain(compute)
+                    await self.drain(compute, config)
+                    if self.once or self.stop.is_set():
+                        return
                 except* FoldersLost as lost:
                     if self.once or self.stop.is_set():
                         raise
@@ -211,11 +218,10 @@ class Service:
             trouble := await asyncio.to_thread(self.machine.folder_trouble)
         ) is not None and not self.stop.is_set():
             self.pause.hold(FOLDERS, trouble)
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
 
-    async def drain(self, compute: Compute) -> None:
+    async def drain(self, compute: Compute, config: Config) -> None:
         """Open inbox and outbox and run a pipeline to its end."""
-        config = self.config
         inbox = Inbox(
             config.inbox.path,
             settle_seconds=config.inbox.settle_seconds,
@@ -228,19 +234,20 @@ class Service:
         try:
             removed = await self.pause.outlast(lambda: asyncio.to_thread(outbox.open), "start")
             self.metrics.recovered_files_total.labels("staging_removed").inc(removed)
-            self.inbox = inbox
-            self.pipeline = self.assemble(compute, inbox, outbox)
+            pipeline = self.assemble(compute, config, inbox, outbox)
+            self.heart.inbox, self.heart.pipeline = inbox, pipeline
             self.notify.ready()
+            if self.stop.is_set():
+                self.turn.set()
             try:
-                await self.pipeline.run(self.stop, once=self.once)
+                await pipeline.run(self.turn, once=self.once)
             finally:
-                self.pipeline.delivery.close()
+                pipeline.delivery.close()
         finally:
             await asyncio.to_thread(outbox.close)
             await inbox.close()
 
-    def assemble(self, compute: Compute, inbox: Inbox, outbox: Outbox) -> Pipeline:
-        config = self.config
+    def assemble(self, compute: Compute, config: Config, inbox: Inbox, outbox: Outbox) -> Pipeline:
         return Pipeline(
             inbox=inbox,
             delivery=Delivery(
@@ -291,13 +298,23 @@ class Service:
                 self.health.unmet.add(DRAINING)
                 self.notify.stopping()
                 self.stop.set()
+                self.turn.set()
                 self.pause.give_up()
             else:
                 log.warning("service.forced", signal=received.name)
                 task.cancel()
 
+        def hang_up() -> None:
+            if on_terminal and not sys.stderr.isatty():  # which is gone
+                handle(signal.SIGHUP)
+            else:
+                self.hung_up.set()
+
+        on_terminal = sys.stderr.isatty()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, handle, number)
+        if self.source is not None:
+            loop.add_signal_handler(signal.SIGHUP, hang_up)
         try:
             yield
         except asyncio.CancelledError:
@@ -305,7 +322,7 @@ class Service:
                 raise self.fatal from None
             raise Forced("forced to stop: unfinished files were put back into the inbox") from None
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
     @contextlib.asynccontextmanager
@@ -319,121 +336,54 @@ class Service:
             log.info("http.listening", url=url)
             yield
 
-    def tell_pause(self) -> None:
-        """Say where claiming pauses, and why, in metrics, readiness and log."""
-        reasons = self.pause.reasons
-        for reason in REASONS:
-            self.metrics.paused.labels(reason).set(reason in reasons)
-        self.health.unmet = {text for text in self.health.unmet if not text.startswith(PAUSED)}
-        self.health.unmet |= {f"{PAUSED}{message}" for message in reasons.values()}
-        for reason in reasons.keys() - self.paused:
-            log.warning("service.paused", reason=reason, message=reasons[reason])
-        for reason in self.paused - reasons.keys():
-            log.info("service.resumed", reason=reason)
-        self.paused = set(reasons)
-
-    def sample(self) -> None:
-        """Set the gauges that describe this moment."""
-        metrics = self.metrics
-        metrics.observe_device(self.device.busy_seconds, time.monotonic())
-        if self.inbox is not None:
-            metrics.observe_inbox(self.inbox.pending(), self.inbox.take_recovered(), self.inbox.take_found())
-        if self.pipeline is not None:
-            for stage, items in self.pipeline.queued().items():
-                metrics.queue_items.labels(stage).set(items)
-            metrics.queue_tokens.set(self.pipeline.tokenized.weight + self.pipeline.packer.tokens)
-            device = self.pipeline.study.engine.info.device
-            metrics.observe_memory(memory_bytes(device), pool_bytes(device))
-        self.board.look(
-            self.inbox.pending() if self.inbox is not None else None,
-            self.pipeline.workload if self.pipeline is not None else None,
-            ready=not self.health.unmet,
-        )
-
-    def tell_manager(self) -> None:
-        """Feed the service manager's watchdog while all makes progress, and say how things are.
-
-        A drain, or a wait for the folders, may take as long as it makes progress; loading may not.
-        """
-        stalled = self.health.stalled()
-        if not stalled:
-            self.notify.alive()
-            if LOADING not in self.health.unmet and (self.stop.is_set() or self.pipeline is None):
-                self.notify.extend(EXTEND_SECONDS)
-        load = self.inbox.pending() if self.inbox is not None else None
-        self.notify.status(
-            status_line(
-                "; ".join(stalled or sorted(self.health.unmet)) or "running",
-                files=load.files if load else 0,
-                oldest_seconds=load.oldest_seconds if load else 0.0,
-                done=self.progress.done,
-                total=self.progress.total,
-                rate=self.progress.rate,
-            )
-        )
-
-    def last_seen(self, loop: str) -> float:
-        """When a loop last showed progress, in Unix time."""
-        return time.time() - self.health.silence_seconds(loop)
-
-    def check_loops(self, silence: float) -> None:
-        """Say what stalls, and what did: an event loop that stalled can tell only afterwards.
-
-        A device thread that died does not come back: the run ends, once monitoring had time to see it.
-        """
-        if silence > HEARTBEAT_STALE_SECONDS:
-            log.error("service.stalled", loop=EVENT_LOOP, seconds=round(silence, 1), over=True)
-        stalled = self.health.stalled()
-        if stalled and not self.device_stalled:
-            log.error("service.stalled", loop=DEVICE, message="; ".join(stalled))
-        elif self.device_stalled and not stalled:
-            log.info("service.recovered", loop=DEVICE)
-        self.device_stalled = bool(stalled)
-        if self.device.alive:
+    @contextlib.asynccontextmanager
+    async def following_settings(self) -> AsyncIterator[None]:
+        """Within the context settings are read again at SIGHUP and when their file changed."""
+        if self.source is None:
+            yield
             return
-        self.device_died_at = self.device_died_at or time.monotonic()
-        if time.monotonic() - self.device_died_at >= DEVICE_DEAD_SECONDS:
-            self.end(MachineError("the device thread died: unfinished files were put back into the inbox"))
+        task = asyncio.create_task(self.follow_settings(self.source))
+        task.add_done_callback(self.heart.see_end)
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def follow_settings(self, source: Source) -> None:
+        while not self.stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.hung_up.wait(), LOOK_SECONDS)
+            if self.hung_up.is_set() or await asyncio.to_thread(source.changed):
+                self.hung_up.clear()
+                self.notify.reloading()
+                await self.reload(source)
+                self.notify.ready()
+
+    async def reload(self, source: Source) -> None:
+        """Take up changed settings, or none of them. Files under way are finished under the ones before."""
+        before = self.config
+        try:
+            config = await asyncio.to_thread(source.read, before)
+        except ConfigError as error:
+            log.error("settings.rejected", message=str(error))
+            self.metrics.config_reloads_total.labels("rejected").inc()
+            self.board.refuse_settings(str(error))
+            return
+        changed = changes(before, config)
+        self.config = config
+        if any(is_in(key, ("log",)) for key in changed):
+            logs.configure(config.log.format, config.log.level)
+        self.health.stall_seconds = config.http.stall_seconds
+        self.machine.min_free_bytes = config.outbox.min_free_bytes
+        if not all(is_in(key, AT_ONCE) for key in changed):
+            self.turn.set()
+        log.info("settings.applied", changed=changed)
+        self.metrics.config_reloads_total.labels("applied").inc()
+        self.board.refuse_settings(None)
 
     def end(self, error: BaseException) -> None:
         """End the run with this error, whatever it is at."""
         if self.fatal is None and self.main_task is not None:
             self.fatal = error
             self.main_task.cancel()
-
-    def see_end(self, task: asyncio.Task[None]) -> None:
-        """A background task ended: a bug, unless it was told to."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.end(error)
-
-    async def beat(self) -> None:
-        """The heart of the event loop: whatever stalls it is seen by its silence."""
-        while True:
-            self.check_loops(self.health.beat())
-            self.machine.see_unanswered()
-            self.tell_pause()
-            self.tell_manager()
-            self.sample()
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-
-    async def watch_machine(self) -> None:
-        """Look at folders and disk, which may take its time: a disk that is gone answers nothing."""
-        folders = {"inbox": self.config.inbox.path, "outbox": self.config.outbox.path}
-        while True:
-            await asyncio.to_thread(self.machine.look)
-            self.tell_pause()
-            with contextlib.suppress(OSError):
-                await asyncio.to_thread(self.metrics.observe_disk, folders)
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-
-    @contextlib.asynccontextmanager
-    async def heartbeat(self) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(work()) for work in (self.watch_machine, self.beat)]
-        for task in tasks:
-            task.add_done_callback(self.see_end)
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)

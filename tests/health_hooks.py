@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from daemon import service
+from daemon import heart, service
 from daemon.compute.packing import Batch
 from daemon.observe import health
 from tests.reliability.hooks import before_each_batch, gated
@@ -25,8 +25,8 @@ SYS_EXIT = {"x86_64": 60, "aarch64": 93}.get(platform.machine())  # <asm/unistd.
 def quick(dead_seconds: float = 3600.0) -> Iterator[None]:
     """A hook: heartbeats come often; a daemon without its device stays for `dead_seconds`."""
     with (
-        mock.patch.object(service, "HEARTBEAT_SECONDS", BEAT_SECONDS),
-        mock.patch.object(service, "DEVICE_DEAD_SECONDS", dead_seconds),
+        mock.patch.object(heart, "HEARTBEAT_SECONDS", BEAT_SECONDS),
+        mock.patch.object(heart, "DEVICE_DEAD_SECONDS", dead_seconds),
     ):
         yield
 
@@ -34,18 +34,18 @@ def quick(dead_seconds: float = 3600.0) -> Iterator[None]:
 @contextlib.contextmanager
 def stalling_loop(stall: str) -> Iterator[None]:
     """A hook: while the file `stall` is there the event loop stands still."""
-    sample = service.Service.sample
+    sample = heart.Heart.sample
 
-    def stall_and_sample(self: service.Service) -> None:
+    def stall_and_sample(self: heart.Heart) -> None:
         while Path(stall).exists():
             time.sleep(0.01)
         sample(self)
 
     with (
         quick(),
-        mock.patch.object(service, "HEARTBEAT_STALE_SECONDS", STALE_SECONDS),
+        mock.patch.object(heart, "HEARTBEAT_STALE_SECONDS", STALE_SECONDS),
         mock.patch.object(health, "HEARTBEAT_STALE_SECONDS", STALE_SECONDS),
-        mock.patch.object(service.Service, "sample", stall_and_sample),
+        mock.patch.object(heart.Heart, "sample", stall_and_sample),
     ):
         yield
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import os
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import machine, service
+from daemon import heart, machine
 from daemon.machine import Machine
 from daemon.observe import health
 from daemon.pause import FOLDERS, Pause
@@ -43,6 +46,20 @@ def users_root() -> Iterator[Path]:
             os.chown(path, NOBODY, NOBODY)
     yield folder
     shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[None]:
+    """Something mounted on a folder within the context; skips where that is refused."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root may mount")
+    told = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+    if told.returncode:
+        pytest.skip(f"mount is refused here: {told.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def job(root: Path, hook: str = "quick", *, flags: dict[str, object] | None = None, **args: object) -> Job:
@@ -84,6 +101,20 @@ def becomes(url: str, status: int, reason: str, pid: int) -> None:
     wait_until(so, f"{url} to be {status} {reason}", pid)
 
 
+def page_shows(url: str, state: str, alert: str, pid: int) -> None:
+    """Wait until the page is in a state, with an alert that says why."""
+
+    def so() -> bool:
+        page = html.unescape(get(url)[1])
+        head = re.search(r'<header[^>]*class="is-([a-z-]+)', page)
+        alerts = re.search(r'<section[^>]*id="alerts".*?</section>', page, re.DOTALL)
+        assert head is not None
+        assert alerts is not None
+        return head[1] == state and alert in alerts[0]
+
+    wait_until(so, f"the page to show {state}: {alert}", pid)
+
+
 def test_a_stalled_event_loop_is_told_while_it_stalls_and_is_over_when_it_goes_on(daemons, tmp_path):
     stall = tmp_path / "stall"
     with running(daemons, job(tmp_path, "stalling_loop", stall=str(stall))) as pid:
@@ -93,6 +124,7 @@ def test_a_stalled_event_loop_is_told_while_it_stalls_and_is_over_when_it_goes_o
         becomes(f"{url}/livez", 503, "event loop stalled", pid)
         wait_until(lambda: silence(url, "event_loop") > 1, "a stale heartbeat", pid)
         assert silence(url, "device") < silence(url, "event_loop")
+        page_shows(url, "stalled", "event loop stalled", pid)
         stall.unlink()
         becomes(f"{url}/livez", 200, "", pid)
     assert "event_loop" in {line["loop"] for line in events(tmp_path / "log", "service.stalled")}
@@ -108,6 +140,7 @@ def test_a_device_stuck_in_a_call_is_told_and_is_over_when_it_goes_on(daemons, t
         becomes(f"{url}/livez", 503, "device busy on one call", pid)
         wait_until(lambda: silence(url, "device") > 1, "a stale heartbeat", pid)
         assert silence(url, "event_loop") < silence(url, "device")
+        page_shows(url, "stalled", "device busy on one call", pid)
         go.touch()
         becomes(f"{url}/livez", 200, "", pid)
         wait_until(lambda: list((tmp_path / "outbox").glob("study-*")), "the results", pid)
@@ -131,6 +164,7 @@ def test_a_device_thread_that_died_is_told_however_long_a_batch_may_take(daemons
     becomes(f"{url}/livez", 503, "device thread died", pid)
     wait_until(lambda: silence(url, "device") > 1, "a stale heartbeat", pid)
     assert silence(url, "event_loop") < silence(url, "device")
+    page_shows(url, "stalled", "device thread died", pid)
     os.kill(pid, signal.SIGTERM)  # the drain waits for a device that is no more
     becomes(f"{url}/readyz", 503, "draining", pid)
     assert end(daemons, pid) == 3
@@ -189,7 +223,40 @@ def test_a_disk_below_its_floor_is_not_ready(daemons, tmp_path):
         url = url_of(tmp_path / "log", pid)
         becomes(f"{url}/readyz", 503, "outbox.min_free_bytes", pid)
         assert pauses(url) == {"disk"}
+        page_shows(url, "paused", "outbox.min_free_bytes", pid)
         assert get(f"{url}/livez")[0] == 200
+
+
+def test_a_disk_that_fills_up_is_not_ready_until_there_is_room(daemons, tmp_path):
+    root, ballast = tmp_path / "disk", tmp_path / "disk" / "ballast"
+    root.mkdir()
+    with (
+        mounted(root, "-t", "tmpfs", "-o", "size=16m", "lensd-test"),
+        running(daemons, job(root, flags={"outbox.min_free_bytes": 4 << 20})) as pid,
+    ):
+        url = url_of(root / "log", pid)
+        becomes(f"{url}/readyz", 200, "", pid)
+        ballast.write_bytes(bytes(13 << 20))
+        becomes(f"{url}/readyz", 503, "outbox.min_free_bytes", pid)
+        wait_until(lambda: pauses(url) == {"disk"}, "the metric", pid)
+        page_shows(url, "paused", "free some space", pid)
+        ballast.unlink()
+        becomes(f"{url}/readyz", 200, "", pid)
+
+
+def test_an_outbox_that_was_mounted_read_only_is_not_ready_until_it_is_no_more(daemons, tmp_path):
+    outbox = tmp_path / "outbox"
+    outbox.mkdir()
+    with running(daemons, job(tmp_path)) as pid:
+        url = url_of(tmp_path / "log", pid)
+        becomes(f"{url}/readyz", 200, "", pid)
+        with mounted(outbox, "-o", "bind,ro", str(outbox)):
+            becomes(f"{url}/readyz", 503, "outbox: not readable and writable", pid)
+            wait_until(lambda: pauses(url) == {"folders"}, "the metric", pid)
+            page_shows(url, "paused", "outbox: not readable and writable", pid)
+        becomes(f"{url}/readyz", 200, "", pid)
+        drop(tmp_path)
+        wait_until(lambda: list(outbox.glob("study-*")), "the results", pid)
 
 
 @pytest.mark.parametrize("which", ["inbox", "outbox"])
@@ -204,6 +271,7 @@ def test_a_folder_that_may_not_be_written_is_not_ready_until_it_may(daemons, use
         (users_root / which).chmod(0o500)
         becomes(f"{url}/readyz", 503, f"{which}: not readable and writable", pid)
         assert pauses(url) == {"folders"}
+        page_shows(url, "paused", f"{which}: not readable and writable", pid)
         assert get(f"{url}/livez")[0] == 200
         (users_root / which).chmod(0o700)
         becomes(f"{url}/readyz", 200, "", pid)
@@ -228,6 +296,6 @@ def test_folders_that_do_not_answer_are_a_reason_to_pause(tmp_path):
 
 
 def test_by_default_trouble_shows_in_time():
-    assert service.HEARTBEAT_SECONDS + health.HEARTBEAT_STALE_SECONDS < VISIBLE_SECONDS
-    assert 2 * service.HEARTBEAT_SECONDS + machine.UNANSWERED_SECONDS < VISIBLE_SECONDS
-    assert 2 * service.HEARTBEAT_SECONDS < VISIBLE_SECONDS < service.DEVICE_DEAD_SECONDS
+    assert heart.HEARTBEAT_SECONDS + health.HEARTBEAT_STALE_SECONDS < VISIBLE_SECONDS
+    assert 2 * heart.HEARTBEAT_SECONDS + machine.UNANSWERED_SECONDS < VISIBLE_SECONDS
+    assert 2 * heart.HEARTBEAT_SECONDS < VISIBLE_SECONDS < heart.DEVICE_DEAD_SECONDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,12 @@ class Tokenizer:
                 "the SAEs expect a BOS token, but the model's tokenizer has neither BOS nor EOS"
             )
         self._prefix: tuple[int, ...] = (bos,) if prepend_bos else ()
+
+    def limited(self, max_text_tokens: int) -> Tokenizer:
+        """The same with another limit."""
+        other = copy.copy(self)
+        other._max_text_tokens = max_text_tokens
+        return other
 
     def encode(self, texts: list[str]) -> list[tuple[int, ...]]:
         """Token ids of each text, BOS included."""

@@ -99,8 +99,10 @@ class StatusBoard:
         self._instance = secrets.token_hex(8)
         self._started_at = wall_clock()
         self._running: Running | None = None
+        self._refused: str | None = None  # what is wrong with changed settings
         self._lock = threading.Lock()  # around all that is below
-        self._backlog = Backlog(0, 0, 0.0, 0, 0)
+        self._load: InboxLoad | None = None  # of the last look
+        self._workload: Workload | None = None
         self._estimated = False
         self._eta_seconds: float | None = None
         self._files: deque[SettledFile] = deque(maxlen=FILES_SHOWN)
@@ -132,6 +134,10 @@ class StatusBoard:
                 for sae in info.saes
             ),
         )
+
+    def refuse_settings(self, message: str | None) -> None:
+        """Why changed settings were not taken up; None once they were."""
+        self._refused = None if message is None else visible(message)
 
     def settle(self, outcome: Outcome) -> None:
         """One file came to its end."""
@@ -165,21 +171,16 @@ class StatusBoard:
 
     def _note_work(self, load: InboxLoad | None, workload: Workload | None, *, ready: bool) -> None:
         """What there is to do, and how long it takes at the present rate."""
-        progress = self._progress
-        read_not_done = max(0, progress.total - progress.done)
-        self._backlog = Backlog(
-            files=load.files if load else 0,
-            bytes=load.bytes if load else 0,
-            oldest_seconds=load.oldest_seconds if load else 0.0,
-            files_under_way=len(workload) if workload else 0,
-            samples_under_way=read_not_done,
-        )
-        unread = workload.unread_records(self._backlog.bytes) if workload is not None else None
+        self._load, self._workload = load, workload
+        backlog, rate = (
+            self._backlog,
+            self._progress.rate,
+        )  # which leaves out the time spent waiting for files
+        unread = workload.unread_records(backlog.bytes) if workload is not None else None
         self._estimated = bool(unread)
         self._eta_seconds = None
-        rate = progress.rate  # which leaves out the time spent waiting for files
         if ready and self._work_at_hand and unread is not None and rate:
-            self._eta_seconds = round((read_not_done + unread) / rate, 1)
+            self._eta_seconds = round((backlog.samples_under_way + unread) / rate, 1)
 
     def status(self, health: Verdicts) -> Status:
         """What there is to say now."""
@@ -210,6 +211,18 @@ class StatusBoard:
             files=tuple(self._files),
             free_bytes={name: int(free) for name, free in by_label(self._metrics.disk_free_bytes).items()},
             history=History(WINDOW_SECONDS, STEP_SECONDS, tuple(self._points)),
+        )
+
+    @property
+    def _backlog(self) -> Backlog:
+        """As it is now, so that it fits the totals; but for the inbox, which is that of the last look."""
+        load, workload, progress = self._load, self._workload, self._progress
+        return Backlog(
+            files=load.files if load else 0,
+            bytes=load.bytes if load else 0,
+            oldest_seconds=load.oldest_seconds if load else 0.0,
+            files_under_way=len(workload) if workload else 0,
+            samples_under_way=max(0, progress.total - progress.done),
         )
 
     @property
@@ -308,6 +321,8 @@ class StatusBoard:
         quiet = now.when - self._progressed
         if quiet >= NO_PROGRESS_SECONDS and self._state(stalled, unmet) in HEALTHY:
             yield Alert("warning", "No progress", f"There is work, and none was done for {duration(quiet)}.")
+        if self._refused is not None:
+            yield Alert("warning", "Settings refused", f"{self._refused}. The ones before hold.")
         yield from self._failures(now, at)
         if DRAINING in unmet:
             yield Alert("note", "Draining", "It finishes the files that it has taken up, then it ends.")

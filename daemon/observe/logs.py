@@ -6,11 +6,14 @@ the text of samples.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from typing import Any, Literal, TextIO
 
 import structlog
+
+from daemon.errors import LensdError
 
 Format = Literal["auto", "console", "json"]
 
@@ -21,7 +24,7 @@ def configure(format: Format, level: str, stream: TextIO | None = None) -> None:
     Libraries that use the standard logging come out the same way, from warnings on.
     """
     target = SafeStream(stream)
-    console = format == "console" or (format == "auto" and target.isatty())
+    console = for_people(format, stream)
     shared: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=not console),
@@ -53,8 +56,22 @@ def configure(format: Format, level: str, stream: TextIO | None = None) -> None:
     logging.captureWarnings(True)
 
 
+def for_people(format: Format, stream: TextIO | None = None) -> bool:
+    """Whether lines are for a console, and not JSON."""
+    return format == "console" or (format == "auto" and SafeStream(stream).isatty())
+
+
+def failed(error: Exception) -> None:
+    """The last line of a command that failed: in words, for a bug with its traceback."""
+    log = structlog.get_logger()
+    if isinstance(error, LensdError | OSError):
+        log.error("service.failed", message=str(error))
+    else:
+        log.error("service.failed", message=type(error).__name__, exc_info=error)
+
+
 class SafeStream:
-    """A text stream that never refuses a character: file names may hold what UTF-8 can't.
+    """A text stream that never refuses: file names may hold what UTF-8 can't, and work goes on without a log.
 
     Without a stream it is standard error as it is at each write, so that a live progress line, which
     takes the place of standard error, can keep itself below the log.
@@ -69,10 +86,13 @@ class SafeStream:
 
     def write(self, text: str) -> int:
         encoding = self._target.encoding or "utf-8"
-        return self._target.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        with contextlib.suppress(OSError):  # a full disk, a reader or a terminal that is gone
+            self._target.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
 
     def flush(self) -> None:
-        self._target.flush()
+        with contextlib.suppress(OSError):
+            self._target.flush()
 
     def isatty(self) -> bool:
         return self._target.isatty()

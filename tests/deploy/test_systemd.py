@@ -12,8 +12,8 @@ import pytest
 
 from daemon.cli import parser
 from daemon.config import load_config
+from daemon.heart import EXTEND_SECONDS, HEARTBEAT_SECONDS
 from daemon.observe.health import HEARTBEAT_STALE_SECONDS
-from daemon.service import EXTEND_SECONDS, HEARTBEAT_SECONDS
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 NAMES = ("lensd.service", "lensd@.service")

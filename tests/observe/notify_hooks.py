@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from daemon import service
+from daemon import heart
 from tests.reliability.hooks import gated
 
 BEAT_SECONDS = 0.05
@@ -17,7 +17,7 @@ BEAT_SECONDS = 0.05
 @contextlib.contextmanager
 def quick_heart() -> Iterator[None]:
     """A hook: heartbeats come often."""
-    with mock.patch.object(service, "HEARTBEAT_SECONDS", BEAT_SECONDS):
+    with mock.patch.object(heart, "HEARTBEAT_SECONDS", BEAT_SECONDS):
         yield
 
 
@@ -31,13 +31,13 @@ def hanging_device(reached: str, go: str) -> Iterator[None]:
 @contextlib.contextmanager
 def stalling_loop(stall: str, reached: str) -> Iterator[None]:
     """A hook: while the file `stall` is there the event loop stands still, having made `reached`."""
-    sample = service.Service.sample
+    sample = heart.Heart.sample
 
-    def stall_and_sample(self: service.Service) -> None:
+    def stall_and_sample(self: heart.Heart) -> None:
         while Path(stall).exists():
             Path(reached).touch()
             time.sleep(0.01)
         sample(self)
 
-    with quick_heart(), mock.patch.object(service.Service, "sample", stall_and_sample):
+    with quick_heart(), mock.patch.object(heart.Heart, "sample", stall_and_sample):
         yield

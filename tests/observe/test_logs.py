@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -7,7 +8,8 @@ import logging
 import pytest
 import structlog
 
-from daemon.observe.logs import configure
+from daemon.errors import MachineError
+from daemon.observe.logs import configure, failed
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +77,33 @@ def test_a_name_that_is_not_utf8_does_not_break_the_line():
         structlog.get_logger().info("file.settled", file="caf\udce9.json")
         assert "caf" in stream.getvalue()
         stream.getvalue().encode("utf-8")
+
+
+class Gone(Utf8):
+    """A log on a full disk, or whose reader left."""
+
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_a_log_that_can_not_be_written_stops_nothing():
+    configure("json", "info", Gone())
+    structlog.get_logger().info("file.settled", file="a.json")
+    logging.getLogger("some.library").warning("careful")
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "traced"),
+    [(MachineError("the disk is gone"), "the disk is gone", False), (KeyError("a bug"), "KeyError", True)],
+    ids=["the machine", "a bug"],
+)
+def test_the_last_line_of_a_failure_is_a_line_as_any_other(error, said, traced):
+    stream = Utf8()
+    configure("json", "info", stream)
+    failed(error)
+    (line,) = map(json.loads, stream.getvalue().splitlines())
+    assert (line["event"], line["level"], line["message"]) == ("service.failed", "error", said)
+    assert ("exception" in line) is traced
