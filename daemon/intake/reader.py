@@ -214,15 +214,14 @@ def size_of(text: str) -> int:
 def complain_of(group: list[RawRecord], values: list[Any]) -> NoReturn:
     """Raises the FileError of a file in which no record says what its texts are."""
     if any(isinstance(value, dict) for value in values):
-        wanted = " or ".join("+".join(sorted(recipe.fields)) for recipe in BUILT_IN_RECIPES)
+        wanted = " nor ".join(" and ".join(sorted(recipe.fields)) for recipe in BUILT_IN_RECIPES)
         raise FileError(
             "no_recipe",
-            f"none of the first {len(group)} records has the fields {wanted}:"
+            f"the records have neither {wanted} among their fields:"
             " name your own in [texts] of the configuration",
         )
     first = values[0] if isinstance(values[0], SampleError) else "is not an object"
     raise FileError(
         "no_usable_record",
-        f"none of the first {len(group)} records can be used; the first: line {group[0].place.line}:"
-        f" the record {first}",
+        f"none of its first records can be used; line {group[0].place.line}: the record {first}",
     )

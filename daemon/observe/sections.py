@@ -171,6 +171,7 @@ def files(status: Status) -> Html:
             "table",
             tag("thead", tag("tr", *heads, role="row"), role="rowgroup"),
             tag("tbody", *(file_row(file, status.at) for file in status.files), role="rowgroup"),
+            class_="cards",
             role="table",
             aria_labelledby="files-title",
         ),
@@ -178,7 +179,7 @@ def files(status: Status) -> Html:
 
 
 def file_row(file: SettledFile, at: float) -> Html:
-    """On a narrow page it becomes a card, which is why roles are spelled out."""
+    """On a narrow page a row becomes a card, which is why roles are spelled out."""
     published = file.outcome == "committed"
     when = datetime.fromtimestamp(file.at, UTC).isoformat(timespec="seconds")
     reason = file.message or file.reason
@@ -203,7 +204,12 @@ def file_row(file: SettledFile, at: float) -> Html:
 
 
 def number_cell(
-    value: str, *, told: bool, before: str | None = None, after: str | None = None, marked: bool = False
+    value: str,
+    *,
+    told: bool = True,
+    before: str | None = None,
+    after: str | None = None,
+    marked: bool = False,
 ) -> Html:
     """A value, where it is `told`; the words before and after it are for a card, which has no header."""
     return tag(
@@ -243,6 +249,10 @@ def running(status: Status) -> Html:
 
 def model(running: Running) -> Html:
     heads = ("Hook", "Architecture", "From", "Features", "FVU")
+    columns = [
+        tag("th", name, scope="col", role="columnheader", class_="number" if name in heads[3:] else None)
+        for name in heads
+    ]
     return join(
         tag(
             "dl",
@@ -256,17 +266,10 @@ def model(running: Running) -> Html:
             tag(
                 "table",
                 tag("caption", "Sparse autoencoders; FVU of the last file"),
-                tag(
-                    "thead",
-                    tag(
-                        "tr",
-                        *(
-                            tag("th", name, scope="col", class_="number" if name in heads[3:] else None)
-                            for name in heads
-                        ),
-                    ),
-                ),
-                tag("tbody", *(dictionary_row(sae) for sae in running.saes)),
+                tag("thead", tag("tr", *columns, role="row"), role="rowgroup"),
+                tag("tbody", *(dictionary_row(sae) for sae in running.saes), role="rowgroup"),
+                class_="cards",
+                role="table",
             ),
             class_="scrolls",
             tabindex=0,
@@ -279,11 +282,12 @@ def model(running: Running) -> Html:
 def dictionary_row(sae: Dictionary) -> Html:
     return tag(
         "tr",
-        tag("th", sae.hook_name, scope="row"),
-        tag("td", sae.architecture),
-        tag("td", sae.source),
-        tag("td", count(sae.d_sae), class_="number"),
-        tag("td", DASH if sae.fvu is None else f"{sae.fvu:.3f}", class_="number"),
+        tag("th", sae.hook_name, scope="row", role="rowheader"),
+        tag("td", sae.architecture, role="cell"),
+        tag("td", sae.source, role="cell", data_plain=sae.source == sae.hook_name),
+        number_cell(count(sae.d_sae), after="features"),
+        number_cell(f"{sae.fvu or 0:.3f}", told=sae.fvu is not None, before="FVU"),
+        role="row",
     )
 
 

@@ -1,6 +1,7 @@
 """The status page as its reader has it: a real daemon, a real Chromium.
 
-With LENSD_SCREENSHOTS=DIR the last test feeds its daemon for a minute and leaves pictures of the page there.
+With LENSD_SCREENSHOTS=DIR the last test feeds a daemon with the bundled model for a minute and leaves
+pictures of the page there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
@@ -124,6 +127,31 @@ class Place:
     def close(self) -> None:
         if self.pid:
             self.daemons.kill(self.pid)
+
+
+class BundledPlace(Place):
+    """The command itself, with the bundled model."""
+
+    def start(self, hook: str | None = None, hook_args: dict[str, object] | None = None) -> Place:
+        told = {
+            "INBOX__PATH": self.job.inbox,
+            "OUTBOX__PATH": self.job.outbox,
+            "INBOX__SETTLE_SECONDS": 0,
+            "HTTP__ADDRESS": self.url.removeprefix("http://"),
+            "LOG__FORMAT": "json",
+        }
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LENSD_")}
+        environment |= {f"LENSD_{key}": str(value) for key, value in told.items()}
+        with self.job.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "daemon.cli", "run"], stderr=log, env=environment
+            )
+        wait_until(lambda: events(self.job.log, "model.loaded"), "the model", self.process.pid)
+        return self
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 @pytest.fixture
@@ -324,7 +352,7 @@ async def test_it_has_the_landmarks_and_names_that_assistive_tools_need(place, p
 async def feed(place: Place, page: Page, seconds: float) -> None:
     """A working day in a minute: files of many sizes, a few records that can't be used."""
     loop = asyncio.get_running_loop()
-    size = 150 if seconds else 10
+    size = 12 if seconds else 10
     until, number, dropped = loop.time() + seconds, 0, 0
     while number < 12 or loop.time() < until:
         number += 1
@@ -355,8 +383,7 @@ async def keep(page: Page, path: Path) -> None:
 async def test_its_pictures(daemons, page, tmp_path):
     folder = Path(SCREENSHOTS).absolute() if SCREENSHOTS else tmp_path / "pictures"
     with tempfile.TemporaryDirectory(prefix="lensd-") as place_folder:  # a short path, which the page shows
-        place = Place(daemons, Path(place_folder))
-        place.flags["batching.max_batch_samples"] = 8
+        place = (BundledPlace if SCREENSHOTS else Place)(daemons, Path(place_folder))
         try:
             await take_pictures(place.start(), page, folder)
         finally:
