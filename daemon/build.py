@@ -100,7 +100,7 @@ def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
     encoders = [encoder_of(entry) for entry in saes]
     positions = config.analysis.positions
     try:
-        return PackedEngine(model, saes, encoders, positions), model
+        return PackedEngine(model, saes, encoders, positions, config.model.compile), model
     except CannotPack as error:
         log.warning("engine.padded", model=model.location.name, reason=str(error))
     model, saes = load_parts(config)  # the attempt changed the first

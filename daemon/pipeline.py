@@ -20,7 +20,7 @@ import structlog
 from daemon.channel import Channel, EndOfStream
 from daemon.compute.assembly import Assembly
 from daemon.compute.device import Device, Study
-from daemon.compute.packing import Packer
+from daemon.compute.packing import Batch, Packer
 from daemon.errors import FileError, MachineError, OutOfMemory, SyncFailed
 from daemon.intake.inbox import Inbox
 from daemon.intake.opening import OpenedFile, Opener
@@ -244,38 +244,55 @@ class Pipeline:
         """Stage 3: whenever the device is free, give it the best batch of what is there."""
         assembly = Assembly(tuple(sae.d_out for sae in self.study.engine.info.saes))
         ended = False
-        while not ended or self.packer:
+        while not ended or self.packer or self.study.begun is not None:
             ended = ended or await self.gather(assembly)
-            if self.packer:
+            if self.packer or self.study.begun is not None:
                 for finished in await self.run_batch(assembly):
                     await self.finished.put(finished, finished.nbytes)
         await self.finished.close()
 
     async def run_batch(self, assembly: Assembly) -> list[FinishedPart]:
-        """One batch through the device; the parts that it finishes.
+        """The next batch to the device; the parts that are finished by the batch that comes back.
 
-        A batch that is too much for the device's memory comes back as smaller ones; a sample that alone is
-        too much becomes a reject.
+        That is the same one, or the one before where batches overlap. What is too much for the device's
+        memory comes back as smaller batches; a sample that alone is too much becomes a reject.
         """
         began = time.perf_counter()
-        batch = self.packer.take()
+        batch = self.packer.take() if self.packer else None
         pack_seconds = time.perf_counter() - began
+        under_way = [one for one in (self.study.begun, batch) if one is not None]
         try:
-            block = await self.device.call(lambda: self.study.run(batch))
+            done = await self.device.call(lambda: self.study.advance(batch))
         except OutOfMemory as error:
-            self.metrics.oom_total.inc()
-            log.warning("device.out_of_memory", samples=len(batch.entries), message=str(error))
-            if len(batch.entries) > 1:
-                self.packer.shrink(batch)
-                self.metrics.observe_retry("forward")
-                self.metrics.max_batch_tokens.set(self.packer.max_batch_tokens)
-                return []
-            self.metrics.rejects_total.labels("out_of_memory").inc()
-            self.progress.advance(1)
-            return assembly.set_aside(batch.entries[0], "out_of_memory", str(error))
+            return self.out_of_memory(under_way, assembly, error)
+        if done is None:
+            return []
+        batch, block = done
         self.metrics.observe_block(batch, block, self.study.engine.info, pack_seconds)
         self.progress.advance(len(batch.entries))
         return assembly.scatter(batch, block, pack_seconds)
+
+    def out_of_memory(
+        self, under_way: Sequence[Batch], assembly: Assembly, error: OutOfMemory
+    ) -> list[FinishedPart]:
+        """Try again with less: one batch at a time, then half of it; the parts that end with a reject."""
+        self.metrics.oom_total.inc()
+        batch = under_way[0]
+        log.warning("device.out_of_memory", samples=len(batch.entries), message=str(error))
+        if len(under_way) > 1:
+            self.study.overlaps = False
+            for one in reversed(under_way):
+                self.packer.put_back(one)
+            self.metrics.observe_retry("forward")
+            return []
+        if len(batch.entries) > 1:
+            self.packer.shrink(batch)
+            self.metrics.observe_retry("forward")
+            self.metrics.max_batch_tokens.set(self.packer.max_batch_tokens)
+            return []
+        self.metrics.rejects_total.labels("out_of_memory").inc()
+        self.progress.advance(1)
+        return assembly.set_aside(batch.entries[0], "out_of_memory", str(error))
 
     async def gather(self, assembly: Assembly) -> bool:
         """Take what is tokenized, up to the window. True at the end of the stream.
@@ -301,10 +318,10 @@ class Pipeline:
 
     async def next_tokenized(self, deadline: float) -> TokenizedPart | KeptPart | FileFailed | None:
         """The next item for the device, None where it should not wait for one. Raises EndOfStream."""
-        if not self.packer:
+        if not self.packer and self.study.begun is None:
             return await self.tokenized.get()
         more_comes = self._taking or self._on_their_way or self.inbox.backlog
-        if not self.packer.thin or not more_comes:
+        if self.study.begun is not None or not self.packer.thin or not more_comes:
             return await self.tokenized.get_nowait()
         try:
             async with asyncio.timeout(max(0.0, deadline - self.clock())):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from daemon.columns import analysis_columns
-from daemon.compute.device import Study
+from daemon.compute.device import Begun, Study
 from daemon.compute.packing import Batch
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError, MachineError
@@ -309,14 +309,14 @@ def test_a_file_written_to_while_it_is_read_is_read_again(tiny_toml, inbox, monk
 def batches_of(monkeypatch, fail=lambda batch: None) -> list[list[str]]:
     """Sample ids of every batch that reaches the device, where `fail` may raise."""
     batches: list[list[str]] = []
-    run = Study.run
+    begin = Study.begin
 
-    def watched(self: Study, batch: Batch) -> Block:
+    def watched(self: Study, batch: Batch) -> Begun:
         batches.append([sample.sample.sample_id for sample in batch.samples])
         fail(batch)
-        return run(self, batch)
+        return begin(self, batch)
 
-    monkeypatch.setattr(Study, "run", watched)
+    monkeypatch.setattr(Study, "begin", watched)
     return batches
 
 
@@ -360,7 +360,29 @@ def test_work_on_a_large_file_resumes_with_the_parts_that_are_missing(tiny_toml,
     assert pq.read_table(again.folder / "metrics.parquet")["record_index"].equals(whole["record_index"])
 
 
-def test_a_batch_beyond_memory_is_halved_and_a_sample_beyond_it_set_aside(tiny_toml, inbox, monkeypatch):
+def test_batches_that_overlap_give_what_they_give_one_by_one(tiny_toml, inbox, monkeypatch):
+    tiny.write_json(inbox / "study.json", tiny.contrast_records(40))
+    config = configured(tiny_toml, inbox, batching__max_batch_samples=7)
+    _, (one_by_one,) = drain(config)
+    expected = pq.read_table(one_by_one.folder / "metrics.parquet")
+    shutil.rmtree(one_by_one.folder)
+    (inbox / "done/study.json").rename(inbox / "study.json")
+    monkeypatch.setattr("daemon.compute.device.on_cuda", lambda device: True)
+    ends: list[str] = []
+    begin, finish = Study.begin, Study.finish
+    monkeypatch.setattr(Study, "begin", lambda self, batch: (ends.append("begin"), begin(self, batch))[1])
+    monkeypatch.setattr(Study, "finish", lambda self, begun: (ends.append("finish"), finish(self, begun))[1])
+    tally, (outcome,) = drain(config)
+    assert tally.rows == 40
+    assert ends == ["begin", *["begin", "finish"] * 5, "finish"]
+    assert pq.read_table(outcome.folder / "metrics.parquet").equals(expected)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_batch_beyond_memory_is_halved_and_a_sample_beyond_it_set_aside(
+    overlap, tiny_toml, inbox, monkeypatch
+):
+    monkeypatch.setattr("daemon.compute.device.on_cuda", lambda device: overlap)
     tiny.write_json(inbox / "study.json", tiny.contrast_records(30))
 
     def small_device(batch: Batch) -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from daemon.compute.launched import moved
 from daemon.compute.preorder import AttentionBlock, Preorder, attention_blocks
-from daemon.records import IntArray
 
 IMPLEMENTATION = "lensd_packed"  # the name by which Hugging Face modules find `packed_attention`
 QUERY_BLOCK = {"cpu": 64, "cuda": 128}  # queries that share a set of keys
@@ -161,14 +161,6 @@ class GroupedPlan:
         return self.windows[window].unsqueeze(1)
 
 
-def moved(values: IntArray, device: str | torch.device) -> Tensor:
-    """On the device; to CUDA by pinned memory, so that the host goes on while it is copied."""
-    on_host = torch.from_numpy(values)
-    if torch.device(device).type == "cuda":
-        return on_host.pin_memory().to(device, non_blocking=True)
-    return on_host.to(device)
-
-
 current: ContextVar[Plan] = ContextVar("current")
 
 
@@ -182,6 +174,7 @@ def attending(plan: Plan) -> Iterator[None]:
         current.reset(token)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: nn.Module,
     query: Tensor,

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
@@ -20,6 +21,8 @@ from daemon.analysis.features import feature_rows
 from daemon.analysis.stability import Noise, noise_bank
 from daemon.analysis.study import StudySettings, analyse, layer_sums
 from daemon.compute.engine import Engine
+from daemon.compute.extraction import Extraction, Started
+from daemon.compute.launched import finish, on_cuda
 from daemon.compute.packing import Batch
 from daemon.errors import OutOfMemory
 from daemon.records import Block
@@ -116,19 +119,68 @@ def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     return "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A batch that the device may still read."""
+
+    batch: Batch
+    started: Started
+
+
 class Study:
-    """The engine and the analysis together: a batch of samples in, a block of columns out."""
+    """The engine and the analysis together: a batch of samples in, a block of columns out.
+
+    Runs on the device thread.
+    """
 
     def __init__(self, engine: Engine, settings: StudySettings) -> None:
         self.engine = engine
         self.settings = settings
+        self.overlaps = on_cuda(engine.info.device)  # a batch is begun before the last one ends
         self._noise = noise_of(engine, settings) if settings.positions in ("last", "all") else None
+        self._begun: Begun | None = None
+        finish(engine.info.device)  # what was loaded is there, for every stream
 
     def run(self, batch: Batch) -> Block:
-        """On the device thread: every analysis column and the sparse features of a batch."""
+        """Every analysis column and the sparse features of a batch."""
+        return self.finish(self.begin(batch))
+
+    def runs(self, batches: Iterable[Batch]) -> Iterator[Block]:
+        """`run` of each, one ahead where batches overlap."""
+        for batch in (*batches, None) if self.overlaps else batches:
+            if (done := self.advance(batch)) is not None:
+                yield done[1]
+
+    @property
+    def begun(self) -> Batch | None:
+        """The batch that was begun and has not ended."""
+        return self._begun.batch if self._begun is not None else None
+
+    def advance(self, batch: Batch | None) -> tuple[Batch, Block] | None:
+        """Begin a batch, if there is one, and end the one before it; what ended.
+
+        Where batches don't overlap, that is the same one. After an error nothing is begun.
+        """
+        before, self._begun = self._begun, None
+        if batch is not None and not self.overlaps:
+            return batch, self.run(batch)
+        begun = self.begin(batch) if batch is not None else None
+        done = (before.batch, self.finish(before)) if before is not None else None
+        self._begun = begun
+        return done
+
+    def begin(self, batch: Batch) -> Begun:
+        """Have the device read the texts of a batch."""
+        texts = [ids for sample in batch.samples for ids in sample.token_ids]
+        return Begun(batch, self.engine.start(texts))
+
+    def finish(self, begun: Begun) -> Block:
+        """Encode and analyse a batch, beside what was begun after it."""
+        with begun.started.forward.followed():
+            return self._analysed(begun.batch, self.engine.finish(begun.started))
+
+    def _analysed(self, batch: Batch, extraction: Extraction) -> Block:
         samples = batch.samples
-        texts = [ids for sample in samples for ids in sample.token_ids]
-        extraction = self.engine.extract(texts)
         began = time.perf_counter()
         columns = analyse(
             layers=extraction.layers,

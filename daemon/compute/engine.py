@@ -6,25 +6,11 @@ An engine is used by one thread only, the device's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from daemon.analysis.features import StoredFeatures
-from daemon.analysis.study import LayerActivations
 from daemon.compute.encoding import Encoder
+from daemon.compute.extraction import Extraction, Started
 from daemon.records import ModelInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Extraction:
-    """What N texts gave: one reading of each to analyse, and the features to store."""
-
-    layers: tuple[LayerActivations, ...]  # one per SAE, N rows in the order of the texts
-    stored: StoredFeatures
-    computed_tokens: int  # token positions that the model ran, padding included
-    padding_tokens: int
-    forward_seconds: float
-    sae_seconds: float
 
 
 class Engine(Protocol):
@@ -45,5 +31,13 @@ class Engine(Protocol):
     def encoders(self) -> tuple[Encoder, ...]: ...
 
     def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
-        """Read N texts, given as token ids, and encode them with every SAE."""
+        """Read N texts, given as token ids, and encode them with every SAE: `start` and `finish`."""
+        ...
+
+    def start(self, texts: Sequence[Sequence[int]]) -> Started:
+        """Have the device read N texts; does not wait for it where it goes on by itself."""
+        ...
+
+    def finish(self, started: Started) -> Extraction:
+        """Wait until they are read, and encode them."""
         ...

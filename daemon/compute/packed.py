@@ -19,19 +19,20 @@ from daemon.compute.attention import (
     Plan,
     UnsupportedAttention,
     attending,
-    moved,
     plan_attention,
     register,
 )
 from daemon.compute.encoding import Encoder
-from daemon.compute.engine import Extraction
+from daemon.compute.extraction import Extraction, Started
+from daemon.compute.fused import FlexPlan, can_fuse, fuse, unfuse
+from daemon.compute.launched import Launched, moved
 from daemon.compute.linear import pack_linears, prepared_rows
 from daemon.compute.loading import LoadedModel, model_info
 from daemon.compute.preorder import Preorder, preorder
 from daemon.compute.readings import Reader
 from daemon.compute.sae import LoadedSae, hook_point
 from daemon.compute.trunk import Trunk, UnknownModel
-from daemon.records import ModelInfo, Positions
+from daemon.records import Compile, ModelInfo, Positions
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # that packed attention knows
 PROBE_TOLERANCE = {  # relative, of packed residuals to plain ones: of the worst, of the median
@@ -57,8 +58,12 @@ class PackedEngine:
         saes: Sequence[LoadedSae],
         encoders: Sequence[Encoder],
         positions: Positions,
+        compile: Compile = "auto",
     ) -> None:
-        """Changes the model: its attention and its linear layers. Raises CannotPack."""
+        """Changes the model: its attention and its linear layers. Raises CannotPack.
+
+        `compile` says whether layers are compiled: `auto` means on an accelerator.
+        """
         self._reader = Reader(tuple(saes), tuple(encoders), positions, model.device)
         self._info = model_info(model, [entry.info for entry in saes], "packed")
         self._device, self._dtype = model.device, model.dtype
@@ -70,7 +75,11 @@ class PackedEngine:
             )
         except (UnknownModel, ValueError) as error:
             raise CannotPack(str(error)) from None
-        self._adopt(model)
+        self._fused = False  # whether attention is one kernel
+        texts = probe_texts(model.vocabulary)
+        plain = self._adopt(model, texts)
+        if compile == "on" or (compile == "auto" and can_fuse(model.device)):
+            self._fuse(texts, plain)
 
     @property
     def info(self) -> ModelInfo:
@@ -90,33 +99,44 @@ class PackedEngine:
 
     def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
         """See `Engine.extract`."""
-        began = time.perf_counter()
-        packed = preorder(texts)
-        run = packed.filled(prepared_rows(len(packed))) if self._fills else packed
-        return self._reader.extract(
-            self._reader.choose(packed.path, packed.offsets, packed.tokens[packed.path]),
-            lambda keep: (residuals := self.residuals(run, keep), residuals),
-            began=began,
-            computed_tokens=len(run),
-            padding_tokens=len(run) - len(packed),
-        )
+        return self.finish(self.start(texts))
+
+    def start(self, texts: Sequence[Sequence[int]]) -> Started:
+        """See `Engine.start`."""
+        with Launched(self._device) as forward:
+            packed = preorder(texts)
+            run = packed.filled(prepared_rows(len(packed))) if self._fills else packed
+            readings = self._reader.choose(packed.path, packed.offsets, packed.tokens[packed.path])
+            residuals = self.residuals(run, moved(readings.keep, self._device))
+        return Started(readings, residuals, residuals, forward, len(run), len(run) - len(packed))
+
+    def finish(self, started: Started) -> Extraction:
+        """See `Engine.finish`."""
+        return self._reader.finish(started)
 
     def residuals(self, packed: Preorder, keep: Tensor) -> list[Tensor]:
         """Per SAE the raw residuals (K, d_model) at the nodes `keep` (K,)."""
-        return self._run(packed, plan_attention(packed, self._device, self._dtype), keep)
+        return self._run(packed, self._plan(packed), keep)
+
+    def _plan(self, packed: Preorder) -> Plan:
+        if self._fused:
+            return FlexPlan.of(packed, self._device)
+        return plan_attention(packed, self._device, self._dtype)
 
     def _run(self, packed: Preorder, plan: Plan, keep: Tensor) -> list[Tensor]:
         tokens, depth = (moved(row, self._device).unsqueeze(0) for row in (packed.tokens, packed.depth))
         with torch.inference_mode(), attending(plan):
             return self._trunk.run(tokens, depth, self._no_mask, keep)
 
-    def _adopt(self, model: LoadedModel) -> None:
-        """Give the model packed attention and packed weights, and compare with how it ran before."""
+    def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+        """Give the model packed attention and packed weights, and compare with how it ran before.
+
+        Returns how that was: per text, and SAE, (length, d_model).
+        """
         config = model.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         if unknown := kinds - LAYER_TYPES:
             raise CannotPack(f"layers of type {', '.join(sorted(unknown))}")
-        texts = probe_texts(model.vocabulary)
         register()
         try:
             plain = [self._plain(text) for text in texts]
@@ -124,14 +144,33 @@ class PackedEngine:
             if config is not model.model.config:
                 config._attn_implementation = IMPLEMENTATION
             self._fills = pack_linears(self._trunk.layers) > 0
-            packed = preorder(texts)
-            plan = plan_attention(packed, self._device, self._dtype)
-            got = self._run(packed, plan, torch.from_numpy(packed.path).to(self._device))
+            plan = self._probe(texts, plain)
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError, LookupError) as error:
-            raise CannotPack(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+            raise CannotPack(f"{type(error).__name__}: {first_line(error)}") from error
         slides = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None))
         if slides and not plan.windows:
             raise CannotPack("a sliding window that the attention is not told of")
+        return plain
+
+    def _fuse(self, texts: Sequence[Sequence[int]], plain: list[list[Tensor]]) -> None:
+        """Compile the layers, and on an accelerator the attention; leave them where that does not work."""
+        began = time.perf_counter()
+        try:
+            fuse(self._trunk.layers)
+            self._fused = can_fuse(self._device)
+            self._probe(texts, plain)
+        except Exception as error:  # of a compiler, a driver or a kernel: nothing is lost but speed
+            unfuse(self._trunk.layers)
+            self._fused = False
+            log.warning("engine.not_compiled", reason=f"{type(error).__name__}: {first_line(error)}")
+            return
+        log.info("engine.compiled", seconds=round(time.perf_counter() - began, 1))
+
+    def _probe(self, texts: Sequence[Sequence[int]], plain: list[list[Tensor]]) -> Plan:
+        """Run texts packed; how they were attended to. Raises CannotPack where it differs from `plain`."""
+        packed = preorder(texts)
+        plan = self._plan(packed)
+        got = self._run(packed, plan, torch.from_numpy(packed.path).to(self._device))
         for number, entry in enumerate(self._reader.saes):
             expected = torch.cat([residuals[number] for residuals in plain])
             errors = relative_errors(expected, got[number])
@@ -143,12 +182,17 @@ class PackedEngine:
                     f"{entry.info.hook_name}: packed and plain runs differ by {worst:.1e} of the residual"
                     f" at worst, {median:.1e} in the median"
                 )
+        return plan
 
     def _plain(self, text: Sequence[int]) -> list[Tensor]:
         """One text as the model runs it by itself: per SAE (length, d_model)."""
         tokens = torch.tensor([text], device=self._device)
         with torch.inference_mode():
             return self._trunk.run(tokens, torch.arange(len(text), device=self._device)[None], None, None)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def probe_texts(vocabulary: int) -> list[list[int]]:

@@ -80,6 +80,11 @@ class Packer:
         self.tokens -= sum(sample.n_tokens for sample in batch.samples)
         return batch
 
+    def put_back(self, batch: Batch) -> None:
+        """Hand this batch out again, before all others."""
+        self._planned.appendleft(batch)
+        self.tokens += sum(sample.n_tokens for sample in batch.samples)
+
     def shrink(self, batch: Batch) -> None:
         """Take back a batch of several samples that was too much, and never plan one of its cost again."""
         cost = self._cost()

@@ -6,7 +6,6 @@ mask and changes no result. Knows nothing about analysis, files or samples.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from daemon.compute.encoding import Encoder
-from daemon.compute.engine import Extraction
+from daemon.compute.extraction import Extraction, Started
 from daemon.compute.float64 import full_precision
+from daemon.compute.launched import Launched, moved
 from daemon.compute.loading import LoadedModel, bridge_of, model_info
 from daemon.compute.readings import Reader
 from daemon.compute.sae import LoadedSae, layer_of
@@ -95,24 +95,27 @@ class PaddedEngine:
 
     def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
         """See `Engine.extract`."""
-        began = time.perf_counter()
-        lengths = np.array([len(text) for text in texts])
-        width = int(lengths.max())
-        tokens = np.zeros((len(texts), width), np.int64)
-        inside = np.arange(width) < lengths[:, None]
-        tokens[inside] = np.concatenate(texts)
-        padded = torch.from_numpy(tokens).to(self._device)
-        return self._reader.extract(
-            self._reader.choose(
+        return self.finish(self.start(texts))
+
+    def start(self, texts: Sequence[Sequence[int]]) -> Started:
+        """See `Engine.start`."""
+        with Launched(self._device) as forward:
+            lengths = np.array([len(text) for text in texts])
+            width = int(lengths.max())
+            tokens = np.zeros((len(texts), width), np.int64)
+            inside = np.arange(width) < lengths[:, None]
+            tokens[inside] = np.concatenate(texts)
+            readings = self._reader.choose(
                 path=np.flatnonzero(inside),
                 offsets=np.concatenate(([0], np.cumsum(lengths))),
                 token_ids=tokens[inside],
-            ),
-            lambda keep: self._kept(padded, keep),
-            began=began,
-            computed_tokens=tokens.size,
-            padding_tokens=tokens.size - int(lengths.sum()),
-        )
+            )
+            read, written = self._kept(moved(tokens, self._device), moved(readings.keep, self._device))
+        return Started(readings, read, written, forward, tokens.size, tokens.size - int(lengths.sum()))
+
+    def finish(self, started: Started) -> Extraction:
+        """See `Engine.finish`."""
+        return self._reader.finish(started)
 
     def _kept(self, padded: Tensor, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         read, written = self.residuals(padded)

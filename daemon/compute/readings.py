@@ -8,7 +8,7 @@ with `all`, `mean` and `max` it is left out. Knows no model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,28 +19,13 @@ from daemon.analysis.features import StoredFeatures
 from daemon.analysis.sparse import SparseActs, from_dense
 from daemon.analysis.study import LayerActivations
 from daemon.compute.encoding import Encoder
-from daemon.compute.engine import Extraction
+from daemon.compute.extraction import Extraction, Readings, Started
+from daemon.compute.launched import finish
 from daemon.compute.sae import LoadedSae
 from daemon.records import IntArray, Positions
 
 NOWHERE = -1  # position and token of features that belong to no one position
 POOLED_ROWS = 4096  # rows gathered at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Readings:
-    """Which of the computed tokens are encoded, and which of these each text reads."""
-
-    keep: IntArray  # (K,) computed tokens that are encoded
-    rows: IntArray  # (R,) what the texts read in turn, as rows of `keep`
-    offsets: IntArray  # (N + 1,) where each text's readings begin
-    positions: IntArray  # (R,) of each reading in its text
-    token_ids: IntArray  # (R,) the token read
-
-    @property
-    def last(self) -> IntArray:
-        """(N,) the last reading of each text, as a row of `keep`."""
-        return self.rows[self.offsets[1:] - 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,40 +45,23 @@ class Reader:
         """See `choose_readings`."""
         return choose_readings(path, offsets, token_ids, self.positions, skip=int(self.prepend_bos))
 
-    def extract(
-        self,
-        readings: Readings,
-        residuals: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]],
-        *,
-        began: float,
-        computed_tokens: int,
-        padding_tokens: int,
-    ) -> Extraction:
-        """Encode what `residuals` gives at the computed tokens it is asked for (K,): per SAE what is read
-        (K, d_in), and what is to be reconstructed (K, d_out), which is the same but for transcoders.
-
-        The forward pass counts from `began` of `time.perf_counter` on.
-        """
-        read, written = residuals(torch.from_numpy(readings.keep).to(self.device))
-        self._synchronize()
-        ran = time.perf_counter()
+    def finish(self, started: Started) -> Extraction:
+        """Encode what was read, once it is."""
+        forward_seconds = started.forward.seconds()
+        began = time.perf_counter()
         with torch.inference_mode():
             layers, stored = encode_readings(
-                self.saes, self.encoders, read, written, readings, self.positions
+                self.saes, self.encoders, started.read, started.written, started.readings, self.positions
             )
-        self._synchronize()
+            finish(self.device)
         return Extraction(
             layers=layers,
             stored=stored,
-            computed_tokens=computed_tokens,
-            padding_tokens=padding_tokens,
-            forward_seconds=ran - began,
-            sae_seconds=time.perf_counter() - ran,
+            computed_tokens=started.computed_tokens,
+            padding_tokens=started.padding_tokens,
+            forward_seconds=forward_seconds,
+            sae_seconds=time.perf_counter() - began,
         )
-
-    def _synchronize(self) -> None:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
 
 
 def choose_readings(

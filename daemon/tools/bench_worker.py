@@ -120,8 +120,8 @@ class LensdWorker:
         """The batches of the auto setting through the engine and the analysis, and nothing else."""
         began = time.perf_counter()
         with torch.inference_mode():
-            for batch in self._planned:
-                self._compute.study.run(batch)
+            for _ in self._compute.study.runs(self._planned):
+                pass
         return time.perf_counter() - began
 
     def _daemon(self, batch_samples: int | None) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
-from daemon.compute.attention import BlockPlan, Call, GroupedPlan, on_device
+from daemon.compute.attention import BlockPlan, Call, GroupedPlan, Plan, on_device
+from daemon.compute.fused import BLOCK, FlexPlan, block_pattern
 from daemon.compute.preorder import attention_blocks, preorder
 from tests.compute.engines import random_texts
 
@@ -18,7 +20,7 @@ def sharing_texts() -> list[list[int]]:
     return [a, a[:30] + b[1:], b, c, a[:30] + c[1:]]
 
 
-def plans(texts: list[list[int]]) -> list[BlockPlan | GroupedPlan]:
+def plans(texts: list[list[int]]) -> list[Plan]:
     packed = preorder(texts)
     end, depth, nodes = (
         torch.from_numpy(packed.end),
@@ -27,7 +29,11 @@ def plans(texts: list[list[int]]) -> list[BlockPlan | GroupedPlan]:
     )
     blocks = attention_blocks(packed.end, 16)
     one_by_one = tuple(on_device(block, nodes, end, torch.float64) for block in blocks)
-    return [BlockPlan(one_by_one, depth, {}), GroupedPlan.of(blocks, end, depth, torch.float64)]
+    return [
+        BlockPlan(one_by_one, depth, {}),
+        GroupedPlan.of(blocks, end, depth, torch.float64),
+        FlexPlan.of(packed, "cpu"),
+    ]
 
 
 def slowly(call: Call, texts: list[list[int]]) -> torch.Tensor:
@@ -48,6 +54,7 @@ def slowly(call: Call, texts: list[list[int]]) -> torch.Tensor:
     return result
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 9])
 def test_a_query_sees_its_own_text_and_of_it_what_came_before(window, softcap):
@@ -62,3 +69,18 @@ def test_a_query_sees_its_own_text_and_of_it_what_came_before(window, softcap):
     expected = slowly(call, texts)
     for plan in plans(texts):
         assert_close(plan.attend(call)[0], expected)
+
+
+def test_blocks_of_keys_are_skipped_only_where_no_query_attends_and_whole_only_where_all_do():
+    a, b, c = random_texts([500, 300, 140])
+    packed = preorder([a, a[:200] + b, a[:200] + c, b, *([n] for n in range(90))])
+    n = len(packed)
+    query, key = np.arange(n)[:, None], np.arange(n)
+    attends = (key <= query) & (query < packed.end)
+    starts = np.arange(0, n, BLOCK)
+    by_block = [[attends[q : q + BLOCK, k : k + BLOCK] for k in starts] for q in starts]
+    needed, whole = block_pattern(packed)
+    assert needed.tolist() == [[bool(tile.any()) for tile in row] for row in by_block]
+    assert whole.tolist() == [[bool(tile.all()) for tile in row] for row in by_block]
+    assert whole.any()
+    assert not needed.all()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch.testing import assert_close
 
 from daemon.compute.packed import CannotPack
@@ -129,3 +130,38 @@ def test_a_cuda_device_gives_what_a_cpu_gives(positions, llama, saes):
         assert_close(layer.reconstruction.cpu(), other.reconstruction, rtol=0, atol=1e-9)
     for acts, other_acts in zip(there.stored.acts, here.stored.acts, strict=True):
         assert_close(acts.to_dense(tiny.D_SAE).cpu(), other_acts.to_dense(tiny.D_SAE), rtol=0, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_layers_and_attention_give_what_they_give_uncompiled(dtype, family, saes, tmp_path):
+    model = save_family(tmp_path, family)
+    texts = sharing_texts()
+    compiled, plain = (
+        packed(model, saes, dtype, device="cuda", compile=compile).extract(texts) for compile in ("on", "off")
+    )
+    for layer, other in zip(compiled.layers, plain.layers, strict=True):
+        error = torch.linalg.vector_norm(layer.x - other.x) / torch.linalg.vector_norm(other.x)
+        assert error < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of itself
+def test_layers_compiled_for_a_cpu_give_what_they_give_uncompiled(llama, saes):
+    texts = sharing_texts()
+    compiled, plain = (packed(llama, saes, compile=compile).extract(texts) for compile in ("on", "off"))
+    for layer, other in zip(compiled.layers, plain.layers, strict=True):
+        assert_close(layer.x, other.x, rtol=0, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiler_that_fails_leaves_the_engine_as_it_was(llama, saes, monkeypatch):
+    def fail(function: object, **options: object) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
+    with capture_logs() as logs:
+        engine = packed(llama, saes, compile="on")
+    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["engine.not_compiled"]
+    assert len(engine.extract(sharing_texts()).layers) == len(saes)

@@ -1,0 +1,85 @@
+"""Work that a device goes on with while the host does something else.
+
+On CUDA a forward pass is only started by the host, and what is made of it runs on a stream of its own, beside
+the next batch's forward pass. On a CPU everything is done once it was asked for. Knows no model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class Launched:
+    """What the device is asked for between entering and leaving; CUDA may still be at it afterwards."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._marks: list[Any] = []  # events on CUDA, elsewhere seconds
+
+    def __enter__(self) -> Launched:
+        self._mark()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._mark()
+
+    def _mark(self) -> None:
+        if not on_cuda(self._device):
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        self._marks.append(event)
+
+    def seconds(self) -> float:
+        """How long it took. Waits for its end."""
+        began, ended = self._marks
+        if not on_cuda(self._device):
+            return float(ended - began)
+        ended.synchronize()
+        return float(began.elapsed_time(ended)) / 1e3
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """What is asked for within comes after it, beside what was launched since, and is done on leaving."""
+        if not on_cuda(self._device):
+            yield
+            return
+        stream = beside(self._device)
+        stream.wait_event(self._marks[-1])
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()  # what it read may be freed from here on
+
+
+@functools.cache
+def beside(device: str) -> Any:
+    """A CUDA stream whose small kernels go before those of the forward pass that it runs beside."""
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
+def on_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def finish(device: str) -> None:
+    """Wait for what this thread's stream was asked for."""
+    if on_cuda(device):
+        torch.cuda.current_stream(device).synchronize()
+
+
+def moved(values: npt.NDArray[np.integer[Any]], device: str | torch.device) -> Tensor:
+    """On the device; to CUDA by pinned memory, so that the host goes on while it is copied."""
+    on_host = torch.from_numpy(values)
+    if torch.device(device).type == "cuda":
+        return on_host.pin_memory().to(device, non_blocking=True)
+    return on_host.to(device)
