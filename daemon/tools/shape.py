@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from daemon.analysis.geometry import DecoderRows
 from daemon.analysis.study import StudySettings
 from daemon.compute.device import Study
 from daemon.compute.encoding import FusedEncoder, jumprelu
+from daemon.compute.launched import finish, on_cuda
 from daemon.compute.loading import LoadedModel, ModelLocation
 from daemon.compute.packed import PackedEngine
 from daemon.compute.packing import Batch, Packer
@@ -34,6 +36,7 @@ from daemon.compute.trunk import Trunk
 from daemon.records import (
     CONTRAST_RECIPE,
     PLAIN_RECIPE,
+    Compile,
     PartExtent,
     Positions,
     Recipe,
@@ -154,10 +157,12 @@ def random_saes(shape: Shape, model: LoadedModel) -> list[LoadedSae]:
     return saes
 
 
-def engine_of(model: LoadedModel, saes: Sequence[LoadedSae], positions: Positions, l0: int) -> PackedEngine:
+def engine_of(
+    model: LoadedModel, saes: Sequence[LoadedSae], positions: Positions, l0: int, compile: Compile
+) -> PackedEngine:
     calibrate(model, saes, l0)
     encoders = [FusedEncoder(entry, DecoderRows.of(entry.W_dec), jumprelu(entry.sae)) for entry in saes]
-    return PackedEngine(model, saes, encoders, positions)
+    return PackedEngine(model, saes, encoders, positions, compile)
 
 
 def calibrate(model: LoadedModel, saes: Sequence[LoadedSae], l0: int) -> None:
@@ -212,34 +217,51 @@ def batches(samples: Sequence[Texts], recipe: Recipe, tokens: int) -> list[Batch
     return planned
 
 
-def seconds_of(function: Callable[[T], object], items: Sequence[T], device: str) -> float:
-    """Of the best of a few runs over all items, after one that is not counted."""
+def each(function: Callable[[T], object], items: Sequence[T]) -> None:
+    for item in items:
+        function(item)
+
+
+def every_block(study: Study, planned: Sequence[Batch]) -> None:
+    for _ in study.runs(planned):
+        pass
+
+
+def seconds_of(run: Callable[[], None], device: str) -> float:
+    """Of the best of a few runs, after one that is not counted."""
     seconds = []
     for _ in range(TRIES + 1):
         began = time.perf_counter()
-        for item in items:
-            function(item)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+        run()
+        finish(device)
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
 
 
-def waiting_share(function: Callable[[T], object], items: Sequence[T]) -> tuple[float, str]:
+def waiting_share(run: Callable[[], None]) -> tuple[float, str]:
     """The share of the time in which a CUDA device runs no kernel; and which kernels take the rest."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         began = time.perf_counter()
-        for item in items:
-            function(item)
+        run()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    events = profiler.key_averages()
-    busy = sum(event.self_device_time_total for event in events if event.device_type.name == "CUDA") / 1e6
-    return round(1 - busy / seconds, 3), str(events.table(sort_by="self_cuda_time_total", row_limit=25))
+    kernels = [event for event in profiler.events() or [] if event.device_type.name == "CUDA"]
+    spans = sorted((kernel.time_range.start, kernel.time_range.end) for kernel in kernels)
+    table = str(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25))
+    return round(1 - covered(spans) / 1e6 / seconds, 3), table
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """How much of a line its sorted spans cover; they may overlap."""
+    total, reached = 0.0, float("-inf")
+    for start, end in spans:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def measure(
-    shape: Shape, device: str, dtype: torch.dtype, sizes: Sequence[int], n: int
+    shape: Shape, device: str, dtype: torch.dtype, sizes: Sequence[int], n: int, compile: Compile = "auto"
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """What was measured of each case and size of batch, and the kernels of a CUDA device."""
     cases: tuple[tuple[str, Positions, Recipe, Callable[[int, int], list[Texts]], int], ...] = (
@@ -252,7 +274,7 @@ def measure(
         work = Work.of(model, saes)
         rate = 2 * Products(work, dtype, device).rate().fastest
         samples = make(count, model.vocabulary)
-        engine = engine_of(model, saes, positions, shape.l0)
+        engine = engine_of(model, saes, positions, shape.l0, compile)
         study = Study(engine, StudySettings(0, 0.1, 8, 10, 50, positions))
         for tokens in sizes:
             planned = batches(samples, recipe, tokens)
@@ -260,13 +282,14 @@ def measure(
             packed = [preorder(of_batch) for of_batch in texts]
             readings = [len(one) - 1 if positions == "all" else len(one.leaf) for one in packed]
             flops = 2 * sum(map(work.multiply_adds, packed, readings))
+            flops_of_forward = 2 * sum(work.multiply_adds(one, 0) for one in packed)
             unique = sum(map(len, packed))
             with torch.inference_mode():
-                extraction = seconds_of(engine.extract, texts, device)
-                whole = seconds_of(study.run, planned, device)
+                extraction = seconds_of(partial(each, engine.start, texts), device)
+                whole_run = partial(every_block, study, planned)
+                whole = seconds_of(whole_run, device)
                 l0 = float(engine.extract(texts[0]).layers[0].acts.counts.double().mean())
-                on_cuda = device.startswith("cuda")
-                waits, kernels = waiting_share(study.run, planned) if on_cuda else (None, "")
+                waits, kernels = waiting_share(whole_run) if on_cuda(device) else (None, "")
             yield (
                 {
                     "case": name,
@@ -278,7 +301,7 @@ def measure(
                     "product_tflops": round(rate / 1e12, 1),
                     "unique_tokens_per_second": round(unique / whole),
                     "samples_per_second": round(len(samples) / whole, 1),
-                    "utilisation_of_extraction": round(flops / extraction / rate, 3),
+                    "utilisation_of_forward": round(flops_of_forward / extraction / rate, 3),
                     "utilisation": round(flops / whole / rate, 3),
                     "device_waits": waits,
                 },
@@ -292,11 +315,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-batch-tokens", default="8192,16384,32768", help="several, with commas")
+    parser.add_argument("--compile", choices=get_args(Compile), default="auto")
     parser.add_argument("--documents", type=int, default=512, help="and eight times as many contrast samples")
     args = parser.parse_args()
     sizes = [int(size) for size in args.max_batch_tokens.split(",")]
     dtype = getattr(torch, args.dtype)
-    for line, kernels in measure(SHAPES[args.shape], args.device, dtype, sizes, args.documents):
+    for line, kernels in measure(SHAPES[args.shape], args.device, dtype, sizes, args.documents, args.compile):
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
         sys.stderr.write(kernels + "\n")
