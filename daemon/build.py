@@ -20,6 +20,7 @@ from daemon.compute.autotune import auto_batch_tokens
 from daemon.compute.device import Study
 from daemon.compute.encoding import encoder_of
 from daemon.compute.engine import Engine
+from daemon.compute.fused import can_fuse
 from daemon.compute.loading import LoadedModel, load_model, locate_model, resolve_device
 from daemon.compute.packed import CannotPack, PackedEngine
 from daemon.compute.padded import PaddedEngine
@@ -97,10 +98,11 @@ def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
 def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
     """The packed engine; the padded one where the model can't be packed. With the model that it runs."""
     model, saes = load_parts(config)
-    encoders = [encoder_of(entry) for entry in saes]
+    encoders = [encoder_of(entry, model.dtype) for entry in saes]
     positions = config.analysis.positions
     try:
-        return PackedEngine(model, saes, encoders, positions, config.model.compile), model
+        compiles = config.model.compile == "auto" and can_fuse(model.device)
+        return PackedEngine(model, saes, encoders, positions, compiles=compiles), model
     except CannotPack as error:
         log.warning("engine.padded", model=model.location.name, reason=str(error))
     model, saes = load_parts(config)  # the attempt changed the first

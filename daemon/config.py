@@ -32,7 +32,7 @@ from pydantic import (
 
 from daemon.columns import analysis_columns
 from daemon.errors import ConfigError
-from daemon.records import Compile, Contrast, Positions, Recipe
+from daemon.records import Contrast, Positions, Recipe
 
 ENV_PREFIX = "LENSD_"
 ENV_NOT_SETTINGS = {"LENSD_CACHE_DIR"}
@@ -53,7 +53,7 @@ class ModelSection(Section):
     dtype: Dtype = "float32"
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     quantization: Literal["none"] = "none"
-    compile: Compile = "auto"  # torch.compile; auto: on CUDA, where it pays
+    compile: Literal["auto", "off"] = "auto"  # layers and attention by torch.compile: on CUDA, where it pays
 
 
 class SaeSection(Section):

@@ -17,7 +17,6 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Positions = Literal["last", "all", "mean", "max"]  # of a text, that the SAEs read
-Compile = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from daemon.analysis.host import to_host
 from daemon.analysis.sparse import SparseActs
 from daemon.records import FeatureRows, FloatArray, IntArray
 
@@ -59,8 +60,8 @@ def flat_rows(acts: SparseActs, rows: IntArray) -> Flat:
         read = acts.select(torch.from_numpy(rows).to(acts.counts.device))
     active = read.active
     return (
-        read.counts.cpu().numpy(),
-        read.indices[active].cpu().numpy().astype(np.uint32),
+        to_host(read.counts).numpy(),
+        to_host(read.indices[active].int()).numpy().view(np.uint32),
         host_values(read.values[active]),
     )
 
@@ -68,5 +69,5 @@ def flat_rows(acts: SparseActs, rows: IntArray) -> Flat:
 def host_values(values: Tensor) -> npt.NDArray[np.float32] | FloatArray:
     """In float64 if they are; NumPy has no bfloat16, so all else becomes float32."""
     exact = values if values.dtype == torch.float64 else values.float()
-    array: npt.NDArray[np.float32] | FloatArray = exact.cpu().numpy()
+    array: npt.NDArray[np.float32] | FloatArray = to_host(exact).numpy()
     return array

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from daemon.analysis.host import to_host
 from daemon.analysis.threads import side_by_side
 
 SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays off it
@@ -87,7 +88,7 @@ def by_lanes_on_host(gram: Tensor, counts: Tensor) -> Spectra | None:
     """The same for matrices elsewhere: they cross over, and every core takes some."""
     if compiled() is None:
         return None
-    on_host, counts_there = gram.cpu(), counts.cpu()
+    on_host, counts_there = to_host(gram), to_host(counts)
     pieces = [slice(start, start + HOST_ROWS) for start in range(0, max(1, len(gram)), HOST_ROWS)]
     parts = side_by_side(lambda piece: by_lanes(on_host[piece], counts_there[piece]), pieces)
     found = [part for part in parts if part is not None]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from daemon.analysis.drift import axis_twist, centroid_drift, cross_layer_consistency
 from daemon.analysis.geometry import DecoderRows, Geometry, geometry
+from daemon.analysis.host import to_host
 from daemon.analysis.sparse import SparseActs
 from daemon.analysis.spectrum import gini, l2_norm, top_k_entropy
 from daemon.analysis.stability import Noise, noise_draws, stability
@@ -85,7 +86,7 @@ def analyse(
         )
     columns = analysis_columns([layer.layer for layer in layers], recipe)
     # one copy off the device; counts and classes are exact in float64
-    host = torch.stack([filled[column.name].double() for column in columns]).cpu().numpy()
+    host = _host(torch.stack([filled[column.name].double() for column in columns]))
     return {column.name: _as_kind(values, column.kind) for column, values in zip(columns, host, strict=True)}
 
 
@@ -218,5 +219,5 @@ def layer_sums(layer: LayerActivations, n_texts: int) -> LayerSums:
 
 
 def _host(values: Tensor) -> FloatArray:
-    array: FloatArray = values.double().cpu().numpy()
+    array: FloatArray = to_host(values.double()).numpy()
     return array

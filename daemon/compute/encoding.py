@@ -15,7 +15,7 @@ from torch import Tensor
 
 from daemon.analysis.geometry import DecoderRows, weighted_sum
 from daemon.analysis.sparse import SparseActs, from_dense
-from daemon.compute.linear import product
+from daemon.compute.linear import Product, product, split_product
 from daemon.compute.sae import TRANSCODERS, LoadedSae
 
 PROBE_ROWS = 64
@@ -49,17 +49,36 @@ class Encoder(Protocol):
         ...
 
 
-def encoder_of(entry: LoadedSae) -> Encoder:
-    """The fast encoder of a dictionary if it agrees with the dictionary's own, else that one."""
+def encoder_of(entry: LoadedSae, model_dtype: torch.dtype = torch.float32) -> Encoder:
+    """The fastest encoder of a dictionary that agrees with the dictionary's own, else that one.
+
+    `model_dtype` is what the residuals are before they are the dictionary's.
+    """
     decoder = DecoderRows.of(entry.W_dec)
     plain = PlainEncoder(entry, decoder)
     build = ACTIVATIONS.get(entry.info.architecture)
     if build is not None and entry.sae.cfg.normalize_activations == "none":
-        fused = FusedEncoder(entry, decoder, build(entry.sae))
-        if agree(plain, fused, entry):
-            return fused
+        for multiply in (split_product, product) if can_split(entry, model_dtype) else (product,):
+            try:
+                fused = FusedEncoder(entry, decoder, build(entry.sae), multiply)
+                if agree(plain, fused, entry, model_dtype):
+                    return fused
+            except (TypeError, RuntimeError) as error:  # of a torch that has no such product
+                if multiply is product:
+                    raise
+                log.info("sae.not_split", sae=entry.info.source, reason=str(error))
     log.info("sae.encoded_by_saelens", sae=entry.info.source, architecture=entry.info.architecture)
     return plain
+
+
+def can_split(entry: LoadedSae, model_dtype: torch.dtype) -> bool:
+    """Whether what a dictionary reads is bfloat16 still, and worth a product of its own."""
+    return (
+        entry.W_dec.device.type == "cuda"
+        and entry.W_dec.dtype == torch.float32
+        and model_dtype == torch.bfloat16
+        and not entry.center_residual
+    )
 
 
 class PlainEncoder:
@@ -89,14 +108,21 @@ class PlainEncoder:
 class FusedEncoder:
     """One product with every bias folded in, and the activation on its result."""
 
-    def __init__(self, entry: LoadedSae, decoder: DecoderRows, activate: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        entry: LoadedSae,
+        decoder: DecoderRows,
+        activate: Callable[[Tensor], Tensor],
+        multiply: Callable[[Tensor, Tensor | None], Product] = product,
+    ) -> None:
+        """`multiply` makes the product by W_enc: of what the model gives, not of any x."""
         sae = entry.sae
         W_enc = sae.W_enc.T.contiguous()  # (d_sae, d_in)
         bias = sae.b_enc.double() if entry.info.architecture != "gated" else torch.zeros_like(W_enc[:, 0])
         if sae.cfg.apply_b_dec_to_input and entry.info.architecture not in TRANSCODERS:
             bias = bias - W_enc.double() @ sae.b_dec.double()
         self.decoder = decoder
-        self._product = product(W_enc, bias.to(W_enc.dtype))
+        self._product = multiply(W_enc, bias.to(W_enc.dtype))
         self._project = product(W_enc, None)
         self._activate = activate
         self._b_dec = sae.b_dec
@@ -163,11 +189,11 @@ ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
 }
 
 
-def agree(plain: Encoder, fused: Encoder, entry: LoadedSae) -> bool:
-    """Whether two encoders give the same features and reconstructions on random residuals."""
+def agree(plain: Encoder, fused: Encoder, entry: LoadedSae, model_dtype: torch.dtype) -> bool:
+    """Whether two encoders give the same features and reconstructions on random residuals of a model."""
     dtype, device = entry.W_dec.dtype, entry.W_dec.device
     noise = torch.randn(PROBE_ROWS, entry.info.d_in, generator=torch.Generator().manual_seed(0))
-    x = torch.cat([scale * noise for scale in PROBE_SCALES]).to(device, dtype)
+    x = torch.cat([scale * noise for scale in PROBE_SCALES]).to(model_dtype).to(device, dtype)
     with torch.inference_mode():
         expected, got = (encoder.encode(x) for encoder in (plain, fused))
         pairs = [

@@ -31,11 +31,18 @@ def can_fuse(device: str) -> bool:
 
 def fuse(layers: Iterable[nn.Module]) -> None:
     """Compile what each layer does, for any number of tokens. `unfuse` takes it back."""
+    for layer in layers:
+        layer.forward = compiled(layer.forward)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at its first call, once for tensors of any length."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+    torch._dynamo.config.specialize_float = True  # the lowering of attention knows no variable ones
+    result: Callable[..., Any] = torch.compile(function, dynamic=True)
+    return result
 
 
 def unfuse(layers: Iterable[nn.Module]) -> None:
@@ -90,7 +97,7 @@ class FlexPlan:
         from torch.nn.attention.flex_attention import BlockMask
 
         end, depth = self.end, self.depth
-        span = window or 0
+        span = torch.tensor(window or 0, device=end.device)  # a number would be compiled for each width
 
         def attends(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (j <= i) & (i < end[j])
@@ -133,7 +140,7 @@ def flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     function: Callable[..., Tensor] = flex_attention
-    return torch.compile(function, dynamic=True) if torch.cuda.is_available() else function
+    return compiled(function) if torch.cuda.is_available() else function
 
 
 @functools.cache

@@ -19,6 +19,7 @@ AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of a replac
 # How oneDNN calls the activation of a gated MLP: name and algorithm.
 FUSED_ACTIVATIONS = {"SiLU": ("swish", ""), "SiLUActivation": ("swish", ""), "GELUTanh": ("gelu", "tanh")}
 
+SUMMANDS = 3  # bfloat16 numbers of 8 bits each that hold the 24 of a float32
 LEAST_STEP = 16  # rows
 STEPS = 16  # to a doubling of the rows
 
@@ -72,6 +73,30 @@ def product(weight: Tensor, bias: Tensor | None) -> Product:
         return result[: len(x)]
 
     return multiply
+
+
+def split_product(weight: Tensor, bias: Tensor | None) -> Product:
+    """`product` on CUDA for x (N, in) whose values bfloat16 holds: what float32 gives, several times as fast.
+
+    Each bfloat16 summand of a weight times x is exact in float32, in which they are summed.
+    """
+    stacked = torch.cat(summands_of(weight), dim=1).T  # (3 in, out)
+
+    def multiply(x: Tensor) -> Tensor:
+        repeated = x.bfloat16().repeat(1, SUMMANDS)
+        result: Tensor = torch.mm(repeated, stacked, out_dtype=torch.float32)
+        return result if bias is None else result.add_(bias)
+
+    return multiply
+
+
+def summands_of(weight: Tensor) -> list[Tensor]:
+    """Three bfloat16 tensors whose sum is the float32 `weight`, exactly but for what is below 1e-38."""
+    summands: list[Tensor] = []
+    for _ in range(SUMMANDS):
+        summands.append(weight.bfloat16())
+        weight = weight - summands[-1].to(weight.dtype)
+    return summands
 
 
 class PackedLinear(nn.Module):

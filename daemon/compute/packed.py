@@ -32,7 +32,7 @@ from daemon.compute.preorder import Preorder, preorder
 from daemon.compute.readings import Reader
 from daemon.compute.sae import LoadedSae, hook_point
 from daemon.compute.trunk import Trunk, UnknownModel
-from daemon.records import Compile, ModelInfo, Positions
+from daemon.records import ModelInfo, Positions
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # that packed attention knows
 PROBE_TOLERANCE = {  # relative, of packed residuals to plain ones: of the worst, of the median
@@ -58,11 +58,12 @@ class PackedEngine:
         saes: Sequence[LoadedSae],
         encoders: Sequence[Encoder],
         positions: Positions,
-        compile: Compile = "auto",
+        *,
+        compiles: bool = False,
     ) -> None:
-        """Changes the model: its attention and its linear layers. Raises CannotPack.
+        """Changes the model: its attention and its linear layers, which it compiles if asked to.
 
-        `compile` says whether layers are compiled: `auto` means on an accelerator.
+        Raises CannotPack.
         """
         self._reader = Reader(tuple(saes), tuple(encoders), positions, model.device)
         self._info = model_info(model, [entry.info for entry in saes], "packed")
@@ -78,7 +79,7 @@ class PackedEngine:
         self._fused = False  # whether attention is one kernel
         texts = probe_texts(model.vocabulary)
         plain = self._adopt(model, texts)
-        if compile == "on" or (compile == "auto" and can_fuse(model.device)):
+        if compiles:
             self._fuse(texts, plain)
 
     @property

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 from daemon.analysis.geometry import DecoderRows
 from daemon.analysis.study import StudySettings
 from daemon.compute.device import Study
-from daemon.compute.encoding import FusedEncoder, jumprelu
+from daemon.compute.encoding import FusedEncoder, can_split, jumprelu
+from daemon.compute.fused import can_fuse
 from daemon.compute.launched import finish, on_cuda
+from daemon.compute.linear import product, split_product
 from daemon.compute.loading import LoadedModel, ModelLocation
 from daemon.compute.packed import PackedEngine
 from daemon.compute.packing import Batch, Packer
@@ -36,7 +38,6 @@ from daemon.compute.trunk import Trunk
 from daemon.records import (
     CONTRAST_RECIPE,
     PLAIN_RECIPE,
-    Compile,
     PartExtent,
     Positions,
     Recipe,
@@ -158,11 +159,19 @@ def random_saes(shape: Shape, model: LoadedModel) -> list[LoadedSae]:
 
 
 def engine_of(
-    model: LoadedModel, saes: Sequence[LoadedSae], positions: Positions, l0: int, compile: Compile
+    model: LoadedModel, saes: Sequence[LoadedSae], positions: Positions, l0: int, compiles: bool
 ) -> PackedEngine:
     calibrate(model, saes, l0)
-    encoders = [FusedEncoder(entry, DecoderRows.of(entry.W_dec), jumprelu(entry.sae)) for entry in saes]
-    return PackedEngine(model, saes, encoders, positions, compile)
+    encoders = [
+        FusedEncoder(
+            entry,
+            DecoderRows.of(entry.W_dec),
+            jumprelu(entry.sae),
+            split_product if can_split(entry, model.dtype) else product,
+        )
+        for entry in saes
+    ]
+    return PackedEngine(model, saes, encoders, positions, compiles=compiles)
 
 
 def calibrate(model: LoadedModel, saes: Sequence[LoadedSae], l0: int) -> None:
@@ -261,7 +270,7 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def measure(
-    shape: Shape, device: str, dtype: torch.dtype, sizes: Sequence[int], n: int, compile: Compile = "auto"
+    shape: Shape, device: str, dtype: torch.dtype, sizes: Sequence[int], n: int, compiles: bool
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """What was measured of each case and size of batch, and the kernels of a CUDA device."""
     cases: tuple[tuple[str, Positions, Recipe, Callable[[int, int], list[Texts]], int], ...] = (
@@ -274,7 +283,7 @@ def measure(
         work = Work.of(model, saes)
         rate = 2 * Products(work, dtype, device).rate().fastest
         samples = make(count, model.vocabulary)
-        engine = engine_of(model, saes, positions, shape.l0, compile)
+        engine = engine_of(model, saes, positions, shape.l0, compiles)
         study = Study(engine, StudySettings(0, 0.1, 8, 10, 50, positions))
         for tokens in sizes:
             planned = batches(samples, recipe, tokens)
@@ -315,12 +324,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-batch-tokens", default="8192,16384,32768", help="several, with commas")
-    parser.add_argument("--compile", choices=get_args(Compile), default="auto")
+    parser.add_argument("--no-compile", action="store_true", help="run the layers as they are")
     parser.add_argument("--documents", type=int, default=512, help="and eight times as many contrast samples")
     args = parser.parse_args()
     sizes = [int(size) for size in args.max_batch_tokens.split(",")]
     dtype = getattr(torch, args.dtype)
-    for line, kernels in measure(SHAPES[args.shape], args.device, dtype, sizes, args.documents, args.compile):
+    compiles = can_fuse(args.device) and not args.no_compile
+    for line, kernels in measure(SHAPES[args.shape], args.device, dtype, sizes, args.documents, compiles):
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
         sys.stderr.write(kernels + "\n")

@@ -13,7 +13,7 @@ from daemon.compute.packed import PackedEngine
 from daemon.compute.padded import PaddedEngine
 from daemon.compute.sae import LoadedSae, load_saes
 from daemon.config import SaeSection
-from daemon.records import Compile, Positions
+from daemon.records import Positions
 from tests import tiny
 
 
@@ -39,10 +39,10 @@ def packed(
     dtype: torch.dtype = torch.float64,
     positions: Positions = "last",
     device: str = "cpu",
-    compile: Compile = "auto",
+    compiles: bool = False,
 ) -> PackedEngine:
     hf, entries = loaded(model, saes, dtype, device)
-    return PackedEngine(hf, entries, [encoder_of(entry) for entry in entries], positions, compile)
+    return PackedEngine(hf, entries, [encoder_of(entry) for entry in entries], positions, compiles=compiles)
 
 
 def random_texts(lengths: list[int]) -> list[list[int]]:

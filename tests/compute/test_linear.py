@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from daemon.compute.linear import prepared_rows, product
+from daemon.compute.linear import prepared_rows, product, split_product, summands_of
 
 
 def test_any_number_of_rows_is_run_as_one_of_few():
@@ -22,3 +22,18 @@ def test_a_product_is_that_of_the_rows_alone(rows, biased):
     got = product(weight, bias if biased else None)(x)
     assert got.shape == (rows, 24)
     assert_close(got, x @ weight.T + biased * bias, rtol=1e-4, atol=1e-4)
+
+
+def test_three_bfloat16_numbers_hold_a_float32():
+    weight = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-12, 12, 40)
+    assert (sum(part.double() for part in summands_of(weight)) == weight.double()).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_split_product_is_as_exact_as_float32():
+    chance = torch.Generator("cuda").manual_seed(0)
+    weight, bias = (torch.randn(*shape, generator=chance, device="cuda") for shape in ((300, 200), (300,)))
+    x = torch.randn(64, 200, generator=chance, device="cuda").bfloat16().float()
+    exact = x.double() @ weight.double().T + bias.double()
+    error = (split_product(weight, bias)(x) - exact).abs().max()
+    assert error <= 2 * (product(weight, bias)(x) - exact).abs().max() + 1e-6

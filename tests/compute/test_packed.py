@@ -139,7 +139,8 @@ def test_compiled_layers_and_attention_give_what_they_give_uncompiled(dtype, fam
     model = save_family(tmp_path, family)
     texts = sharing_texts()
     compiled, plain = (
-        packed(model, saes, dtype, device="cuda", compile=compile).extract(texts) for compile in ("on", "off")
+        packed(model, saes, dtype, device="cuda", compiles=compiles).extract(texts)
+        for compiles in (True, False)
     )
     for layer, other in zip(compiled.layers, plain.layers, strict=True):
         error = torch.linalg.vector_norm(layer.x - other.x) / torch.linalg.vector_norm(other.x)
@@ -150,7 +151,7 @@ def test_compiled_layers_and_attention_give_what_they_give_uncompiled(dtype, fam
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of itself
 def test_layers_compiled_for_a_cpu_give_what_they_give_uncompiled(llama, saes):
     texts = sharing_texts()
-    compiled, plain = (packed(llama, saes, compile=compile).extract(texts) for compile in ("on", "off"))
+    compiled, plain = (packed(llama, saes, compiles=compiles).extract(texts) for compiles in (True, False))
     for layer, other in zip(compiled.layers, plain.layers, strict=True):
         assert_close(layer.x, other.x, rtol=0, atol=1e-10)
 
@@ -162,6 +163,6 @@ def test_a_compiler_that_fails_leaves_the_engine_as_it_was(llama, saes, monkeypa
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
     with capture_logs() as logs:
-        engine = packed(llama, saes, compile="on")
+        engine = packed(llama, saes, compiles=True)
     assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["engine.not_compiled"]
     assert len(engine.extract(sharing_texts()).layers) == len(saes)
