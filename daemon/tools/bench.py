@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -98,30 +99,55 @@ def bench(
     baseline_samples: int | None = None,
 ) -> BenchReport:
     """Measure; takes minutes. `baselines` leaves out all others but `sequential`; `baseline_samples` limits
-    on how many samples, evenly chosen, each of them runs.
+    on how many samples, evenly chosen, each of them runs. Interrupted, it reports the whole repetitions.
 
     Raises MachineError where a worker ends, ConfigError and FileError as a run would.
     """
     limits = SLOW_SAMPLES if baseline_samples is None else baseline_samples
     paths = [Path(file) for file in files] or [DEMO_SAMPLES]
-    with (
-        worker(lensd_process, config, paths, list(batch_sizes)) as lensd,
-        worker(baseline_process, config, paths, limits) as others,
-    ):
-        loaded: Loaded = lensd.receive()
-        names = chosen(others.receive(), baselines)
-        order = [(others, name) for name in names] + [(lensd, name) for name in loaded.variants]
-        runs: dict[str, list[Measured]] = {name: [] for _, name in order}
-        rates: list[ProductRate] = []
-        for _, (process, name) in with_progress(
-            [(number, step) for number in range(repetitions + 1) for step in order]
+    rounds: list[Round] = []
+    try:
+        with (
+            worker(lensd_process, config, paths, list(batch_sizes)) as lensd,
+            worker(baseline_process, config, paths, limits) as others,
         ):
-            if name == AUTO:
-                rates.append(lensd.ask("rate"))
-            runs[name].append(process.ask(name))
-        for name in runs:  # the first round warms up
-            del runs[name][0]
-    return report(config, paths, loaded, runs, rates[1:])
+            loaded: Loaded = lensd.receive()
+            names = chosen(others.receive(), baselines)
+            order = [(others, name) for name in names] + [(lensd, name) for name in loaded.variants]
+            with progress_bar((repetitions + 1) * len(order)) as progress:
+                for number in range(repetitions + 1):  # the first warms up
+                    rounds.append(one_round(order, lensd, progress))
+                    progress.say(f"repetition {number} of {repetitions}: {rounds[-1]}" if number else "warm")
+    except KeyboardInterrupt:
+        if len(rounds) < 2:
+            raise
+        sys.stderr.write(f"interrupted: what follows is of {len(rounds) - 1} whole repetitions\n")
+    return report(config, paths, loaded, rounds[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Every variant once."""
+
+    runs: dict[str, Measured]
+    rate: ProductRate
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {run.samples / run.seconds:.1f}" for name, run in self.runs.items()) + (
+            f" samples/s; products {2 * self.rate.fastest / 1e9:.0f} GFLOP/s"
+        )
+
+
+def one_round(order: Sequence[tuple[Worker, str]], lensd: Worker, progress: BenchProgress) -> Round:
+    """Each variant in turn, and the rate of products just before `lensd auto`."""
+    runs: dict[str, Measured] = {}
+    for process, name in order:
+        progress.begin(name)
+        if name == AUTO:
+            rate: ProductRate = lensd.ask("rate")
+        runs[name] = process.ask(name)
+        progress.end()
+    return Round(runs, rate)
 
 
 def chosen(known: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
@@ -133,13 +159,9 @@ def chosen(known: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
     return [name for name in known if name in (*wanted, "sequential")]
 
 
-def report(
-    config: Config,
-    files: Sequence[Path],
-    loaded: Loaded,
-    runs: dict[str, list[Measured]],
-    rates: Sequence[ProductRate],
-) -> BenchReport:
+def report(config: Config, files: Sequence[Path], loaded: Loaded, rounds: Sequence[Round]) -> BenchReport:
+    runs = {name: [one.runs[name] for one in rounds] for name in rounds[0].runs}
+    rates = [one.rate for one in rounds]
     speed = {name: [run.samples / run.seconds for run in measured] for name, measured in runs.items()}
     auto = runs[AUTO]
 
@@ -221,10 +243,25 @@ def worker(target: Any, *args: Any) -> Iterator[Worker]:
         process.join()
 
 
-def with_progress(
-    steps: Sequence[tuple[int, tuple[Worker, str]]],
-) -> Iterator[tuple[int, tuple[Worker, str]]]:
-    """The steps, with a bar on standard error."""
+class BenchProgress:
+    """A bar on standard error, and lines above it that stay."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("loading", total=steps)
+
+    def begin(self, name: str) -> None:
+        self._progress.update(self._task, description=name)
+
+    def end(self) -> None:
+        self._progress.advance(self._task)
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(steps: int) -> Iterator[BenchProgress]:
     from rich.console import Console
 
     with Progress(
@@ -235,8 +272,4 @@ def with_progress(
         console=Console(stderr=True),
         transient=True,
     ) as progress:
-        task = progress.add_task("loading", total=len(steps))
-        for number, (process, name) in steps:
-            progress.update(task, description=name)
-            yield number, (process, name)
-            progress.advance(task)
+        yield BenchProgress(progress, steps)

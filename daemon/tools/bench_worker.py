@@ -12,6 +12,7 @@ import functools
 import gc
 import logging
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -259,5 +260,6 @@ def baseline_process(
 
 
 def quiet() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the one that asks decides
     configure_logs("json", "error")
     logging.disable(logging.WARNING)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -13,7 +14,8 @@ from daemon.config import load_config
 from daemon.errors import ConfigError
 from daemon.tools.bench import AUTO, BARE, BenchReport, VariantReport, bench
 from daemon.tools.bench_report import plot, print_bench, recommendations
-from daemon.tools.limit import Products, Work
+from daemon.tools.bench_worker import Loaded, Measured, baseline_process, lensd_process
+from daemon.tools.limit import ProductRate, Products, Work
 from tests import tiny
 from tests.compute.engines import loaded
 from tests.families import save_family
@@ -66,6 +68,46 @@ def test_the_work_is_every_product_of_every_token_once(family, tmp_path):
     assert work.multiply_adds(preorder(texts), readings=2) == expected
     rate = Products(work, torch.float32, "cpu").rate()
     assert rate.fastest == max(rate.torch, rate.packed) > 0
+
+
+class FakeWorker:
+    """Answers what a worker would, and raises at a question."""
+
+    def __init__(self, hello: object, fail_at: int | None = None) -> None:
+        self._hello, self._fail_at, self._asked = hello, fail_at, 0
+
+    def receive(self) -> object:
+        return self._hello
+
+    def ask(self, question: str) -> object:
+        self._asked += 1
+        if self._asked == self._fail_at:
+            raise KeyboardInterrupt
+        return ProductRate(1e9, 2e9) if question == "rate" else Measured(self._asked, 10, 100, 1 << 20)
+
+
+@pytest.mark.parametrize(("fail_at", "repetitions"), [(12, 2), (5, None)])
+def test_what_is_interrupted_reports_the_repetitions_that_are_whole(
+    fail_at, repetitions, monkeypatch, capsys
+):
+    loaded_as = Loaded((BARE, AUTO), 10, 100, 50, 1000, 64, "packed", "cpu")
+    workers = {
+        lensd_process: FakeWorker(loaded_as, fail_at),  # three questions a round
+        baseline_process: FakeWorker(("sequential",)),
+    }
+    monkeypatch.setattr(
+        "daemon.tools.bench.worker", lambda target, *_: contextlib.nullcontext(workers[target])
+    )
+    if repetitions is None:
+        with pytest.raises(KeyboardInterrupt):
+            bench(load_config(None, {}), [])
+        return
+    report = bench(load_config(None, {}), [])
+    assert report.repetitions == repetitions
+    assert report.variant(AUTO).seconds == 7.5  # of the answers to questions 6 and 9
+    said = capsys.readouterr().err
+    assert "repetition 2 of 5" in said
+    assert "interrupted: what follows is of 2 whole repetitions" in said
 
 
 @pytest.mark.slow
