@@ -78,8 +78,8 @@ def product(weight: Tensor, bias: Tensor | None) -> Product:
 def split_product(weight: Tensor, bias: Tensor | None) -> Product:
     """`product` on CUDA for x (N, in) whose values bfloat16 holds: float32 weights, several times as fast.
 
-    A bfloat16 summand of a weight times x is exact in float32. The sums are the tensor cores', which round down:
-    in the mean they are off by 1e-5 of a result's size, where bfloat16 itself moves it by 1e-3.
+    A bfloat16 summand of a weight times x is exact in float32. The sums are the tensor cores', which round
+    down: off by 1e-5 of a result's size in the mean, where rounding x to bfloat16 moved it by 1e-3.
     """
     stacked = torch.cat(summands_of(weight), dim=1).T  # (3 in, out)
 
