@@ -83,11 +83,12 @@ class Assembly:
         order = np.concatenate([np.array(block_rows) for block_rows in rows.values()])
         starts = np.cumsum([0, *map(len, rows.values())])[:-1]
         totals = zip(*(LayerTotals.of_groups(sums, order, starts) for sums in block.layers), strict=True)
+        rest = dataclasses.replace(block, layers=())  # which weigh more than all else, and are summed up
         finished = []
         for (key, block_rows), layers in zip(rows.items(), totals, strict=True):
             opened = self._open[key]
             opened.layers = tuple(map(LayerTotals.plus, opened.layers, layers))
-            self._add(opened, batch, block, np.array(block_rows), pack_seconds)
+            self._add(opened, batch, rest, np.array(block_rows), pack_seconds)
             if not opened.missing:
                 finished.append(self._open.pop(key).finish())
         return finished
