@@ -3,13 +3,16 @@
  * LAPACK takes one matrix after the other, and at some hundred rows waits for memory in the half of the work
  * that is no matrix product. Here every scalar of the textbook's algorithms is a vector of LANES matrices, so
  * that each load serves LANES of them and nothing is shuffled: Householder's reduction to a tridiagonal
- * (Golub & Van Loan, 8.3.1), all eigenvalues by the root-free QL of Pal, Walker and Kahan (Parlett, The
- * Symmetric Eigenvalue Problem, 8.15), and the principal eigenvector by inverse iteration, shifted above the
+ * (Golub & Van Loan, 8.3.1; reduction.h), all eigenvalues by the root-free QL of Pal, Walker and Kahan (Parlett,
+ * The Symmetric Eigenvalue Problem, 8.15), and the principal eigenvector by inverse iteration, shifted above the
  * spectrum, where no pivoting is needed.
+ *
+ * Float32 is enough for the reduction, nearly all of the work, where the features came in it: the matrix is made
+ * in float64, scaled to a trace of 1 and rounded, and what follows the reduction is in float64 again.
  *
  * A matrix smaller than its lane's is filled up with zeros at the end, which change none of its sums: what
  * comes out does not depend on its neighbours, bit for bit.
- * Plain C with the vector extensions of GCC and Clang; knows no Python.
+ * Plain C with the vector extensions of GCC and Clang, built once for each level of processor; knows no Python.
  */
 #include <float.h>
 #include <math.h>
@@ -17,119 +20,67 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX512F__) /* as many as a register holds: wider vectors are taken apart one number at a time */
 #define LANES 8
+#elif defined(__AVX__)
+#define LANES 4
+#else
+#define LANES 2
+#endif
+#define HALVES 2         /* groups of LANES that one reduction in float32 holds */
 #define ALIGNMENT 64
 #define SHIFT 1e-11      /* of the principal eigenvalue, by which inverse iteration stays off it */
 #define ITERATIONS 2     /* of it: each divides another eigenvector's share by its distance over SHIFT */
 #define MAX_SWEEPS 50    /* of QL for each eigenvalue; two are usual */
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EACH_CPU
-#endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef double lanes __attribute__((vector_size(8 * LANES)));
 typedef int64_t mask __attribute__((vector_size(8 * LANES))); /* -1 where it holds, else 0 */
+typedef float slim __attribute__((vector_size(4 * HALVES * LANES)));
+typedef int32_t slim_mask __attribute__((vector_size(4 * HALVES * LANES)));
+typedef float half __attribute__((vector_size(4 * LANES), may_alias));
 
-/* What a group of LANES matrices needs; n rows each. */
+#define WIDTH LANES
+#define VECTOR lanes
+#define MASK mask
+#define SIGN INT64_MIN
+#define ROOT sqrt
+#define NAME(f) f##_exact
+#include "reduction.h"
+#undef WIDTH
+#undef VECTOR
+#undef MASK
+#undef SIGN
+#undef ROOT
+#undef NAME
+#define WIDTH (HALVES * LANES)
+#define VECTOR slim
+#define MASK slim_mask
+#define SIGN INT32_MIN
+#define ROOT sqrtf
+#define NAME(f) f##_slim
+#include "reduction.h"
+
+/* What a group of LANES matrices needs besides, in vectors of n. */
 typedef struct {
-    lanes *a;       /* (n, n) row by row, the lower triangle; then the reflectors, below the diagonal */
-    lanes *d, *e;   /* (n) of the tridiagonal: its diagonal, and what is beside it */
-    lanes *tau;     /* (n) of the reflectors */
-    lanes *v, *w, *p; /* (n) of one step of the reduction */
-    lanes *x;       /* (n) the eigenvector */
-    lanes *q, *f;   /* (n) eigenvalues in the making: diagonal, and squares of what is beside it */
+    lanes *d, *e;     /* of the tridiagonal: its diagonal, and what is beside it */
+    lanes *q, *f;     /* eigenvalues in the making: diagonal, and squares of what is beside it */
+    lanes *x, *pivot; /* the eigenvector */
 } Group;
 
-INLINE lanes all(double value) { return (lanes){0} + value; }
-INLINE lanes choose(mask where, lanes yes, lanes no) {
-    return (lanes)((where & (mask)yes) | (~where & (mask)no));
-}
-INLINE lanes absolute(lanes x) { return (lanes)((mask)x & INT64_MAX); }
-INLINE lanes like_sign(lanes size, lanes sign) {
-    return (lanes)(((mask)size & INT64_MAX) | ((mask)sign & INT64_MIN));
-}
-INLINE lanes root(lanes x) {
-    lanes r;
-    for (int i = 0; i < LANES; i++) r[i] = sqrt(x[i]);
-    return r;
-}
-INLINE int any(mask m) {
-    int64_t found = 0;
-    for (int i = 0; i < LANES; i++) found |= m[i];
-    return found != 0;
+#define GROUP_PARTS 6
+
+INLINE Group grouped(lanes *room, int64_t n) {
+    return (Group){.d = room, .e = room + n, .q = room + 2 * n, .f = room + 3 * n, .x = room + 4 * n,
+                   .pivot = room + 5 * n};
 }
 
-/* A = Q T Q^T, the update of each step done in the same pass over A as the product of the next. */
-INLINE void tridiagonalise(Group *g, int64_t n) {
-    lanes *restrict a = g->a, *restrict v = g->v, *restrict w = g->w, *restrict p = g->p;
-    lanes *restrict old_v = g->q, *restrict old_w = g->f;
-    for (int64_t i = 0; i < n; i++) old_v[i] = old_w[i] = all(0);
-    for (int64_t k = 0; k < n; k++) {
-        for (int64_t i = k; i < n; i++) a[i * n + k] -= old_v[i] * old_w[k] + old_w[i] * old_v[k];
-        g->d[k] = a[k * n + k];
-        g->tau[k] = g->e[k] = all(0);
-        if (k + 1 == n) break;
-        lanes alpha = a[(k + 1) * n + k], rest = all(0);
-        for (int64_t i = k + 2; i < n; i++) rest += a[i * n + k] * a[i * n + k];
-        mask flat = rest == all(0); /* nothing to reflect */
-        lanes beta = -like_sign(root(alpha * alpha + rest), alpha);
-        lanes tau = choose(flat, all(0), (beta - alpha) / beta);
-        lanes scale = choose(flat, all(0), all(1) / (alpha - beta));
-        g->e[k] = choose(flat, alpha, beta);
-        g->tau[k] = tau;
-        v[k + 1] = all(1);
-        for (int64_t i = k + 2; i < n; i++) v[i] = a[i * n + k] * scale;
-        for (int64_t i = k + 1; i < n; i++) p[i] = all(0);
-        int64_t i = k + 1;
-        for (; i + 1 < n; i += 2) { /* two rows at a time share the loads of the vectors */
-            lanes *restrict r0 = a + i * n, *restrict r1 = r0 + n;
-            lanes v0 = v[i], v1 = v[i + 1], p0 = p[i], p1 = p[i + 1];
-            lanes ov0 = old_v[i], ov1 = old_v[i + 1], ow0 = old_w[i], ow1 = old_w[i + 1];
-            for (int64_t j = k + 1; j < i; j++) {
-                lanes a0 = r0[j] - ov0 * old_w[j] - ow0 * old_v[j];
-                lanes a1 = r1[j] - ov1 * old_w[j] - ow1 * old_v[j];
-                r0[j] = a0;
-                r1[j] = a1;
-                p0 += a0 * v[j];
-                p1 += a1 * v[j];
-                p[j] = (p[j] + a0 * v0) + a1 * v1;
-            }
-            lanes d0 = r0[i] - ov0 * old_w[i] - ow0 * old_v[i];
-            lanes below = r1[i] - ov1 * old_w[i] - ow1 * old_v[i];
-            lanes d1 = r1[i + 1] - ov1 * old_w[i + 1] - ow1 * old_v[i + 1];
-            r0[i] = d0;
-            r1[i] = below;
-            r1[i + 1] = d1;
-            p[i] = p0 + d0 * v0 + below * v1;
-            p[i + 1] = p1 + below * v0 + d1 * v1;
-        }
-        for (; i < n; i++) { /* in the same order of rounding */
-            lanes *restrict r0 = a + i * n;
-            lanes p0 = p[i];
-            for (int64_t j = k + 1; j < i; j++) {
-                r0[j] = r0[j] - old_v[i] * old_w[j] - old_w[i] * old_v[j];
-                p0 += r0[j] * v[j];
-                p[j] += r0[j] * v[i];
-            }
-            r0[i] = r0[i] - old_v[i] * old_w[i] - old_w[i] * old_v[i];
-            p[i] = p0 + r0[i] * v[i];
-        }
-        lanes dot = all(0);
-        for (int64_t j = k + 1; j < n; j++) {
-            p[j] *= tau;
-            dot += p[j] * v[j];
-        }
-        dot *= 0.5 * tau;
-        for (int64_t j = k + 1; j < n; j++) {
-            w[j] = p[j] - dot * v[j];
-            a[j * n + k] = v[j]; /* kept for the way back */
-            old_v[j] = v[j];
-            old_w[j] = w[j];
-        }
-    }
+INLINE lanes all(double value) { return (lanes){0} + value; }
+INLINE lanes absolute(lanes x) { return (lanes)((mask)x & INT64_MAX); }
+INLINE lanes root(lanes x) {
+    for (int i = 0; i < LANES; i++) x[i] = sqrt(x[i]);
+    return x;
 }
 
 /* All eigenvalues of the tridiagonal, in q, in no order; how many lanes did not converge. */
@@ -140,7 +91,7 @@ INLINE int eigenvalues(Group *g, int64_t n) {
         q[i] = g->d[i];
         f[i] = g->e[i] * g->e[i];
         lanes size = absolute(q[i]) + absolute(g->e[i]);
-        norm = choose(size > norm, size, norm);
+        norm = choose_exact(size > norm, size, norm);
     }
     lanes small = norm * (0.1 * DBL_EPSILON);
     small *= small; /* a square below it is nothing beside the largest eigenvalue */
@@ -168,16 +119,16 @@ INLINE int eigenvalues(Group *g, int64_t n) {
             mask active = (all((double)i) < to) & (all((double)i) >= from);
             mask first = all((double)(i + 1)) == to;
             lanes b = f[i], r = p + b;
-            f[i + 1] = choose(active & ~first, s * r, f[i + 1]);
+            f[i + 1] = choose_exact(active & ~first, s * r, f[i + 1]);
             lanes over = all(1) / r, c_new = p * over, s_new = b * over;
             lanes diagonal = q[i];
             lanes gamma_new = c_new * (diagonal - sigma) - s_new * gamma;
-            q[i + 1] = choose(active, gamma + (diagonal - gamma_new), q[i + 1]);
-            lanes p_new = choose(c_new != all(0), gamma_new * gamma_new / c_new, c * b);
-            c = choose(active, c_new, c);
-            s = choose(active, s_new, s);
-            gamma = choose(active, gamma_new, gamma);
-            p = choose(active, p_new, p);
+            q[i + 1] = choose_exact(active, gamma + (diagonal - gamma_new), q[i + 1]);
+            lanes p_new = choose_exact(c_new != all(0), gamma_new * gamma_new / c_new, c * b);
+            c = choose_exact(active, c_new, c);
+            s = choose_exact(active, s_new, s);
+            gamma = choose_exact(active, gamma_new, gamma);
+            p = choose_exact(active, p_new, p);
         }
         for (int i = 0; i < LANES; i++) {
             if (l[i] + 1 >= n) continue;
@@ -190,14 +141,15 @@ INLINE int eigenvalues(Group *g, int64_t n) {
     return left;
 }
 
-/* The unit eigenvector of the largest eigenvalue, in x; arbitrary where that is not above zero. */
+/* The unit eigenvector of the tridiagonal's largest eigenvalue, in x; arbitrary where that is not above zero. */
 INLINE void principal(Group *g, int64_t n, const int64_t *counts) {
-    lanes *restrict x = g->x, *restrict pivot = g->p;
+    lanes *restrict x = g->x, *restrict pivot = g->pivot;
     lanes largest = all(0);
-    for (int64_t i = 0; i < n; i++) largest = choose(g->q[i] > largest, g->q[i], largest);
-    lanes shift = choose(largest > all(0), largest * (1 + SHIFT), all(1));
+    for (int64_t i = 0; i < n; i++) largest = choose_exact(g->q[i] > largest, g->q[i], largest);
+    lanes shift = choose_exact(largest > all(0), largest * (1 + SHIFT), all(1));
     for (int64_t i = 0; i < n; i++) { /* no symmetry makes this start orthogonal to it */
-        for (int k = 0; k < LANES; k++) x[i][k] = i < counts[k] ? cos(pow((double)(i + 1), 1.5)) : 0;
+        double start = cos(pow((double)(i + 1), 1.5));
+        for (int k = 0; k < LANES; k++) x[i][k] = i < counts[k] ? start : 0;
         pivot[i] = shift - g->d[i];
         if (i) pivot[i] -= g->e[i - 1] * g->e[i - 1] / pivot[i - 1];
     }
@@ -210,29 +162,65 @@ INLINE void principal(Group *g, int64_t n, const int64_t *counts) {
         lanes over = all(1) / root(square);
         for (int64_t i = 0; i < n; i++) x[i] *= over;
     }
-    for (int64_t k = n - 3; k >= 0; k--) { /* x = H_0 H_1 ... x */
-        lanes dot = all(0);
-        for (int64_t i = k + 1; i < n; i++) dot += g->a[i * n + k] * x[i];
-        dot *= g->tau[k];
-        for (int64_t i = k + 1; i < n; i++) x[i] -= dot * g->a[i * n + k];
-    }
 }
 
-/* S S^T of LANES clouds out of the table of inner products; see geometry.py. Fills the lower triangle. */
-INLINE void look_up(Group *g, int64_t n, const double *inner, int64_t d_sae, const int64_t *indices,
-                    const double *weights, const int64_t *counts, int64_t width, double *moment, double *square) {
-    lanes *restrict a = g->a, *restrict w = g->w, *restrict to_centroid = g->p;
+/* What to multiply a matrix with for a trace of 1; a matrix of zeros stays as it is. */
+INLINE lanes over_trace(const lanes *a, int64_t n) {
+    lanes trace = all(0);
+    for (int64_t i = 0; i < n; i++) trace += a[i * n + i];
+    return choose_exact(trace > all(0), all(1) / trace, all(1));
+}
+
+/* One of the halves of a vector. */
+INLINE half *half_of(slim *vector, int which) { return (half *)vector + which; }
+
+/* What a call works on; see `lensd_spectra`. */
+typedef struct {
+    const double *gram, *inner, *weights;
+    const int64_t *indices, *counts, *order; /* in which the matrices are taken */
+    int64_t width, d_sae;
+    double *eigen, *vectors, *moment, *square;
+} Work;
+
+/* Up to LANES matrices that are worked on together. */
+typedef struct {
+    int used;
+    int64_t row[LANES], count[LANES]; /* where each lies, and how many of its rows matter: 0 past `used` */
+} Batch;
+
+/* Those from `first` on, of those before `end`. */
+INLINE Batch batch_from(const Work *work, int64_t first, int64_t end) {
+    Batch batch = {.used = 0};
+    for (int64_t at = first; at < end && batch.used < LANES; at++, batch.used++) {
+        batch.row[batch.used] = work->order[at];
+        batch.count[batch.used] = work->counts[work->order[at]];
+    }
+    return batch;
+}
+
+INLINE int64_t tallest(const Batch *batch, int64_t n) {
+    for (int k = 0; k < batch->used; k++)
+        if (batch->count[k] > n) n = batch->count[k];
+    return n;
+}
+
+/* S S^T of clouds out of the table of inner products; see geometry.py. Fills the lower triangle of a. */
+INLINE void look_up(const Work *work, const Batch *batch, const Reduction_exact *r, int64_t n) {
+    lanes *restrict a = r->a, *restrict w = r->w, *restrict to_centroid = r->p;
     for (int64_t i = 0; i < n; i++) {
         const double *row[LANES];
         to_centroid[i] = w[i] = all(0);
         for (int k = 0; k < LANES; k++) {
-            row[k] = i < counts[k] ? inner + indices[k * width + i] * d_sae : NULL;
-            if (row[k]) w[i][k] = weights[k * width + i];
+            row[k] = NULL;
+            if (i >= batch->count[k]) continue;
+            int64_t slot = batch->row[k] * work->width + i;
+            row[k] = work->inner + work->indices[slot] * work->d_sae;
+            w[i][k] = work->weights[slot];
         }
         for (int64_t j = 0; j <= i; j++) {
             lanes value = all(0);
             for (int k = 0; k < LANES; k++)
-                if (row[k]) value[k] = row[k][indices[k * width + j]];
+                if (row[k]) value[k] = row[k][work->indices[batch->row[k] * work->width + j]];
             a[i * n + j] = value;
         }
     }
@@ -253,66 +241,141 @@ INLINE void look_up(Group *g, int64_t n, const double *inner, int64_t d_sae, con
         for (int64_t j = 0; j <= i; j++)
             a[i * n + j] = (a[i * n + j] - to_centroid[i] - to_centroid[j]) * w[i] * w[j];
     }
-    for (int k = 0; k < LANES; k++) {
-        if (moment) moment[k] = total[k];
-        if (square) square[k] = of_centroid[k];
+    for (int k = 0; k < batch->used; k++) {
+        work->moment[batch->row[k]] = total[k];
+        work->square[batch->row[k]] = of_centroid[k];
     }
 }
 
-INLINE void copy_in(Group *g, int64_t n, const double *gram, const int64_t *counts, int64_t width) {
+INLINE void copy_in(const Work *work, const Batch *batch, lanes *restrict a, int64_t n) {
+    int64_t width = work->width;
     for (int64_t i = 0; i < n; i++)
         for (int64_t j = 0; j <= i; j++) {
             lanes value = all(0);
             for (int k = 0; k < LANES; k++)
-                if (i < counts[k]) value[k] = gram[(k * width + i) * width + j];
-            g->a[i * n + j] = value;
+                if (i < batch->count[k]) value[k] = work->gram[(batch->row[k] * width + i) * width + j];
+            a[i * n + j] = value;
         }
+}
+
+INLINE void take(const Work *work, const Batch *batch, const Reduction_exact *r, int64_t n) {
+    if (work->gram)
+        copy_in(work, batch, r->a, n);
+    else
+        look_up(work, batch, r, n);
+}
+
+INLINE void give(const Work *work, const Batch *batch, const lanes *from, double *to) {
+    for (int k = 0; k < batch->used; k++)
+        for (int64_t i = 0; i < batch->count[k]; i++) to[batch->row[k] * work->width + i] = from[i][k];
+}
+
+/* LANES matrices from `first` on, all in float64; how many did not converge. */
+INLINE int spectra_exact(const Work *work, int64_t first, int64_t end, lanes *room) {
+    Batch batch = batch_from(work, first, end);
+    int64_t n = tallest(&batch, 1);
+    Reduction_exact r = laid_out_exact(room, n);
+    Group g = grouped(room + room_exact(n), n);
+    take(work, &batch, &r, n);
+    reduce_exact(&r, n);
+    g.d = r.d;
+    g.e = r.e;
+    int left = eigenvalues(&g, n);
+    principal(&g, n, batch.count);
+    reflect_exact(&r, n, g.x);
+    give(work, &batch, g.q, work->eigen);
+    give(work, &batch, g.x, work->vectors);
+    return left;
+}
+
+/* HALVES times LANES matrices from `first` on, reduced in float32; how many did not converge. */
+INLINE int spectra_slim(const Work *work, int64_t first, int64_t end, lanes *room, slim *slim_room) {
+    Batch batch[HALVES];
+    lanes scale[HALVES];
+    int64_t n = 1;
+    for (int h = 0; h < HALVES; h++) {
+        batch[h] = batch_from(work, first + h * LANES, end);
+        n = tallest(&batch[h], n);
+    }
+    Reduction_exact made = laid_out_exact(room, n);
+    Reduction_slim r = laid_out_slim(slim_room, n);
+    Group g = grouped(room + room_exact(n), n);
+    for (int h = 0; h < HALVES; h++) {
+        take(work, &batch[h], &made, n);
+        scale[h] = over_trace(made.a, n);
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t j = 0; j <= i; j++)
+                *half_of(&r.a[i * n + j], h) = __builtin_convertvector(made.a[i * n + j] * scale[h], half);
+    }
+    reduce_slim(&r, n);
+    int left = 0;
+    slim *x = r.v; /* free by now */
+    for (int h = 0; h < HALVES; h++) {
+        for (int64_t i = 0; i < n; i++) {
+            g.d[i] = __builtin_convertvector(*half_of(&r.d[i], h), lanes);
+            g.e[i] = __builtin_convertvector(*half_of(&r.e[i], h), lanes);
+        }
+        left += eigenvalues(&g, n);
+        principal(&g, n, batch[h].count);
+        for (int64_t i = 0; i < n; i++) {
+            g.q[i] /= scale[h];
+            *half_of(&x[i], h) = __builtin_convertvector(g.x[i], half);
+        }
+        give(work, &batch[h], g.q, work->eigen);
+    }
+    reflect_slim(&r, n, x);
+    for (int h = 0; h < HALVES; h++) {
+        for (int64_t i = 0; i < n; i++) g.x[i] = __builtin_convertvector(*half_of(&x[i], h), lanes);
+        give(work, &batch[h], g.x, work->vectors);
+    }
+    return left;
 }
 
 /* Spectra of `rows` matrices of at most `width` rows; `counts` of them matter, the rest is 0. Either `gram`
  * (rows, width, width) or, where that is NULL, by `indices` and `weights` (rows, width) out of `inner`
  * (d_sae, d_sae), with `moment` and `square` (rows). Fills eigenvalues (rows, width), in no order, and vectors
- * (rows, width). Returns how many did not converge, or -1 without memory. */
-EACH_CPU int lensd_spectra(const double *gram, const double *inner, int64_t d_sae, const int64_t *indices,
-                           const double *weights, const int64_t *counts, int64_t rows, int64_t width,
-                           double *eigen, double *vectors, double *moment, double *square) {
-    size_t elements = (size_t)width * width + 9 * (size_t)width;
-    lanes *room = aligned_alloc(ALIGNMENT, elements * sizeof(lanes));
-    if (!room) return -1;
-    memset(eigen, 0, sizeof(double) * rows * width);
-    memset(vectors, 0, sizeof(double) * rows * width);
-    int left = 0;
-    for (int64_t first = 0; first < rows; first += LANES) {
-        int64_t n = 1, count[LANES];
-        int used = rows - first < LANES ? (int)(rows - first) : LANES;
-        for (int k = 0; k < LANES; k++) {
-            count[k] = k < used ? counts[first + k] : 0;
-            if (count[k] > n) n = count[k];
-        }
-        Group g;
-        g.a = room;
-        lanes **parts[] = {&g.d, &g.e, &g.tau, &g.v, &g.w, &g.p, &g.x, &g.q, &g.f};
-        for (int part = 0; part < 9; part++) *parts[part] = room + n * n + part * n;
-        if (gram) {
-            copy_in(&g, n, gram + first * width * width, count, width);
-        } else {
-            double of_moment[LANES], of_square[LANES];
-            look_up(&g, n, inner, d_sae, indices + first * width, weights + first * width, count, width,
-                    of_moment, of_square);
-            for (int k = 0; k < used; k++) {
-                moment[first + k] = of_moment[k];
-                square[first + k] = of_square[k];
-            }
-        }
-        tridiagonalise(&g, n);
-        left += eigenvalues(&g, n);
-        principal(&g, n, count);
-        for (int k = 0; k < used; k++)
-            for (int64_t i = 0; i < count[k]; i++) {
-                eigen[(first + k) * width + i] = g.q[i][k];
-                vectors[(first + k) * width + i] = g.x[i][k];
-            }
+ * (rows, width). Where `slim_from` rows or more matter the reduction is in float32, else in float64. Returns
+ * how many did not converge, or -1 without memory. */
+int lensd_spectra(const double *gram, const double *inner, int64_t d_sae, const int64_t *indices,
+                  const double *weights, const int64_t *counts, int64_t rows, int64_t width, int64_t slim_from,
+                  double *eigen, double *vectors, double *moment, double *square) {
+    int64_t *order = malloc((rows + 1) * sizeof(int64_t));
+    lanes *room = aligned_alloc(ALIGNMENT, (room_exact(width) + GROUP_PARTS * width) * sizeof(lanes));
+    slim *slim_room = aligned_alloc(ALIGNMENT, room_slim(width) * sizeof(slim));
+    int left = -1;
+    if (order && room && slim_room) {
+        int64_t exact = 0, at = 0;
+        for (int64_t row = 0; row < rows; row++)
+            if (counts[row] < slim_from) order[exact++] = row;
+        at = exact;
+        for (int64_t row = 0; row < rows; row++)
+            if (counts[row] >= slim_from) order[at++] = row;
+        Work work = {.gram = gram, .inner = inner, .weights = weights, .indices = indices, .counts = counts,
+                     .order = order, .width = width, .d_sae = d_sae, .eigen = eigen, .vectors = vectors,
+                     .moment = moment, .square = square};
+        memset(eigen, 0, sizeof(double) * rows * width);
+        memset(vectors, 0, sizeof(double) * rows * width);
+        left = 0;
+        for (int64_t first = 0; first < exact; first += LANES) left += spectra_exact(&work, first, exact, room);
+        for (int64_t first = exact; first < rows; first += HALVES * LANES)
+            left += spectra_slim(&work, first, rows, room, slim_room);
     }
+    free(order);
     free(room);
+    free(slim_room);
     return left;
+}
+
+/* The highest level of x86-64 that this processor has and that is built for: 4, 3 or 0. */
+int lensd_level(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512cd");
+    return wide ? 4 : 3;
+#else
+    return 0;
+#endif
 }
