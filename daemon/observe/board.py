@@ -34,7 +34,8 @@ from daemon.observe.status import (
     Status,
     Totals,
 )
-from daemon.observe.wording import counted, duration, period, visible
+from daemon.observe.wording import counted, duration, period
+from daemon.shown import visible
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector

@@ -24,7 +24,8 @@ from daemon.observe.metrics import Metrics
 from daemon.observe.page import document, status_routes
 from daemon.observe.progress import Progress
 from daemon.observe.status import Status, from_json, to_json
-from daemon.observe.wording import ago, duration, eta, rate, size, visible
+from daemon.observe.wording import ago, duration, eta, rate, size
+from daemon.shown import visible
 from daemon.observe.workload import Workload
 from daemon.output.delivery import Outcome
 from daemon.output.totals import StageSeconds
