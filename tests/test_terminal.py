@@ -140,7 +140,7 @@ def test_two_names_that_are_shown_alike_are_told_apart_by_their_bytes(tmp_path):
     (folder / r"a\x1b\x9b.json").unlink()
     (folder / "a\x1b\x9b.json").write_bytes(b"[1]")
     reason_of(folder / "a\x1b\x9b.json").write_text("{}")
-    with pytest.raises(ConfigError, match="2 files in .* are shown so: give the bytes"):
+    with pytest.raises(ConfigError, match=r"2 files in .* are shown so: give the bytes"):
         retry(tmp_path, [r"a\x1b\x9b.json"])
     ((failed, _),) = retry(tmp_path, ["b\n.json"])
     assert failed.path.name == "b\n.json"

@@ -58,7 +58,7 @@ def described(path: Path) -> FailedFile:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a name out of a reason is one that is taken up, and not the rendering of bytes that are no text."""
+    """Whether a name out of a reason would be taken up, and is no rendering of bytes that are no text."""
     return name != "" and not name.startswith(".") and not any(char in name for char in "/\0\\")
 
 
