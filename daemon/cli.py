@@ -256,7 +256,10 @@ def run_retry(args: argparse.Namespace) -> int:
         for failed in chosen(inbox, args.names):
             say(f"{failed.name}  {failed.failed_at}  {failed.reason}: {failed.message}")
         return DONE
-    done = retry(inbox, args.names)
+    try:
+        done = retry(inbox, args.names)
+    except PermissionError as error:
+        raise MachineError(f"{error.filename}: {error.strerror}: retry as the daemon's user") from None
     for failed, target in done:
         say(f"{failed.name} -> {target}")
     say(f"{len(done)} put back into {inbox}")

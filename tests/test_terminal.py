@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import structlog
 
+from daemon.cli import main
 from daemon.errors import ConfigError
 from daemon.intake.failed import reason_of
 from daemon.intake.inbox import CLAIMED, FAILED, Inbox
@@ -152,6 +154,16 @@ def test_a_complaint_is_obeyed_by_nothing(inbox, name):
     assert result.returncode == 2
     assert r"gone\x1b[2J\n" in assert_obeyed_by_nothing(result.stderr)
     assert not listed(inbox)
+
+
+def test_who_may_not_put_files_back_is_told_so_in_a_line(inbox, monkeypatch, capsys):
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("daemon.durable.locked", refuse)
+    assert main(["retry", "--inbox", str(inbox)]) == 3
+    said = capsys.readouterr().err
+    assert said == f"lensd: {inbox}/.claimed/.failing: Permission denied: retry as the daemon's user\n"
 
 
 def test_a_daemon_that_is_asked_can_not_write_to_the_terminal():

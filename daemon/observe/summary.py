@@ -51,10 +51,15 @@ def figures(status: Status) -> tuple[Figure, ...]:
     backlog, totals = status.backlog, status.totals
     last = ago(status.at - totals.last_commit_at) if totals.last_commit_at else "never"
     read = f"{counted(backlog.samples_under_way, 'sample')} read, not computed"
-    published = f"{counted(totals.committed, 'file')}, {size(totals.output_bytes)}; last {last}"
+    published = (
+        f"{counted(totals.committed, 'file')}, {size(totals.output_bytes)}; last {last}"
+        if totals.committed
+        else "no file yet"
+    )
     failed = f"{counted(totals.failed, 'file')} failed, {count(totals.duplicate)} duplicate"
+    waiting = counted(backlog.files, "file") if backlog.counted_at else DASH
     return (
-        Figure("Waiting", counted(backlog.files, "file"), waiting_note(status)),
+        Figure("Waiting", waiting, waiting_note(status)),
         Figure("Under way", counted(backlog.files_under_way, "file"), read),
         Figure("Time left", time_left(status), time_left_note(status)),
         Figure("Published", counted(totals.rows, "sample"), published),

@@ -33,6 +33,7 @@ pytestmark = [
 
 SCREENSHOTS = os.environ.get("LENSD_SCREENSHOTS")
 PICTURE_BYTES = 150_000
+BACKLOG = 8  # files dropped and not published, at most
 FEEDING_SECONDS = 58.0  # before the pictures are taken, where they are kept
 
 # Every element with text of its own that is less than AA away from what is behind it.
@@ -356,7 +357,7 @@ async def feed(place: Place, page: Page, seconds: float) -> None:
     until, number, dropped = loop.time() + seconds, 0, 0
     while number < 12 or loop.time() < until:
         number += 1
-        if dropped - len(place.manifests()) < 40:
+        if dropped - len(place.manifests()) < BACKLOG:
             dropped += 1
             records = tiny.contrast_records(size + number * 97 % (2 * size))
             for record in records:
@@ -404,6 +405,7 @@ async def take_pictures(place: Place, page: Page, folder: Path) -> None:
     await keep(page, folder / "phone.png")
     await page.show(1100, 900)
     await page.until("document.querySelector('#head.is-idle')")
+    await page.until("document.querySelector('#chart-samples-per-second b').textContent === '0'")
     await keep(page, folder / "idle.png")
     place.drop("export-0412.json", '[{"prompt": "cut o')
     place.drop("notes.json", [{"title": "no such field"}])
