@@ -84,7 +84,10 @@ def slow_loading(go: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def dying_idle(die: str, dead_seconds: float) -> Iterator[None]:
-    """A hook: once the file `die` is there the device thread gets an exception outside of any call."""
+    """A hook: once the file `die` is there the device thread, which must be idle, gets an exception.
+
+    Then the file `die.told` is there.
+    """
 
     def watch() -> None:
         threads: list[threading.Thread] = []
@@ -94,6 +97,7 @@ def dying_idle(die: str, dead_seconds: float) -> Iterator[None]:
         (thread,) = threads
         set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
         set_exception(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        Path(f"{die}.told").touch()
 
     with quick(dead_seconds):
         threading.Thread(target=watch, daemon=True).start()

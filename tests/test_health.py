@@ -161,6 +161,7 @@ def test_a_device_thread_that_died_is_told_however_long_a_batch_may_take(daemons
     pid = daemons.start(job(tmp_path, hook, **args, dead_seconds=3600.0))
     url = url_of(tmp_path / "log", pid)
     becomes(f"{url}/readyz", 200, "", pid)
+    told_to_die(when, tmp_path, pid)
     file = drop(tmp_path)
     becomes(f"{url}/livez", 503, "device thread died", pid)
     wait_until(lambda: silence(url, "device") > 1, "a stale heartbeat", pid)
@@ -175,8 +176,10 @@ def test_a_device_thread_that_died_is_told_however_long_a_batch_may_take(daemons
 @pytest.mark.parametrize("when", ["idle", pytest.param("in_a_call", marks=needs_syscall)])
 def test_a_daemon_whose_device_thread_died_ends_by_itself_and_gives_its_files_back(daemons, tmp_path, when):
     hook, args = killed(when, tmp_path)
+    pid = daemons.start(job(tmp_path, hook, **args, dead_seconds=2.0))
+    becomes(f"{url_of(tmp_path / 'log', pid)}/readyz", 200, "", pid)
+    told_to_die(when, tmp_path, pid)
     file = drop(tmp_path)
-    pid = daemons.start(job(tmp_path, hook, **args, dead_seconds=0.5))
     assert daemons.wait(pid) == 3
     assert file.is_file()
     assert "the device thread died" in (tmp_path / "log").read_text()
@@ -187,8 +190,14 @@ def killed(when: str, root: Path) -> tuple[str, dict[str, str]]:
     """A hook and its arguments."""
     if when == "in_a_call":
         return "dying_in_a_call", {}
-    (root / "die").touch()
     return "dying_idle", {"die": str(root / "die")}
+
+
+def told_to_die(when: str, root: Path, pid: int) -> None:
+    """Not before the daemon is ready, and idle: in the middle of a call only that call would fail."""
+    if when == "idle":
+        (root / "die").touch()
+        wait_until((root / "die.told").exists, "the thread to be told", pid)
 
 
 def test_a_daemon_is_ready_once_its_model_is_loaded(daemons, tmp_path):
