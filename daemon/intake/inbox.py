@@ -175,8 +175,8 @@ class Inbox:
         found, self._found = self._found, 0
         return found
 
-    def pending(self) -> InboxLoad:
-        """What waited at the last look."""
+    def pending(self) -> InboxLoad | None:
+        """What waited at the last look, None before the first."""
         return self._scanner.load
 
     async def claims(self, stop: asyncio.Event, once: bool) -> AsyncIterator[list[Claim]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -308,11 +309,14 @@ class Metrics:
         if now > then:
             self.device_busy_ratio.set(min(1.0, (busy_seconds - busy_then) / (now - then)))
 
-    def observe_inbox(self, load: InboxLoad, recovered: int, found: int) -> None:
-        """What waits, and since the last call: files taken over from dead processes, and found unasked."""
+    def observe_load(self, load: InboxLoad) -> None:
+        """What waits."""
         self.inbox_files.set(load.files)
         self.inbox_bytes.set(load.bytes)
-        self.oldest_pending_seconds.set(load.oldest_seconds)
+        self.oldest_pending_seconds.set(load.oldest_seconds(time.time()))
+
+    def observe_inbox(self, recovered: int, found: int) -> None:
+        """Since the last call: files taken over from dead processes, and found unasked."""
         self.recovered_files_total.labels("taken_over").inc(recovered)
         self.rescan_found_total.inc(found)
 
