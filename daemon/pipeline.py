@@ -1,6 +1,7 @@
-"""The main loop: four stages on bounded channels.
+"""The main loop: five stages on bounded channels.
 
-    inbox -> read -> [parts] -> tokenize -> [tokenized] -> compute -> [finished] -> write -> outbox
+    inbox -> read -> [parts] -> tokenize -> [tokenized] -> compute -> [finished] -> write
+                                                          outbox <- publish <- [written] <-
 
 Each stage closes its channel on normal return only, so that a stage which crashes takes the whole group
 down instead of looking like a clean end. Knows no signals, no HTTP and no configuration.
@@ -29,8 +30,9 @@ from daemon.intake.tokenizer import Tokenizer
 from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
 from daemon.observe.workload import Workload
-from daemon.output.delivery import Arrival, Delivery, FileFailed, Outcome
+from daemon.output.delivery import Arrival, Delivery, Outcome
 from daemon.output.finished import FinishedPart
+from daemon.output.staging import FileFailed, Unit
 from daemon.pause import Pause
 from daemon.records import Claim, KeptPart, Part, Recipe, TokenizedPart
 
@@ -106,6 +108,7 @@ class Pipeline:
         self.parts: Channel[Part | KeptPart | FileFailed] = Channel(limits.queued_text_bytes)
         self.tokenized: Channel[TokenizedPart | KeptPart | FileFailed] = Channel(limits.queued_tokens)
         self.finished: Channel[Arrival] = Channel(limits.queued_result_bytes)
+        self.written: Channel[Unit] = Channel(limits.queued_result_bytes)
         self.workload = Workload()
         self._units: dict[str, asyncio.Event] = {}  # under way; set when their outcome is known
         self._taking = False  # claimed files are being opened
@@ -119,6 +122,7 @@ class Pipeline:
                 group.create_task(self.tokenize(), name="tokenize")
                 group.create_task(self.compute(), name="compute")
                 group.create_task(self.write(), name="write")
+                group.create_task(self.publish(), name="publish")
         except asyncio.CancelledError:
             await self.delivery.give_back()
             raise
@@ -313,9 +317,16 @@ class Pipeline:
             return None
 
     async def write(self) -> None:
-        """Stage 4: parts to Parquet; a file's last part publishes it, with what else is there."""
+        """Stage 4: parts to Parquet; a file's last part makes its output folder."""
         async for arrivals in self.finished.batches():
-            for outcome in await self.delivery.write(arrivals):
+            for unit in await self.delivery.write(arrivals):
+                await self.written.put(unit, unit.nbytes)
+        await self.written.close()
+
+    async def publish(self) -> None:
+        """Stage 5: folders to disk and to their final names, all that are there together."""
+        async for units in self.written.batches():
+            for outcome in await self.delivery.publish(units):
                 await self.settle(outcome)
 
     def queued(self) -> dict[str, int]:
@@ -323,7 +334,7 @@ class Pipeline:
         return {
             "tokenize": len(self.parts),
             "compute": len(self.tokenized) + len(self.packer),
-            "write": len(self.finished),
+            "write": len(self.finished) + len(self.written),
         }
 
     async def settle(self, outcome: Outcome) -> None:
