@@ -203,16 +203,15 @@ def complete(unit: Staged) -> None:
     content = unit.manifest
     if content["records"] != content["rows"] + content["rejects"]:
         raise AssertionError(f"unit {unit.source.unit}: records != rows + rejects: {content}")
-    with durable.create(unit.folder / MANIFEST) as file:
-        file.write(to_json_lines(content))
-        file.start_writeback()
+    durable.write_whole(f"{unit.folder}/{MANIFEST}", to_json_lines(content))
 
 
 def seal(unit: Staged) -> None:
     """Flush all files of a complete folder, and the folder. Raises SyncFailed where the disk refuses."""
+    folder = str(unit.folder)
     for name in (MANIFEST, *(file["name"] for file in unit.manifest["files"])):
-        durable.fsync_file(unit.folder / name)
-    durable.fsync_folder(unit.folder)
+        durable.fsync_file(f"{folder}/{name}")
+    durable.fsync_folder(folder)
 
 
 def output_folder_name(name: str, unit: str) -> str:

@@ -22,7 +22,7 @@ from daemon.records import ModelInfo, Source
 
 Item = TypeVar("Item")
 WRITERS = 2  # of units at a time
-SYNCS = 32  # at a time: those that overlap share the disk's work
+SYNCS = 16  # at a time: those that overlap share the disk's work
 
 
 @dataclass(frozen=True, slots=True)
