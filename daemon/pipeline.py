@@ -202,7 +202,7 @@ class Pipeline:
                 self.workload.read(part.source, part.extent, last=part.last)
                 self._on_their_way += 1
                 if isinstance(part, Part):
-                    self.metrics.stage_duration_seconds.labels("read").observe(part.read_seconds)
+                    self.metrics.observe_read(part.read_seconds)
                     await self.parts.put(part, text_bytes(part))
                 else:
                     self.progress.advance(part.extent.records)
@@ -233,13 +233,14 @@ class Pipeline:
         """Stage 2: texts to token ids, off the event loop."""
         async for items in self.parts.batches():
             parts = [item for item in items if isinstance(item, Part)]
-            tokenized = iter(await asyncio.to_thread(self.tokenizer.tokenize, parts))
+            done = await asyncio.to_thread(self.tokenizer.tokenize, parts)
+            self.metrics.observe_tokenized(*done)
+            tokenized = iter(done)
             for item in items:
                 if not isinstance(item, Part):
                     await self.tokenized.put(item)
                     continue
                 part = next(tokenized)
-                self.metrics.observe_tokenized(part)
                 self.progress.advance(len(part.part.rejects))
                 await self.tokenized.put(part, part.n_tokens)
         await self.tokenized.close()

@@ -72,6 +72,8 @@ def eta(seconds: float | None, *, estimated: bool) -> str:
 
 def visible(text: str) -> str:
     """What a page and a terminal can show: control characters and lone surrogates become escapes."""
+    if text.isprintable():
+        return text
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode()
         for char in text

@@ -9,7 +9,6 @@ lock, and the first to publish a unit wins. Knows nothing about what the files h
 from __future__ import annotations
 
 import errno
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -155,7 +154,7 @@ class Outbox:
     def published(self, unit: str) -> Path | None:
         """The folder with the unit's results, under whatever name its content was dropped first."""
         try:
-            folder = self.path / (self.path / UNITS / unit).readlink()
+            folder = self.path / Path(f"{self.path}/{UNITS}/{unit}").readlink()
         except FileNotFoundError:
             return None
         return folder if (folder / MANIFEST).is_file() else None
@@ -193,9 +192,11 @@ class Outbox:
         The link leads nowhere from where it lies, so that nothing finds the results twice.
         """
         link = self.path / UNITS / unit
-        if os.path.lexists(link):
+        try:
+            durable.symlink(link, name)
+        except FileExistsError:
             durable.unlink(link)
-        durable.symlink(link, name)
+            durable.symlink(link, name)
 
 
 def complete(unit: Staged) -> None:

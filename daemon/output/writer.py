@@ -182,7 +182,8 @@ class UnitWriter:
 
     def discard_parts(self) -> None:
         """Remove the stored parts: the unit is published."""
-        remove_folder(self.parts)
+        if self.parts.exists():
+            remove_folder(self.parts)
 
     @property
     def _metrics_schema(self) -> pa.Schema:
