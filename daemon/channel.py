@@ -6,8 +6,9 @@ Knows nothing about what passes through it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -59,18 +60,31 @@ class Channel(Generic[T]):
         """Take the oldest item if there is one."""
         return self._take() if self._items else None
 
-    async def batches(self) -> AsyncIterator[list[T]]:
-        """Everything that is there, as often as there is something, until the end."""
+    async def batches(
+        self, enough: Callable[[], int] = lambda: 1, wait_seconds: float = 0.0
+    ) -> AsyncIterator[list[T]]:
+        """Everything that is there, as often as there is something, until the end.
+
+        Waits a moment for company where that is fewer than `enough` items, and more can come.
+        """
         while True:
             await self._something()
             if not self._items:
                 return
+            if len(self._items) < enough():
+                await self._company(enough, wait_seconds)
             yield [self._take() for _ in range(len(self._items))]
 
     async def _something(self) -> None:
         """Wait for an item or the end."""
         while not self._items and not self._closed:
             await self._change()
+
+    async def _company(self, enough: Callable[[], int], wait_seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_seconds):
+                while len(self._items) < enough() and self.weight < self.capacity and not self._closed:
+                    await self._change()
 
     async def _change(self) -> None:
         waiter = asyncio.get_running_loop().create_future()

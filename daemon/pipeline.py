@@ -37,6 +37,8 @@ from daemon.pause import Pause
 from daemon.records import Claim, KeptPart, Part, Recipe, TokenizedPart
 
 MAX_WAIT_SECONDS = 0.05  # that a thin batch waits for company, where some is on its way
+GROUP_FILES = 256  # written, flushed and published together, where so many are on their way,
+GROUP_SECONDS = 0.2  # and come within this time
 
 log = structlog.get_logger()
 
@@ -112,6 +114,7 @@ class Pipeline:
         self.workload = Workload()
         self._units: dict[str, asyncio.Event] = {}  # under way; set when their outcome is known
         self._taking = False  # claimed files are being opened
+        self._publishing = 0  # files written and not settled
         self._on_their_way = 0  # items between being read and reaching the device
 
     async def run(self, stop: asyncio.Event, *, once: bool) -> Tally:
@@ -308,9 +311,10 @@ class Pipeline:
         """The next item for the device, None where it should not wait for one. Raises EndOfStream."""
         if not self.packer:
             return await self.tokenized.get()
+        item = await self.tokenized.get_nowait()
         more_comes = self._taking or self._on_their_way or self.inbox.backlog
-        if not self.packer.thin or not more_comes:
-            return await self.tokenized.get_nowait()
+        if item is not None or not self.packer.thin or not more_comes:
+            return item
         try:
             async with asyncio.timeout(max(0.0, deadline - self.clock())):
                 return await self.tokenized.get()
@@ -319,15 +323,22 @@ class Pipeline:
 
     async def write(self) -> None:
         """Stage 4: parts to Parquet; a file's last part makes its output folder."""
-        async for arrivals in self.finished.batches():
-            for unit in await self.delivery.write(arrivals):
+        async for arrivals in self.finished.batches(self.group_files, GROUP_SECONDS):
+            units = await self.delivery.write(arrivals)
+            self._publishing += len(units)
+            for unit in units:
                 await self.written.put(unit, unit.nbytes)
         await self.written.close()
+
+    def group_files(self) -> int:
+        """How many files are worth waiting for: of those under way, what one group holds."""
+        return min(GROUP_FILES, len(self._units) - self._publishing)
 
     async def publish(self) -> None:
         """Stage 5: folders to disk and to their final names, all that are there together."""
         async for units in self.written.batches():
             for outcome in await self.delivery.publish(units):
+                self._publishing -= 1
                 await self.settle(outcome)
 
     def queued(self) -> dict[str, int]:
