@@ -6,8 +6,9 @@ Knows nothing about what passes through it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -30,47 +31,71 @@ class Channel(Generic[T]):
         self.weight = 0
         self._items: deque[tuple[T, int]] = deque()
         self._closed = False
-        self._changed = asyncio.Condition()
+        self._waiting: list[asyncio.Future[None]] = []  # for any change
 
     def __len__(self) -> int:
         return len(self._items)
 
     async def put(self, item: T, weight: int = 1) -> None:
         """Add an item, after waiting for room."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._items or self.weight + weight <= self.capacity)
-            self._items.append((item, weight))
-            self.weight += weight
-            self._changed.notify_all()
+        while self._items and self.weight + weight > self.capacity:
+            await self._change()
+        self._items.append((item, weight))
+        self.weight += weight
+        self._wake()
 
     async def close(self) -> None:
         """Mark the end of the stream."""
-        async with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self._wake()
 
     async def get(self) -> T:
         """Take the oldest item, waiting for one. Raises EndOfStream at the end."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._items or self._closed)
-            if not self._items:
-                raise EndOfStream
-            return self._take()
+        await self._something()
+        if not self._items:
+            raise EndOfStream
+        return self._take()
 
     async def get_nowait(self) -> T | None:
         """Take the oldest item if there is one."""
-        async with self._changed:
-            return self._take() if self._items else None
+        return self._take() if self._items else None
 
-    async def batches(self) -> AsyncIterator[list[T]]:
-        """Everything that is there, as often as there is something, until the end."""
+    async def batches(
+        self, enough: Callable[[], int] = lambda: 1, wait_seconds: float = 0.0
+    ) -> AsyncIterator[list[T]]:
+        """Everything that is there, as often as there is something, until the end.
+
+        Waits a moment for company where that is fewer than `enough` items, and more can come.
+        """
         while True:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._items or self._closed)
-                if not self._items:
-                    return
-                items = [self._take() for _ in range(len(self._items))]
-            yield items
+            await self._something()
+            if not self._items:
+                return
+            if len(self._items) < enough():
+                await self._company(enough, wait_seconds)
+            yield [self._take() for _ in range(len(self._items))]
+
+    async def _something(self) -> None:
+        """Wait for an item or the end."""
+        while not self._items and not self._closed:
+            await self._change()
+
+    async def _company(self, enough: Callable[[], int], wait_seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_seconds):
+                while len(self._items) < enough() and self.weight < self.capacity and not self._closed:
+                    await self._change()
+
+    async def _change(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        await waiter
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():  # cancelled
+                waiter.set_result(None)
 
     def __aiter__(self) -> Channel[T]:
         return self
@@ -84,5 +109,5 @@ class Channel(Generic[T]):
     def _take(self) -> T:
         item, weight = self._items.popleft()
         self.weight -= weight
-        self._changed.notify_all()
+        self._wake()
         return item

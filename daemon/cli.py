@@ -7,13 +7,15 @@ Heavy imports come inside the commands, so that `--help` and a bad setting answe
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from daemon.errors import ConfigError, LensdError, MachineError
+from daemon.shown import visible, visible_lines
 
 if TYPE_CHECKING:
     from daemon.config import Config
@@ -25,6 +27,7 @@ paused, stalled), 3 no answer."""
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    never_refuse(sys.stdout, sys.stderr)
     args = parser().parse_args(argv)
     try:
         code: int = args.command(args)
@@ -33,9 +36,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return MACHINE_FAILED
     except Exception as error:
-        traceback.print_exc()
+        sys.stderr.write(visible_lines(traceback.format_exc()))
         return exit_code(error)
     return code
+
+
+def never_refuse(*streams: TextIO) -> None:
+    """File names and texts may hold what a stream's encoding can't: escapes then, and no failure."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def exit_code(error: Exception) -> int:
@@ -48,12 +58,24 @@ def exit_code(error: Exception) -> int:
 
 
 def complain(error: BaseException, code: int) -> int:
-    sys.stderr.write(f"lensd: {error}\n")
+    sys.stderr.write(visible(f"lensd: {error}") + "\n")
     return code
 
 
+def say(line: str) -> None:
+    """A line of a command's output; names in it are obeyed by no terminal."""
+    sys.stdout.write(visible(line) + "\n")
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose complaints are obeyed by no terminal: arguments may be file names, put there by a shell."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
+
+
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="lensd",
         description="Reads text with a language model and sparse autoencoders, and writes Parquet.",
     )
@@ -225,7 +247,6 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def run_retry(args: argparse.Namespace) -> int:
     config = configure(args)
-    from daemon.intake.names import printable
     from daemon.intake.retry import chosen, retry
 
     inbox = config.inbox.path
@@ -233,12 +254,15 @@ def run_retry(args: argparse.Namespace) -> int:
         raise ConfigError(f"inbox.path = {inbox}: no such folder")
     if args.list:
         for failed in chosen(inbox, args.names):
-            sys.stdout.write(f"{failed.name}  {failed.failed_at}  {failed.reason}: {failed.message}\n")
+            say(f"{failed.name}  {failed.failed_at}  {failed.reason}: {failed.message}")
         return DONE
-    done = retry(inbox, args.names)
+    try:
+        done = retry(inbox, args.names)
+    except PermissionError as error:
+        raise MachineError(f"{error.filename}: {error.strerror}: retry as the daemon's user") from None
     for failed, target in done:
-        sys.stdout.write(f"{failed.name} -> {printable(str(target))}\n")
-    sys.stdout.write(f"{len(done)} put back into {inbox}\n")
+        say(f"{failed.name} -> {target}")
+    say(f"{len(done)} put back into {inbox}")
     return DONE
 
 
@@ -251,7 +275,7 @@ def show_status(args: argparse.Namespace) -> int:
 
     status = fetch(args.url or url_of(load_config(args.config)))
     if args.json:
-        sys.stdout.write(to_json(status).decode() + "\n")
+        sys.stdout.write(json.dumps(json.loads(to_json(status))) + "\n")
     else:
         print_status(Console(), status)
     return DONE if healthy(status) else SOME_FAILED
@@ -264,13 +288,13 @@ def check_config(args: argparse.Namespace) -> int:
 
     check_folders(config.inbox.path, config.outbox.path)
     info = load_compute(config).engine.info
-    sys.stdout.write(
+    say(
         f"ok: {info.name} ({info.architecture}, {info.n_layers} layers, d_model {info.d_model})"
-        f" in {info.dtype} on {info.device}\n"
+        f" in {info.dtype} on {info.device}"
     )
     for sae in info.saes:
-        sys.stdout.write(f"ok: {sae.hook_name}: {sae.source} ({sae.architecture}, d_sae {sae.d_sae})\n")
-    sys.stdout.write(f"ok: inbox {config.inbox.path.resolve()}, outbox {config.outbox.path.resolve()}\n")
+        say(f"ok: {sae.hook_name}: {sae.source} ({sae.architecture}, d_sae {sae.d_sae})")
+    say(f"ok: inbox {config.inbox.path.resolve()}, outbox {config.outbox.path.resolve()}")
     return DONE
 
 

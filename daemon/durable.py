@@ -45,6 +45,7 @@ class Operation:
     target: Path | None = None
 
 
+AnyPath = str | Path  # a string is quicker to join than a Path, which counts where files are small and many
 Observer = Callable[[Operation], None]
 _observers: list[Observer] = []
 
@@ -59,9 +60,9 @@ def watch_operations(observer: Observer) -> Iterator[None]:
         _observers.remove(observer)
 
 
-def announce(name: OperationName, path: Path, target: Path | None = None) -> None:
+def announce(name: OperationName, path: AnyPath, target: AnyPath | None = None) -> None:
     if _observers:
-        operation = Operation(name, path, target)
+        operation = Operation(name, Path(path), None if target is None else Path(target))
         for observer in _observers:
             observer(operation)
 
@@ -91,8 +92,7 @@ class NewFile(io.FileIO):
         Makes nothing durable, but where many files follow, their syncs then have less to do one by one. Where
         this C library or file system can't, that is all that is lost.
         """
-        if SYNC_FILE_RANGE is not None:
-            SYNC_FILE_RANGE(self.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+        start_writeback(self.fileno())
 
     def fsync(self) -> None:
         """Flush data and metadata to disk, but not the folder's entry.
@@ -114,17 +114,36 @@ def write_file(path: Path, content: bytes) -> None:
         file.fsync()
 
 
-def fsync_file(path: Path) -> None:
+def write_whole(path: AnyPath, content: ReadableBuffer) -> None:
+    """Write a new file at one go. Nothing of it is flushed: see `NewFile.start_writeback`, `fsync_file`."""
+    announce("create", path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        announce("write", path)
+        view = memoryview(content)
+        while view := view[os.write(descriptor, view) :]:
+            pass
+        start_writeback(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def start_writeback(descriptor: int) -> None:
+    if SYNC_FILE_RANGE is not None:
+        SYNC_FILE_RANGE(descriptor, START, START, SYNC_FILE_RANGE_WRITE)
+
+
+def fsync_file(path: AnyPath) -> None:
     """Flush one file's data and metadata to disk. Raises SyncFailed where the disk refuses."""
     fsync_path("fsync_file", path, os.O_RDONLY)
 
 
-def fsync_folder(path: Path) -> None:
+def fsync_folder(path: AnyPath) -> None:
     """Flush a folder's entries to disk. Raises SyncFailed where the disk refuses."""
     fsync_path("fsync_folder", path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def fsync_path(name: OperationName, path: Path, flags: int) -> None:
+def fsync_path(name: OperationName, path: AnyPath, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         fsync_descriptor(name, path, descriptor)
@@ -132,7 +151,7 @@ def fsync_path(name: OperationName, path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def fsync_descriptor(name: OperationName, path: Path, descriptor: int) -> None:
+def fsync_descriptor(name: OperationName, path: AnyPath, descriptor: int) -> None:
     try:
         announce(name, path)
         os.fsync(descriptor)
@@ -151,7 +170,7 @@ def make_folder(path: Path) -> None:
     path.mkdir(exist_ok=True)
 
 
-def make_new_folder(path: Path) -> None:
+def make_new_folder(path: AnyPath) -> None:
     """Create a folder that must not exist yet (FileExistsError)."""
     announce("mkdir", path)
     os.mkdir(path)
@@ -257,5 +276,6 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+START = ctypes.c_int64(0)
 SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
 RENAMEAT2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

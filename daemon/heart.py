@@ -14,10 +14,11 @@ from pathlib import Path
 
 import structlog
 
-from daemon.compute.buffers import memory_bytes, pool_bytes
+from daemon.compute.buffers import give_back, memory_bytes, pool_bytes
 from daemon.compute.device import Device
 from daemon.errors import MachineError
 from daemon.intake.inbox import Inbox
+from daemon.intake.scan import InboxLoad, count_waiting
 from daemon.machine import Machine
 from daemon.observe.board import DRAINING, PAUSED, StatusBoard
 from daemon.observe.health import DEVICE, EVENT_LOOP, HEARTBEAT_STALE_SECONDS, LOADING, Health
@@ -28,6 +29,8 @@ from daemon.pause import REASONS, Pause
 from daemon.pipeline import Pipeline
 
 HEARTBEAT_SECONDS = 1.0
+COUNT_SECONDS = 10.0  # between two counts of the inbox
+GIVE_BACK_SECONDS = 60.0  # between two returns of free memory
 EXTEND_SECONDS = 30.0  # asked of the service manager at each heartbeat of a drain
 DEVICE_DEAD_SECONDS = 60.0  # that a daemon without its device thread stays, for monitoring to see
 
@@ -64,6 +67,9 @@ class Heart:
         self.end = end
         self.inbox: Inbox | None = None
         self.pipeline: Pipeline | None = None
+        self.load: InboxLoad | None = None  # what waits in the inbox, as last counted by anyone
+        self._inbox_load: InboxLoad | None = None  # what the inbox counted at its last look
+        self._counted_at = float("-inf")
         self._paused: set[str] = set()  # reasons that were told
         self._device_stalled = False  # and told
         self._device_died_at: float | None = None
@@ -72,7 +78,7 @@ class Heart:
 
     @contextlib.asynccontextmanager
     async def beating(self) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(work()) for work in (self.watch_machine, self.beat)]
+        tasks = [asyncio.create_task(work()) for work in (self.watch_machine, self.beat, self.give_back)]
         for task in tasks:
             task.add_done_callback(self.see_end)
         try:
@@ -104,7 +110,24 @@ class Heart:
             self.tell_pause()
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(self.metrics.observe_disk, self.folders)
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(self.count_inbox)
             await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def give_back(self) -> None:
+        """Have memory follow the work."""
+        while True:
+            await asyncio.sleep(GIVE_BACK_SECONDS)
+            await asyncio.to_thread(give_back)
+
+    def count_inbox(self) -> None:
+        """Count what waits where nobody else did lately: in a pause, or while all hands are full."""
+        if time.monotonic() - self._counted_at >= COUNT_SECONDS:
+            self._take_load(count_waiting(self.folders["inbox"]))
+
+    def _take_load(self, load: InboxLoad) -> None:
+        self._counted_at = time.monotonic()
+        self.load = load
 
     def last_seen(self, loop: str) -> float:
         """When a loop last showed progress, in Unix time."""
@@ -152,12 +175,12 @@ class Heart:
             self.notify.alive()
             if LOADING not in unmet and (DRAINING in unmet or self.pipeline is None):
                 self.notify.extend(EXTEND_SECONDS)
-        load = self.inbox.pending() if self.inbox is not None else None
+        load = self.load
         self.notify.status(
             status_line(
                 "; ".join(stalled or sorted(unmet)) or "running",
                 files=load.files if load else 0,
-                oldest_seconds=load.oldest_seconds if load else 0.0,
+                oldest_seconds=load.oldest_seconds(time.time()) if load else 0.0,
                 done=self.progress.done,
                 total=self.progress.total,
                 rate=self.progress.rate,
@@ -169,7 +192,13 @@ class Heart:
         metrics = self.metrics
         metrics.observe_device(self.device.busy_seconds, time.monotonic())
         if self.inbox is not None:
-            metrics.observe_inbox(self.inbox.pending(), self.inbox.take_recovered(), self.inbox.take_found())
+            metrics.observe_inbox(self.inbox.take_recovered(), self.inbox.take_found())
+            load = self.inbox.pending()
+            if load is not None and load is not self._inbox_load:  # it looked since the last beat
+                self._inbox_load = load
+                self._take_load(load)
+        if self.load is not None:
+            metrics.observe_load(self.load)
         if self.pipeline is not None:
             for stage, items in self.pipeline.queued().items():
                 metrics.queue_items.labels(stage).set(items)
@@ -177,7 +206,7 @@ class Heart:
             device = self.pipeline.study.engine.info.device
             metrics.observe_memory(memory_bytes(device), pool_bytes(device))
         self.board.look(
-            self.inbox.pending() if self.inbox is not None else None,
+            self.load,
             self.pipeline.workload if self.pipeline is not None else None,
             ready=not self.health.unmet,
         )

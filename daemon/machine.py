@@ -13,6 +13,7 @@ from pathlib import Path
 
 from daemon.durable import make_folder
 from daemon.errors import ConfigError
+from daemon.observe.wording import size
 from daemon.pause import DISK, FOLDERS, Pause, describe
 
 UNANSWERED_SECONDS = 10.0  # after which a look that does not come back is trouble by itself
@@ -62,8 +63,8 @@ class Machine:
             self._pause.hold(FOLDERS, self.folder_trouble())
             free = shutil.disk_usage(self._outbox).free
             low = (
-                f"{self._outbox}: {free} bytes free, outbox.min_free_bytes = {self.min_free_bytes}:"
-                " free some space"
+                f"{self._outbox}: {size(free)} free, less than outbox.min_free_bytes,"
+                f" {size(self.min_free_bytes)}: free some space"
             )
             self._pause.hold(DISK, low if free < self.min_free_bytes else None)
         except OSError as error:  # one of them went while it was looked at

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from daemon.errors import MachineError
+from daemon.shown import visible
 
 T = TypeVar("T")
 
@@ -116,6 +117,6 @@ class Pause:
 
 def describe(error: OSError) -> str:
     """One line: where and what, for an operator."""
-    names = [str(name) for name in (error.filename, error.filename2) if name]
+    names = [visible(str(name)) for name in (error.filename, error.filename2) if name]
     where = f"{' -> '.join(names)}: " if names else ""
     return f"{where}{error.strerror or error}"

@@ -1,6 +1,7 @@
-"""The main loop: four stages on bounded channels.
+"""The main loop: five stages on bounded channels.
 
-    inbox -> read -> [parts] -> tokenize -> [tokenized] -> compute -> [finished] -> write -> outbox
+    inbox -> read -> [parts] -> tokenize -> [tokenized] -> compute -> [finished] -> write
+                                                          outbox <- publish <- [written] <-
 
 Each stage closes its channel on normal return only, so that a stage which crashes takes the whole group
 down instead of looking like a clean end. Knows no signals, no HTTP and no configuration.
@@ -29,12 +30,15 @@ from daemon.intake.tokenizer import Tokenizer
 from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
 from daemon.observe.workload import Workload
-from daemon.output.delivery import Arrival, Delivery, FileFailed, Outcome
+from daemon.output.delivery import Arrival, Delivery, Outcome
 from daemon.output.finished import FinishedPart
+from daemon.output.staging import FileFailed, Unit
 from daemon.pause import Pause
 from daemon.records import Claim, KeptPart, Part, Recipe, TokenizedPart
 
 MAX_WAIT_SECONDS = 0.05  # that a thin batch waits for company, where some is on its way
+GROUP_FILES = 256  # written, flushed and published together, where so many are on their way,
+GROUP_SECONDS = 0.2  # and come within this time
 
 log = structlog.get_logger()
 
@@ -106,9 +110,11 @@ class Pipeline:
         self.parts: Channel[Part | KeptPart | FileFailed] = Channel(limits.queued_text_bytes)
         self.tokenized: Channel[TokenizedPart | KeptPart | FileFailed] = Channel(limits.queued_tokens)
         self.finished: Channel[Arrival] = Channel(limits.queued_result_bytes)
+        self.written: Channel[Unit] = Channel(limits.queued_result_bytes)
         self.workload = Workload()
         self._units: dict[str, asyncio.Event] = {}  # under way; set when their outcome is known
         self._taking = False  # claimed files are being opened
+        self._publishing = 0  # files written and not settled
         self._on_their_way = 0  # items between being read and reaching the device
 
     async def run(self, stop: asyncio.Event, *, once: bool) -> Tally:
@@ -119,6 +125,7 @@ class Pipeline:
                 group.create_task(self.tokenize(), name="tokenize")
                 group.create_task(self.compute(), name="compute")
                 group.create_task(self.write(), name="write")
+                group.create_task(self.publish(), name="publish")
         except asyncio.CancelledError:
             await self.delivery.give_back()
             raise
@@ -198,7 +205,7 @@ class Pipeline:
                 self.workload.read(part.source, part.extent, last=part.last)
                 self._on_their_way += 1
                 if isinstance(part, Part):
-                    self.metrics.stage_duration_seconds.labels("read").observe(part.read_seconds)
+                    self.metrics.observe_read(part.read_seconds)
                     await self.parts.put(part, text_bytes(part))
                 else:
                     self.progress.advance(part.extent.records)
@@ -229,13 +236,14 @@ class Pipeline:
         """Stage 2: texts to token ids, off the event loop."""
         async for items in self.parts.batches():
             parts = [item for item in items if isinstance(item, Part)]
-            tokenized = iter(await asyncio.to_thread(self.tokenizer.tokenize, parts))
+            done = await asyncio.to_thread(self.tokenizer.tokenize, parts)
+            self.metrics.observe_tokenized(*done)
+            tokenized = iter(done)
             for item in items:
                 if not isinstance(item, Part):
                     await self.tokenized.put(item)
                     continue
                 part = next(tokenized)
-                self.metrics.observe_tokenized(part)
                 self.progress.advance(len(part.part.rejects))
                 await self.tokenized.put(part, part.n_tokens)
         await self.tokenized.close()
@@ -320,9 +328,10 @@ class Pipeline:
         """The next item for the device, None where it should not wait for one. Raises EndOfStream."""
         if not self.packer and self.study.begun is None:
             return await self.tokenized.get()
+        item = await self.tokenized.get_nowait()
         more_comes = self._taking or self._on_their_way or self.inbox.backlog
-        if self.study.begun is not None or not self.packer.thin or not more_comes:
-            return await self.tokenized.get_nowait()
+        if item is not None or self.study.begun is not None or not self.packer.thin or not more_comes:
+            return item
         try:
             async with asyncio.timeout(max(0.0, deadline - self.clock())):
                 return await self.tokenized.get()
@@ -330,9 +339,23 @@ class Pipeline:
             return None
 
     async def write(self) -> None:
-        """Stage 4: parts to Parquet; a file's last part publishes it, with what else is there."""
-        async for arrivals in self.finished.batches():
-            for outcome in await self.delivery.write(arrivals):
+        """Stage 4: parts to Parquet; a file's last part makes its output folder."""
+        async for arrivals in self.finished.batches(self.group_files, GROUP_SECONDS):
+            units = await self.delivery.write(arrivals)
+            self._publishing += len(units)
+            for unit in units:
+                await self.written.put(unit, unit.nbytes)
+        await self.written.close()
+
+    def group_files(self) -> int:
+        """How many files are worth waiting for: of those under way, what one group holds."""
+        return min(GROUP_FILES, len(self._units) - self._publishing)
+
+    async def publish(self) -> None:
+        """Stage 5: folders to disk and to their final names, all that are there together."""
+        async for units in self.written.batches():
+            for outcome in await self.delivery.publish(units):
+                self._publishing -= 1
                 await self.settle(outcome)
 
     def queued(self) -> dict[str, int]:
@@ -340,7 +363,7 @@ class Pipeline:
         return {
             "tokenize": len(self.parts),
             "compute": len(self.tokenized) + len(self.packer),
-            "write": len(self.finished),
+            "write": len(self.finished) + len(self.written),
         }
 
     async def settle(self, outcome: Outcome) -> None:

@@ -14,7 +14,7 @@ from unittest import mock
 from daemon import heart, service
 from daemon.compute.packing import Batch
 from daemon.observe import health
-from tests.reliability.hooks import before_each_batch, gated
+from tests.reliability.hooks import as_user, before_each_batch, gated
 
 BEAT_SECONDS = 0.05
 STALE_SECONDS = 0.5
@@ -26,8 +26,16 @@ def quick(dead_seconds: float = 3600.0) -> Iterator[None]:
     """A hook: heartbeats come often; a daemon without its device stays for `dead_seconds`."""
     with (
         mock.patch.object(heart, "HEARTBEAT_SECONDS", BEAT_SECONDS),
+        mock.patch.object(heart, "COUNT_SECONDS", BEAT_SECONDS),
         mock.patch.object(heart, "DEVICE_DEAD_SECONDS", dead_seconds),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def quick_as_user(uid: int) -> Iterator[None]:
+    """A hook: as `quick`, and from here on the process is this user, for good."""
+    with as_user(uid), quick():
         yield
 
 
@@ -76,7 +84,10 @@ def slow_loading(go: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def dying_idle(die: str, dead_seconds: float) -> Iterator[None]:
-    """A hook: once the file `die` is there the device thread gets an exception outside of any call."""
+    """A hook: once the file `die` is there the device thread, which must be idle, gets an exception.
+
+    Then the file `die.told` is there.
+    """
 
     def watch() -> None:
         threads: list[threading.Thread] = []
@@ -86,6 +97,7 @@ def dying_idle(die: str, dead_seconds: float) -> Iterator[None]:
         (thread,) = threads
         set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
         set_exception(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        Path(f"{die}.told").touch()
 
     with quick(dead_seconds):
         threading.Thread(target=watch, daemon=True).start()

@@ -57,3 +57,29 @@ async def test_get_nowait_never_waits():
     assert await channel.get_nowait() is None
     await channel.put(7)
     assert await channel.get_nowait() == 7
+
+
+async def test_a_batch_waits_for_company_until_it_is_enough():
+    channel: Channel[int] = Channel(10)
+    batches = channel.batches(lambda: 2, wait_seconds=60)
+    await channel.put(1)
+    waiting = asyncio.ensure_future(anext(batches))
+    assert not await settled(waiting)
+    await channel.put(2)
+    assert await waiting == [1, 2]
+
+
+async def test_a_batch_waits_for_company_no_longer_than_told():
+    channel: Channel[int] = Channel(10)
+    await channel.put(1)
+    assert await anext(channel.batches(lambda: 2, wait_seconds=0.01)) == [1]
+
+
+@pytest.mark.parametrize("capacity", [1, 10])
+async def test_a_batch_waits_for_no_company_that_cannot_come(capacity):
+    channel: Channel[int] = Channel(capacity)
+    await channel.put(1)
+    if capacity > 1:
+        await channel.close()
+    async with asyncio.timeout(5):
+        assert await anext(channel.batches(lambda: 2, wait_seconds=60)) == [1]

@@ -204,3 +204,45 @@ def test_a_taken_port_is_one_line(daemon, tiny_toml, tmp_path):
     result = lensd("run", "--config", tiny_toml, "--http", address, "--inbox", tmp_path / "i2", cwd=tmp_path)
     assert result.returncode == 2
     assert address in result.stderr.splitlines()[-1]
+
+
+def test_the_command_reads_its_settings_again_at_sighup_all_of_them_or_none(tiny_toml, tmp_path):
+    settings = tmp_path / "lensd.toml"
+    good = tiny_toml.read_text()
+    settings.write_text(good)
+    daemon = Daemon(settings, tmp_path)
+    try:
+        daemon.event("model.loaded")
+        wait_until(lambda: daemon.get("/readyz")[0] == 200, "readiness")
+
+        def told(text: str, outcome: str, number: int) -> None:
+            settings.write_text(text)
+            daemon.process.send_signal(signal.SIGHUP)
+            line = f'lensd_config_reloads_total{{outcome="{outcome}"}} {number:.1f}\n'
+            wait_until(lambda: line in daemon.get("/metrics")[1], line)
+
+        told(good + "[outbox]\nmin_free_bytes = 1_000_000_000_000_000_000\n", "applied", 1)
+        wait_until(lambda: daemon.get("/readyz")[0] == 503, "the new floor of free space")
+        told(good, "applied", 2)
+        wait_until(lambda: daemon.get("/readyz")[0] == 200, "the old one")
+        changed = [event["changed"] for event in daemon.events() if event["event"] == "settings.applied"]
+        assert changed == [["outbox.min_free_bytes"]] * 2
+
+        full = "[outbox]\nmin_free_bytes = 1_000_000_000_000_000_000\n"
+        told(good + full + "[analysis]\nseed = 'none'\n", "rejected", 1)
+        told(good + full + "[http]\naddress = '127.0.0.1:1'\n[analysis]\npositions = 'all'\n", "rejected", 2)
+        wait_until(lambda: "Settings refused" in daemon.get("/")[1], "the page to say so")
+        messages = [event["message"] for event in daemon.events() if event["event"] == "settings.rejected"]
+        assert "analysis.seed" in messages[0]
+        assert "analysis.positions: can't change without a restart" in messages[1]
+        assert daemon.get("/readyz")[0] == 200
+        assert 'lensd_config_reloads_total{outcome="applied"} 2.0\n' in daemon.get("/metrics")[1]
+
+        tiny.write_json(tmp_path / "draft", tiny.contrast_records(3))
+        (tmp_path / "draft").rename(daemon.inbox / "study.json")
+        wait_until(lambda: len(list(daemon.outbox.glob("study-*/metrics.parquet"))) == 1, "its results")
+        assert daemon.stop() == 0
+    finally:
+        if daemon.process.poll() is None:
+            daemon.process.kill()
+            daemon.process.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import json
 import os
 import re
 import shutil
@@ -160,6 +161,7 @@ def test_a_device_thread_that_died_is_told_however_long_a_batch_may_take(daemons
     pid = daemons.start(job(tmp_path, hook, **args, dead_seconds=3600.0))
     url = url_of(tmp_path / "log", pid)
     becomes(f"{url}/readyz", 200, "", pid)
+    told_to_die(when, tmp_path, pid)
     file = drop(tmp_path)
     becomes(f"{url}/livez", 503, "device thread died", pid)
     wait_until(lambda: silence(url, "device") > 1, "a stale heartbeat", pid)
@@ -174,8 +176,10 @@ def test_a_device_thread_that_died_is_told_however_long_a_batch_may_take(daemons
 @pytest.mark.parametrize("when", ["idle", pytest.param("in_a_call", marks=needs_syscall)])
 def test_a_daemon_whose_device_thread_died_ends_by_itself_and_gives_its_files_back(daemons, tmp_path, when):
     hook, args = killed(when, tmp_path)
+    pid = daemons.start(job(tmp_path, hook, **args, dead_seconds=2.0))
+    becomes(f"{url_of(tmp_path / 'log', pid)}/readyz", 200, "", pid)
+    told_to_die(when, tmp_path, pid)
     file = drop(tmp_path)
-    pid = daemons.start(job(tmp_path, hook, **args, dead_seconds=0.5))
     assert daemons.wait(pid) == 3
     assert file.is_file()
     assert "the device thread died" in (tmp_path / "log").read_text()
@@ -186,8 +190,14 @@ def killed(when: str, root: Path) -> tuple[str, dict[str, str]]:
     """A hook and its arguments."""
     if when == "in_a_call":
         return "dying_in_a_call", {}
-    (root / "die").touch()
     return "dying_idle", {"die": str(root / "die")}
+
+
+def told_to_die(when: str, root: Path, pid: int) -> None:
+    """Not before the daemon is ready, and idle: in the middle of a call only that call would fail."""
+    if when == "idle":
+        (root / "die").touch()
+        wait_until((root / "die.told").exists, "the thread to be told", pid)
 
 
 def test_a_daemon_is_ready_once_its_model_is_loaded(daemons, tmp_path):
@@ -257,6 +267,89 @@ def test_an_outbox_that_was_mounted_read_only_is_not_ready_until_it_is_no_more(d
         becomes(f"{url}/readyz", 200, "", pid)
         drop(tmp_path)
         wait_until(lambda: list(outbox.glob("study-*")), "the results", pid)
+
+
+def backlog(url: str) -> tuple[int, int]:
+    """Files and bytes that wait, where metrics, JSON and page say the same; else nothing that ever waits."""
+    files, size = (gauge(url, f"inbox_{unit}") for unit in ("files", "bytes"))
+    told = json.loads(get(f"{url}/status.json")[1])["backlog"]
+    shown = re.search(r"Waiting.*?(\d+) file", get(url)[1], re.DOTALL)
+    assert shown is not None
+    return (
+        (int(files), int(size))
+        if (files, size, files) == (told["files"], told["bytes"], int(shown[1]))
+        else (-1, -1)
+    )
+
+
+def gauge(url: str, name: str) -> float:
+    match = re.search(rf"^lensd_{name} (\S+)$", get(f"{url}/metrics")[1], re.MULTILINE)
+    assert match is not None
+    return float(match[1])
+
+
+def counts(url: str, pid: int, *paths: Path) -> None:
+    """Wait until just these files are told to wait."""
+    wanted = len(paths), sum(path.stat().st_size for path in paths)
+    wait_until(lambda: backlog(url) == wanted, f"a backlog of {wanted}", pid)
+
+
+def ages(url: str, pid: int) -> None:
+    """Wait until the oldest waiting file was told to have grown older."""
+    before = gauge(url, "oldest_pending_seconds")
+    wait_until(lambda: gauge(url, "oldest_pending_seconds") > before, "a greater age", pid)
+
+
+def test_what_comes_and_goes_during_a_pause_is_counted(daemons, tmp_path):
+    with running(daemons, job(tmp_path, flags={"outbox.min_free_bytes": 1 << 62})) as pid:
+        url = url_of(tmp_path / "log", pid)
+        becomes(f"{url}/readyz", 503, "outbox.min_free_bytes", pid)
+        counts(url, pid)
+        first = drop(tmp_path, "first.json")
+        counts(url, pid, first)
+        ages(url, pid)
+        second = drop(tmp_path, "second.json")
+        counts(url, pid, first, second)
+        first.unlink()
+        counts(url, pid, second)
+        second.unlink()
+        counts(url, pid)
+        assert gauge(url, "oldest_pending_seconds") == 0
+        assert pauses(url) == {"disk"}
+
+
+def test_what_waits_for_the_model_is_counted(daemons, tmp_path):
+    go = tmp_path / "go"
+    file = drop(tmp_path)
+    with running(daemons, job(tmp_path, "slow_loading", go=str(go))) as pid:
+        url = url_of(tmp_path / "log", pid)
+        counts(url, pid, file)
+        becomes(f"{url}/readyz", 503, health.LOADING, pid)
+        go.touch()
+        wait_until(lambda: list((tmp_path / "outbox").glob("study-*")), "the results", pid)
+
+
+def test_what_waits_in_an_inbox_that_can_not_be_read_goes_on_ageing(daemons, users_root):
+    if os.geteuid() == 0:
+        started = replace(job(users_root), hook="tests.health_hooks:quick_as_user", hook_args={"uid": NOBODY})
+    else:
+        started = job(users_root)
+    with running(daemons, started) as pid:
+        url = url_of(users_root / "log", pid)
+        becomes(f"{url}/readyz", 200, "", pid)
+        (users_root / "outbox").chmod(0o500)
+        becomes(f"{url}/readyz", 503, "outbox: not readable and writable", pid)
+        file = drop(users_root)
+        counts(url, pid, file)
+        (users_root / "inbox").chmod(0o000)
+        becomes(f"{url}/readyz", 503, "inbox: not readable and writable", pid)
+        counts(url, pid, file)
+        ages(url, pid)
+        (users_root / "inbox").chmod(0o700)
+        file.unlink()
+        counts(url, pid)
+        (users_root / "outbox").chmod(0o700)
+        becomes(f"{url}/readyz", 200, "", pid)
 
 
 @pytest.mark.parametrize("which", ["inbox", "outbox"])

@@ -54,7 +54,7 @@ class Assembly:
     """
 
     def __init__(self, d_outs: tuple[int, ...], clock: Callable[[], float] = time.perf_counter) -> None:
-        self._d_outs = d_outs
+        self._nothing = tuple(LayerTotals.zero(d_out) for d_out in d_outs)
         self._clock = clock
         self._open: dict[Key, OpenPart] = {}
 
@@ -66,7 +66,7 @@ class Assembly:
         opened = OpenPart(
             part=part,
             missing=len(part.samples),
-            layers=tuple(LayerTotals.zero(d_out) for d_out in self._d_outs),
+            layers=self._nothing,
             seconds=StageSeconds(read=part.part.read_seconds, tokenize=part.part.tokenize_seconds),
             opened_at=self._clock(),
         )
@@ -87,8 +87,8 @@ class Assembly:
         finished = []
         for (key, block_rows), layers in zip(rows.items(), totals, strict=True):
             opened = self._open[key]
-            opened.layers = tuple(map(LayerTotals.plus, opened.layers, layers))
-            self._add(opened, batch, rest, np.array(block_rows), pack_seconds)
+            opened.layers = tuple(map(LayerTotals.plus, opened.layers, layers)) if opened.pieces else layers
+            self._add(opened, batch, rest, block_rows, pack_seconds)
             if not opened.missing:
                 finished.append(self._open.pop(key).finish())
         return finished
@@ -101,11 +101,11 @@ class Assembly:
         return [] if opened.missing else [self._open.pop(key_of(entry.part)).finish()]
 
     def _add(
-        self, opened: OpenPart, batch: Batch, block: Block, rows: np.ndarray, pack_seconds: float
+        self, opened: OpenPart, batch: Batch, block: Block, rows: list[int], pack_seconds: float
     ) -> None:
         first = not opened.pieces
         part_rows = np.array([batch.entries[row].row for row in rows])
-        opened.pieces.append(BlockRows(block=block, block_rows=rows, part_rows=part_rows))
+        opened.pieces.append(BlockRows(block=block, block_rows=np.array(rows), part_rows=part_rows))
         opened.missing -= len(rows)
         share = len(rows) / len(batch.entries)  # of a batch that several parts may share
         worked = block.forward_seconds + block.sae_seconds + block.analysis_seconds

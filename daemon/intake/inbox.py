@@ -143,9 +143,12 @@ class Inbox:
 
     def _place(self, name: str, attempt: int) -> Path:
         """Where a file of this name lies while it is claimed for the given attempt."""
+        return self._claimed_for(attempt) / name
+
+    def _claimed_for(self, attempt: int) -> Path:
         folder = self.lease.folder / str(attempt)
         durable.make_folder(folder)
-        return folder / name
+        return folder
 
     @property
     def lease(self) -> Lease:
@@ -175,8 +178,8 @@ class Inbox:
         found, self._found = self._found, 0
         return found
 
-    def pending(self) -> InboxLoad:
-        """What waited at the last look."""
+    def pending(self) -> InboxLoad | None:
+        """What waited at the last look, None before the first."""
         return self._scanner.load
 
     async def claims(self, stop: asyncio.Event, once: bool) -> AsyncIterator[list[Claim]]:
@@ -257,12 +260,13 @@ class Inbox:
         claims: list[Claim] = []
         names = self._held_names()
         size = 0
+        folder = self._claimed_for(1)
         while self._ready and len(claims) < BATCH_FILES and size < BATCH_BYTES:
             candidate = self._ready[0]
             path = self.path / candidate.name
             if candidate.name not in names and (fresh or stamp_of(path) == candidate.stamp):
                 try:
-                    claim = self._try_move_in(path, candidate.name)
+                    claim = self._try_move_in(path, folder / candidate.name)
                 except OSError:
                     if claims:  # hand these out; the next call meets the same trouble
                         break
@@ -273,10 +277,11 @@ class Inbox:
             self._ready.popleft()
         return claims
 
-    def _try_move_in(self, path: Path, name: str) -> Claim | None:
+    def _try_move_in(self, path: Path, target: Path) -> Claim | None:
         """Claim a file, unless this user may not move it."""
+        name = path.name
         try:
-            claim = self._move_in(path, name)
+            claim = self._move_in(path, target)
         except PermissionError as error:
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise
@@ -296,9 +301,8 @@ class Inbox:
         self._held[claim.path] = claim
         return claim
 
-    def _move_in(self, path: Path, name: str) -> Claim | None:
+    def _move_in(self, path: Path, target: Path) -> Claim | None:
         """Claim by a rename into the lease; None where someone else was faster, or it is no file now."""
-        target = self._place(name, 1)
         try:
             durable.rename(path, target)
         except FileNotFoundError:
@@ -309,7 +313,7 @@ class Inbox:
         if identity is None:  # swapped since it was seen; a link or a folder goes back to where it was
             durable.move_without_replacing(target, path)
             return None
-        return Claim(name=name, path=target, attempt=1, identity=identity)
+        return Claim(name=path.name, path=target, attempt=1, identity=identity)
 
     async def recheck(self, claims: Sequence[Claim]) -> list[Presence]:
         """Whether each file is still what it was when it was claimed."""
@@ -322,15 +326,21 @@ class Inbox:
 
     def _retire(self, claims: Sequence[Claim]) -> None:
         for claim in claims:
-            if not os.path.lexists(claim.path):
+            try:
+                self._move_to_done(claim)
+            except FileNotFoundError:
+                if os.path.lexists(claim.path):
+                    raise
                 self._check_lost()  # else its user took it away, or an earlier try moved it
-            elif self._on_success == "delete":
-                durable.unlink(claim.path)
-            else:
-                self._move_out(claim, self.path / DONE, numbered)
         if self._on_success == "move":
             durable.fsync_folder(self.path / DONE)
         self._let_go(claims)
+
+    def _move_to_done(self, claim: Claim) -> None:
+        if self._on_success == "delete":
+            durable.unlink(claim.path)
+        else:
+            self._move_out(claim, self.path / DONE, numbered)
 
     async def fail(self, claim: Claim, reason: str, message: str, sha256: str | None) -> None:
         """It can't be used: move it to `failed/`, its reason beside it. Replaces no file. Safe to repeat."""

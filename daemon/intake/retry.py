@@ -15,7 +15,8 @@ from daemon import durable
 from daemon.errors import ConfigError
 from daemon.intake.failed import reason_of
 from daemon.intake.inbox import CLAIMED, FAILED, FAILING
-from daemon.intake.names import MAX_NUMBER, no_free_name, numbered_stem, printable
+from daemon.intake.names import MAX_NUMBER, no_free_name, numbered_stem
+from daemon.shown import visible_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class FailedFile:
     @property
     def name(self) -> str:
         """What it is called there, for people."""
-        return printable(self.path.name)
+        return visible_name(self.path.name)
 
 
 def failed_files(inbox: Path) -> list[FailedFile]:
@@ -57,8 +58,8 @@ def described(path: Path) -> FailedFile:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a name out of a reason is one, and not the rendering of bytes that are no text."""
-    return name not in ("", ".", "..") and not any(char in name for char in "/\0\\")
+    """Whether a name out of a reason would be taken up, and is no rendering of bytes that are no text."""
+    return name != "" and not name.startswith(".") and not any(char in name for char in "/\0\\")
 
 
 def retry(inbox: Path, names: Sequence[str]) -> list[tuple[FailedFile, Path]]:
@@ -79,12 +80,22 @@ def chosen(inbox: Path, names: Sequence[str]) -> list[FailedFile]:
     known = failed_files(inbox)
     if not names:
         return known
-    by_name = {failed.name: failed for failed in known}
-    if unknown := [name for name in names if printable(name) not in by_name]:
+    found = (the_one(known, name, inbox / FAILED) for name in names)
+    return list({failed.path: failed for failed in found}.values())
+
+
+def the_one(known: Sequence[FailedFile], name: str, folder: Path) -> FailedFile:
+    """The file of this name, or else the only one that is shown under it. Raises ConfigError."""
+    bare = name.removeprefix("./")
+    exact = [failed for failed in known if failed.path.name == bare]
+    found = exact or [failed for failed in known if name in (failed.name, failed.name.removeprefix("./"))]
+    if not found:
+        raise ConfigError(f"{visible_name(name)}: no such file in {folder}: `lensd retry --list` shows them")
+    if len(found) > 1:
         raise ConfigError(
-            f"{printable(unknown[0])}: no such file in {inbox / FAILED}: `lensd retry --list` shows them"
+            f"{visible_name(name)}: {len(found)} files in {folder} are shown so: give the bytes"
         )
-    return [by_name[name] for name in dict.fromkeys(map(printable, names))]
+    return found[0]
 
 
 def put_back(failed: FailedFile, inbox: Path) -> Path:

@@ -49,15 +49,16 @@ def open_content(path: Path, small_bytes: int) -> Content:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise unreadable(error) from None
-    file = os.fdopen(descriptor, "rb")
+    file: BinaryIO | None = None
     keep = False
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise FileError("not_a_file", "it is no regular file any more: drop it again")
         if status.st_size <= small_bytes and not path.name.lower().endswith(COMPRESSED):
-            data = file.read()
+            data = read_all(descriptor, status.st_size)
             return Content(hashlib.sha256(data).hexdigest(), len(data), data, None)
+        file = os.fdopen(descriptor, "rb")
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
         file.seek(0)
@@ -66,8 +67,18 @@ def open_content(path: Path, small_bytes: int) -> Content:
     except OSError as error:
         raise unreadable(error) from None
     finally:
-        if not keep:
+        if file is None:
+            os.close(descriptor)
+        elif not keep:
             file.close()
+
+
+def read_all(descriptor: int, size: int) -> bytes:
+    """A file's content, which was `size` bytes a moment ago."""
+    data = os.read(descriptor, size + 1)
+    while len(data) != size and (more := os.read(descriptor, CHUNK_BYTES)):
+        data += more
+    return data
 
 
 def unreadable(error: OSError) -> Exception:

@@ -34,7 +34,8 @@ from daemon.observe.status import (
     Status,
     Totals,
 )
-from daemon.observe.wording import counted, duration, period, visible
+from daemon.observe.wording import counted, duration, period
+from daemon.shown import visible
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -156,7 +157,7 @@ class StatusBoard:
             self._files.appendleft(settled)
 
     def look(self, load: InboxLoad | None, workload: Workload | None, *, ready: bool) -> None:
-        """Take note of this moment; `load` and `workload` are None while there is no inbox yet."""
+        """Take note of this moment; `load` is None until it was counted, `workload` until a pipeline runs."""
         now = self._now()
         with self._lock:
             self._note_work(load, workload, ready=ready)
@@ -220,7 +221,8 @@ class StatusBoard:
         return Backlog(
             files=load.files if load else 0,
             bytes=load.bytes if load else 0,
-            oldest_seconds=load.oldest_seconds if load else 0.0,
+            oldest_seconds=load.oldest_seconds(self._wall_clock()) if load else 0.0,
+            counted_at=load.counted_at if load else None,
             files_under_way=len(workload) if workload else 0,
             samples_under_way=max(0, progress.total - progress.done),
         )

@@ -7,13 +7,16 @@ the text of samples.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 from typing import Any, Literal, TextIO
 
 import structlog
+from structlog.typing import EventDict, ExcInfo
 
 from daemon.errors import LensdError
+from daemon.shown import visible, visible_lines
 
 Format = Literal["auto", "console", "json"]
 
@@ -32,9 +35,8 @@ def configure(format: Format, level: str, stream: TextIO | None = None) -> None:
     renderer: list[Any] = (
         # The default formatter shows local variables, and with them the text of samples.
         [
-            structlog.dev.ConsoleRenderer(
-                colors=target.isatty(), exception_formatter=structlog.dev.plain_traceback
-            )
+            visible_fields,
+            structlog.dev.ConsoleRenderer(colors=target.isatty(), exception_formatter=visible_traceback),
         ]
         if console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
@@ -54,6 +56,17 @@ def configure(format: Format, level: str, stream: TextIO | None = None) -> None:
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
+
+
+def visible_fields(_logger: Any, _method: str, fields: EventDict) -> EventDict:
+    """Names of files that others dropped are obeyed by no terminal; JSON escapes them by itself."""
+    return {name: visible(value) if isinstance(value, str) else value for name, value in fields.items()}
+
+
+def visible_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, exc_info)
+    stream.write(visible_lines(text.getvalue()))
 
 
 def for_people(format: Format, stream: TextIO | None = None) -> bool:

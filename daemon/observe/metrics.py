@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,6 +96,8 @@ class Metrics:
         self.rejects_total = counter(
             "rejects", "Rejected records by reason, when they are met.", Label("reason", REJECT_REASONS)
         )
+        self._files = {kind: self.files_total.labels(kind) for kind in FILE_OUTCOMES}
+        self._samples = {kind: self.samples_total.labels(kind) for kind in SAMPLE_OUTCOMES}
         self.tokens_total = counter(
             "tokens",
             "Tokens: in texts, run by the model, and padding among these.",
@@ -171,8 +174,7 @@ class Metrics:
         self.stage_duration_seconds = histogram(
             "stage_duration_seconds", "Work of a stage on a part, a batch or a file.", STAGE_BUCKETS, STAGE
         )
-        for stage in STAGES:
-            self.stage_duration_seconds.labels(stage)
+        self._stages = {stage: self.stage_duration_seconds.labels(stage) for stage in STAGES}
         self.file_latency_seconds = histogram(
             "file_latency_seconds", "From first read to commit.", LATENCY_BUCKETS
         )
@@ -253,12 +255,18 @@ class Metrics:
             }
         )
 
-    def observe_tokenized(self, part: TokenizedPart) -> None:
-        self.stage_duration_seconds.labels("tokenize").observe(part.part.tokenize_seconds)
-        self.tokens_total.labels("text").inc(part.n_tokens)
-        self.sequence_tokens.observe([len(ids) for sample in part.samples for ids in sample.token_ids])
-        for reject in part.part.rejects:
-            self.rejects_total.labels(reject.reason).inc()
+    def observe_read(self, seconds: float) -> None:
+        """One part was read."""
+        self._stages["read"].observe(seconds)
+
+    def observe_tokenized(self, *parts: TokenizedPart) -> None:
+        for part in parts:
+            self._stages["tokenize"].observe(part.part.tokenize_seconds)
+            for reject in part.part.rejects:
+                self.rejects_total.labels(reject.reason).inc()
+        lengths = [len(ids) for part in parts for sample in part.samples for ids in sample.token_ids]
+        self.tokens_total.labels("text").inc(sum(lengths))
+        self.sequence_tokens.observe(lengths)
 
     def observe_block(self, batch: Batch, block: Block, info: ModelInfo, pack_seconds: float = 0.0) -> None:
         """One device batch."""
@@ -267,19 +275,19 @@ class Metrics:
         self.tokens_total.labels("padding").inc(block.padding_tokens)
         self.batch_tokens.observe(block.computed_tokens)
         self.batch_texts.observe(sum(len(sample.token_ids) for sample in batch.samples))
-        self.stage_duration_seconds.labels("pack").observe(pack_seconds)
-        self.stage_duration_seconds.labels("forward").observe(block.forward_seconds)
-        self.stage_duration_seconds.labels("sae").observe(block.sae_seconds)
-        self.stage_duration_seconds.labels("analysis").observe(block.analysis_seconds)
+        self._stages["pack"].observe(pack_seconds)
+        self._stages["forward"].observe(block.forward_seconds)
+        self._stages["sae"].observe(block.sae_seconds)
+        self._stages["analysis"].observe(block.analysis_seconds)
         counts = block.features.offsets[1:] - block.features.offsets[:-1]
         for number, sae in enumerate(info.saes):
             self.feature_l0.observe(counts[block.features.layer == number], str(sae.layer))
 
     def observe_outcome(self, outcome: Outcome, layers: tuple[int, ...]) -> None:
         """One file came to its end; `layers` are the SAEs'."""
-        self.files_total.labels(outcome.kind).inc()
-        self.samples_total.labels("committed").inc(outcome.rows)
-        self.samples_total.labels("rejected").inc(outcome.rejects)
+        self._files[outcome.kind].inc()
+        self._samples["committed"].inc(outcome.rows)
+        self._samples["rejected"].inc(outcome.rejects)
         if outcome.kind != "committed":
             return
         self.output_bytes_total.inc(outcome.output_bytes)
@@ -292,9 +300,9 @@ class Metrics:
                 self.sae_fvu.labels(str(layer)).set(fvu)
 
     def _observe_stages(self, stages: StageSeconds) -> None:
-        self.stage_duration_seconds.labels("queue").observe(stages.queue)
-        self.stage_duration_seconds.labels("write").observe(stages.write)
-        self.stage_duration_seconds.labels("commit").observe(stages.commit)
+        self._stages["queue"].observe(stages.queue)
+        self._stages["write"].observe(stages.write)
+        self._stages["commit"].observe(stages.commit)
 
     def observe_device(self, busy_seconds: float, now: float) -> None:
         """Set the busy ratio; `busy_seconds` only grows, `now` is monotonic.
@@ -308,11 +316,14 @@ class Metrics:
         if now > then:
             self.device_busy_ratio.set(min(1.0, (busy_seconds - busy_then) / (now - then)))
 
-    def observe_inbox(self, load: InboxLoad, recovered: int, found: int) -> None:
-        """What waits, and since the last call: files taken over from dead processes, and found unasked."""
+    def observe_load(self, load: InboxLoad) -> None:
+        """What waits."""
         self.inbox_files.set(load.files)
         self.inbox_bytes.set(load.bytes)
-        self.oldest_pending_seconds.set(load.oldest_seconds)
+        self.oldest_pending_seconds.set(load.oldest_seconds(time.time()))
+
+    def observe_inbox(self, recovered: int, found: int) -> None:
+        """Since the last call: files taken over from dead processes, and found unasked."""
         self.recovered_files_total.labels("taken_over").inc(recovered)
         self.rescan_found_total.inc(found)
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 import structlog
 
+from daemon.shown import visible
+
 SEND_SECONDS = 1.0  # a manager that does not read for so long misses the message
 
 log = structlog.get_logger()
@@ -45,7 +47,7 @@ class Notify:
         """One line for people, as `systemctl status` shows it; sent where it differs from the last."""
         if text != self._told:
             self._told = text
-            self._send("STATUS=" + " ".join(text.split()))
+            self._send("STATUS=" + visible(" ".join(text.split())))
 
     def alive(self) -> None:
         """Feed the watchdog, where there is one."""

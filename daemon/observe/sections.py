@@ -248,9 +248,10 @@ def running(status: Status) -> Html:
 
 
 def model(running: Running) -> Html:
-    heads = ("Hook", "Architecture", "From", "Features", "FVU")
+    told = any(sae.source != sae.hook_name for sae in running.saes)  # else it would be said twice
+    heads = ("Hook", "Architecture", *(("From",) if told else ()), "Features", "FVU")
     columns = [
-        tag("th", name, scope="col", role="columnheader", class_="number" if name in heads[3:] else None)
+        tag("th", name, scope="col", role="columnheader", class_="number" if name in heads[-2:] else None)
         for name in heads
     ]
     return join(
@@ -267,7 +268,7 @@ def model(running: Running) -> Html:
                 "table",
                 tag("caption", "Sparse autoencoders; FVU of the last file"),
                 tag("thead", tag("tr", *columns, role="row"), role="rowgroup"),
-                tag("tbody", *(dictionary_row(sae) for sae in running.saes), role="rowgroup"),
+                tag("tbody", *(dictionary_row(sae, told=told) for sae in running.saes), role="rowgroup"),
                 class_="cards",
                 role="table",
             ),
@@ -279,12 +280,13 @@ def model(running: Running) -> Html:
     )
 
 
-def dictionary_row(sae: Dictionary) -> Html:
+def dictionary_row(sae: Dictionary, *, told: bool) -> Html:
+    """With where it comes from, if that is `told`."""
     return tag(
         "tr",
         tag("th", sae.hook_name, scope="row", role="rowheader"),
         tag("td", sae.architecture, role="cell"),
-        tag("td", sae.source, role="cell", data_plain=sae.source == sae.hook_name),
+        tag("td", sae.source, role="cell", data_plain=sae.source == sae.hook_name) if told else None,
         number_cell(count(sae.d_sae), after="features"),
         number_cell(f"{sae.fvu or 0:.3f}", told=sae.fvu is not None, before="FVU"),
         role="row",

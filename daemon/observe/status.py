@@ -57,6 +57,7 @@ class Backlog:
     files: int
     bytes: int
     oldest_seconds: float
+    counted_at: float | None  # when somebody last looked, None before
     files_under_way: int
     samples_under_way: int  # read so far and not computed
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from daemon.observe.status import HEALTHY, Status
 from daemon.observe.wording import ago, count, counted, duration, eta, size
 
+OLD_COUNT_SECONDS = 30.0  # after which the age of a count is told with it
 DASH = "\N{EN DASH}"  # where there is no value
 
 
@@ -48,19 +49,35 @@ def uptime(status: Status) -> str:
 
 def figures(status: Status) -> tuple[Figure, ...]:
     backlog, totals = status.backlog, status.totals
-    oldest = f"{size(backlog.bytes)}, the oldest for {duration(round(backlog.oldest_seconds))}"
     last = ago(status.at - totals.last_commit_at) if totals.last_commit_at else "never"
     read = f"{counted(backlog.samples_under_way, 'sample')} read, not computed"
-    published = f"{counted(totals.committed, 'file')}, {size(totals.output_bytes)}; last {last}"
+    published = (
+        f"{counted(totals.committed, 'file')}, {size(totals.output_bytes)}; last {last}"
+        if totals.committed
+        else "no file yet"
+    )
     failed = f"{counted(totals.failed, 'file')} failed, {count(totals.duplicate)} duplicate"
+    waiting = counted(backlog.files, "file") if backlog.counted_at else DASH
     return (
-        Figure("Waiting", counted(backlog.files, "file"), oldest if backlog.files else "the inbox is empty"),
+        Figure("Waiting", waiting, waiting_note(status)),
         Figure("Under way", counted(backlog.files_under_way, "file"), read),
         Figure("Time left", time_left(status), time_left_note(status)),
         Figure("Published", counted(totals.rows, "sample"), published),
         Figure("Set aside", counted(totals.rejects, "reject"), failed),
         Figure("Device busy", f"{status.pace.device_busy_ratio:.0%}", "of the last minute"),
     )
+
+
+def waiting_note(status: Status) -> str:
+    """How much that is, and since when nobody could look, if so."""
+    backlog = status.backlog
+    if backlog.counted_at is None:
+        return "not counted yet"
+    note = f"{size(backlog.bytes)}, the oldest for {duration(round(backlog.oldest_seconds))}"
+    if not backlog.files:
+        note = "the inbox is empty"
+    unseen = status.at - backlog.counted_at
+    return note if unseen < OLD_COUNT_SECONDS else f"{note}; as it was {ago(unseen)}"
 
 
 def has_work(status: Status) -> bool:

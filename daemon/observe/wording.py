@@ -68,11 +68,3 @@ def eta(seconds: float | None, *, estimated: bool) -> str:
         return "not known yet"
     text = duration(round(seconds)) if seconds >= 1 else "under 1 s"
     return f"about {text}" if estimated else text
-
-
-def visible(text: str) -> str:
-    """What a page and a terminal can show: control characters and lone surrogates become escapes."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode()
-        for char in text
-    )

@@ -9,7 +9,6 @@ lock, and the first to publish a unit wins. Knows nothing about what the files h
 from __future__ import annotations
 
 import errno
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -155,7 +154,7 @@ class Outbox:
     def published(self, unit: str) -> Path | None:
         """The folder with the unit's results, under whatever name its content was dropped first."""
         try:
-            folder = self.path / (self.path / UNITS / unit).readlink()
+            folder = self.path / Path(f"{self.path}/{UNITS}/{unit}").readlink()
         except FileNotFoundError:
             return None
         return folder if (folder / MANIFEST).is_file() else None
@@ -193,9 +192,11 @@ class Outbox:
         The link leads nowhere from where it lies, so that nothing finds the results twice.
         """
         link = self.path / UNITS / unit
-        if os.path.lexists(link):
+        try:
+            durable.symlink(link, name)
+        except FileExistsError:
             durable.unlink(link)
-        durable.symlink(link, name)
+            durable.symlink(link, name)
 
 
 def complete(unit: Staged) -> None:
@@ -203,16 +204,15 @@ def complete(unit: Staged) -> None:
     content = unit.manifest
     if content["records"] != content["rows"] + content["rejects"]:
         raise AssertionError(f"unit {unit.source.unit}: records != rows + rejects: {content}")
-    with durable.create(unit.folder / MANIFEST) as file:
-        file.write(to_json_lines(content))
-        file.start_writeback()
+    durable.write_whole(f"{unit.folder}/{MANIFEST}", to_json_lines(content))
 
 
 def seal(unit: Staged) -> None:
     """Flush all files of a complete folder, and the folder. Raises SyncFailed where the disk refuses."""
+    folder = str(unit.folder)
     for name in (MANIFEST, *(file["name"] for file in unit.manifest["files"])):
-        durable.fsync_file(unit.folder / name)
-    durable.fsync_folder(unit.folder)
+        durable.fsync_file(f"{folder}/{name}")
+    durable.fsync_folder(folder)
 
 
 def output_folder_name(name: str, unit: str) -> str:

@@ -7,34 +7,30 @@ is waited out and tried again, so every step here is safe to repeat. Knows no de
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from daemon.durable import remove_folder
 from daemon.errors import FileError, SyncFailed
 from daemon.intake.inbox import Inbox
-from daemon.output.commit import Outbox, Staged, complete, seal
+from daemon.output.commit import Outbox, Staged
 from daemon.output.finished import FinishedPart
-from daemon.output.jsontext import Constant
-from daemon.output.manifest import manifest
 from daemon.output.parts import stored_extents
 from daemon.output.schema import ValueType, features_schema, metrics_schema
+from daemon.output.staging import FileFailed, Staging, Unit, abandon
 from daemon.output.tables import part_tables
-from daemon.output.totals import StageSeconds, UnitTotals
+from daemon.output.totals import StageSeconds
 from daemon.output.writer import UnitWriter
 from daemon.pause import Pause
 from daemon.records import Claim, KeptPart, ModelInfo, PartExtent, Recipe, Source
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Item = TypeVar("Item")
-WRITERS = 2  # of units at a time
-SYNCS = 8  # at a time: those that overlap share the disk's work
 OutcomeKind = Literal["committed", "failed", "duplicate", "requeued"]
 
 
@@ -69,42 +65,7 @@ class Outcome:
         return {key: value for key, value in fields.items() if value is not None}
 
 
-@dataclass(frozen=True, slots=True)
-class FileFailed:
-    """Follows the parts of a file that turned out to be unusable after some of it was read."""
-
-    source: Source
-    error: FileError
-    parts: int  # handed on before
-
-
 Arrival = FinishedPart | KeptPart | FileFailed
-
-
-@dataclass(slots=True)
-class Unit:
-    """A file on its way out."""
-
-    source: Source
-    results: UnitWriter | None = None  # from the first part on
-    arrived: int = 0  # parts
-    failed: FileFailed | None = None
-    totals: UnitTotals | None = None  # once its files are written
-    seconds: float = 0.0  # first read to commit
-
-    @property
-    def writer(self) -> UnitWriter:
-        assert self.results is not None, "a part came before"
-        return self.results
-
-    @property
-    def broken(self) -> bool:
-        """Whether it failed and all that was on its way has come."""
-        return self.failed is not None and self.arrived == self.failed.parts
-
-    @property
-    def complete(self) -> bool:
-        return self.failed is None and self.writer.complete
 
 
 class Delivery:
@@ -126,38 +87,50 @@ class Delivery:
         self.outbox = outbox
         self.info = info
         self.values = values
-        self.settings = Constant(settings)
         self.pause = Pause() if pause is None else pause
         self.clock = clock
+        self.staging = Staging(info=info, settings=settings, clock=clock)
         self._units: dict[str, Unit] = {}
-        self._sync_failed: SyncFailed | None = None  # after which nothing is synced any more
-        # One thread, so that giving up waits for a write that a cancelled stage left running.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="stage")
-        self._syncs = ThreadPoolExecutor(SYNCS, thread_name_prefix="sync")
+        # A thread each, so that giving up waits for what a cancelled stage left running.
+        self._writer_thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._publisher_thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
 
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run on the writer's thread, again and again while the machine refuses for a while."""
+        return await self._call_on(self._writer_thread, functools.partial(function, *args, **kwargs))
+
+    async def _publisher(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The same on the publisher's thread."""
+        return await self._call_on(self._publisher_thread, functools.partial(function, *args, **kwargs))
+
+    async def _call_on(self, thread: ThreadPoolExecutor, function: Callable[[], R]) -> R:
         loop = asyncio.get_running_loop()
 
         def call() -> R:
-            self._check_disk()
+            self.staging.check_disk()
             try:
-                return function(*args, **kwargs)
+                return function()
             except FileNotFoundError:
                 self.outbox.check_lost()
                 raise
             except SyncFailed as error:
-                self._sync_failed = error
+                self.staging.sync_failed = error
                 raise
 
-        return await self.pause.outlast(lambda: loop.run_in_executor(self._thread, call), "write")
+        return await self.pause.outlast(lambda: loop.run_in_executor(thread, call), "write")
 
-    async def write(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
-        """Store what came; the outcomes of the files that it completes, which share their syncs."""
+    async def write(self, arrivals: Sequence[Arrival]) -> list[Unit]:
+        """Store what came; the units of which nothing more comes, their folders written but not flushed."""
         touched = {self._arrive(arrival).source.unit: None for arrival in arrivals}
         await self._call(self._store, [item for item in arrivals if isinstance(item, FinishedPart)])
         units = [self._units[name] for name in touched]
+        complete = [unit for unit in units if unit.complete]
+        if complete:
+            await self._call(self.staging.write, complete)
+        return complete + [unit for unit in units if unit.broken]
+
+    async def publish(self, units: Sequence[Unit]) -> list[Outcome]:
+        """What becomes of units that `write` returned, which share their syncs."""
         outcomes = [await self._fail_unit(unit) for unit in units if unit.broken]
         complete = [unit for unit in units if unit.complete]
         return outcomes + (await self._commit(complete) if complete else [])
@@ -169,6 +142,7 @@ class Delivery:
             unit.failed = arrival
             return unit
         unit.arrived += 1
+        unit.nbytes += arrival.nbytes if isinstance(arrival, FinishedPart) else 0
         if unit.results is None:
             recipe = arrival.part.part.recipe if isinstance(arrival, FinishedPart) else arrival.recipe
             unit.results = self._writer(source, recipe)
@@ -200,7 +174,7 @@ class Delivery:
                 self._units[item.part.part.source.unit].writer.write_part(item, tables)
 
     async def _commit(self, units: Sequence[Unit]) -> list[Outcome]:
-        staged = await self._call(self._stage, units)
+        staged = await self._publisher(self.staging.flush, units)
         outcomes: list[Outcome] = []
         publish: list[tuple[Unit, Staged]] = []
         presences = await self.inbox.recheck([unit.source.claim for unit in units])
@@ -210,55 +184,13 @@ class Delivery:
             else:
                 outcomes.append(await self._withdraw(unit, vanished=presence == "gone"))
         if publish:
-            await self._call(self.outbox.publish, [folder for _, folder in publish])
+            await self._publisher(self.outbox.publish, [folder for _, folder in publish])
             await self._retire([unit.source.claim for unit, _ in publish])
-            await self._call(self._discard_parts, [unit for unit, _ in publish])
+            await self._publisher(self._discard_parts, [unit for unit, _ in publish])
         for unit, folder in publish:
             del self._units[unit.source.unit]
             outcomes.append(published(unit, folder))
         return outcomes
-
-    def _stage(self, units: Sequence[Unit]) -> list[Staged]:
-        """Every unit's results in its folder, whole and on disk."""
-        try:
-            staged = side_by_side(self._writers, self._write, units)
-            side_by_side(
-                self._syncs, self._seal, staged
-            )  # only now: much written is synced at little more cost
-        except OSError:
-            for unit in units:  # on a full disk their space is needed
-                unit.writer.abandon()
-            raise
-        return staged
-
-    def _seal(self, staged: Staged) -> None:
-        self._check_disk()
-        try:
-            seal(staged)
-        except SyncFailed as error:
-            self._sync_failed = error
-            raise
-
-    def _check_disk(self) -> None:
-        """Raises SyncFailed where the disk refused a sync before, in whatever task or thread."""
-        if self._sync_failed is not None:
-            raise self._sync_failed
-
-    def _write(self, unit: Unit) -> Staged:
-        unit.totals = unit.writer.write()
-        unit.seconds = self.clock() - unit.source.opened_at
-        content = manifest(
-            source=unit.source,
-            recipe=unit.writer.recipe,
-            info=self.info,
-            totals=unit.totals,
-            settings=self.settings,
-            seconds=unit.seconds,
-            created=datetime.now(UTC),
-        )
-        staged = Staged(unit.source, unit.writer.staging, content)
-        complete(staged)
-        return staged
 
     def _discard_parts(self, units: Sequence[Unit]) -> None:
         for unit in units:
@@ -267,8 +199,8 @@ class Delivery:
     async def _withdraw(self, unit: Unit, *, vanished: bool) -> Outcome:
         """The source is no longer what was read: its results are worth nothing."""
         del self._units[unit.source.unit]
-        await self._call(unit.writer.abandon)
-        await self._call(unit.writer.discard_parts)
+        await self._publisher(abandon, [unit])
+        await self._publisher(unit.writer.discard_parts)
         claim = unit.source.claim
         if vanished:
             error = FileError("vanished", "the file was removed while lensd worked on it: drop it again")
@@ -329,9 +261,9 @@ class Delivery:
 
     def close(self) -> None:
         """Wait for what is being written, and end the threads."""
-        self._thread.shutdown()
-        self._writers.shutdown()
-        self._syncs.shutdown()
+        self._writer_thread.shutdown()
+        self._publisher_thread.shutdown()
+        self.staging.close()
 
     async def stored(self, source: Source) -> dict[int, PartExtent]:
         """Which parts of a file an earlier attempt finished."""
@@ -344,13 +276,6 @@ class Delivery:
     def published(self, unit: str) -> Path | None:
         """The folder that holds a unit's results already, if any. Two looks at the disk."""
         return self.outbox.published(unit)
-
-
-def side_by_side(pool: ThreadPoolExecutor, function: Callable[[Item], R], items: Sequence[Item]) -> list[R]:
-    """`function` of each item, in order. Raises its first error, once it is at work on none of them."""
-    calls = [pool.submit(function, item) for item in items]
-    wait(calls)
-    return [call.result() for call in calls]
 
 
 def published(unit: Unit, staged: Staged) -> Outcome:

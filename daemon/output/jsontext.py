@@ -29,14 +29,21 @@ def to_json(value: Any) -> bytes:
 
     Raises ValueError for NaN and infinities.
     """
+    if type(value) is int:
+        return b"%d" % value
     text = ENCODER.encode(value)
-    return LONE_SURROGATE.sub(lambda match: f"\\\\u{ord(match[0]):04x}", text).encode()
+    if not text.isascii():
+        text = LONE_SURROGATE.sub(lambda match: f"\\\\u{ord(match[0]):04x}", text)
+    return text.encode()
+
+
+key_json = functools.lru_cache(maxsize=256)(to_json)  # the keys of our files, which are few
 
 
 def to_json_lines(content: dict[str, Any]) -> bytes:
     """`to_json` of an object with a line for each of its keys: to be read by people, and fast to make."""
     lines = [
-        b"  %s: %s" % (to_json(key), value.json if isinstance(value, Constant) else to_json(value))
+        b"  %s: %s" % (key_json(key), value.json if isinstance(value, Constant) else to_json(value))
         for key, value in content.items()
     ]
     return b"{\n" + b",\n".join(lines) + b"\n}\n"
@@ -44,7 +51,12 @@ def to_json_lines(content: dict[str, Any]) -> bytes:
 
 def fields_of(value: DataclassInstance) -> dict[str, Any]:
     """The fields of a dataclass, their values as they are: what takes `dataclasses.asdict` a deep copy."""
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {name: getattr(value, name) for name in names_of(type(value))}
+
+
+@functools.cache
+def names_of(kind: type[DataclassInstance]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def readable_name(name: str) -> str:

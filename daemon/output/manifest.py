@@ -68,6 +68,11 @@ def describe_model(info: ModelInfo) -> dict[str, Any]:
 
 
 def describe_sae(sae: SaeInfo, totals: LayerTotals) -> dict[str, Any]:
+    return {**describe_dictionary(sae), "fvu": totals.fvu(), "mean_l0": totals.mean_l0()}
+
+
+@functools.cache
+def describe_dictionary(sae: SaeInfo) -> dict[str, Any]:
     return {
         "hook": sae.hook_name,
         "layer": sae.layer,
@@ -78,8 +83,6 @@ def describe_sae(sae: SaeInfo, totals: LayerTotals) -> dict[str, Any]:
         "d_sae": sae.d_sae,
         "d_out": sae.d_out,
         "weights_sha256": sae.weights_sha256,
-        "fvu": totals.fvu(),
-        "mean_l0": totals.mean_l0(),
     }
 
 

@@ -214,12 +214,15 @@ def list_cells(column: int, lists: Ragged) -> Cells:
 
 def text_cells(column: int, values: npt.NDArray[Any]) -> Cells:
     """values: (N,) str or None"""
-    texts = [b"" if value is None else plain_text(value) for value in values]
-    sizes = np.array([[len(text)] for text in texts], np.int64)
+    plain = {value: plain_text(value) for value in set(values)}  # the same few, in most columns
+    texts = [plain[value] for value in values]
+    sizes = np.fromiter(map(len, texts), np.int64, len(texts))[:, None]
     return Cells(np.array([column]), sizes, as_bytes(b"".join(texts)))
 
 
-def plain_text(value: str) -> bytes:
+def plain_text(value: str | None) -> bytes:
+    if value is None:
+        return b""
     text = value.encode()
     return len(text).to_bytes(4, "little") + text
 
@@ -236,7 +239,10 @@ class Placement:
 
     def each(self, at: IntArray, pieces: Bytes) -> None:
         """Pieces of w bytes, (..., w), each to its place `at` (...)."""
-        self.content[at[..., None] + np.arange(pieces.shape[-1])] = pieces
+        width = pieces.shape[-1]
+        whole = np.dtype(f"V{width}")  # w bytes are moved as one thing
+        places = np.ndarray((max(0, len(self.content) - width + 1),), whole, self.content.data, strides=(1,))
+        places[at] = np.ascontiguousarray(pieces).view(whole)[..., 0]
 
     def ragged(self, at: IntArray, sizes: IntArray, pieces: Bytes) -> None:
         """Pieces of `sizes` (...), which lie end to end, each to its place."""

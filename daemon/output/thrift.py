@@ -17,6 +17,8 @@ HOLE_BYTES = 5  # 35 bits of varint: numbers below 2^34, since zigzag doubles th
 I32, I64, BINARY, LIST, STRUCT = 5, 6, 8, 9, 12  # types as the protocol numbers them
 LONG_LIST = 15  # elements from which a list's length stands by itself
 
+CONTINUED = sum(0x80 << 8 * place for place in range(HOLE_BYTES - 1))  # of every byte but the last
+
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -86,7 +88,7 @@ def varint(value: int) -> bytes:
 
 def wide_varint(values: npt.NDArray[np.int64]) -> Bytes:
     """Each of `values` (...), from 0 to 2^35 - 1, as a varint of fixed width: (..., HOLE_BYTES)."""
-    shifts = 7 * np.arange(HOLE_BYTES)
-    digits = (values[..., None] >> shifts & 0x7F).astype(np.uint8)
-    digits[..., :-1] |= 0x80
-    return digits
+    digits = np.full(values.shape, CONTINUED, "<u8")
+    for place in range(HOLE_BYTES):
+        digits |= (values.astype("<u8") >> np.uint64(7 * place) & np.uint64(0x7F)) << np.uint64(8 * place)
+    return digits[..., None].view(np.uint8)[..., :HOLE_BYTES]

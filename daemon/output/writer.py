@@ -8,13 +8,15 @@ call at a time.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
-from daemon.durable import make_empty_folder, remove_folder
+from daemon.durable import make_empty_folder, remove_folder, write_whole
 from daemon.output.files import HashedFile
 from daemon.output.finished import FinishedPart
 from daemon.output.jsontext import to_json
@@ -27,6 +29,7 @@ from daemon.output.schema import (
     metrics_options,
     metrics_schema,
 )
+from daemon.output.smallfile import SmallFile
 from daemon.output.tables import PartTables, part_tables
 from daemon.output.totals import FileTotals, LayerTotals, StageSeconds, UnitTotals
 from daemon.records import ModelInfo, PartExtent, Recipe, Reject, Source
@@ -107,8 +110,39 @@ class UnitWriter:
         self._check_complete()
         began = self._clock()
         make_empty_folder(self.staging)
+        only = self._only
+        if only and isinstance(only.metrics, SmallFile) and isinstance(only.features, SmallFile):
+            totals = self._write_small(only, only.metrics, only.features)
+        else:
+            totals = self._write_parts()
+        seconds = totals.seconds + self._seconds + StageSeconds(commit=self._clock() - began)
+        return dataclasses.replace(totals, seconds=seconds)
+
+    def _write_small(self, part: StoredPart, metrics: SmallFile, features: SmallFile) -> UnitTotals:
+        """The files of a unit whose one part came as files already."""
+        rejects = RejectsFile(self.staging / REJECTS)
+        try:
+            rejects.append(part.rejects)
+            written = (self._write_whole(METRICS, metrics), self._write_whole(FEATURES, features))
+            return UnitTotals(
+                records=part.extent.records,
+                rows=metrics.rows,
+                rejects=rejects.rows,
+                layers=part.layers,
+                seconds=part.seconds,
+                files=(*written, *rejects.close()),
+            )
+        finally:
+            rejects.discard()
+
+    def _write_whole(self, name: str, file: SmallFile) -> FileTotals:
+        write_whole(f"{self.staging}/{name}", file.content)
+        return FileTotals(name, file.rows, len(file.content), hashlib.sha256(file.content).hexdigest())
+
+    def _write_parts(self) -> UnitTotals:
+        """The files of a unit, from its stored parts."""
         layers = tuple(LayerTotals.zero(sae.d_out) for sae in self.info.saes)
-        seconds = self._seconds
+        seconds = StageSeconds()
         with contextlib.ExitStack() as files:
             metrics = ParquetFile(
                 self.staging / METRICS,
@@ -138,7 +172,7 @@ class UnitWriter:
             rows=metrics.rows,
             rejects=rejects.rows,
             layers=layers,
-            seconds=seconds + StageSeconds(commit=self._clock() - began),
+            seconds=seconds,
             files=written,
         )
 
@@ -148,7 +182,8 @@ class UnitWriter:
 
     def discard_parts(self) -> None:
         """Remove the stored parts: the unit is published."""
-        remove_folder(self.parts)
+        if self.parts.exists():
+            remove_folder(self.parts)
 
     @property
     def _metrics_schema(self) -> pa.Schema:

@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from daemon.columns import CONTRAST_METRICS
+from daemon.shown import visible
 
 if TYPE_CHECKING:
     from daemon.tools.verify import Verification
@@ -33,7 +35,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def plain_table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(
+        title=Text(visible(title), style="bold"),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
 
 
 def domain_table(folder: Path) -> Table:
@@ -83,8 +91,8 @@ def print_published(console: Console, folder: Path) -> None:
     console.print(layer_table(folder))
     for file in read_manifest(folder)["files"]:
         size = f"{file['rows']} rows, {file['bytes'] / 1024:.0f} KiB"
-        console.print(f"{folder / file['name']}  {size}", soft_wrap=True, highlight=False)
-    console.print(str(folder / "manifest.json"), soft_wrap=True, highlight=False)
+        console.print(Text(visible(f"{folder / file['name']}  {size}")), soft_wrap=True)
+    console.print(Text(visible(str(folder / "manifest.json"))), soft_wrap=True)
 
 
 def print_verification(console: Console, verification: Verification) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -16,7 +18,8 @@ from daemon.config import Config
 from daemon.errors import ConfigError, MachineError
 from daemon.observe.status import HEALTHY, SettledFile, Status, from_json
 from daemon.observe.summary import DASH, figures, sentence, shares, uptime, what_runs
-from daemon.observe.wording import ago, count, duration, rate, visible
+from daemon.observe.wording import ago, count, duration, rate
+from daemon.shown import visible, visible_name
 
 TIMEOUT_SECONDS = 5.0
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # listened on: asked at
@@ -64,9 +67,18 @@ def fetch(url: str) -> Status:
         why = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
         raise MachineError(f"{url}: no answer ({why}): is lensd running there?") from None
     try:
-        return from_json(body)
-    except ValueError:
+        return from_json(json.dumps(visible_texts(json.loads(body))).encode())
+    except (ValueError, RecursionError):
         raise MachineError(f"{url}: the answer is no status: is that lensd, of this version?") from None
+
+
+def visible_texts(value: Any) -> Any:
+    """The same JSON value with nothing in it that a terminal obeys, whoever answered."""
+    if isinstance(value, dict):
+        return {key: visible_texts(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [visible_texts(inner) for inner in value]
+    return visible(value) if isinstance(value, str) else value
 
 
 def healthy(status: Status) -> bool:
@@ -81,7 +93,7 @@ def print_status(console: Console, status: Status) -> None:
     show(console, Text(details, style="dim"))
     for alert in status.alerts:
         title = Text(alert.title, style=f"bold {STYLES.get(alert.level, 'cyan')}")
-        show(console, Text.assemble("\n", title, "\n" if alert.detail else "", visible(alert.detail)))
+        show(console, Text.assemble("\n", title, "\n" if alert.detail else "", alert.detail))
     console.print()
     console.print(figure_table(status))
     if parts := shares(status):
@@ -128,9 +140,9 @@ def file_table(files: Sequence[SettledFile], at: float) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for file in files:
         published = file.outcome == "committed"
-        label = Text(visible(file.name))
+        label = Text(visible_name(file.name))
         if file.reason:
-            label.append(f"\n{visible(file.message or file.reason)}", style="dim")
+            label.append(f"\n{file.message or file.reason}", style="dim")
         table.add_row(
             label,
             Text(file.outcome, style=STYLES.get(file.outcome, "")),

@@ -107,6 +107,30 @@ def test_the_environment_and_the_example_are_a_valid_configuration(name):
     assert config.http.address.startswith("127.0.0.1:")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reload_is_a_sighup_to_the_daemon(name):
+    assert value(name, "ExecReload") == "/bin/kill -HUP $MAINPID"
+
+
+def test_the_table_of_events_in_the_documentation_is_that_of_the_code():
+    page = (UNITS.parent / "README.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| Event \| Level .*\n\| --- .*\n((?:\|.*\n)+)", page, re.MULTILINE)
+    said = {
+        name: level
+        for names, levels in (line.split("|")[1:3] for line in table.splitlines())
+        for name, level in zip(*spread(re.findall(r"`(\S+?)`", names), levels), strict=True)
+    }
+    code = "".join(path.read_text(encoding="utf-8") for path in (UNITS.parents[1] / "daemon").rglob("*.py"))
+    logged = re.findall(r"\blog\.(info|warning|error|exception)\(\s*\"([a-z_.]+)\"", code)
+    assert said == {name: level.replace("exception", "error") for level, name in logged}
+
+
+def spread(names: list[str], levels: str) -> tuple[list[str], list[str]]:
+    """Names with their levels, of which one may be said for all."""
+    told = [level.strip() for level in levels.split(",")]
+    return names, told if len(told) == len(names) else told * len(names)
+
+
 def test_instances_do_not_share_a_port_with_each_other_or_the_one():
     template = environment("lensd@.service")["LENSD_HTTP__ADDRESS"]
     taken = [load_config(None, {}).http.address]

@@ -14,6 +14,7 @@ import pytest
 
 from daemon.intake import inbox as inbox_module
 from daemon.intake.inbox import Inbox, numbered
+from daemon.intake.scan import count_waiting
 from daemon.records import Claim
 
 
@@ -283,7 +284,11 @@ async def test_the_load_counts_what_waits(tmp_path):
     inbox._scanner.scan()
     load = inbox.pending()
     assert (load.files, load.bytes) == (2, 8)
-    assert load.oldest_seconds > 1e9
+    assert load.oldest_at == 0
+    assert load.oldest_seconds(now=5.0) == 5
+    assert load.oldest_seconds(now=-5.0) == 0
+    other = count_waiting(tmp_path)
+    assert (other.files, other.bytes, other.oldest_at) == (2, 8, 0)
 
 
 def test_numbered_names_fit_the_file_system():

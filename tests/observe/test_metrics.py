@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,10 +207,17 @@ def test_memory_is_told_by_kind_and_what_is_kept_for_batches_beside_it(metrics):
 
 def test_what_is_told_once_about_the_inbox_adds_up(metrics):
     for recovered, found in ((2, 1), (0, 3)):
-        metrics.observe_inbox(InboxLoad(files=4, bytes=9, oldest_seconds=1.5), recovered, found)
+        metrics.observe_inbox(recovered, found)
     assert value(metrics, "recovered_files_total", action="taken_over") == 2
     assert value(metrics, "rescan_found_total") == 4
-    assert value(metrics, "oldest_pending_seconds") == 1.5
+
+
+def test_what_waits_is_told_with_its_age_by_now(metrics):
+    metrics.observe_load(InboxLoad(files=4, bytes=9, oldest_at=time.time() - 1e6, counted_at=0.0))
+    assert (value(metrics, "inbox_files"), value(metrics, "inbox_bytes")) == (4, 9)
+    assert value(metrics, "oldest_pending_seconds") >= 1e6
+    metrics.observe_load(InboxLoad(files=0, bytes=0, oldest_at=None, counted_at=0.0))
+    assert value(metrics, "oldest_pending_seconds") == 0
 
 
 def test_every_metric_of_the_design_exists_with_its_type_and_label(metrics):

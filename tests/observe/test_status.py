@@ -24,17 +24,24 @@ from daemon.observe.metrics import Metrics
 from daemon.observe.page import document, status_routes
 from daemon.observe.progress import Progress
 from daemon.observe.status import Status, from_json, to_json
-from daemon.observe.wording import ago, duration, eta, rate, size, visible
+from daemon.observe.summary import figures
+from daemon.observe.wording import ago, duration, eta, rate, size
 from daemon.observe.workload import Workload
 from daemon.output.delivery import Outcome
 from daemon.output.totals import StageSeconds
 from daemon.records import ModelInfo, PartExtent, SaeInfo
+from daemon.shown import visible
 from tests.sources import unclaimed
 
 HOOK = "blocks.{}.hook_resid_post"
 SAES = tuple(SaeInfo(HOOK.format(n), HOOK.format(n), n, 4, 8, 4, "jumprelu", "s", "h") for n in (3, 5))
 INFO = ModelInfo("tiny", "Llama", 4, 6, "float32", "cpu", "packed", None, SAES)
-NOTHING = InboxLoad(files=0, bytes=0, oldest_seconds=0.0)
+EPOCH = 1_700_000_000.0  # Unix time when the clock is at 0
+NOTHING = InboxLoad(files=0, bytes=0, oldest_at=None, counted_at=EPOCH + 1000.0)
+
+
+def waiting(files: int, size: int) -> InboxLoad:
+    return InboxLoad(files=files, bytes=size, oldest_at=EPOCH + 900.0, counted_at=EPOCH + 1000.0)
 
 
 @dataclasses.dataclass
@@ -65,7 +72,7 @@ class Daemon:
             metrics=self.metrics,
             progress=self.progress,
             clock=self.clock,
-            wall_clock=lambda: 1_700_000_000.0 + self.now,
+            wall_clock=lambda: EPOCH + self.now,
         )
 
     def clock(self) -> float:
@@ -131,7 +138,7 @@ def test_time_left_of_unread_files_is_estimated_from_their_bytes(daemon):
     daemon.workload.begin(source)
     daemon.workload.read(source, PartExtent(0, 0, 100, 0), last=True)  # 10 bytes a record
     daemon.progress.add_total(100)
-    daemon.load = InboxLoad(files=2, bytes=500, oldest_seconds=3.0)
+    daemon.load = waiting(2, 500)
     daemon.run(10, samples=5)
     pace = daemon.status().pace
     assert pace.eta_seconds == pytest.approx((50 + 50) / 5)
@@ -140,14 +147,14 @@ def test_time_left_of_unread_files_is_estimated_from_their_bytes(daemon):
 
 
 def test_time_left_is_unknown_before_anything_is_known(daemon):
-    daemon.load = InboxLoad(files=2, bytes=500, oldest_seconds=3.0)
+    daemon.load = waiting(2, 500)
     daemon.run(5)
     assert daemon.status().pace.eta_seconds is None
     assert "not known yet" in document(daemon.status(), "r")
 
 
 def test_nobody_can_tell_the_time_left_during_a_pause(daemon):
-    daemon.load = InboxLoad(files=2, bytes=500, oldest_seconds=3.0)
+    daemon.load = waiting(2, 500)
     daemon.progress.add_total(100)
     daemon.run(10, samples=5)
     daemon.health.unmet.add("paused: full")
@@ -211,7 +218,7 @@ def test_state_and_alerts_follow_health(daemon, unmet, stalled, state, alerts):
 
 
 def test_work_that_does_not_move_is_an_alert_until_it_does(daemon):
-    daemon.load = InboxLoad(files=1, bytes=10, oldest_seconds=1.0)
+    daemon.load = waiting(1, 10)
     daemon.progress.add_total(5)
     daemon.run(int(NO_PROGRESS_SECONDS) - 1)
     assert titles(daemon.status()) == []
@@ -223,9 +230,20 @@ def test_work_that_does_not_move_is_an_alert_until_it_does(daemon):
 
 def test_waiting_for_work_is_no_lack_of_progress(daemon):
     daemon.run(2 * int(NO_PROGRESS_SECONDS))
-    daemon.load = InboxLoad(files=1, bytes=10, oldest_seconds=1.0)
+    daemon.load = waiting(1, 10)
     daemon.run(2)
     assert titles(daemon.status()) == []
+
+
+def test_a_count_that_is_old_says_so(daemon):
+    assert figures(daemon.status())[0].note == "not counted yet"
+    daemon.run(1)
+    assert figures(daemon.status())[0].note == "the inbox is empty"
+    daemon.load = waiting(2, 500)
+    daemon.run(1)
+    assert figures(daemon.status())[0].note == "500 bytes, the oldest for 1 min 42 s"
+    daemon.run(120)
+    assert figures(daemon.status())[0].note == "500 bytes, the oldest for 3 min 42 s; as it was 2 min ago"
 
 
 def test_failures_are_an_alert_for_one_window(daemon):

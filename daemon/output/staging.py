@@ -1,0 +1,153 @@
+"""Output folders before they are published: written, and flushed to disk, many at a time.
+
+One group of files can be flushed while the next is being written. Knows nothing about the inbox and the
+outbox. Functions block: call them in a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from daemon.errors import FileError, SyncFailed
+from daemon.output.commit import Staged, complete, seal
+from daemon.output.jsontext import Constant
+from daemon.output.manifest import manifest
+from daemon.output.totals import UnitTotals
+from daemon.output.writer import UnitWriter
+from daemon.records import ModelInfo, Source
+
+Item = TypeVar("Item")
+WRITERS = 2  # of units at a time
+SYNCS = 16  # at a time: those that overlap share the disk's work
+
+
+@dataclass(frozen=True, slots=True)
+class FileFailed:
+    """Follows the parts of a file that turned out to be unusable after some of it was read."""
+
+    source: Source
+    error: FileError
+    parts: int  # handed on before
+
+
+@dataclass(slots=True)
+class Unit:
+    """A file on its way out."""
+
+    source: Source
+    results: UnitWriter | None = None  # from the first part on
+    arrived: int = 0  # parts
+    nbytes: int = 0  # of its results in memory, about
+    failed: FileFailed | None = None
+    totals: UnitTotals | None = None  # once its files are written
+    staged: Staged | None = None  # while its folder is there, whole
+    seconds: float = 0.0  # first read to commit
+
+    @property
+    def writer(self) -> UnitWriter:
+        assert self.results is not None, "a part came before"
+        return self.results
+
+    @property
+    def broken(self) -> bool:
+        """Whether it failed and all that was on its way has come."""
+        return self.failed is not None and self.arrived == self.failed.parts
+
+    @property
+    def complete(self) -> bool:
+        return self.failed is None and self.writer.complete
+
+
+class Staging:
+    """Makes the folders of complete units."""
+
+    def __init__(self, *, info: ModelInfo, settings: dict[str, Any], clock: Callable[[], float]) -> None:
+        """`settings` goes into manifests."""
+        self.info = info
+        self.settings = Constant(settings)
+        self.clock = clock
+        self.sync_failed: SyncFailed | None = None  # after which nothing is synced any more
+        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="stage")
+        self._syncs = ThreadPoolExecutor(SYNCS, thread_name_prefix="sync")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._writers.shutdown()
+        self._syncs.shutdown()
+
+    def check_disk(self) -> None:
+        """Raises SyncFailed where the disk refused a sync before, in whatever task or thread."""
+        if self.sync_failed is not None:
+            raise self.sync_failed
+
+    def write(self, units: Sequence[Unit]) -> None:
+        """Every unit's results in its folder, whole, not yet flushed; no folder where that fails."""
+        try:
+            side_by_side(self._writers, WRITERS, self._write, [unit for unit in units if unit.staged is None])
+        except OSError:
+            abandon(units)  # on a full disk their space is needed
+            raise
+
+    def flush(self, units: Sequence[Unit]) -> list[Staged]:
+        """The folders, whole and on disk, made anew where an earlier try removed them.
+
+        Raises SyncFailed where the disk refuses.
+        """
+        self.write(units)
+        staged = [unit.staged for unit in units if unit.staged is not None]
+        try:
+            side_by_side(self._syncs, SYNCS, self._seal, staged)
+        except OSError:
+            abandon(units)
+            raise
+        return staged
+
+    def _seal(self, staged: Staged) -> None:
+        self.check_disk()
+        try:
+            seal(staged)
+        except SyncFailed as error:
+            self.sync_failed = error
+            raise
+
+    def _write(self, unit: Unit) -> None:
+        unit.totals = unit.writer.write()
+        unit.seconds = self.clock() - unit.source.opened_at
+        content = manifest(
+            source=unit.source,
+            recipe=unit.writer.recipe,
+            info=self.info,
+            totals=unit.totals,
+            settings=self.settings,
+            seconds=unit.seconds,
+            created=datetime.now(UTC),
+        )
+        staged = Staged(unit.source, unit.writer.staging, content)
+        complete(staged)
+        unit.staged = staged
+
+
+def abandon(units: Sequence[Unit]) -> None:
+    """Remove the folders of units, whatever state they are in."""
+    for unit in units:
+        unit.staged = None
+        unit.writer.abandon()
+
+
+def side_by_side(
+    pool: ThreadPoolExecutor, shares: int, function: Callable[[Item], object], items: Sequence[Item]
+) -> None:
+    """`function` of each item, in `shares` threads. Raises the first error, once no thread is at work."""
+
+    def work(share: Sequence[Item]) -> None:
+        for item in share:
+            function(item)
+
+    calls = [pool.submit(work, items[number::shares]) for number in range(min(shares, len(items)))]
+    wait(calls)
+    for call in calls:
+        call.result()
