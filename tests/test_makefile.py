@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ("daemon/analysis/spectra.c", "daemon/analysis/reduction.h")  # of the compiled routine
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    for name in ("Makefile", "pyproject.toml", "deploy/constraints.txt", "daemon/analysis/spectra.c"):
+    for name in ("Makefile", "pyproject.toml", "deploy/constraints.txt", *SOURCES):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -53,5 +54,6 @@ def test_an_installed_tree_is_not_installed_again(tree):
     (tree / ".venv/.ready").touch()
     assert "installing" in make(tree, "-n", "-W", "pyproject.toml", "test").stdout
     assert "installing" in make(tree, "-n", "-W", "deploy/constraints.txt", "test").stdout
-    assert "installing" in make(tree, "-n", "-W", "daemon/analysis/spectra.c", "test").stdout
+    for source in SOURCES:
+        assert "installing" in make(tree, "-n", "-W", source, "test").stdout
     assert "installing" not in make(tree, "-n", "test").stdout

@@ -22,7 +22,16 @@ from torch.nn import functional as F
 
 from daemon.analysis.angles import line_angle
 from daemon.analysis.sparse import SparseActs
-from daemon.analysis.spectra import LANES, LookedUp, Spectra, looked_up, spectra
+from daemon.analysis.spectra import (
+    EXACT,
+    LANES,
+    SLIM_FROM,
+    LookedUp,
+    Spectra,
+    looked_up,
+    spectra,
+    weighted_sums,
+)
 from daemon.analysis.threads import side_by_side
 from daemon.columns import SHAPE_CLASSES
 
@@ -60,15 +69,14 @@ class DecoderRows:
     """The rows of one dictionary's decoder, and what is worked out about them once."""
 
     W_dec: Tensor  # (d_sae, d_in)
-    exact: Tensor | None  # the same in float64, with `inner`
     inner: Tensor | None  # (d_sae, d_sae) float64 inner products; None where they would be too large
 
     @classmethod
     def of(cls, W_dec: Tensor, max_bytes: int = MAX_TABLE_BYTES) -> DecoderRows:
         if 8 * len(W_dec) ** 2 > max_bytes:
-            return cls(W_dec, None, None)
+            return cls(W_dec, None)
         exact = W_dec.double()
-        return cls(W_dec, exact, exact @ exact.T)
+        return cls(W_dec, exact @ exact.T)
 
     def elements(self, width: int) -> int:
         """How many numbers a row of `width` features needs at a time: (width, d_in), or what is looked up."""
@@ -140,9 +148,10 @@ def _chunk_geometry(indices: Tensor, values: Tensor, counts: Tensor, decoder: De
     magnitudes = values.double()
     # a row that has no sum, or an infinite one, weighs nothing
     weights = (magnitudes / magnitudes.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
-    if decoder.inner is None or decoder.exact is None:
-        return _shape(_gathered(indices, weights, counts, decoder.W_dec), counts)
-    cloud, small = _looked_up(indices, weights, counts, decoder.exact, decoder.inner)
+    slim_from = EXACT if values.dtype == torch.float64 else SLIM_FROM
+    if decoder.inner is None:
+        return _shape(_gathered(indices, weights, counts, decoder.W_dec, slim_from), counts)
+    cloud, small = _looked_up(indices, weights, counts, decoder.W_dec, decoder.inner, slim_from)
     found = _shape(cloud, counts)
     if small.any():
         width = int(counts[small].max())
@@ -176,14 +185,16 @@ def _shape(cloud: Cloud, counts: Tensor) -> Geometry:
     )
 
 
-def _gathered(indices: Tensor, weights: Tensor, counts: Tensor, W_dec: Tensor) -> Cloud:
+def _gathered(
+    indices: Tensor, weights: Tensor, counts: Tensor, W_dec: Tensor, slim_from: int = EXACT
+) -> Cloud:
     """By the rows themselves: exact for the smallest cloud, (rows, width, d_in) of memory."""
     decoders = W_dec[indices].double()
     moment = (weights * torch.linalg.vector_norm(decoders, dim=-1).square()).sum(-1)
     centroid = (weights.unsqueeze(1) @ decoders).squeeze(1)
     spread = decoders.sub_(centroid.unsqueeze(1)).mul_(weights.sqrt().unsqueeze(-1))  # S
     return Cloud(
-        spectra=spectra(spread @ spread.mT, counts),
+        spectra=spectra(spread @ spread.mT, counts, slim_from),
         centroid=centroid,
         moment=moment,
         along=lambda u: (u.unsqueeze(1) @ spread).squeeze(1),
@@ -191,10 +202,10 @@ def _gathered(indices: Tensor, weights: Tensor, counts: Tensor, W_dec: Tensor) -
 
 
 def _looked_up(
-    indices: Tensor, weights: Tensor, counts: Tensor, exact: Tensor, inner: Tensor
+    indices: Tensor, weights: Tensor, counts: Tensor, W_dec: Tensor, inner: Tensor, slim_from: int
 ) -> tuple[Cloud, Tensor]:
     """By the table of inner products; and which (rows,) are too small for differences of those."""
-    found = looked_up(inner, indices, weights, counts)
+    found = looked_up(inner, indices, weights, counts, slim_from)
     if found is None:
         found = _looked_up_by_torch(inner, indices, weights, counts)
     small = (found.moment - found.square <= CANCELLED * found.moment) & (counts > 1)
@@ -202,9 +213,9 @@ def _looked_up(
 
     def along(u: Tensor) -> Tensor:
         scaled = roots * u
-        return weighted_sum(indices, scaled, exact) - scaled.sum(-1, keepdim=True) * centroid
+        return exact_sum(indices, scaled, counts, W_dec) - scaled.sum(-1, keepdim=True) * centroid
 
-    centroid = weighted_sum(indices, weights, exact)
+    centroid = exact_sum(indices, weights, counts, W_dec)
     return Cloud(spectra=found.spectra, centroid=centroid, moment=found.moment, along=along), small
 
 
@@ -224,6 +235,12 @@ def _looked_up_by_torch(inner: Tensor, indices: Tensor, weights: Tensor, counts:
 def weighted_sum(indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     """sum_i weights_i rows[indices_i]: (N, width) twice, (M, d) -> (N, d), no (N, width, d) in between."""
     return F.embedding_bag(indices, rows, mode="sum", per_sample_weights=weights)
+
+
+def exact_sum(indices: Tensor, weights: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+    """`weighted_sum` in float64, of rows that may be float32."""
+    found = weighted_sums(rows, indices, weights, counts)
+    return weighted_sum(indices, weights, rows.double()) if found is None else found
 
 
 def _clean_eigenvalues(descending: Tensor, counts: Tensor, point: Tensor) -> Tensor:

@@ -379,3 +379,17 @@ int lensd_level(void) {
     return 0;
 #endif
 }
+
+/* sums (rows, d) = for each row, the first `counts` of its weights (rows, width) times rows of the table (M, d). */
+void lensd_weighted_sums(const float *table, int64_t d, const int64_t *indices, const double *weights,
+                         const int64_t *counts, int64_t rows, int64_t width, double *sums) {
+    memset(sums, 0, sizeof(double) * rows * d);
+    for (int64_t row = 0; row < rows; row++) {
+        double *restrict sum = sums + row * d;
+        for (int64_t i = 0; i < counts[row]; i++) {
+            const float *restrict from = table + indices[row * width + i] * d;
+            double weight = weights[row * width + i];
+            for (int64_t j = 0; j < d; j++) sum[j] += weight * from[j];
+        }
+    }
+}

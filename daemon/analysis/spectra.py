@@ -17,6 +17,8 @@ from torch import Tensor
 from daemon.analysis.host import to_host
 from daemon.analysis.threads import side_by_side
 
+SLIM_FROM = 32  # rows of a matrix from which on float32 is enough to reduce it, for features in float32
+EXACT = 2**62  # the same where float64 is asked for
 SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays off it
 INVERSE_ITERATIONS = 2
 LANES = 8  # matrices that the compiled routine works on at a time
@@ -40,57 +42,78 @@ class LookedUp:
     square: Tensor  # (rows,) ||sum w_i r_i||^2
 
 
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """The functions of spectra.c."""
+
+    spectra: ctypes._FuncPointer
+    weighted_sums: ctypes._FuncPointer
+
+
 @functools.cache
-def compiled() -> ctypes._FuncPointer | None:
-    """`lensd_spectra` of spectra.c; None where the package was installed without a compiler."""
-    spec = importlib.util.find_spec("daemon.analysis._spectra")
+def compiled() -> Compiled | None:
+    """spectra.c for this processor; None where it was installed without a compiler."""
+    baseline = library("_spectra")
+    if baseline is None:
+        return None
+    best = library(f"_spectra_v{baseline.lensd_level()}") or baseline
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    spectra, weighted_sums = best.lensd_spectra, best.lensd_weighted_sums
+    spectra.argtypes = [pointer, pointer, integer, *[pointer] * 3, *[integer] * 3, *[pointer] * 4]
+    spectra.restype = ctypes.c_int
+    weighted_sums.argtypes = [pointer, integer, *[pointer] * 3, integer, integer, pointer]
+    weighted_sums.restype = None
+    return Compiled(spectra, weighted_sums)
+
+
+def library(name: str) -> ctypes.CDLL | None:
+    """A library beside this module, whose functions release the interpreter's lock."""
+    spec = importlib.util.find_spec(f"daemon.analysis.{name}")
     if spec is None or spec.origin is None:
         return None
     try:
-        function = ctypes.CDLL(spec.origin).lensd_spectra  # which releases the interpreter's lock
-    except (OSError, AttributeError):  # built for another machine
+        return ctypes.CDLL(spec.origin)
+    except OSError:  # built for another machine
         return None
-    integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    function.argtypes = [pointer, pointer, integer, *[pointer] * 3, integer, integer, *[pointer] * 4]
-    function.restype = ctypes.c_int
-    return function
 
 
-def spectra(gram: Tensor, counts: Tensor) -> Spectra:
+def spectra(gram: Tensor, counts: Tensor, slim_from: int = EXACT) -> Spectra:
     """gram: (rows, width, width) float64, of which the first `counts` (rows,) rows and columns matter.
 
+    A matrix of which `slim_from` or more matter may be reduced in float32.
     Off a CPU the compiled routine is still the fastest: so small matrices cross over and back in less time
     than an accelerator's own routine takes.
     """
-    found = by_lanes(gram, counts) if gram.device.type == "cpu" else by_lanes_on_host(gram, counts)
+    on_cpu = gram.device.type == "cpu"
+    found = (by_lanes if on_cpu else by_lanes_on_host)(gram, counts, slim_from)
     if found is not None:
         return found
     eigenvalues = torch.linalg.eigvalsh(gram).flip(-1)
     return Spectra(eigenvalues, inverse_iteration(gram, eigenvalues[:, 0]))
 
 
-def by_lanes(gram: Tensor, counts: Tensor) -> Spectra | None:
+def by_lanes(gram: Tensor, counts: Tensor, slim_from: int) -> Spectra | None:
     """By the compiled routine, on a CPU; None where there is none, or it did not converge."""
-    function = compiled()
-    if function is None:
+    routine = compiled()
+    if routine is None:
         return None
     rows, width = gram.shape[:2]
     gram, counts = gram.contiguous(), counts.contiguous()
     values, vectors = gram.new_empty(rows, width), gram.new_empty(rows, width)
     matrices = (gram.data_ptr(), None, 0, None, None)
     found = (values.data_ptr(), vectors.data_ptr(), None, None)
-    if function(*matrices, counts.data_ptr(), rows, width, *found) != 0:
+    if routine.spectra(*matrices, counts.data_ptr(), rows, width, slim_from, *found) != 0:
         return None
     return Spectra(values.sort(dim=-1, descending=True).values, vectors)
 
 
-def by_lanes_on_host(gram: Tensor, counts: Tensor) -> Spectra | None:
+def by_lanes_on_host(gram: Tensor, counts: Tensor, slim_from: int) -> Spectra | None:
     """The same for matrices elsewhere: they cross over, and every core takes some."""
     if compiled() is None:
         return None
     on_host, counts_there = to_host(gram), to_host(counts)
     pieces = [slice(start, start + HOST_ROWS) for start in range(0, max(1, len(gram)), HOST_ROWS)]
-    parts = side_by_side(lambda piece: by_lanes(on_host[piece], counts_there[piece]), pieces)
+    parts = side_by_side(lambda piece: by_lanes(on_host[piece], counts_there[piece], slim_from), pieces)
     found = [part for part in parts if part is not None]
     if len(found) < len(parts):
         return None
@@ -100,14 +123,16 @@ def by_lanes_on_host(gram: Tensor, counts: Tensor) -> Spectra | None:
     )
 
 
-def looked_up(inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> LookedUp | None:
+def looked_up(
+    inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, slim_from: int = EXACT
+) -> LookedUp | None:
     """The spectra of D^(1/2) (K - 1 (K w)^T - (K w) 1^T + w^T K w) D^(1/2), D = diag(w), on a CPU.
 
     inner: (d_sae, d_sae) float64, indices, weights: (rows, width), counts: (rows,). None where there is no
     compiled routine, or it did not converge.
     """
-    function = compiled() if inner.device.type == "cpu" else None
-    if function is None:
+    routine = compiled() if inner.device.type == "cpu" else None
+    if routine is None:
         return None
     rows, width = indices.shape
     indices, weights, counts = indices.contiguous(), weights.contiguous(), counts.contiguous()
@@ -115,9 +140,27 @@ def looked_up(inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -
     moment, square = weights.new_empty(rows), weights.new_empty(rows)
     clouds = (None, inner.data_ptr(), len(inner), indices.data_ptr(), weights.data_ptr(), counts.data_ptr())
     found = (values.data_ptr(), vectors.data_ptr(), moment.data_ptr(), square.data_ptr())
-    if function(*clouds, rows, width, *found) != 0:
+    if routine.spectra(*clouds, rows, width, slim_from, *found) != 0:
         return None
     return LookedUp(Spectra(values.sort(dim=-1, descending=True).values, vectors), moment, square)
+
+
+def weighted_sums(table: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> Tensor | None:
+    """sum_i weights_i table[indices_i] in float64: (M, d) float32, (N, width) twice and (N,) -> (N, d).
+
+    Reads the first `counts` of each row. None where there is no compiled routine for it.
+    """
+    routine = compiled() if table.device.type == "cpu" and table.dtype == torch.float32 else None
+    if routine is None:
+        return None
+    table, indices, weights, counts = (
+        tensor.contiguous() for tensor in (table, indices, weights.double(), counts)
+    )
+    (rows, width), d = indices.shape, table.shape[1]
+    sums = weights.new_empty(rows, d)
+    given = (indices.data_ptr(), weights.data_ptr(), counts.data_ptr())
+    routine.weighted_sums(table.data_ptr(), d, *given, rows, width, sums.data_ptr())
+    return sums
 
 
 def inverse_iteration(gram: Tensor, largest: Tensor) -> Tensor:

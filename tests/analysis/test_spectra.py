@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from daemon.analysis import spectra as module
-from daemon.analysis.spectra import LANES, inverse_iteration, looked_up, spectra
+from daemon.analysis.spectra import EXACT, LANES, SLIM_FROM, Compiled, inverse_iteration, looked_up, spectra
 
 COMPILED = pytest.mark.skipif(module.compiled() is None, reason="installed without a C compiler")
 
@@ -56,12 +56,34 @@ def test_spectra_are_those_of_lapack(kind, width):
 
 
 @COMPILED
-def test_a_matrix_gives_the_same_bits_whatever_its_neighbours():
-    gram, counts = grams("random", 3 * LANES, 50)
-    together = spectra(gram, counts)
+@pytest.mark.parametrize("width", [33, 40, 101])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_spectra_of_large_matrices_may_be_those_of_float32(kind, width):
+    gram, counts = grams(kind, 4 * LANES + 3, width)
+    gram = gram * torch.logspace(-60, 60, len(gram), dtype=torch.float64)[:, None, None]
+    found = spectra(gram, counts, SLIM_FROM)
+    exact = spectra(gram, counts)
+    large = counts >= SLIM_FROM
+    assert torch.equal(found.eigenvalues[~large], exact.eigenvalues[~large])
+    assert torch.equal(found.principal[~large], exact.principal[~large])
+    largest = exact.eigenvalues[:, :1]
+    assert ((found.eigenvalues - exact.eigenvalues).abs() <= 5e-6 * largest).all()
+    image = (gram @ found.principal.unsqueeze(2)).squeeze(2)
+    above = largest[:, 0] > 0
+    residual = torch.linalg.vector_norm(image - largest * found.principal, dim=-1)
+    assert (residual[above] <= 5e-6 * largest[above, 0]).all()
+    norm = torch.linalg.vector_norm(found.principal[above], dim=-1)
+    torch.testing.assert_close(norm, torch.ones_like(norm), rtol=5e-6, atol=0)
+
+
+@COMPILED
+@pytest.mark.parametrize("slim_from", [EXACT, SLIM_FROM])
+def test_a_matrix_gives_the_same_bits_whatever_its_neighbours(slim_from):
+    gram, counts = grams("random", 6 * LANES, 50)
+    together = spectra(gram, counts, slim_from)
     for row in range(len(gram)):
         n = int(counts[row])
-        alone = spectra(gram[row : row + 1, :n, :n], counts[row : row + 1])
+        alone = spectra(gram[row : row + 1, :n, :n], counts[row : row + 1], slim_from)
         assert torch.equal(alone.eigenvalues[0], together.eigenvalues[row, :n])
         assert torch.equal(alone.principal[0], together.principal[row, :n])
 
@@ -92,10 +114,22 @@ def test_what_is_looked_up_is_what_is_worked_out():
 def test_without_the_routine_or_where_it_gives_up_torch_does_the_work(monkeypatch):
     gram, counts = grams("random", 5, 12)
     expected = spectra(gram, counts)
-    for function in (None, lambda *_: 1):
-        monkeypatch.setattr(module, "compiled", lambda function=function: function)
+    for routine in (None, Compiled(spectra=lambda *_: 1, weighted_sums=None)):
+        monkeypatch.setattr(module, "compiled", lambda routine=routine: routine)
         found = spectra(gram, counts)
         torch.testing.assert_close(found.eigenvalues, expected.eigenvalues)
         along = (found.principal * expected.principal).sum(-1).abs()
         torch.testing.assert_close(along, torch.ones_like(along))
         assert looked_up(gram[0], counts[None], counts[None].double(), counts[:1]) is None
+
+
+@COMPILED
+def test_weighted_sums_are_those_of_the_active_rows_in_float64():
+    chance = torch.Generator().manual_seed(0)
+    table = torch.randn(30, 37, generator=chance)
+    indices = torch.randint(0, 30, (5, 9), generator=chance)
+    weights = torch.rand(5, 9, generator=chance, dtype=torch.float64)
+    counts = torch.tensor([0, 1, 5, 9, 3])
+    weights[torch.arange(9) >= counts[:, None]] = 0
+    expected = (weights.unsqueeze(-1) * table.double()[indices]).sum(1)
+    torch.testing.assert_close(module.weighted_sums(table, indices, weights, counts), expected)
