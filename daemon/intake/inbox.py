@@ -257,6 +257,8 @@ class Inbox:
 
     def _take_ready(self, *, fresh: bool) -> list[Claim]:
         """Claim the first of what the last look found ready; unless `fresh`, if it is still the same."""
+        if not self._ready:  # make no folder: in an empty inbox its absence is a loss to be found
+            return []
         claims: list[Claim] = []
         names = self._held_names()
         size = 0
