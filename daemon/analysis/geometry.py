@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,10 +31,13 @@ from daemon.analysis.spectra import (
     Spectra,
     looked_up,
     spectra,
+    spectra_later,
     weighted_sums,
 )
 from daemon.analysis.threads import side_by_side
 from daemon.columns import SHAPE_CLASSES
+
+T = TypeVar("T")
 
 MAX_GATHERED = 1 << 19  # elements of a chunk's decoder rows or Gram matrices: 4 MiB, which caches hold
 MAX_GATHERED_ON_DEVICE = 1 << 27  # the same on an accelerator: 1 GiB
@@ -93,7 +97,7 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
     order = acts.counts.argsort()
     ordered = acts.select(order)
 
-    def of_chunk(chunk: tuple[slice, int]) -> Geometry:
+    def begin(chunk: tuple[slice, int]) -> Callable[[], Geometry]:
         rows, width = chunk
         return _chunk_geometry(
             ordered.indices[rows, :width], ordered.values[rows, :width], ordered.counts[rows], decoder
@@ -102,7 +106,10 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
     on_cpu = decoder.W_dec.device.type == "cpu"
     most = MAX_GATHERED if on_cpu else MAX_GATHERED_ON_DEVICE
     planned = list(row_chunks(ordered.counts.tolist(), decoder.elements, most))
-    chunks = side_by_side(of_chunk, planned) if on_cpu else [of_chunk(chunk) for chunk in planned]
+    if on_cpu:
+        chunks = side_by_side(lambda chunk: begin(chunk)(), planned)
+    else:
+        chunks = list(one_ahead(map(begin, planned)))
     inverse = order.argsort()
     return Geometry(
         **{
@@ -110,6 +117,17 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
             for field in fields(Geometry)
         }
     )
+
+
+def one_ahead(begun: Iterator[Callable[[], T]]) -> Iterator[T]:
+    """What each gives when it is called, which is once the next is begun."""
+    before: Callable[[], T] | None = None
+    for this in begun:
+        if before is not None:
+            yield before()
+        before = this
+    if before is not None:
+        yield before()
 
 
 def row_chunks(
@@ -137,20 +155,23 @@ def row_chunks(
 class Cloud:
     """The weighted decoder rows of a few positions, relative to their centroid."""
 
-    spectra: Spectra  # of S S^T
+    spectra: Callable[[], Spectra]  # of S S^T
     centroid: Tensor  # (rows, d_in)
     moment: Tensor  # (rows,) sum w_i ||r_i||^2
     along: Callable[[Tensor], Tensor]  # u (rows, width) -> S^T u (rows, d_in)
 
 
-def _chunk_geometry(indices: Tensor, values: Tensor, counts: Tensor, decoder: DecoderRows) -> Geometry:
-    """indices, values: (rows, width), counts: (rows,)."""
+def _chunk_geometry(
+    indices: Tensor, values: Tensor, counts: Tensor, decoder: DecoderRows
+) -> Callable[[], Geometry]:
+    """indices, values: (rows, width), counts: (rows,). What can be begun is; the call ends it."""
     magnitudes = values.double()
     # a row that has no sum, or an infinite one, weighs nothing
     weights = (magnitudes / magnitudes.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
     slim_from = EXACT if values.dtype == torch.float64 else SLIM_FROM
     if decoder.inner is None:
-        return _shape(_gathered(indices, weights, counts, decoder.W_dec, slim_from), counts)
+        gathered = _gathered(indices, weights, counts, decoder.W_dec, slim_from)
+        return lambda: _shape(gathered, counts)
     cloud, small = _looked_up(indices, weights, counts, decoder.W_dec, decoder.inner, slim_from)
     found = _shape(cloud, counts)
     if small.any():
@@ -159,14 +180,15 @@ def _chunk_geometry(indices: Tensor, values: Tensor, counts: Tensor, decoder: De
         shape = _shape(exact, counts[small])
         for field in fields(Geometry):
             getattr(found, field.name)[small] = getattr(shape, field.name)
-    return found
+    return lambda: found
 
 
 def _shape(cloud: Cloud, counts: Tensor) -> Geometry:
     """The geometry of clouds of `counts` (rows,) decoder rows."""
-    eigenvalues = _clean_eigenvalues(cloud.spectra.eigenvalues, counts, POINT_EPSILON * cloud.moment)
+    spectra = cloud.spectra()
+    eigenvalues = _clean_eigenvalues(spectra.eigenvalues, counts, POINT_EPSILON * cloud.moment)
     has_shape = eigenvalues[:, 0] > 0
-    axis = cloud.along(cloud.spectra.principal)
+    axis = cloud.along(spectra.principal)
     axis = _where(has_shape, axis / torch.linalg.vector_norm(axis, dim=-1, keepdim=True))
     off_origin = torch.linalg.vector_norm(cloud.centroid, dim=-1).square() > POINT_EPSILON * cloud.moment
     centroid = _where(off_origin, cloud.centroid)
@@ -194,7 +216,7 @@ def _gathered(
     centroid = (weights.unsqueeze(1) @ decoders).squeeze(1)
     spread = decoders.sub_(centroid.unsqueeze(1)).mul_(weights.sqrt().unsqueeze(-1))  # S
     return Cloud(
-        spectra=spectra(spread @ spread.mT, counts, slim_from),
+        spectra=spectra_later(spread @ spread.mT, counts, slim_from),
         centroid=centroid,
         moment=moment,
         along=lambda u: (u.unsqueeze(1) @ spread).squeeze(1),
@@ -216,7 +238,7 @@ def _looked_up(
         return exact_sum(indices, scaled, counts, W_dec) - scaled.sum(-1, keepdim=True) * centroid
 
     centroid = exact_sum(indices, weights, counts, W_dec)
-    return Cloud(spectra=found.spectra, centroid=centroid, moment=found.moment, along=along), small
+    return Cloud(spectra=lambda: found.spectra, centroid=centroid, moment=found.moment, along=along), small
 
 
 def _looked_up_by_torch(inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> LookedUp:

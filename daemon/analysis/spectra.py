@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from daemon.analysis.host import to_host
+from daemon.analysis.host import to_device_later, to_host_later
 from daemon.analysis.threads import side_by_side
 
 SLIM_FROM = 32  # rows of a matrix from which on float32 is enough to reduce it, for features in float32
@@ -81,13 +83,25 @@ def spectra(gram: Tensor, counts: Tensor, slim_from: int = EXACT) -> Spectra:
     """gram: (rows, width, width) float64, of which the first `counts` (rows,) rows and columns matter.
 
     A matrix of which `slim_from` or more matter may be reduced in float32.
+    """
+    return spectra_later(gram, counts, slim_from)()
+
+
+def spectra_later(gram: Tensor, counts: Tensor, slim_from: int) -> Callable[[], Spectra]:
+    """`spectra` when it is called; until then matrices on CUDA are on their way to the host.
+
     Off a CPU the compiled routine is still the fastest: so small matrices cross over and back in less time
     than an accelerator's own routine takes.
     """
-    on_cpu = gram.device.type == "cpu"
-    found = (by_lanes if on_cpu else by_lanes_on_host)(gram, counts, slim_from)
-    if found is not None:
-        return found
+    if gram.device.type == "cuda" and compiled() is not None:
+        crossing = Crossing(gram, counts)
+        return lambda: crossing.spectra(slim_from) or by_torch(gram)
+    return lambda: (
+        (by_lanes(gram, counts, slim_from) if gram.device.type == "cpu" else None) or by_torch(gram)
+    )
+
+
+def by_torch(gram: Tensor) -> Spectra:
     eigenvalues = torch.linalg.eigvalsh(gram).flip(-1)
     return Spectra(eigenvalues, inverse_iteration(gram, eigenvalues[:, 0]))
 
@@ -107,20 +121,29 @@ def by_lanes(gram: Tensor, counts: Tensor, slim_from: int) -> Spectra | None:
     return Spectra(values.sort(dim=-1, descending=True).values, vectors)
 
 
-def by_lanes_on_host(gram: Tensor, counts: Tensor, slim_from: int) -> Spectra | None:
-    """The same for matrices elsewhere: they cross over, and every core takes some."""
-    if compiled() is None:
-        return None
-    on_host, counts_there = to_host(gram), to_host(counts)
-    pieces = [slice(start, start + HOST_ROWS) for start in range(0, max(1, len(gram)), HOST_ROWS)]
-    parts = side_by_side(lambda piece: by_lanes(on_host[piece], counts_there[piece], slim_from), pieces)
-    found = [part for part in parts if part is not None]
-    if len(found) < len(parts):
-        return None
-    return Spectra(
-        torch.cat([part.eigenvalues for part in found]).to(gram.device),
-        torch.cat([part.principal for part in found]).to(gram.device),
-    )
+class Crossing:
+    """Matrices on their way from CUDA to the host, while the device goes on."""
+
+    def __init__(self, gram: Tensor, counts: Tensor) -> None:
+        self._device = gram.device
+        self._gram, self._counts = to_host_later(gram), to_host_later(counts)
+        self._there: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._there.record()
+
+    def spectra(self, slim_from: int) -> Spectra | None:
+        """On every core of the host, and back; None where a matrix did not converge."""
+        self._there.synchronize()
+        pieces = [slice(start, start + HOST_ROWS) for start in range(0, max(1, len(self._gram)), HOST_ROWS)]
+        parts = side_by_side(
+            lambda piece: by_lanes(self._gram[piece], self._counts[piece], slim_from), pieces
+        )
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return None
+        return Spectra(
+            to_device_later(torch.cat([part.eigenvalues for part in found]), self._device),
+            to_device_later(torch.cat([part.principal for part in found]), self._device),
+        )
 
 
 def looked_up(
