@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 
 import structlog
@@ -102,6 +103,8 @@ def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
     positions = config.analysis.positions
     try:
         compiles = config.model.compile == "auto" and can_fuse(model.device)
+        if compiles:  # and finds it again at the next start
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_cache_dir() / "inductor"))
         return PackedEngine(model, saes, encoders, positions, compiles=compiles), model
     except CannotPack as error:
         log.warning("engine.padded", model=model.location.name, reason=str(error))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import structlog
 
-from daemon.compute.buffers import give_back, memory_bytes, pool_bytes
+from daemon.compute.buffers import memory_bytes, pool_bytes
 from daemon.compute.device import Device
 from daemon.errors import MachineError
 from daemon.intake.inbox import Inbox
@@ -30,7 +30,6 @@ from daemon.pipeline import Pipeline
 
 HEARTBEAT_SECONDS = 1.0
 COUNT_SECONDS = 10.0  # between two counts of the inbox
-GIVE_BACK_SECONDS = 60.0  # between two returns of free memory
 EXTEND_SECONDS = 30.0  # asked of the service manager at each heartbeat of a drain
 DEVICE_DEAD_SECONDS = 60.0  # that a daemon without its device thread stays, for monitoring to see
 
@@ -78,7 +77,7 @@ class Heart:
 
     @contextlib.asynccontextmanager
     async def beating(self) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(work()) for work in (self.watch_machine, self.beat, self.give_back)]
+        tasks = [asyncio.create_task(work()) for work in (self.watch_machine, self.beat)]
         for task in tasks:
             task.add_done_callback(self.see_end)
         try:
@@ -113,12 +112,6 @@ class Heart:
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(self.count_inbox)
             await asyncio.sleep(HEARTBEAT_SECONDS)
-
-    async def give_back(self) -> None:
-        """Have memory follow the work."""
-        while True:
-            await asyncio.sleep(GIVE_BACK_SECONDS)
-            await asyncio.to_thread(give_back)
 
     def count_inbox(self) -> None:
         """Count what waits where nobody else did lately: in a pause, or while all hands are full."""

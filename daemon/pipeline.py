@@ -36,6 +36,7 @@ from daemon.output.staging import FileFailed, Unit
 from daemon.pause import Pause
 from daemon.records import Claim, KeptPart, Part, Recipe, TokenizedPart
 
+SAMPLE_BYTES = 1024  # that a sample takes in memory besides its texts, until it is written
 MAX_WAIT_SECONDS = 0.05  # that a thin batch waits for company, where some is on its way
 GROUP_FILES = 256  # written, flushed and published together, where so many are on their way,
 GROUP_SECONDS = 0.2  # and come within this time
@@ -381,5 +382,5 @@ class Pipeline:
 
 
 def text_bytes(part: Part) -> int:
-    """What a part weighs in the queue: the characters of its texts."""
-    return sum(len(text) for sample in part.samples for text in sample.texts)
+    """About what a part weighs in the queue: the characters of its texts, and what is around them."""
+    return sum(SAMPLE_BYTES + sum(map(len, sample.texts)) for sample in part.samples)

@@ -23,9 +23,10 @@ from daemon.compute.engine import Engine
 
 CANDIDATES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384, 32768, 65536)}
 TEXT_TOKENS = 64  # of the texts that are tried
-TRIES = 3
-MAX_SECONDS = 8.0  # after which no further size is tried
-CLEARLY_SLOWER = 0.9  # than the best: larger batches will not be faster
+TRIES = 2
+MAX_SECONDS = 12.0  # after which nothing more is tried
+MAX_TRY_SECONDS = 3.0  # of one try: a larger batch would gain little, and keep results waiting
+STEADY = 1.15  # times the best try, that the next best takes on a machine with nothing else to do
 ENOUGH = 0.97  # of the best rate: of the batches that reach it the largest shares the most, here unseen
 
 log = structlog.get_logger()
@@ -38,46 +39,51 @@ def auto_batch_tokens(engine: Engine, vocabulary: int, cache_dir: Path) -> int:
         return int(json.loads(cached.read_text())["max_batch_tokens"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured here yet, or a file that something else wrote
-    rates = measure(engine, vocabulary)
+    tries = measure(engine, vocabulary)
+    rates = {size: round(size / min(seconds)) for size, seconds in tries.items()}
     chosen = max(size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
     log.info("batching.measured", max_batch_tokens=chosen, tokens_per_second=rates)
-    remember(cached, {"max_batch_tokens": chosen, "tokens_per_second": rates})
+    if steady(tries[chosen]):
+        remember(cached, {"max_batch_tokens": chosen, "tokens_per_second": rates})
+    else:
+        log.warning("batching.not_remembered", path=str(cached), reason="the machine is busy with other work")
     return chosen
 
 
-def measure(engine: Engine, vocabulary: int) -> dict[int, int]:
-    """Tokens per second by tokens of a batch.
+def measure(engine: Engine, vocabulary: int) -> dict[int, list[float]]:
+    """Seconds of each try by tokens of a batch.
 
-    Ends at the first that memory does not hold or that is clearly slower, and when enough time was spent.
+    Every size has its turn before any has another, so that a slow moment of the machine hits one try of each.
+    Leaves out what memory does not hold, and what takes too long.
     """
     generator = np.random.Generator(np.random.PCG64(0))
-    rates: dict[int, int] = {}
+    sizes = CANDIDATES[torch.device(engine.info.device).type]
+    texts = {
+        size: generator.integers(0, vocabulary, (size // TEXT_TOKENS, TEXT_TOKENS)).tolist() for size in sizes
+    }
+    tries: dict[int, list[float]] = {}
     deadline = time.perf_counter() + MAX_SECONDS
-    for size in CANDIDATES[torch.device(engine.info.device).type]:
-        texts = generator.integers(0, vocabulary, (size // TEXT_TOKENS, TEXT_TOKENS)).tolist()
-        try:
-            if not rates:
-                engine.extract(texts)  # the first run of all pays for what later ones find ready
-            rates[size] = round(size / quickest(engine, texts, deadline))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or not rates:
-                raise
-            break
-        if rates[size] < CLEARLY_SLOWER * max(rates.values()) or time.perf_counter() > deadline:
-            break
-    return rates
+    engine.extract(texts[sizes[0]])  # the first run of all pays for what later ones find ready
+    for number in range(TRIES):
+        for size in sizes if not number else list(tries):
+            if tries and time.perf_counter() > deadline:
+                return tries
+            if size // 2 in tries and 2 * tries[size // 2][0] > MAX_TRY_SECONDS:
+                break
+            try:
+                began = time.perf_counter()
+                engine.extract(texts[size])
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or not tries:
+                    raise
+                break
+            tries.setdefault(size, []).append(time.perf_counter() - began)
+    return tries
 
 
-def quickest(engine: Engine, texts: list[list[int]], deadline: float) -> float:
-    """Seconds of the best of a few runs, one at least."""
-    seconds = []
-    for _ in range(TRIES):
-        began = time.perf_counter()
-        engine.extract(texts)
-        seconds.append(time.perf_counter() - began)
-        if time.perf_counter() > deadline:
-            break
-    return min(seconds)
+def steady(seconds: list[float]) -> bool:
+    """Whether tries of one size took about as long as each other."""
+    return len(seconds) > 1 and sorted(seconds)[1] <= STEADY * min(seconds)
 
 
 def machine_key(engine: Engine) -> str:

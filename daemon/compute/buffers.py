@@ -12,7 +12,6 @@ import functools
 import os
 from pathlib import Path
 
-import pyarrow
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
@@ -45,17 +44,6 @@ def keep_memory() -> None:
         mallopt(M_ARENA_MAX, ARENAS)
         mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def give_back() -> None:
-    """Return whole pages that are free to the system, wherever they lie; on a CPU, to be called now and then.
-
-    Without it memory stays at the most that ever was under way at once, which creeps up for hours.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    pyarrow.default_memory_pool().release_unused()
 
 
 def memory_bytes(device: str) -> dict[str, int]:

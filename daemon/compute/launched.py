@@ -56,9 +56,11 @@ class Launched:
             return
         stream = beside(self._device)
         stream.wait_event(self._marks[-1])
-        with torch.cuda.stream(stream):
-            yield
-        stream.synchronize()  # what it read may be freed from here on
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            stream.synchronize()  # what it read may be freed from here on
 
 
 @functools.cache

@@ -18,7 +18,22 @@ def engine(tmp_path_factory):
     return packed(made.model, made.saes, torch.float32)
 
 
+def of_rates(rates: dict[int, int]) -> dict[int, list[float]]:
+    """Two tries of each size, as long as each other."""
+    return {size: [size / rate] * 2 for size, rate in rates.items()}
+
+
+def test_what_was_measured_beside_other_work_is_not_remembered(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune, "measure", lambda *_: {256: [1.0, 1.0], 512: [1.0, 1.9]})
+    assert auto_batch_tokens(engine, 256, tmp_path) == 512
+    monkeypatch.setattr(autotune, "measure", lambda *_: of_rates({256: 10}))
+    assert auto_batch_tokens(engine, 256, tmp_path) == 256
+    monkeypatch.setattr(autotune, "measure", lambda *_: pytest.fail("measured again"))
+    assert auto_batch_tokens(engine, 256, tmp_path) == 256
+
+
 def test_it_is_measured_once_and_then_remembered(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune, "STEADY", 1e9)  # whatever else the machine does
     chosen = auto_batch_tokens(engine, 256, tmp_path)
     assert chosen in autotune.CANDIDATES["cpu"]
     monkeypatch.setattr(autotune, "measure", lambda *_: pytest.fail("measured again"))
@@ -26,18 +41,18 @@ def test_it_is_measured_once_and_then_remembered(engine, tmp_path, monkeypatch):
 
 
 def test_the_largest_batch_that_is_fast_enough_is_chosen(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "measure", lambda *_: {256: 50, 512: 100, 1024: 98, 2048: 96})
+    monkeypatch.setattr(autotune, "measure", lambda *_: of_rates({256: 50, 512: 100, 1024: 98, 2048: 96}))
     assert auto_batch_tokens(engine, 256, tmp_path) == 1024
 
 
 def test_a_cache_that_cannot_be_read_or_written_is_done_without(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "measure", lambda *_: {256: 1})
+    monkeypatch.setattr(autotune, "measure", lambda *_: of_rates({256: 1}))
     (tmp_path / "batching").write_text("a file where a folder should be")
     assert auto_batch_tokens(engine, 256, tmp_path) == 256
 
 
 def test_a_broken_cache_is_measured_anew(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "measure", lambda *_: {512: 1})
+    monkeypatch.setattr(autotune, "measure", lambda *_: of_rates({512: 1}))
     auto_batch_tokens(engine, 256, tmp_path)
     (file,) = (tmp_path / "batching").iterdir()
     file.write_text("{")
