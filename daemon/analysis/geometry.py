@@ -32,6 +32,7 @@ from daemon.analysis.spectra import (
     looked_up,
     spectra,
     spectra_later,
+    sums_exactly,
     weighted_sums,
 )
 from daemon.analysis.threads import side_by_side
@@ -74,13 +75,16 @@ class DecoderRows:
 
     W_dec: Tensor  # (d_sae, d_in)
     inner: Tensor | None  # (d_sae, d_sae) float64 inner products; None where they would be too large
+    summed: (
+        Tensor  # W_dec for sums in float64: the same, where a routine does these of float32, else in float64
+    )
 
     @classmethod
     def of(cls, W_dec: Tensor, max_bytes: int = MAX_TABLE_BYTES) -> DecoderRows:
         if 8 * len(W_dec) ** 2 > max_bytes:
-            return cls(W_dec, None)
+            return cls(W_dec, None, W_dec)
         exact = W_dec.double()
-        return cls(W_dec, exact @ exact.T)
+        return cls(W_dec, exact @ exact.T, W_dec if sums_exactly(W_dec) else exact)
 
     def elements(self, width: int) -> int:
         """How many numbers a row of `width` features needs at a time: (width, d_in), or what is looked up."""
@@ -172,7 +176,7 @@ def _chunk_geometry(
     if decoder.inner is None:
         gathered = _gathered(indices, weights, counts, decoder.W_dec, slim_from)
         return lambda: _shape(gathered, counts)
-    cloud, small = _looked_up(indices, weights, counts, decoder.W_dec, decoder.inner, slim_from)
+    cloud, small = _looked_up(indices, weights, counts, decoder.summed, decoder.inner, slim_from)
     found = _shape(cloud, counts)
     if small.any():
         width = int(counts[small].max())
@@ -224,7 +228,7 @@ def _gathered(
 
 
 def _looked_up(
-    indices: Tensor, weights: Tensor, counts: Tensor, W_dec: Tensor, inner: Tensor, slim_from: int
+    indices: Tensor, weights: Tensor, counts: Tensor, summed: Tensor, inner: Tensor, slim_from: int
 ) -> tuple[Cloud, Tensor]:
     """By the table of inner products; and which (rows,) are too small for differences of those."""
     found = looked_up(inner, indices, weights, counts, slim_from)
@@ -235,9 +239,9 @@ def _looked_up(
 
     def along(u: Tensor) -> Tensor:
         scaled = roots * u
-        return exact_sum(indices, scaled, counts, W_dec) - scaled.sum(-1, keepdim=True) * centroid
+        return exact_sum(indices, scaled, counts, summed) - scaled.sum(-1, keepdim=True) * centroid
 
-    centroid = exact_sum(indices, weights, counts, W_dec)
+    centroid = exact_sum(indices, weights, counts, summed)
     return Cloud(spectra=lambda: found.spectra, centroid=centroid, moment=found.moment, along=along), small
 
 
@@ -260,9 +264,10 @@ def weighted_sum(indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def exact_sum(indices: Tensor, weights: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
-    """`weighted_sum` in float64, of rows that may be float32."""
-    found = weighted_sums(rows, indices, weights, counts)
-    return weighted_sum(indices, weights, rows.double()) if found is None else found
+    """`weighted_sum` in float64, of rows as `DecoderRows.summed` has them."""
+    if sums_exactly(rows):
+        return weighted_sums(rows, indices, weights, counts)
+    return weighted_sum(indices, weights, rows)
 
 
 def _clean_eigenvalues(descending: Tensor, counts: Tensor, point: Tensor) -> Tensor:

@@ -168,14 +168,18 @@ def looked_up(
     return LookedUp(Spectra(values.sort(dim=-1, descending=True).values, vectors), moment, square)
 
 
-def weighted_sums(table: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> Tensor | None:
+def sums_exactly(table: Tensor) -> bool:
+    """Whether `weighted_sums` is there for such a table."""
+    return table.device.type == "cpu" and table.dtype == torch.float32 and compiled() is not None
+
+
+def weighted_sums(table: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """sum_i weights_i table[indices_i] in float64: (M, d) float32, (N, width) twice and (N,) -> (N, d).
 
-    Reads the first `counts` of each row. None where there is no compiled routine for it.
+    Reads the first `counts` of each row. Only where `sums_exactly`.
     """
-    routine = compiled() if table.device.type == "cpu" and table.dtype == torch.float32 else None
-    if routine is None:
-        return None
+    routine = compiled()
+    assert routine is not None
     table, indices, weights, counts = (
         tensor.contiguous() for tensor in (table, indices, weights.double(), counts)
     )

@@ -23,7 +23,7 @@ from daemon.compute.engine import Engine
 
 CANDIDATES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384, 32768, 65536)}
 TEXT_TOKENS = 64  # of the texts that are tried
-TRIES = 2
+TRIES = 3  # of which the first finds nothing ready
 MAX_SECONDS = 12.0  # after which nothing more is tried
 MAX_TRY_SECONDS = 3.0  # of one try: a larger batch would gain little, and keep results waiting
 STEADY = 1.15  # times the best try, that the next best takes on a machine with nothing else to do
@@ -63,7 +63,7 @@ def measure(engine: Engine, vocabulary: int) -> dict[int, list[float]]:
     }
     tries: dict[int, list[float]] = {}
     deadline = time.perf_counter() + MAX_SECONDS
-    engine.extract(texts[sizes[0]])  # the first run of all pays for what later ones find ready
+    engine.extract(texts[sizes[0]])  # the first run of all takes seconds on an accelerator
     for number in range(TRIES):
         for size in sizes if not number else list(tries):
             if tries and time.perf_counter() > deadline:
@@ -82,7 +82,7 @@ def measure(engine: Engine, vocabulary: int) -> dict[int, list[float]]:
 
 
 def steady(seconds: list[float]) -> bool:
-    """Whether tries of one size took about as long as each other."""
+    """Whether the best two tries of one size took about as long as each other."""
     return len(seconds) > 1 and sorted(seconds)[1] <= STEADY * min(seconds)
 
 

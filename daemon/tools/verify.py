@@ -176,7 +176,10 @@ def load_reference(config: Config) -> PaddedEngine:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
     model, saes = load_parts(config)
     return PaddedEngine(
-        model, saes, [PlainEncoder(entry, DecoderRows(entry.W_dec, None)) for entry in saes], "last"
+        model,
+        saes,
+        [PlainEncoder(entry, DecoderRows(entry.W_dec, None, entry.W_dec)) for entry in saes],
+        "last",
     )
 
 

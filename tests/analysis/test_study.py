@@ -250,7 +250,7 @@ def ragged_layers(seed: int, counts: list[list[int]]) -> list[LayerActivations]:
             target=empty,
             reconstruction=empty,
             acts=random_acts(seed + i, row, 12),
-            decoder=DecoderRows(empty, None),
+            decoder=DecoderRows(empty, None, empty),
             d_sae=12,
         )
         for i, row in enumerate(counts)
