@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import errno
 import fcntl
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from daemon.errors import SyncFailed
 
@@ -156,7 +157,11 @@ def fsync_descriptor(name: OperationName, path: AnyPath, descriptor: int) -> Non
         announce(name, path)
         os.fsync(descriptor)
     except OSError as error:
-        raise SyncFailed(f"{path}: fsync failed: {error.strerror}: check the disk, then restart") from error
+        raise not_synced(path, error) from error
+
+
+def not_synced(path: AnyPath, error: OSError) -> SyncFailed:
+    return SyncFailed(f"{path}: fsync failed: {error.strerror}: check the disk, then restart")
 
 
 def make_folder(path: Path) -> None:
@@ -183,6 +188,47 @@ def make_empty_folder(path: Path) -> None:
     except FileExistsError:
         remove_folder(path)
         make_new_folder(path)
+
+
+class StepKind(enum.IntEnum):
+    MAKE_NEW_FOLDER = 0
+    WRITE_WHOLE = 1
+    FSYNC_FILE = 2
+    FSYNC_FOLDER = 3
+
+
+FUNCTIONS: dict[StepKind, Callable[..., None]] = {
+    StepKind.MAKE_NEW_FOLDER: make_new_folder,
+    StepKind.WRITE_WHOLE: write_whole,
+    StepKind.FSYNC_FILE: fsync_file,
+    StepKind.FSYNC_FOLDER: fsync_folder,
+}
+
+
+class Step(NamedTuple):
+    """A call of one of FUNCTIONS."""
+
+    kind: StepKind
+    path: str
+    content: ReadableBuffer | None = None  # for `write_whole`
+
+
+def in_turn(steps: Sequence[Step]) -> None:
+    """Each step, until one fails, whose error is raised.
+
+    At one go where nobody watches: the interpreter's lock is given up once for all of them.
+    """
+    if IN_TURN is None or _observers:
+        for kind, path, content in steps:
+            FUNCTIONS[kind](*((path,) if content is None else (path, content)))
+        return
+    taken, code, unsynced = IN_TURN(steps)
+    if code:
+        path = steps[taken].path
+        error = OSError(code, os.strerror(code), path)
+        if unsynced:
+            raise not_synced(path, error) from error
+        raise error
 
 
 def rename(source: Path, target: Path) -> None:
@@ -275,6 +321,12 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         os.close(descriptor)
 
+
+IN_TURN: Callable[[Sequence[Step]], tuple[int, int, bool]] | None
+try:
+    from daemon._durable import in_turn as IN_TURN
+except ImportError:  # installed without a compiler
+    IN_TURN = None
 
 START = ctypes.c_int64(0)
 SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)

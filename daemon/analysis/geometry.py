@@ -25,12 +25,10 @@ from daemon.analysis.angles import line_angle
 from daemon.analysis.sparse import SparseActs
 from daemon.analysis.spectra import (
     EXACT,
-    LANES,
     SLIM_FROM,
-    LookedUp,
     Spectra,
     looked_up,
-    spectra,
+    looks_up,
     spectra_later,
     sums_exactly,
     weighted_sums,
@@ -40,11 +38,13 @@ from daemon.columns import SHAPE_CLASSES
 
 T = TypeVar("T")
 
-MAX_GATHERED = 1 << 19  # elements of a chunk's decoder rows or Gram matrices: 4 MiB, which caches hold
+MAX_GATHERED = (
+    1 << 19
+)  # elements of a chunk's decoder rows, Gram matrices or weights: 4 MiB, which caches hold
 MAX_GATHERED_ON_DEVICE = 1 << 27  # the same on an accelerator: 1 GiB
 MAX_TABLE_BYTES = 128 << 20  # of all inner products of one dictionary
-LOOKED_UP_FLOOR = MAX_GATHERED >> 6  # so that no more than 64 rows are looked up at a time
 WIDTH_SLACK = 1.25  # the widest row of a chunk has at most this many times the features of its narrowest,
+WIDTH_SLACK_LOOKED_UP = 4.0  # where only the weights are as wide as the widest,
 WIDTH_FLOOR = 16  # unless it has no more than this
 RELATIVE_EPSILON = 1e-12  # an eigenvalue below this share of the largest is rounding: 0
 POINT_EPSILON = 1e-24  # a squared length below this share of sum w_i ||r_i||^2 is rounding: 0
@@ -86,11 +86,17 @@ class DecoderRows:
         exact = W_dec.double()
         return cls(W_dec, exact @ exact.T, W_dec if sums_exactly(W_dec) else exact)
 
-    def elements(self, width: int) -> int:
-        """How many numbers a row of `width` features needs at a time: (width, d_in), or what is looked up."""
+    @property
+    def at_one_go(self) -> bool:
+        """Whether a routine takes many rows of different widths, and no matrices are formed."""
+        return self.inner is not None and looks_up(self.inner)
+
+    def elements(self) -> Callable[[int], int]:
+        """How many numbers a row of so many features needs at a time."""
         if self.inner is None:
-            return width * self.W_dec.shape[1]
-        return width * LANES + LOOKED_UP_FLOOR
+            d_in = self.W_dec.shape[1]
+            return lambda width: width * d_in
+        return (lambda width: width) if self.at_one_go else (lambda width: width * width)
 
 
 def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
@@ -109,8 +115,11 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
 
     on_cpu = decoder.W_dec.device.type == "cpu"
     most = MAX_GATHERED if on_cpu else MAX_GATHERED_ON_DEVICE
-    planned = list(row_chunks(ordered.counts.tolist(), decoder.elements, most))
-    if on_cpu:
+    slack = WIDTH_SLACK_LOOKED_UP if decoder.at_one_go else WIDTH_SLACK
+    planned = list(row_chunks(ordered.counts.tolist(), decoder.elements(), most, slack))
+    if decoder.at_one_go:
+        chunks = [begin(chunk)() for chunk in planned]
+    elif on_cpu:
         chunks = side_by_side(lambda chunk: begin(chunk)(), planned)
     else:
         chunks = list(one_ahead(map(begin, planned)))
@@ -135,7 +144,7 @@ def one_ahead(begun: Iterator[Callable[[], T]]) -> Iterator[T]:
 
 
 def row_chunks(
-    ascending: list[int], elements: Callable[[int], int], most: int
+    ascending: list[int], elements: Callable[[int], int], most: int, slack: float = WIDTH_SLACK
 ) -> Iterator[tuple[slice, int]]:
     """Runs of rows of similar width, and each run's width; one empty run if there are no rows.
 
@@ -146,7 +155,7 @@ def row_chunks(
         at_end = stop == len(ascending)
         width = max(1, ascending[stop - 1])
         following = width if at_end else max(1, ascending[stop])
-        too_wide = following > max(WIDTH_FLOOR, WIDTH_SLACK * ascending[start])
+        too_wide = following > max(WIDTH_FLOOR, slack * ascending[start])
         too_large = (stop + 1 - start) * elements(following) > most
         if at_end or too_wide or too_large:
             yield slice(start, stop), width
@@ -178,12 +187,16 @@ def _chunk_geometry(
         return lambda: _shape(gathered, counts)
     cloud, small = _looked_up(indices, weights, counts, decoder.summed, decoder.inner, slim_from)
     found = _shape(cloud, counts)
-    if small.any():
-        width = int(counts[small].max())
-        exact = _gathered(indices[small, :width], weights[small, :width], counts[small], decoder.W_dec)
-        shape = _shape(exact, counts[small])
+    if not small.any():
+        return lambda: found
+    small_rows = small.nonzero().squeeze(1)
+    d_in = decoder.W_dec.shape[1]
+    for chunk, width in row_chunks(counts[small_rows].tolist(), lambda width: width * d_in, MAX_GATHERED):
+        rows = small_rows[chunk]
+        exact = _gathered(indices[rows, :width], weights[rows, :width], counts[rows], decoder.W_dec)
+        shape = _shape(exact, counts[rows])
         for field in fields(Geometry):
-            getattr(found, field.name)[small] = getattr(shape, field.name)
+            getattr(found, field.name)[rows] = getattr(shape, field.name)
     return lambda: found
 
 
@@ -232,8 +245,6 @@ def _looked_up(
 ) -> tuple[Cloud, Tensor]:
     """By the table of inner products; and which (rows,) are too small for differences of those."""
     found = looked_up(inner, indices, weights, counts, slim_from)
-    if found is None:
-        found = _looked_up_by_torch(inner, indices, weights, counts)
     small = (found.moment - found.square <= CANCELLED * found.moment) & (counts > 1)
     roots = weights.sqrt()
 
@@ -243,19 +254,6 @@ def _looked_up(
 
     centroid = exact_sum(indices, weights, counts, summed)
     return Cloud(spectra=lambda: found.spectra, centroid=centroid, moment=found.moment, along=along), small
-
-
-def _looked_up_by_torch(inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> LookedUp:
-    """What `looked_up` finds, where there is no compiled routine."""
-    gram = inner[indices.unsqueeze(2), indices.unsqueeze(1)]  # K
-    moment = (weights * gram.diagonal(dim1=1, dim2=2)).sum(-1)
-    to_centroid = (gram @ weights.unsqueeze(2)).squeeze(2)  # K w
-    square = (weights * to_centroid).sum(-1)
-    gram -= (to_centroid - 0.5 * square.unsqueeze(1)).unsqueeze(2)
-    gram -= (to_centroid - 0.5 * square.unsqueeze(1)).unsqueeze(1)
-    roots = weights.sqrt()
-    gram.mul_(roots.unsqueeze(2)).mul_(roots.unsqueeze(1))
-    return LookedUp(spectra(gram, counts), moment, square)
 
 
 def weighted_sum(indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ EXACT = 2**62  # the same where float64 is asked for
 SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays off it
 INVERSE_ITERATIONS = 2
 LANES = 8  # matrices that the compiled routine works on at a time
-HOST_ROWS = 4 * LANES  # that one core takes of those that came from an accelerator
+PIECE_ROWS = 4 * LANES  # that one core takes at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +133,9 @@ class Crossing:
     def spectra(self, slim_from: int) -> Spectra | None:
         """On every core of the host, and back; None where a matrix did not converge."""
         self._there.synchronize()
-        pieces = [slice(start, start + HOST_ROWS) for start in range(0, max(1, len(self._gram)), HOST_ROWS)]
         parts = side_by_side(
-            lambda piece: by_lanes(self._gram[piece], self._counts[piece], slim_from), pieces
+            lambda piece: by_lanes(self._gram[piece], self._counts[piece], slim_from),
+            pieces(len(self._gram)),
         )
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
@@ -146,26 +146,67 @@ class Crossing:
         )
 
 
+def pieces(rows: int) -> list[slice]:
+    """What one core takes at a time; one empty piece if there are no rows."""
+    return [slice(start, min(start + PIECE_ROWS, rows)) for start in range(0, max(1, rows), PIECE_ROWS)]
+
+
+def looks_up(inner: Tensor) -> bool:
+    """Whether the compiled routine is there for such a table: `looked_up` then forms no matrices at all."""
+    return inner.device.type == "cpu" and compiled() is not None
+
+
 def looked_up(
     inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, slim_from: int = EXACT
-) -> LookedUp | None:
-    """The spectra of D^(1/2) (K - 1 (K w)^T - (K w) 1^T + w^T K w) D^(1/2), D = diag(w), on a CPU.
+) -> LookedUp:
+    """The spectra of D^(1/2) (K - 1 (K w)^T - (K w) 1^T + w^T K w) D^(1/2), D = diag(w).
 
-    inner: (d_sae, d_sae) float64, indices, weights: (rows, width), counts: (rows,). None where there is no
-    compiled routine, or it did not converge.
+    inner: (d_sae, d_sae) float64, indices, weights: (rows, width), counts: (rows,), best in order. Where the
+    compiled routine is not there or does not converge, torch forms (rows, width, width).
     """
-    routine = compiled() if inner.device.type == "cpu" else None
+    routine = compiled() if looks_up(inner) else None
     if routine is None:
-        return None
+        return looked_up_by_torch(inner, indices, weights, counts)
     rows, width = indices.shape
     indices, weights, counts = indices.contiguous(), weights.contiguous(), counts.contiguous()
     values, vectors = weights.new_empty(rows, width), weights.new_empty(rows, width)
     moment, square = weights.new_empty(rows), weights.new_empty(rows)
-    clouds = (None, inner.data_ptr(), len(inner), indices.data_ptr(), weights.data_ptr(), counts.data_ptr())
-    found = (values.data_ptr(), vectors.data_ptr(), moment.data_ptr(), square.data_ptr())
-    if routine.spectra(*clouds, rows, width, slim_from, *found) != 0:
-        return None
-    return LookedUp(Spectra(values.sort(dim=-1, descending=True).values, vectors), moment, square)
+    clouds = [rows_at(tensor) for tensor in (indices, weights, counts)]
+    found = [rows_at(tensor) for tensor in (values, vectors, moment, square)]
+    table = None, inner.data_ptr(), len(inner)
+
+    def work(piece: slice) -> bool:
+        n, first = piece.stop - piece.start, piece.start
+        given = (*table, *(at(first) for at in clouds), n, width, slim_from)
+        return not routine.spectra(*given, *(at(first) for at in found))
+
+    planned = pieces(rows)
+    converged = side_by_side(work, planned)
+    result = LookedUp(Spectra(values.sort(dim=-1, descending=True).values, vectors), moment, square)
+    for piece in (piece for piece, well in zip(planned, converged, strict=True) if not well):
+        again = looked_up_by_torch(inner, indices[piece], weights[piece], counts[piece])
+        result.spectra.eigenvalues[piece] = again.spectra.eigenvalues
+        result.spectra.principal[piece] = again.spectra.principal
+        result.moment[piece], result.square[piece] = again.moment, again.square
+    return result
+
+
+def rows_at(tensor: Tensor) -> Callable[[int], int]:
+    """The address of each row of a contiguous tensor."""
+    first, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+    return lambda row: first + row * step
+
+
+def looked_up_by_torch(inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> LookedUp:
+    gram = inner[indices.unsqueeze(2), indices.unsqueeze(1)]  # K
+    moment = (weights * gram.diagonal(dim1=1, dim2=2)).sum(-1)
+    to_centroid = (gram @ weights.unsqueeze(2)).squeeze(2)  # K w
+    square = (weights * to_centroid).sum(-1)
+    gram -= (to_centroid - 0.5 * square.unsqueeze(1)).unsqueeze(2)
+    gram -= (to_centroid - 0.5 * square.unsqueeze(1)).unsqueeze(1)
+    roots = weights.sqrt()
+    gram.mul_(roots.unsqueeze(2)).mul_(roots.unsqueeze(1))
+    return LookedUp(spectra(gram, counts), moment, square)
 
 
 def sums_exactly(table: Tensor) -> bool:
@@ -185,8 +226,14 @@ def weighted_sums(table: Tensor, indices: Tensor, weights: Tensor, counts: Tenso
     )
     (rows, width), d = indices.shape, table.shape[1]
     sums = weights.new_empty(rows, d)
-    given = (indices.data_ptr(), weights.data_ptr(), counts.data_ptr())
-    routine.weighted_sums(table.data_ptr(), d, *given, rows, width, sums.data_ptr())
+    given, found = [rows_at(tensor) for tensor in (indices, weights, counts)], rows_at(sums)
+    start = table.data_ptr()
+
+    def work(piece: slice) -> None:
+        n, first = piece.stop - piece.start, piece.start
+        routine.weighted_sums(start, d, *(at(first) for at in given), n, width, found(first))
+
+    side_by_side(work, pieces(rows))
     return sums
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon import durable
+from daemon.durable import Step, StepKind
 from daemon.errors import MachineError
 from daemon.lease import Lease, dead_leases
 from daemon.output.jsontext import to_json_lines
@@ -204,15 +205,15 @@ def complete(unit: Staged) -> None:
     content = unit.manifest
     if content["records"] != content["rows"] + content["rejects"]:
         raise AssertionError(f"unit {unit.source.unit}: records != rows + rejects: {content}")
-    durable.write_whole(f"{unit.folder}/{MANIFEST}", to_json_lines(content))
+    durable.in_turn([Step(StepKind.WRITE_WHOLE, f"{unit.folder}/{MANIFEST}", to_json_lines(content))])
 
 
 def seal(unit: Staged) -> None:
     """Flush all files of a complete folder, and the folder. Raises SyncFailed where the disk refuses."""
     folder = str(unit.folder)
-    for name in (MANIFEST, *(file["name"] for file in unit.manifest["files"])):
-        durable.fsync_file(f"{folder}/{name}")
-    durable.fsync_folder(folder)
+    names = (MANIFEST, *(file["name"] for file in unit.manifest["files"]))
+    steps = [Step(StepKind.FSYNC_FILE, f"{folder}/{name}") for name in names]
+    durable.in_turn([*steps, Step(StepKind.FSYNC_FOLDER, folder)])
 
 
 def output_folder_name(name: str, unit: str) -> str:

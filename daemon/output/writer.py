@@ -11,12 +11,12 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
-from daemon.durable import make_empty_folder, remove_folder, write_whole
+from daemon.durable import Step, StepKind, in_turn, make_empty_folder, remove_folder
 from daemon.output.files import HashedFile
 from daemon.output.finished import FinishedPart
 from daemon.output.jsontext import to_json
@@ -109,35 +109,41 @@ class UnitWriter:
         """Make `staging` anew and write all files but the manifest into it. Nothing is flushed yet."""
         self._check_complete()
         began = self._clock()
-        make_empty_folder(self.staging)
         only = self._only
         if only and isinstance(only.metrics, SmallFile) and isinstance(only.features, SmallFile):
             totals = self._write_small(only, only.metrics, only.features)
         else:
+            make_empty_folder(self.staging)
             totals = self._write_parts()
         seconds = totals.seconds + self._seconds + StageSeconds(commit=self._clock() - began)
         return dataclasses.replace(totals, seconds=seconds)
 
     def _write_small(self, part: StoredPart, metrics: SmallFile, features: SmallFile) -> UnitTotals:
-        """The files of a unit whose one part came as files already."""
-        rejects = RejectsFile(self.staging / REJECTS)
+        """The folder of a unit whose one part came as files already."""
+        files = {METRICS: metrics, FEATURES: features}
+        if part.rejects:
+            files[REJECTS] = SmallFile(len(part.rejects), memoryview(reject_lines(part.rejects)))
+        folder = str(self.staging)
+        steps = [Step(StepKind.MAKE_NEW_FOLDER, folder)]
+        steps += [
+            Step(StepKind.WRITE_WHOLE, f"{folder}/{name}", file.content) for name, file in files.items()
+        ]
         try:
-            rejects.append(part.rejects)
-            written = (self._write_whole(METRICS, metrics), self._write_whole(FEATURES, features))
-            return UnitTotals(
-                records=part.extent.records,
-                rows=metrics.rows,
-                rejects=rejects.rows,
-                layers=part.layers,
-                seconds=part.seconds,
-                files=(*written, *rejects.close()),
-            )
-        finally:
-            rejects.discard()
-
-    def _write_whole(self, name: str, file: SmallFile) -> FileTotals:
-        write_whole(f"{self.staging}/{name}", file.content)
-        return FileTotals(name, file.rows, len(file.content), hashlib.sha256(file.content).hexdigest())
+            in_turn(steps)
+        except FileExistsError:  # an earlier try left it
+            remove_folder(self.staging)
+            in_turn(steps)
+        return UnitTotals(
+            records=part.extent.records,
+            rows=metrics.rows,
+            rejects=len(part.rejects),
+            layers=part.layers,
+            seconds=part.seconds,
+            files=tuple(
+                FileTotals(name, file.rows, len(file.content), hashlib.sha256(file.content).hexdigest())
+                for name, file in files.items()
+            ),
+        )
 
     def _write_parts(self) -> UnitTotals:
         """The files of a unit, from its stored parts."""
@@ -260,7 +266,7 @@ class RejectsFile:
             return
         if self._file is None:
             self._file = HashedFile(self._path)
-        self._file.write(b"".join(map(reject_line, rejects)))
+        self._file.write(reject_lines(rejects))
         self.rows += len(rejects)
 
     def close(self) -> list[FileTotals]:
@@ -274,6 +280,10 @@ class RejectsFile:
         """Let go of the file."""
         if self._file is not None:
             self._file.close()
+
+
+def reject_lines(rejects: Sequence[Reject]) -> bytes:
+    return b"".join(map(reject_line, rejects))
 
 
 def reject_line(reject: Reject) -> bytes:

@@ -1,0 +1,5 @@
+from collections.abc import Sequence
+
+from _typeshed import ReadableBuffer
+
+def in_turn(steps: Sequence[tuple[int, str, ReadableBuffer | None]], /) -> tuple[int, int, bool]: ...
