@@ -84,11 +84,13 @@ class Assembly:
         starts = np.cumsum([0, *map(len, rows.values())])[:-1]
         totals = zip(*(LayerTotals.of_groups(sums, order, starts) for sums in block.layers), strict=True)
         rest = dataclasses.replace(block, layers=())  # which weigh more than all else, and are summed up
+        weight = block.features.indices.nbytes + block.features.values.nbytes
+        row_bytes = weight // len(batch.entries) + 8 * len(block.columns)
         finished = []
         for (key, block_rows), layers in zip(rows.items(), totals, strict=True):
             opened = self._open[key]
             opened.layers = tuple(map(LayerTotals.plus, opened.layers, layers)) if opened.pieces else layers
-            self._add(opened, batch, rest, block_rows, pack_seconds)
+            self._add(opened, batch, rest, block_rows, row_bytes, pack_seconds)
             if not opened.missing:
                 finished.append(self._open.pop(key).finish())
         return finished
@@ -101,11 +103,17 @@ class Assembly:
         return [] if opened.missing else [self._open.pop(key_of(entry.part)).finish()]
 
     def _add(
-        self, opened: OpenPart, batch: Batch, block: Block, rows: list[int], pack_seconds: float
+        self,
+        opened: OpenPart,
+        batch: Batch,
+        block: Block,
+        rows: list[int],
+        row_bytes: int,
+        pack_seconds: float,
     ) -> None:
         first = not opened.pieces
         part_rows = np.array([batch.entries[row].row for row in rows])
-        opened.pieces.append(BlockRows(block=block, block_rows=np.array(rows), part_rows=part_rows))
+        opened.pieces.append(BlockRows(block, np.array(rows), part_rows, row_bytes))
         opened.missing -= len(rows)
         share = len(rows) / len(batch.entries)  # of a batch that several parts may share
         worked = block.forward_seconds + block.sae_seconds + block.analysis_seconds

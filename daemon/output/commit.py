@@ -9,6 +9,7 @@ lock, and the first to publish a unit wins. Knows nothing about what the files h
 from __future__ import annotations
 
 import errno
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -155,7 +156,7 @@ class Outbox:
     def published(self, unit: str) -> Path | None:
         """The folder with the unit's results, under whatever name its content was dropped first."""
         try:
-            folder = self.path / Path(f"{self.path}/{UNITS}/{unit}").readlink()
+            folder = self.path / os.readlink(f"{self.path}/{UNITS}/{unit}")  # noqa: PTH115 - of every file
         except FileNotFoundError:
             return None
         return folder if (folder / MANIFEST).is_file() else None

@@ -20,6 +20,7 @@ class BlockRows:
     block: Block
     block_rows: IntArray  # (m,)
     part_rows: IntArray  # (m,)
+    row_bytes: int = 0  # about what one of them weighs in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +36,7 @@ class FinishedPart:
     @property
     def nbytes(self) -> int:
         """About what its results weigh in memory: its share of the blocks."""
-        share = 0.0
-        for piece in self.pieces:
-            features = piece.block.features
-            samples = len(next(iter(piece.block.columns.values())))
-            weight = features.indices.nbytes + features.values.nbytes + 8 * samples * len(piece.block.columns)
-            share += weight * len(piece.block_rows) / samples
-        return 1 + int(share)
+        return 1 + sum(piece.row_bytes * len(piece.block_rows) for piece in self.pieces)
 
     def row_order(self) -> IntArray:
         """(n,) where each sample's row lies once the pieces' rows are laid end to end.
