@@ -11,6 +11,7 @@ import structlog
 import watchfiles
 
 STEP_MILLISECONDS = 20  # of quiet, after which a burst of events is one hint
+HINT_SECONDS = 0.1  # between two hints: each costs as much as a small file
 
 log = structlog.get_logger()
 
@@ -40,6 +41,8 @@ async def watch(folder: Path, wake: asyncio.Event, ended: asyncio.Event, retry_s
                 folder, recursive=False, stop_event=ended, watch_filter=None, step=STEP_MILLISECONDS
             ):
                 wake.set()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), HINT_SECONDS)
         except* (OSError, RuntimeError) as group:
             if not reported:
                 log.warning(
