@@ -329,12 +329,13 @@ def test_what_waits_for_the_model_is_counted(daemons, tmp_path):
         wait_until(lambda: list((tmp_path / "outbox").glob("study-*")), "the results", pid)
 
 
+def bound_by_modes(started: Job, hook: str) -> Job:
+    """As a user whom the modes of files bind, where this one is root."""
+    return replace(started, hook=hook, hook_args={"uid": NOBODY}) if os.geteuid() == 0 else started
+
+
 def test_what_waits_in_an_inbox_that_can_not_be_read_goes_on_ageing(daemons, users_root):
-    if os.geteuid() == 0:
-        started = replace(job(users_root), hook="tests.health_hooks:quick_as_user", hook_args={"uid": NOBODY})
-    else:
-        started = job(users_root)
-    with running(daemons, started) as pid:
+    with running(daemons, bound_by_modes(job(users_root), "tests.health_hooks:quick_as_user")) as pid:
         url = url_of(users_root / "log", pid)
         becomes(f"{url}/readyz", 200, "", pid)
         (users_root / "outbox").chmod(0o500)
@@ -354,11 +355,7 @@ def test_what_waits_in_an_inbox_that_can_not_be_read_goes_on_ageing(daemons, use
 
 @pytest.mark.parametrize("which", ["inbox", "outbox"])
 def test_a_folder_that_may_not_be_written_is_not_ready_until_it_may(daemons, users_root, which):
-    if os.geteuid() == 0:
-        started = replace(job(users_root), hook="tests.reliability.hooks:as_user", hook_args={"uid": NOBODY})
-    else:
-        started = job(users_root)
-    with running(daemons, started) as pid:
+    with running(daemons, bound_by_modes(job(users_root), "tests.reliability.hooks:as_user")) as pid:
         url = url_of(users_root / "log", pid)
         becomes(f"{url}/readyz", 200, "", pid)
         (users_root / which).chmod(0o500)
