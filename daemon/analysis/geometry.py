@@ -75,9 +75,7 @@ class DecoderRows:
 
     W_dec: Tensor  # (d_sae, d_in)
     inner: Tensor | None  # (d_sae, d_sae) float64 inner products; None where they would be too large
-    summed: (
-        Tensor  # W_dec for sums in float64: the same, where a routine does these of float32, else in float64
-    )
+    summed: Tensor  # W_dec, in float64 unless a routine sums float32 exactly
 
     @classmethod
     def of(cls, W_dec: Tensor, max_bytes: int = MAX_TABLE_BYTES) -> DecoderRows:
@@ -93,16 +91,17 @@ class DecoderRows:
 
     def elements(self) -> Callable[[int], int]:
         """How many numbers a row of so many features needs at a time."""
+        d_in = self.W_dec.shape[1]
         if self.inner is None:
-            d_in = self.W_dec.shape[1]
             return lambda width: width * d_in
-        return (lambda width: width) if self.at_one_go else (lambda width: width * width)
+        return (lambda width: width + d_in) if self.at_one_go else (lambda width: width * width)
 
 
 def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
     """The geometry of N sparse activations. Waits for the device once.
 
-    Rows are taken by ascending count, in chunks that bound what is gathered; on a CPU side by side.
+    Rows are taken by ascending count, in chunks that bound what is gathered; on a CPU these run side by side,
+    or pieces of them.
     """
     order = acts.counts.argsort()
     ordered = acts.select(order)
