@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("daemon/analysis/spectra.c", "daemon/analysis/reduction.h")  # of the compiled routine
+SOURCES = (
+    "daemon/durable.c",
+    "daemon/analysis/spectra.c",
+    "daemon/analysis/reduction.h",
+)  # compiled
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
