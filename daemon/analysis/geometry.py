@@ -38,9 +38,7 @@ from daemon.columns import SHAPE_CLASSES
 
 T = TypeVar("T")
 
-MAX_GATHERED = (
-    1 << 19
-)  # elements of a chunk's decoder rows, Gram matrices or weights: 4 MiB, which caches hold
+MAX_GATHERED = 1 << 19  # elements of what a chunk's rows are worked out in: 4 MiB, which caches hold
 MAX_GATHERED_ON_DEVICE = 1 << 27  # the same on an accelerator: 1 GiB
 MAX_TABLE_BYTES = 128 << 20  # of all inner products of one dictionary
 WIDTH_SLACK = 1.25  # the widest row of a chunk has at most this many times the features of its narrowest,
@@ -85,6 +83,11 @@ class DecoderRows:
         return cls(W_dec, exact @ exact.T, W_dec if sums_exactly(W_dec) else exact)
 
     @property
+    def most(self) -> int:
+        """How many numbers a chunk of rows may need."""
+        return MAX_GATHERED if self.W_dec.device.type == "cpu" else MAX_GATHERED_ON_DEVICE
+
+    @property
     def at_one_go(self) -> bool:
         """Whether a routine takes many rows of different widths, and no matrices are formed."""
         return self.inner is not None and looks_up(self.inner)
@@ -112,13 +115,11 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
             ordered.indices[rows, :width], ordered.values[rows, :width], ordered.counts[rows], decoder
         )
 
-    on_cpu = decoder.W_dec.device.type == "cpu"
-    most = MAX_GATHERED if on_cpu else MAX_GATHERED_ON_DEVICE
     slack = WIDTH_SLACK_LOOKED_UP if decoder.at_one_go else WIDTH_SLACK
-    planned = list(row_chunks(ordered.counts.tolist(), decoder.elements(), most, slack))
+    planned = list(row_chunks(ordered.counts.tolist(), decoder.elements(), decoder.most, slack))
     if decoder.at_one_go:
         chunks = [begin(chunk)() for chunk in planned]
-    elif on_cpu:
+    elif decoder.W_dec.device.type == "cpu":
         chunks = side_by_side(lambda chunk: begin(chunk)(), planned)
     else:
         chunks = list(one_ahead(map(begin, planned)))
@@ -190,7 +191,7 @@ def _chunk_geometry(
         return lambda: found
     small_rows = small.nonzero().squeeze(1)
     d_in = decoder.W_dec.shape[1]
-    for chunk, width in row_chunks(counts[small_rows].tolist(), lambda width: width * d_in, MAX_GATHERED):
+    for chunk, width in row_chunks(counts[small_rows].tolist(), lambda width: width * d_in, decoder.most):
         rows = small_rows[chunk]
         exact = _gathered(indices[rows, :width], weights[rows, :width], counts[rows], decoder.W_dec)
         shape = _shape(exact, counts[rows])

@@ -20,7 +20,7 @@ class BlockRows:
     block: Block
     block_rows: IntArray  # (m,)
     part_rows: IntArray  # (m,)
-    row_bytes: int = 0  # about what one of them weighs in memory
+    row_bytes: int  # about what one of them weighs in memory
 
 
 @dataclass(frozen=True, slots=True)

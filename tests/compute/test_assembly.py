@@ -100,6 +100,20 @@ def test_a_batch_shared_by_parts_gives_each_its_own_rows(assembly):
     assert finished["v"].layers[0].total.tolist() == [2.0, 2.0]
 
 
+def test_parts_weigh_what_they_hold_of_their_blocks(assembly):
+    features = dataclasses.replace(
+        block_of(4).features, indices=np.zeros(4000, np.uint32), values=np.zeros(4000, np.float32)
+    )
+    block = dataclasses.replace(block_of(4), columns={"a": np.zeros(4), "b": np.zeros(4)}, features=features)
+    parts = part_of("u", 0, 1), part_of("v", 0, 3)
+    for part in parts:
+        assembly.open(part)
+    entries = tuple(Entry(part, row) for part in parts for row in range(len(part.samples)))
+    weights = [done.nbytes for done in assembly.scatter(Batch(PLAIN_RECIPE, entries), block)]
+    assert sum(weights) == pytest.approx(2 * 16_000 + 2 * 32, rel=0.01)
+    assert weights[1] == pytest.approx(3 * weights[0], rel=0.01)
+
+
 def test_time_is_shared_by_samples_and_waiting_is_counted_once(assembly, clock):
     part, other = part_of("u", 0, 3), part_of("v", 0, 1)
     for each in (part, other):

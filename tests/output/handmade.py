@@ -202,7 +202,7 @@ def finish(part: TokenizedPart, batches: Sequence[Sequence[int]] | None = None) 
     pieces = []
     for batch in batches:
         block = make_block([samples[row] for row in batch], part.part.recipe)
-        pieces.append(BlockRows(block, np.arange(len(batch)), np.array(batch)))
+        pieces.append(BlockRows(block, np.arange(len(batch)), np.array(batch), row_bytes=0))
     return finished_from(part, pieces)
 
 

@@ -27,6 +27,7 @@ from daemon.output import writer as writer_module
 from daemon.output.finished import BlockRows, FinishedPart
 from daemon.output.parts import stored_extents
 from daemon.output.schema import features_schema, metrics_schema
+from daemon.output.tables import FEW_ROWS
 from daemon.output.totals import UnitTotals
 from daemon.records import PLAIN_RECIPE, Reject, TokenizedPart
 
@@ -88,7 +89,7 @@ def shared_batches(parts: list[TokenizedPart]) -> list[FinishedPart]:
         for part in parts:
             mine = [i for i, (owner, _) in enumerate(chosen) if owner is part]
             rows = [chosen[i][1] for i in mine]
-            pieces[part.part.number].append(BlockRows(block, np.array(mine), np.array(rows)))
+            pieces[part.part.number].append(BlockRows(block, np.array(mine), np.array(rows), row_bytes=0))
     return [finished_from(part, pieces[part.part.number]) for part in parts]
 
 
@@ -160,7 +161,7 @@ def test_float16_values_keep_what_fits_and_saturate(tmp_path):
     block = make_block(part.part.samples, dtype=np.float64)
     largest = int(block.features.values.argmax())
     block.features.values[largest] = 1e6
-    finished = finished_from(part, [BlockRows(block, np.arange(3), np.arange(3))])
+    finished = finished_from(part, [BlockRows(block, np.arange(3), np.arange(3), row_bytes=0)])
     write(tmp_path / "unit", [finished], values="float16")
     table = pq.read_table(tmp_path / "unit/features.parquet")
     assert table.schema.field("values").type == pa.list_(pa.float16())
@@ -257,10 +258,11 @@ def test_a_file_of_one_part_has_no_part_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["unit"]
 
 
-def test_what_an_earlier_try_left_in_staging_is_replaced(tmp_path):
+@pytest.mark.parametrize("samples", [2, FEW_ROWS + 1])
+def test_what_an_earlier_try_left_in_staging_is_replaced(samples, tmp_path):
     (tmp_path / "unit").mkdir()
     (tmp_path / "unit/leftover").touch()
-    write(tmp_path / "unit", [finish(make_part(0, 0, 2, last=True))])
+    write(tmp_path / "unit", [finish(make_part(0, 0, samples, last=True))])
     assert sorted(path.name for path in (tmp_path / "unit").iterdir()) == [
         "features.parquet",
         "metrics.parquet",
