@@ -206,7 +206,7 @@ def test_a_changed_file_is_taken_up_without_being_told(place):
     assert "n_tokens_prompt" not in columns
     manifest = json.loads((folder / "manifest.json").read_bytes())
     assert manifest["rows"] == 3
-    assert place.status()["totals"]["rows"] == 3
+    place.until(lambda: place.status()["totals"]["rows"] == 3, "the count, which follows the folder")
 
 
 def test_texts_and_analysis_hold_for_what_is_taken_up_afterwards(place):

@@ -11,7 +11,7 @@ import structlog
 import watchfiles
 
 STEP_MILLISECONDS = 20  # of quiet, after which a burst of events is one hint
-HINT_SECONDS = 0.1  # between two hints: each costs as much as a small file
+HINT_SECONDS = 0.1  # at least, between two hints
 
 log = structlog.get_logger()
 

@@ -282,11 +282,6 @@ def shared_workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     return config.stash[_workers]
 
 
-def points(total: int, stride: int) -> range:
-    """Which of `total` operations, from 1, to try: every one with LENSD_CRASH_STRIDE=1."""
-    return range(1, total + 1, STRIDE or stride)
-
-
 def check(problems: Iterable[str]) -> None:
     """Fail the test where anything is wrong, one line for each."""
     lines = list(problems)
