@@ -69,7 +69,7 @@ class Inbox:
         self._clock = clock
         self._wake = asyncio.Event()  # something may have changed
         self._scanner = Scanner(path, settle_seconds=settle_seconds, clock=clock)
-        self._ready: deque[Candidate] = deque()  # of the last look, not yet claimed
+        self._ready: deque[Candidate] = deque()  # of the last look, not yet claimed, of no name under way
         self._looked_at = float("-inf")
         self._waiting: deque[Claim] = deque()  # taken over, not begun again yet
         self._recovered = 0  # files taken over from dead processes, not yet told
@@ -241,7 +241,7 @@ class Inbox:
         """
         self._check_lost()
         look_in = self._rescan_seconds if self._take_over() or self._waiting else None
-        names = self._held_names()
+        names = {claim.name for claim in (*self._held.values(), *self._waiting)}
         self._ready.clear()
         for candidate, settles_in in self._scanner.scan():
             if candidate.name not in names and settles_in <= 0:
@@ -260,13 +260,12 @@ class Inbox:
         if not self._ready:  # make no folder: in an empty inbox its absence is a loss to be found
             return []
         claims: list[Claim] = []
-        names = self._held_names()
         size = 0
         folder = self._claimed_for(1)
         while self._ready and len(claims) < BATCH_FILES and size < BATCH_BYTES:
             candidate = self._ready[0]
             path = self.path / candidate.name
-            if candidate.name not in names and (fresh or stamp_of(path) == candidate.stamp):
+            if fresh or stamp_of(path) == candidate.stamp:
                 try:
                     claim = self._try_move_in(path, folder / candidate.name)
                 except OSError:
@@ -295,9 +294,6 @@ class Inbox:
             self._scanner.forget(name)
             self._hold(claim)
         return claim
-
-    def _held_names(self) -> set[str]:
-        return {claim.name for claim in (*self._held.values(), *self._waiting)}
 
     def _hold(self, claim: Claim) -> Claim:
         self._held[claim.path] = claim
