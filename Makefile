@@ -14,7 +14,7 @@ help:
 	@echo "make bench   speed and memory beside what people run instead: deploy/bench/"
 	@echo "make format  rewrite the code in the house format"
 	@echo "make torture several small-files fuzz crash-points soak flat-memory"
-	@echo "             the reliability tools; KILLS=200 FILES=10000 MINUTES=30 SEED=0"
+	@echo "             the reliability tools; KILLS=200 FILES=10000 RECORDS=1000000 MINUTES=30 SEED=0"
 	@echo "make clean   remove .venv and caches"
 
 demo: $(READY)
@@ -58,6 +58,7 @@ clean:
 # The reliability tools: real processes with a tiny model. Each says what it counted and fails on a violation.
 KILLS ?= 200
 MINUTES ?= 30
+RECORDS ?= 1000000
 FILES ?= 10000
 SEED ?= 0
 
@@ -73,7 +74,7 @@ small-files: $(READY)
 	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.small_files --files $(FILES)
 
 soak: $(READY)
-	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.soak --minutes $(MINUTES)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.soak --minutes $(MINUTES) --records $(RECORDS)
 
 fuzz: $(READY)
 	@OMP_NUM_THREADS=1 LENSD_FUZZ_RECORDS=20000 LENSD_FUZZ_FILES=2000 .venv/bin/python -m pytest tests/reliability/test_fuzz.py
