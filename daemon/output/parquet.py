@@ -87,7 +87,7 @@ class ParquetFile:
         gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
         if len(gathered) == 1:
             return gathered[0]
-        return pa.concat_tables([self._schema.empty_table(), *gathered]).combine_chunks()
+        return pa.concat_tables(gathered)  # not combined: that would hold a row group twice
 
 
 def weight(table: pa.Table) -> int:

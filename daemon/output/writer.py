@@ -37,8 +37,8 @@ from daemon.records import ModelInfo, PartExtent, Recipe, Reject, Source
 METRICS = "metrics.parquet"
 FEATURES = "features.parquet"
 REJECTS = "rejects.jsonl"
-METRICS_GROUP_BYTES = 16 << 20  # of a row group in memory
-FEATURES_GROUP_BYTES = 32 << 20
+METRICS_GROUP_BYTES = 8 << 20  # of a row group in memory
+FEATURES_GROUP_BYTES = 16 << 20
 
 
 class UnitWriter:
