@@ -43,7 +43,7 @@ def numbered(record: dict[str, object], number: int) -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=int, default=1000, help="of the short file: it fills every queue")
+    parser.add_argument("--records", type=int, default=1000, help="of the short file")
     parser.add_argument("--times", type=int, default=10, help="of that, the long file")
     args, flags = parser.parse_known_args()
     demo = [json.loads(line) for line in DEMO_SAMPLES.read_text().splitlines()]
