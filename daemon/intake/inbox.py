@@ -279,21 +279,27 @@ class Inbox:
         return claims
 
     def _try_move_in(self, path: Path, target: Path) -> Claim | None:
-        """Claim a file, unless this user may not move it."""
-        name = path.name
+        """Claim a file, unless this user may not move it, or it would replace another."""
+        if os.path.lexists(target):  # where a claim ended halfway: the next process takes it back
+            self._leave(path.name, "a file of this name lies in the lease: restart lensd")
+            return None
         try:
             claim = self._move_in(path, target)
         except PermissionError as error:
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise
-            if name not in self._unclaimable:
-                log.warning("inbox.unclaimable", file=printable(name), reason=error.strerror)
-            self._unclaimable.add(name)
+            self._leave(path.name, error.strerror)
             return None
         if claim is not None:
-            self._scanner.forget(name)
+            self._scanner.forget(path.name)
             self._hold(claim)
         return claim
+
+    def _leave(self, name: str, reason: str | None) -> None:
+        """Say once why a file is not claimed."""
+        if name not in self._unclaimable:
+            log.warning("inbox.unclaimable", file=printable(name), reason=reason)
+        self._unclaimable.add(name)
 
     def _hold(self, claim: Claim) -> Claim:
         self._held[claim.path] = claim

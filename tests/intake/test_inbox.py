@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -54,6 +55,24 @@ async def drained(inbox: Inbox) -> list[Claim]:
 
 def settled_names(inbox: Inbox) -> list[str]:
     return [found.name for found, remaining in inbox._scanner.scan() if remaining <= 0]
+
+
+async def test_a_claim_replaces_nothing_in_the_lease(tmp_path, monkeypatch):
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "the disk is at fault")
+
+    async with opened(tmp_path, rescan_seconds=0.0) as inbox:
+        (tmp_path / "a.json").write_text("1")
+        with monkeypatch.context() as faulty:
+            faulty.setattr(inbox_module, "identity_of", fail)
+            with pytest.raises(OSError, match="at fault"):
+                inbox._next()  # moved, and not known to be
+        (tmp_path / "a.json").write_text("2")
+        assert await drained(inbox) == []
+        assert (tmp_path / "a.json").read_text() == "2"
+    async with opened(tmp_path) as later:
+        assert len(await drained(later)) == 2
+    assert sorted(path.read_text() for path in (tmp_path / "done").iterdir()) == ["1", "2"]
 
 
 async def test_a_file_is_ready_once_it_stayed_the_same_for_long_enough(tmp_path):

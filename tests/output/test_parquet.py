@@ -9,6 +9,7 @@ import pytest
 
 from daemon.output.parquet import ParquetFile
 from daemon.output.schema import features_options, features_schema
+from daemon.output.writer import FEATURES_GROUP_BYTES
 
 TABLE = pa.table({"x": pa.array(range(10), pa.int64())})
 
@@ -38,6 +39,25 @@ def test_a_large_table_stays_one_row_group(tmp_path):
     file.append(TABLE)
     file.close()
     assert group_rows(tmp_path / "t.parquet") == [10, 10]
+
+
+def test_what_is_gathered_is_written_without_a_copy(tmp_path, monkeypatch):
+    write, allocated = pq.ParquetWriter.write_table, []
+
+    def watched(self: pq.ParquetWriter, table: pa.Table, **options: object) -> None:
+        allocated.append(pa.total_allocated_bytes())
+        write(self, table, **options)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", watched)
+    tables = [pa.table({"x": np.arange(100_000) + number}) for number in range(10)]
+    held = sum(table.nbytes for table in tables)
+    file = ParquetFile(tmp_path / "t.parquet", tables[0].schema, group_bytes=2 * held, options={})
+    for table in tables:
+        file.append(table)
+    before = pa.total_allocated_bytes()
+    file.close()
+    assert group_rows(tmp_path / "t.parquet") == [1_000_000]
+    assert allocated[0] - before < held / 2
 
 
 def test_discarded_content_is_not_written(tmp_path):
@@ -79,7 +99,9 @@ def test_an_activation_takes_few_bytes_and_comes_back_as_it_was(values, most, tm
         },
         schema=schema,
     )
-    file = ParquetFile(tmp_path / "f", schema, group_bytes=32 << 20, options=features_options(values))
+    file = ParquetFile(
+        tmp_path / "f", schema, group_bytes=FEATURES_GROUP_BYTES, options=features_options(values)
+    )
     file.append(table)
     assert file.close().bytes <= most * rows * l0
     assert pq.read_table(tmp_path / "f").equals(table)
