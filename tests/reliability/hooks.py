@@ -39,6 +39,13 @@ def dying_at(step: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def uncompiled_steps() -> Iterator[None]:
+    """A hook: `durable.in_turn` as where no compiler was at hand."""
+    with mock.patch.object(durable, "IN_TURN", None):
+        yield
+
+
+@contextlib.contextmanager
 def poisoned(prefix: str) -> Iterator[None]:
     """A hook: a batch with a sample whose id starts so kills the process."""
 

@@ -1,7 +1,8 @@
 """The rate at which many files of one sample go through, against the same samples in one file.
 
-`make small-files`. Counts from the loaded model to the end of a `--once` run; the two are interleaved, so
-that a slow minute of the machine hits both, and the ratio is the median of the repetitions' ratios.
+`make small-files`. Besides the two: two daemons on the one inbox, and the steps of `durable.in_turn` taken in
+Python. Counts from the loaded model to the end of a `--once` run. All are interleaved, so that a slow minute
+of the machine hits each, and a ratio is the median of the repetitions' ratios.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -54,14 +56,39 @@ def written(path: Path, raw: bytes, records: int) -> Dropped:
     return Dropped(records, hashlib.sha256(raw).hexdigest())
 
 
-def drain(daemons: Daemons, folder: Path, lines: list[str], *, many: bool) -> Run:
-    """One daemon on a full inbox, until it is empty."""
-    inbox, outbox, log = folder / "inbox", folder / "outbox", folder / "log"
+@dataclass(frozen=True, slots=True)
+class Variant:
+    name: str
+    drop: Callable[[Path, list[str]], dict[str, Dropped]]
+    daemons: int = 1
+    hook: str | None = None
+
+
+ONE_FILE = Variant("one file", drop_one)
+MANY_FILES = Variant("many files", drop_many)
+VARIANTS = (
+    ONE_FILE,
+    MANY_FILES,
+    Variant("many files, 2 daemons", drop_many, daemons=2),
+    Variant("many files, Python's steps", drop_many, hook="tests.reliability.hooks:uncompiled_steps"),
+)
+
+
+def drain(daemons: Daemons, folder: Path, lines: list[str], variant: Variant) -> Run:
+    """Daemons on a full inbox, until it is empty."""
+    inbox, outbox = folder / "inbox", folder / "outbox"
     inbox.mkdir(parents=True)
-    dropped = (drop_many if many else drop_one)(inbox, lines)
-    code = daemons.run(Job(inbox, outbox, log, flags={"inbox.rescan_seconds": 5.0}))  # as by default
-    seconds = time.time() - model_loaded_at(log)
-    wrong = [] if code == 0 else [f"the daemon ended with exit code {code}: see {log}"]
+    dropped = variant.drop(inbox, lines)
+    logs = [folder / f"log-{number}" for number in range(variant.daemons)]
+    flags = {"inbox.rescan_seconds": 5.0}  # as by default
+    started = [daemons.start(Job(inbox, outbox, log, flags=flags, hook=variant.hook)) for log in logs]
+    codes = [daemons.wait(pid) for pid in started]
+    seconds = time.time() - min(map(model_loaded_at, logs))
+    wrong = [
+        f"a daemon ended with exit code {code}: see {log}"
+        for code, log in zip(codes, logs, strict=True)
+        if code
+    ]
     return Run(len(lines), seconds, wrong + violations(inbox, outbox, dropped))
 
 
@@ -78,25 +105,28 @@ def main() -> int:
     args = parser.parse_args()
     lines = [json.dumps(record) for record in tiny.contrast_records(args.files)]
     folder = Path(tempfile.mkdtemp(prefix="lensd-small-files-"))
-    ratios = []
+    rates: dict[str, list[float]] = {variant.name: [] for variant in VARIANTS}
     wrong: list[str] = []
     with Daemons(folder / "tiny") as daemons:
         for number in range(args.repeat):
-            place = folder / str(number)
-            one = drain(daemons, place / "one", lines, many=False)
-            many = drain(daemons, place / "many", lines, many=True)
-            ratios.append(many.rate / one.rate)
-            wrong += one.violations + many.violations
-            say(
-                f"one file {one.rate:.0f} samples/s  {args.files} files {many.rate:.0f} samples/s"
-                f"  ratio {ratios[-1]:.2f}"
-            )
-            if (
-                wrong
-            ):  # nothing is removed before the end: ext4 is slow to make files just after it removed many
+            for variant in VARIANTS:
+                # Nothing is removed before the end: ext4 is slow to make files just after it removed many.
+                run = drain(daemons, folder / str(number) / variant.name, lines, variant)
+                rates[variant.name].append(run.rate)
+                wrong += run.violations
+                say(f"{variant.name}: {run.rate:.0f} samples/s")
+            if wrong:
                 break
-    say(f"median ratio {statistics.median(ratios):.2f} of {len(ratios)}")
+    for name, of in rates.items():
+        beside = [median_ratio(name, of, other, rates[other]) for other in (ONE_FILE.name, MANY_FILES.name)]
+        say("  ".join([f"{name}: {statistics.median(of):.0f} samples/s", *filter(None, beside)]))
     return finish(wrong, folder)
+
+
+def median_ratio(name: str, of: list[float], other: str, to: list[float]) -> str:
+    if name == other:
+        return ""
+    return f"{statistics.median(a / b for a, b in zip(of, to, strict=True)):.2f} of {other}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,23 @@
+"""Every way in which `make small-files` measures comes to its end, with each record once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests import tiny
+from tests.reliability.daemons import Daemons
+from tests.reliability.handling import shared_daemons
+from tests.reliability.small_files import VARIANTS, Variant, drain
+
+
+@pytest.fixture
+def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
+    return shared_daemons(request, tmp_path_factory)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_each_record_comes_out_once(daemons: Daemons, tmp_path, variant: Variant):
+    lines = [json.dumps(record) for record in tiny.contrast_records(9)]
+    assert drain(daemons, tmp_path, lines, variant).violations == []
