@@ -12,6 +12,7 @@ import functools
 import os
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
@@ -35,8 +36,10 @@ class MallInfo(ctypes.Structure):
 def keep_memory() -> None:
     """Have the C library keep and share what it was given, where it can, and oneDNN keep few kernels.
 
+    Arrow's tables then come from the same heap, not from one of Arrow's own: it has room once batches are done.
     Best before any thread starts; oneDNN listens only before its first product.
     """
+    pa.set_memory_pool(pa.system_memory_pool())
     for variable in KERNEL_CACHES:
         os.environ.setdefault(variable, str(KEPT_KERNELS))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
