@@ -36,8 +36,8 @@ class MallInfo(ctypes.Structure):
 def keep_memory() -> None:
     """Have the C library keep and share what it was given, where it can, and oneDNN keep few kernels.
 
-    Arrow's tables then come from the same heap, not from one of Arrow's own: it has room once batches are done.
-    Best before any thread starts; oneDNN listens only before its first product.
+    Arrow's tables then come from the same heap, which has room once batches are done, not from one of
+    Arrow's own. Best before any thread starts; oneDNN listens only before its first product.
     """
     pa.set_memory_pool(pa.system_memory_pool())
     for variable in KERNEL_CACHES:
