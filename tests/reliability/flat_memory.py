@@ -1,6 +1,8 @@
 """Peak memory of a run over a file and over one ten times as long, with the bundled model.
 
 `make flat-memory`. Each run is a process of its own; the peak is the kernel's high-water mark of its memory.
+A run before them converts the model and measures the batch size, if no earlier one on this machine did, so
+that both start alike.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ def main() -> int:
     demo = [json.loads(line) for line in DEMO_SAMPLES.read_text().splitlines()]
     peaks = []
     with tempfile.TemporaryDirectory(prefix="lensd-flat-memory-") as folder:
+        peak_mib(Path(folder) / "first", demo[:1], flags)
         for n in (args.records, args.times * args.records):
             records = [numbered(demo[number % len(demo)], number) for number in range(n)]
             peaks.append(peak_mib(Path(folder) / str(n), records, flags))
