@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.reliability.daemons import Daemons, Job
+from tests.reliability.ledger import REASON_SUFFIX
 
 HUNG_SECONDS = 60  # after which a daemon told to end is killed
 
@@ -88,8 +89,17 @@ def waiting(inbox: Path) -> list[str]:
 
 
 def claimed(inbox: Path) -> list[Path]:
-    """Files that some daemon, alive or dead, works on."""
-    return list(inbox.glob(".claimed/*/*/*"))
+    """Files that some daemon, alive or dead, works on. What several move about meanwhile may be missed."""
+    held = inbox / ".claimed"
+    walk = os.walk(held)  # passes over a folder that goes away
+    return [Path(at, name) for at, _, names in walk if Path(at).parent.parent == held for name in names]
+
+
+def retired(inbox: Path) -> int:
+    """How many files daemons are done with, whatever became of them: a count that only grows."""
+    places = (inbox / "done", inbox / "failed")
+    names = [name for place in places if place.is_dir() for name in os.listdir(place)]
+    return sum(not name.endswith(REASON_SUFFIX) for name in names)
 
 
 def say(line: str) -> None:

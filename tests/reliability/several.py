@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.feed import Feed, recount
-from tests.reliability.handling import claimed, end, finish, say, wait_until
+from tests.reliability.handling import end, finish, retired, say, wait_until
 from tests.reliability.ledger import violations
 from tests.reliability.torture import SETTINGS, Report
 
@@ -68,7 +68,7 @@ class Several:
             self._feed.drop()
 
     def _drained(self) -> bool:
-        return not self._feed.waiting() and not claimed(self._feed.inbox)
+        return retired(self._feed.inbox) == len(self._feed.dropped)
 
     def _check(self, code: int, expected: set[int]) -> list[str]:
         """A daemon that is told to end before it handles signals ends by the signal; that loses nothing."""

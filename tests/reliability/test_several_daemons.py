@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.reliability.daemons import Daemons, Job
-from tests.reliability.handling import claimed, end, ended, events, shared_daemons, wait_until, waiting
+from tests.reliability.handling import claimed, end, ended, events, retired, shared_daemons, wait_until
 from tests.reliability.ledger import drop, violations
 from tests.reliability.several import Several
 
@@ -98,7 +98,7 @@ def test_a_file_that_kills_whoever_works_on_it_takes_no_other_along(daemons, tmp
             if ended(pid):
                 deaths.append(daemons.wait(pid))
                 alive[place] = daemons.start(poisoned)
-        return not claimed(inbox) and not waiting(inbox)
+        return retired(inbox) == len(dropped)
 
     wait_until(drained, "an empty inbox")
     ends = {end(daemons, pid) for pid in alive}
