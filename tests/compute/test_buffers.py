@@ -37,6 +37,13 @@ with torch.inference_mode():
 print(pool, later_pool - pool, later_faults - faults)
 """
 
+BACKEND = """
+import pyarrow as pa
+from daemon.compute.buffers import keep_memory
+
+keep_memory()
+print(pa.default_memory_pool().backend_name)
+"""
 
 COUNTED = pytest.mark.skipif(
     buffers.heap_count() is None, reason="the C library does not count its heap (mallinfo2)"
@@ -74,3 +81,10 @@ def test_batches_after_the_first_take_no_new_memory(tmp_path):
 def test_batches_of_many_sizes_take_no_memory_for_each_size(tmp_path):
     _, grown, _ = ran(tmp_path, 100, "different")
     assert grown < 100 * (1 << 20)
+
+
+def test_arrows_tables_come_from_the_heap_that_is_kept():
+    done = subprocess.run(
+        [sys.executable, "-c", BACKEND], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "system\n"
