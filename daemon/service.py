@@ -84,8 +84,12 @@ def serve(
     keep_memory()
     try:
         return asyncio.run(Service(config, once=once, on_outcome=on_outcome, load=load, source=source).run())
-    except* (ConfigError, MachineError, OSError) as group:
-        raise first_leaf(group) from None
+    except BaseExceptionGroup as group:
+        known, bugs = group.split((ConfigError, MachineError, OSError))
+        if known is None or bugs is not None:
+            raise
+        # Not by `except*`: from there, Python 3.11.2 gives what is raised in a group again.
+        raise first_leaf(known) from None
 
 
 def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:

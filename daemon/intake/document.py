@@ -24,12 +24,13 @@ CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no characte
 def nested(levels: int) -> bytes:
     """The pattern of what stands between two brackets, where brackets nest no deeper than that."""
     items = [ATOM, rb"[\[{]" + nested(levels - 1) + rb"[\]}]"] if levels else [ATOM]
-    return rb"(?:" + rb"|".join(items) + rb")*+"
+    return rb"(?:" + rb"|".join(items) + rb"|)*+"
 
 
-# All possessive, so that no bytes make them slow.
+# All possessive, so that no bytes make them slow. A repeated group ends in an empty alternative: in Debian's
+# Python 3.11.2 a possessive repetition that fails halfway through its group leaves the match where it failed.
 SPACE = rb"[ \t\r\n]*+"
-STRING_BODY = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
+STRING_BODY = rb'[^"\\]*+(?:\\.[^"\\]*+|)*+'
 STRING = rb'"' + STRING_BODY + rb'"'
 ATOM = rb'[^"\[\]{}]*+' + STRING + rb'|[^"\[\]{}]++'
 WORD_BYTE = rb'[^,\[\]{}" \t\r\n]'

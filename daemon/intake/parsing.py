@@ -35,7 +35,7 @@ REJECT_REASONS = (
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 SURROGATE = re.compile("[\ud800-\udfff]")
 # A string or a bracket; possessive, so that no text makes it slow; `close` is empty if a string never ends.
-TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?P<close>"?)|[\[{]|[\]}]', re.DOTALL)
+TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+|)*+(?P<close>"?)|[\[{]|[\]}]', re.DOTALL)
 BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
