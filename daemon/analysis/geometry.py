@@ -13,7 +13,7 @@ matrix squares the condition of S, so float32 resolves b/a and c/a only down to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from daemon.analysis.sparse import SparseActs
 from daemon.analysis.spectra import (
     EXACT,
     SLIM_FROM,
-    Spectra,
+    kernels,
     looked_up,
     looks_up,
     spectra_later,
@@ -37,9 +37,10 @@ from daemon.analysis.threads import side_by_side
 from daemon.columns import SHAPE_CLASSES
 
 T = TypeVar("T")
+Parts = TypeVar("Parts", "Geometry", "Solved")
 
 MAX_GATHERED = 1 << 19  # elements of what a chunk's rows are worked out in: 4 MiB, which caches hold
-MAX_GATHERED_ON_DEVICE = 1 << 27  # the same on an accelerator: 1 GiB
+GATHERED_SHARE = 32  # of an accelerator's memory, in bytes: 1 / 32 of it
 MAX_TABLE_BYTES = 128 << 20  # of all inner products of one dictionary
 WIDTH_SLACK = 1.25  # the widest row of a chunk has at most this many times the features of its narrowest,
 WIDTH_SLACK_LOOKED_UP = 4.0  # where only the weights are as wide as the widest,
@@ -85,7 +86,9 @@ class DecoderRows:
     @property
     def most(self) -> int:
         """How many numbers a chunk of rows may need."""
-        return MAX_GATHERED if self.W_dec.device.type == "cpu" else MAX_GATHERED_ON_DEVICE
+        if self.W_dec.device.type != "cuda":
+            return MAX_GATHERED
+        return torch.cuda.get_device_properties(self.W_dec.device).total_memory // (8 * GATHERED_SHARE)
 
     @property
     def at_one_go(self) -> bool:
@@ -109,27 +112,25 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
     order = acts.counts.argsort()
     ordered = acts.select(order)
 
-    def begin(chunk: tuple[slice, int]) -> Callable[[], Geometry]:
+    def begin(chunk: tuple[slice, int]) -> Callable[[], Solved]:
         rows, width = chunk
-        return _chunk_geometry(
+        return _chunk(
             ordered.indices[rows, :width], ordered.values[rows, :width], ordered.counts[rows], decoder
         )
+
+    def whole(chunk: tuple[slice, int]) -> Geometry:
+        return _shape(begin(chunk)(), ordered.counts[chunk[0]])
 
     slack = WIDTH_SLACK_LOOKED_UP if decoder.at_one_go else WIDTH_SLACK
     planned = list(row_chunks(ordered.counts.tolist(), decoder.elements(), decoder.most, slack))
     if decoder.at_one_go:
-        chunks = [begin(chunk)() for chunk in planned]
+        shape = _joined(Geometry, [whole(chunk) for chunk in planned])
     elif decoder.W_dec.device.type == "cpu":
-        chunks = side_by_side(lambda chunk: begin(chunk)(), planned)
-    else:
-        chunks = list(one_ahead(map(begin, planned)))
+        shape = _joined(Geometry, side_by_side(whole, planned))
+    else:  # what is done once costs one call
+        shape = _shape(_joined(Solved, list(one_ahead(map(begin, planned)))), ordered.counts)
     inverse = order.argsort()
-    return Geometry(
-        **{
-            field.name: torch.cat([getattr(chunk, field.name) for chunk in chunks])[inverse]
-            for field in fields(Geometry)
-        }
-    )
+    return Geometry(**{field.name: getattr(shape, field.name)[inverse] for field in fields(Geometry)})
 
 
 def one_ahead(begun: Iterator[Callable[[], T]]) -> Iterator[T]:
@@ -165,50 +166,54 @@ def row_chunks(
 
 
 @dataclass(frozen=True, slots=True)
-class Cloud:
-    """The weighted decoder rows of a few positions, relative to their centroid."""
+class Solved:
+    """What the shapes of a few positions are made of."""
 
-    spectra: Callable[[], Spectra]  # of S S^T
+    eigenvalues: Tensor  # (rows, width) of S S^T, descending
+    axis: Tensor  # (rows, d_in) S^T u for its principal eigenvector u
     centroid: Tensor  # (rows, d_in)
     moment: Tensor  # (rows,) sum w_i ||r_i||^2
-    along: Callable[[Tensor], Tensor]  # u (rows, width) -> S^T u (rows, d_in)
 
 
-def _chunk_geometry(
-    indices: Tensor, values: Tensor, counts: Tensor, decoder: DecoderRows
-) -> Callable[[], Geometry]:
+def _joined(kind: type[Parts], pieces: Sequence[Parts]) -> Parts:
+    """One Geometry, or Solved, of several; what is less wide is filled up with zeros."""
+
+    def together(name: str) -> Tensor:
+        tensors = [getattr(piece, name) for piece in pieces]
+        if name == "eigenvalues":
+            widest = max(tensor.shape[1] for tensor in tensors)
+            tensors = [F.pad(tensor, (0, widest - tensor.shape[1])) for tensor in tensors]
+        return torch.cat(tensors)
+
+    return kind(**{field.name: together(field.name) for field in fields(kind)})
+
+
+def _chunk(indices: Tensor, values: Tensor, counts: Tensor, decoder: DecoderRows) -> Callable[[], Solved]:
     """indices, values: (rows, width), counts: (rows,). What can be begun is; the call ends it."""
     magnitudes = values.double()
     # a row that has no sum, or an infinite one, weighs nothing
     weights = (magnitudes / magnitudes.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
     slim_from = EXACT if values.dtype == torch.float64 else SLIM_FROM
     if decoder.inner is None:
-        gathered = _gathered(indices, weights, counts, decoder.W_dec, slim_from)
-        return lambda: _shape(gathered, counts)
-    cloud, small = _looked_up(indices, weights, counts, decoder.summed, decoder.inner, slim_from)
-    found = _shape(cloud, counts)
-    if not small.any():
-        return lambda: found
+        return _gathered(indices, weights, counts, decoder.W_dec, slim_from)
+    found, small = _looked_up(indices, weights, counts, decoder.summed, decoder.inner, slim_from)
     small_rows = small.nonzero().squeeze(1)
     d_in = decoder.W_dec.shape[1]
     for chunk, width in row_chunks(counts[small_rows].tolist(), lambda width: width * d_in, decoder.most):
         rows = small_rows[chunk]
-        exact = _gathered(indices[rows, :width], weights[rows, :width], counts[rows], decoder.W_dec)
-        shape = _shape(exact, counts[rows])
-        for field in fields(Geometry):
-            getattr(found, field.name)[rows] = getattr(shape, field.name)
+        exact = _gathered(indices[rows, :width], weights[rows, :width], counts[rows], decoder.W_dec)()
+        found.eigenvalues[rows] = F.pad(exact.eigenvalues, (0, found.eigenvalues.shape[1] - width))
+        found.axis[rows], found.centroid[rows], found.moment[rows] = exact.axis, exact.centroid, exact.moment
     return lambda: found
 
 
-def _shape(cloud: Cloud, counts: Tensor) -> Geometry:
+def _shape(solved: Solved, counts: Tensor) -> Geometry:
     """The geometry of clouds of `counts` (rows,) decoder rows."""
-    spectra = cloud.spectra()
-    eigenvalues = _clean_eigenvalues(spectra.eigenvalues, counts, POINT_EPSILON * cloud.moment)
+    eigenvalues = _clean_eigenvalues(solved.eigenvalues, counts, POINT_EPSILON * solved.moment)
     has_shape = eigenvalues[:, 0] > 0
-    axis = cloud.along(spectra.principal)
-    axis = _where(has_shape, axis / torch.linalg.vector_norm(axis, dim=-1, keepdim=True))
-    off_origin = torch.linalg.vector_norm(cloud.centroid, dim=-1).square() > POINT_EPSILON * cloud.moment
-    centroid = _where(off_origin, cloud.centroid)
+    axis = _where(has_shape, solved.axis / torch.linalg.vector_norm(solved.axis, dim=-1, keepdim=True))
+    length = torch.linalg.vector_norm(solved.centroid, dim=-1)
+    centroid = _where(length.square() > POINT_EPSILON * solved.moment, solved.centroid)  # off the origin
     relative = _where(has_shape, eigenvalues / eigenvalues[:, :1])  # (rows, >= 3), l / l1
     elongation, sphericity = relative[:, 1].sqrt(), relative[:, 2].sqrt()
     total = relative.sum(-1)
@@ -226,38 +231,45 @@ def _shape(cloud: Cloud, counts: Tensor) -> Geometry:
 
 def _gathered(
     indices: Tensor, weights: Tensor, counts: Tensor, W_dec: Tensor, slim_from: int = EXACT
-) -> Cloud:
+) -> Callable[[], Solved]:
     """By the rows themselves: exact for the smallest cloud, (rows, width, d_in) of memory."""
-    decoders = W_dec[indices].double()
-    moment = (weights * torch.linalg.vector_norm(decoders, dim=-1).square()).sum(-1)
-    centroid = (weights.unsqueeze(1) @ decoders).squeeze(1)
-    spread = decoders.sub_(centroid.unsqueeze(1)).mul_(weights.sqrt().unsqueeze(-1))  # S
-    return Cloud(
-        spectra=spectra_later(spread @ spread.mT, counts, slim_from),
-        centroid=centroid,
-        moment=moment,
-        along=lambda u: (u.unsqueeze(1) @ spread).squeeze(1),
-    )
+    if W_dec.device.type == "cuda" and (ours := kernels()) is not None:
+        spread, centroid, moment = ours.centred(W_dec, indices, weights, counts)  # S
+    else:
+        decoders = W_dec[indices].double()
+        moment = (weights * torch.linalg.vector_norm(decoders, dim=-1).square()).sum(-1)
+        centroid = (weights.unsqueeze(1) @ decoders).squeeze(1)
+        spread = decoders.sub_(centroid.unsqueeze(1)).mul_(weights.sqrt().unsqueeze(-1))
+    found = spectra_later(spread @ spread.mT, counts, slim_from)
+
+    def solved() -> Solved:
+        spectra = found()
+        axis = (spectra.principal.unsqueeze(1) @ spread).squeeze(1)
+        return Solved(spectra.eigenvalues, axis, centroid, moment)
+
+    return solved
 
 
 def _looked_up(
     indices: Tensor, weights: Tensor, counts: Tensor, summed: Tensor, inner: Tensor, slim_from: int
-) -> tuple[Cloud, Tensor]:
+) -> tuple[Solved, Tensor]:
     """By the table of inner products; and which (rows,) are too small for differences of those."""
     found = looked_up(inner, indices, weights, counts, slim_from)
     small = (found.moment - found.square <= CANCELLED * found.moment) & (counts > 1)
-    roots = weights.sqrt()
-
-    def along(u: Tensor) -> Tensor:
-        scaled = roots * u
-        return exact_sum(indices, scaled, counts, summed) - scaled.sum(-1, keepdim=True) * centroid
-
     centroid = exact_sum(indices, weights, counts, summed)
-    return Cloud(spectra=lambda: found.spectra, centroid=centroid, moment=found.moment, along=along), small
+    scaled = weights.sqrt() * found.spectra.principal
+    axis = exact_sum(indices, scaled, counts, summed) - scaled.sum(-1, keepdim=True) * centroid
+    return Solved(found.spectra.eigenvalues, axis, centroid, found.moment), small
 
 
-def weighted_sum(indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-    """sum_i weights_i rows[indices_i]: (N, width) twice, (M, d) -> (N, d), no (N, width, d) in between."""
+def weighted_sum(indices: Tensor, weights: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+    """sum_i weights_i rows[indices_i]: (N, width) twice, (N,), (M, d) -> (N, d), no (N, width, d) in between.
+
+    Weights beyond the first `counts` of each row are zero.
+    """
+    if rows.device.type == "cuda" and (ours := kernels()) is not None:
+        sums: Tensor = ours.weighted_sums(rows, indices, weights, counts)
+        return sums
     return F.embedding_bag(indices, rows, mode="sum", per_sample_weights=weights)
 
 
@@ -265,7 +277,7 @@ def exact_sum(indices: Tensor, weights: Tensor, counts: Tensor, rows: Tensor) ->
     """`weighted_sum` in float64, of rows as `DecoderRows.summed` has them."""
     if sums_exactly(rows):
         return weighted_sums(rows, indices, weights, counts)
-    return weighted_sum(indices, weights, rows)
+    return weighted_sum(indices, weights, counts, rows)
 
 
 def _clean_eigenvalues(descending: Tensor, counts: Tensor, point: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The spectra of batches of small Gram matrices: every eigenvalue, and the principal eigenvector.
 
-By a compiled routine (`spectra.c`) where it was built and the matrices are on a CPU, else by torch. Knows
-nothing about what the matrices are made of, but for how to look one up in a table of inner products.
+On a CPU by a compiled routine (`spectra.c`) where it was built, on CUDA by kernels of our own (`kernels.py`)
+where there is Triton, else by torch. Knows nothing about what the matrices are made of, but for how to look
+one up in a table of inner products.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -25,6 +28,8 @@ SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays o
 INVERSE_ITERATIONS = 2
 LANES = 8  # matrices that the compiled routine works on at a time
 PIECE_ROWS = 4 * LANES  # that one core takes at a time
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,28 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
 
 
+@functools.cache
+def kernels() -> Any:
+    """`daemon.analysis.kernels`; None where there is no Triton, or where it can't make them work."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from daemon.analysis import kernels as module
+
+        for width, exact in itertools.product(
+            module.TILES, (True, False)
+        ):  # of each its own kernels, made now
+            gram = torch.zeros(1, width, width, dtype=torch.float64, device="cuda")
+            gram[0, :2, :2] = torch.tensor([[3.0, 2], [2, 3]])
+            eigenvalues, principal = module.spectra_on_device(gram, torch.tensor([2], device="cuda"), exact)
+            found = torch.cat([eigenvalues[0, :3], principal[0, :2].square()]).float().cpu()
+            torch.testing.assert_close(found, torch.tensor([5, 1, 0, 0.5, 0.5]))
+    except Exception as error:  # of a compiler, a driver or a kernel: the host's cores can do it too
+        log.warning("geometry.not_on_device", reason=f"{type(error).__name__}: {error}".partition("\n")[0])
+        return None
+    return module
+
+
 def spectra(gram: Tensor, counts: Tensor, slim_from: int = EXACT) -> Spectra:
     """gram: (rows, width, width) float64, of which the first `counts` (rows,) rows and columns matter.
 
@@ -88,12 +115,16 @@ def spectra(gram: Tensor, counts: Tensor, slim_from: int = EXACT) -> Spectra:
 
 
 def spectra_later(gram: Tensor, counts: Tensor, slim_from: int) -> Callable[[], Spectra]:
-    """`spectra` when it is called; until then matrices on CUDA are on their way to the host.
+    """`spectra` when it is called; until then CUDA is at it, or matrices are on their way to the host.
 
-    Off a CPU the compiled routine is still the fastest: so small matrices cross over and back in less time
-    than an accelerator's own routine takes.
+    Where our kernels can't take them, the compiled routine is the fastest off a CPU too: small matrices cross
+    over and back in less time than CUDA's own routine takes.
     """
-    if gram.device.type == "cuda" and compiled() is not None:
+    on_cuda = gram.device.type == "cuda"
+    if on_cuda and (ours := kernels()) is not None and gram.shape[-1] <= ours.WIDEST:
+        found = Spectra(*ours.spectra_on_device(gram, counts, exact=gram.shape[-1] < slim_from))
+        return lambda: found
+    if on_cuda and compiled() is not None:
         crossing = Crossing(gram, counts)
         return lambda: crossing.spectra(slim_from) or by_torch(gram)
     return lambda: (

@@ -144,7 +144,8 @@ class FusedEncoder:
         return from_dense(self._activate(self._product(x)))
 
     def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
-        reconstruction: Tensor = weighted_sum(acts.indices, acts.values, self._written) + self._b_dec
+        written = weighted_sum(acts.indices, acts.values, acts.counts, self._written)
+        reconstruction: Tensor = written + self._b_dec
         return reconstruction if self._skip is None else reconstruction + self._skip(x)
 
 

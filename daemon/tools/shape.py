@@ -270,14 +270,14 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def measure(
-    shape: Shape, device: str, dtype: torch.dtype, sizes: Sequence[int], n: int, compiles: bool
+    shape: Shape, device: str, dtype: torch.dtype, sizes: Sequence[int], n: int, compiles: bool, only: str
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """What was measured of each case and size of batch, and the kernels of a CUDA device."""
     cases: tuple[tuple[str, Positions, Recipe, Callable[[int, int], list[Texts]], int], ...] = (
         ("contrast, last", "last", CONTRAST_RECIPE, contrast_samples, 8 * n),
         ("documents, all", "all", PLAIN_RECIPE, documents, n),
     )
-    for name, positions, recipe, make, count in cases:
+    for name, positions, recipe, make, count in (case for case in cases if case[0].startswith(only)):
         model = random_model(shape, device, dtype)  # anew: an engine changes it
         saes = random_saes(shape, model)
         work = Work.of(model, saes)
@@ -326,11 +326,13 @@ def main() -> None:
     parser.add_argument("--max-batch-tokens", default="8192,16384,32768", help="several, with commas")
     parser.add_argument("--no-compile", action="store_true", help="run the layers as they are")
     parser.add_argument("--documents", type=int, default=512, help="and eight times as many contrast samples")
+    parser.add_argument("--only", choices=("contrast", "documents"), default="", help="one of the two cases")
     args = parser.parse_args()
     sizes = [int(size) for size in args.max_batch_tokens.split(",")]
     dtype = getattr(torch, args.dtype)
     compiles = can_fuse(args.device) and not args.no_compile
-    for line, kernels in measure(SHAPES[args.shape], args.device, dtype, sizes, args.documents, compiles):
+    lines = measure(SHAPES[args.shape], args.device, dtype, sizes, args.documents, compiles, args.only)
+    for line, kernels in lines:
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
         sys.stderr.write(kernels + "\n")
