@@ -26,6 +26,8 @@ from daemon.analysis.sparse import SparseActs
 from daemon.analysis.spectra import (
     EXACT,
     SLIM_FROM,
+    Clouds,
+    LookedUp,
     kernels,
     looked_up,
     looks_up,
@@ -111,24 +113,28 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
     """
     order = acts.counts.argsort()
     ordered = acts.select(order)
-
-    def begin(chunk: tuple[slice, int]) -> Callable[[], Solved]:
-        rows, width = chunk
-        return _chunk(
-            ordered.indices[rows, :width], ordered.values[rows, :width], ordered.counts[rows], decoder
-        )
-
-    def whole(chunk: tuple[slice, int]) -> Geometry:
-        return _shape(begin(chunk)(), ordered.counts[chunk[0]])
-
     slack = WIDTH_SLACK_LOOKED_UP if decoder.at_one_go else WIDTH_SLACK
     planned = list(row_chunks(ordered.counts.tolist(), decoder.elements(), decoder.most, slack))
-    if decoder.at_one_go:
-        shape = _joined(Geometry, [whole(chunk) for chunk in planned])
+    slim_from = EXACT if acts.values.dtype == torch.float64 else SLIM_FROM
+
+    def clouds(chunk: tuple[slice, int]) -> Clouds:
+        rows, width = chunk
+        return _weighed(ordered.indices[rows, :width], ordered.values[rows, :width], ordered.counts[rows])
+
+    def whole(chunk: tuple[slice, int]) -> Geometry:
+        return _shape(_begun(clouds(chunk), decoder, slim_from)(), ordered.counts[chunk[0]])
+
+    if decoder.at_one_go and decoder.inner is not None:
+        groups = [clouds(chunk) for chunk in planned]
+        found = looked_up(decoder.inner, groups, slim_from)
+        solved = [_looked_up(*one, decoder) for one in zip(groups, found, strict=True)]
+        shapes = [_shape(one, group.counts) for one, group in zip(solved, groups, strict=True)]
+        shape = _joined(Geometry, shapes)
     elif decoder.W_dec.device.type == "cpu":
         shape = _joined(Geometry, side_by_side(whole, planned))
     else:  # what is done once costs one call
-        shape = _shape(_joined(Solved, list(one_ahead(map(begin, planned)))), ordered.counts)
+        begun = (_begun(clouds(chunk), decoder, slim_from) for chunk in planned)
+        shape = _shape(_joined(Solved, list(one_ahead(begun))), ordered.counts)
     inverse = order.argsort()
     return Geometry(**{field.name: getattr(shape, field.name)[inverse] for field in fields(Geometry)})
 
@@ -188,23 +194,21 @@ def _joined(kind: type[Parts], pieces: Sequence[Parts]) -> Parts:
     return kind(**{field.name: together(field.name) for field in fields(kind)})
 
 
-def _chunk(indices: Tensor, values: Tensor, counts: Tensor, decoder: DecoderRows) -> Callable[[], Solved]:
-    """indices, values: (rows, width), counts: (rows,). What can be begun is; the call ends it."""
+def _weighed(indices: Tensor, values: Tensor, counts: Tensor) -> Clouds:
+    """indices, values: (rows, width), counts: (rows,)."""
     magnitudes = values.double()
     # a row that has no sum, or an infinite one, weighs nothing
     weights = (magnitudes / magnitudes.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
-    slim_from = EXACT if values.dtype == torch.float64 else SLIM_FROM
+    return Clouds(indices.contiguous(), weights.contiguous(), counts.contiguous())
+
+
+def _begun(clouds: Clouds, decoder: DecoderRows, slim_from: int) -> Callable[[], Solved]:
+    """What can be begun is; the call ends it."""
     if decoder.inner is None:
-        return _gathered(indices, weights, counts, decoder.W_dec, slim_from)
-    found, small = _looked_up(indices, weights, counts, decoder.summed, decoder.inner, slim_from)
-    small_rows = small.nonzero().squeeze(1)
-    d_in = decoder.W_dec.shape[1]
-    for chunk, width in row_chunks(counts[small_rows].tolist(), lambda width: width * d_in, decoder.most):
-        rows = small_rows[chunk]
-        exact = _gathered(indices[rows, :width], weights[rows, :width], counts[rows], decoder.W_dec)()
-        found.eigenvalues[rows] = F.pad(exact.eigenvalues, (0, found.eigenvalues.shape[1] - width))
-        found.axis[rows], found.centroid[rows], found.moment[rows] = exact.axis, exact.centroid, exact.moment
-    return lambda: found
+        return _gathered(clouds, decoder.W_dec, slim_from)
+    (found,) = looked_up(decoder.inner, [clouds], slim_from)
+    solved = _looked_up(clouds, found, decoder)
+    return lambda: solved
 
 
 def _shape(solved: Solved, counts: Tensor) -> Geometry:
@@ -229,10 +233,9 @@ def _shape(solved: Solved, counts: Tensor) -> Geometry:
     )
 
 
-def _gathered(
-    indices: Tensor, weights: Tensor, counts: Tensor, W_dec: Tensor, slim_from: int = EXACT
-) -> Callable[[], Solved]:
+def _gathered(clouds: Clouds, W_dec: Tensor, slim_from: int = EXACT) -> Callable[[], Solved]:
     """By the rows themselves: exact for the smallest cloud, (rows, width, d_in) of memory."""
+    indices, weights, counts = clouds.indices, clouds.weights, clouds.counts
     if W_dec.device.type == "cuda" and (ours := kernels()) is not None:
         spread, centroid, moment = ours.centred(W_dec, indices, weights, counts)  # S
     else:
@@ -250,16 +253,21 @@ def _gathered(
     return solved
 
 
-def _looked_up(
-    indices: Tensor, weights: Tensor, counts: Tensor, summed: Tensor, inner: Tensor, slim_from: int
-) -> tuple[Solved, Tensor]:
-    """By the table of inner products; and which (rows,) are too small for differences of those."""
-    found = looked_up(inner, indices, weights, counts, slim_from)
-    small = (found.moment - found.square <= CANCELLED * found.moment) & (counts > 1)
-    centroid = exact_sum(indices, weights, counts, summed)
+def _looked_up(clouds: Clouds, found: LookedUp, decoder: DecoderRows) -> Solved:
+    """By the table of inner products; clouds too small for differences of those by the rows themselves."""
+    indices, weights, counts = clouds.indices, clouds.weights, clouds.counts
+    eigenvalues, moment = found.spectra.eigenvalues, found.moment
+    centroid = exact_sum(indices, weights, counts, decoder.summed)
     scaled = weights.sqrt() * found.spectra.principal
-    axis = exact_sum(indices, scaled, counts, summed) - scaled.sum(-1, keepdim=True) * centroid
-    return Solved(found.spectra.eigenvalues, axis, centroid, found.moment), small
+    axis = exact_sum(indices, scaled, counts, decoder.summed) - scaled.sum(-1, keepdim=True) * centroid
+    small = ((moment - found.square <= CANCELLED * moment) & (counts > 1)).nonzero().squeeze(1)
+    d_in = decoder.W_dec.shape[1]
+    for chunk, width in row_chunks(counts[small].tolist(), lambda width: width * d_in, decoder.most):
+        rows = small[chunk]
+        exact = _gathered(Clouds(indices[rows, :width], weights[rows, :width], counts[rows]), decoder.W_dec)()
+        eigenvalues[rows] = F.pad(exact.eigenvalues, (0, eigenvalues.shape[1] - width))
+        axis[rows], centroid[rows], moment[rows] = exact.axis, exact.centroid, exact.moment
+    return Solved(eigenvalues, axis, centroid, moment)
 
 
 def weighted_sum(indices: Tensor, weights: Tensor, counts: Tensor, rows: Tensor) -> Tensor:

@@ -83,61 +83,80 @@ INLINE lanes root(lanes x) {
     return x;
 }
 
-/* All eigenvalues of the tridiagonal, in q, in no order; how many lanes did not converge. */
-INLINE int eigenvalues(Group *g, int64_t n) {
-    lanes *restrict q = g->q, *restrict f = g->f;
-    lanes norm = all(0);
-    for (int64_t i = 0; i < n; i++) {
-        q[i] = g->d[i];
-        f[i] = g->e[i] * g->e[i];
-        lanes size = absolute(q[i]) + absolute(g->e[i]);
-        norm = choose_exact(size > norm, size, norm);
+/* All eigenvalues of the tridiagonals of one or two groups, in q, in no order; how many lanes did not converge.
+ *
+ * A step waits for the one before it, and most of all for its divisions: two groups side by side take hardly longer
+ * than one. */
+INLINE int eigenvalues(const Group *g, const int groups, int64_t n) {
+    lanes small[HALVES];
+    int64_t l[HALVES][LANES] = {{0}};
+    for (int h = 0; h < groups; h++) {
+        lanes norm = all(0);
+        for (int64_t i = 0; i < n; i++) {
+            g[h].q[i] = g[h].d[i];
+            g[h].f[i] = g[h].e[i] * g[h].e[i];
+            lanes size = absolute(g[h].q[i]) + absolute(g[h].e[i]);
+            norm = choose_exact(size > norm, size, norm);
+        }
+        small[h] = norm * (0.1 * DBL_EPSILON);
+        small[h] *= small[h]; /* a square below it is nothing beside the largest eigenvalue */
     }
-    lanes small = norm * (0.1 * DBL_EPSILON);
-    small *= small; /* a square below it is nothing beside the largest eigenvalue */
-    int64_t l[LANES] = {0}, m[LANES];
     for (int64_t sweeps = 0; sweeps < MAX_SWEEPS * n; sweeps++) {
-        lanes sigma = all(0), from = all(0), to = all(0);
+        lanes sigma[HALVES], from[HALVES], to[HALVES], c[HALVES], s[HALVES], gamma[HALVES], p[HALVES];
         int64_t top = 0, bottom = n;
-        for (int i = 0; i < LANES; i++) { /* of each lane, the next block that is not yet diagonal */
-            while (l[i] + 1 < n && f[l[i]][i] <= small[i]) l[i]++;
-            if (l[i] + 1 >= n) continue;
-            for (m[i] = l[i] + 1; m[i] + 1 < n && f[m[i]][i] > small[i];) m[i]++;
-            double side = sqrt(f[l[i]][i]), lower = q[l[i]][i];
-            double half = (q[l[i] + 1][i] - lower) / (2 * side);
-            sigma[i] = lower - side / (half + copysign(sqrt(half * half + 1), half));
-            from[i] = (double)l[i];
-            to[i] = (double)m[i];
-            if (m[i] > top) top = m[i];
-            if (l[i] < bottom) bottom = l[i];
+        for (int h = 0; h < groups; h++) {
+            const lanes *q = g[h].q, *f = g[h].f;
+            sigma[h] = from[h] = to[h] = s[h] = gamma[h] = all(0);
+            c[h] = all(1);
+            for (int i = 0; i < LANES; i++) { /* of each lane, the next block that is not yet diagonal */
+                int64_t first = l[h][i], last;
+                while (first + 1 < n && f[first][i] <= small[h][i]) first++;
+                l[h][i] = first;
+                if (first + 1 >= n) continue;
+                for (last = first + 1; last + 1 < n && f[last][i] > small[h][i];) last++;
+                double side = sqrt(f[first][i]), lower = q[first][i];
+                double half = (q[first + 1][i] - lower) / (2 * side);
+                sigma[h][i] = lower - side / (half + copysign(sqrt(half * half + 1), half));
+                gamma[h][i] = q[last][i] - sigma[h][i];
+                from[h][i] = (double)first;
+                to[h][i] = (double)last;
+                if (last > top) top = last;
+                if (first < bottom) bottom = first;
+            }
+            p[h] = gamma[h] * gamma[h];
         }
         if (top == 0) return 0;
-        lanes c = all(1), s = all(0), gamma = all(0), p = all(0);
-        for (int i = 0; i < LANES; i++) gamma[i] = q[(int64_t)to[i]][i] - sigma[i];
-        p = gamma * gamma;
         for (int64_t i = top - 1; i >= bottom; i--) {
-            mask active = (all((double)i) < to) & (all((double)i) >= from);
-            mask first = all((double)(i + 1)) == to;
-            lanes b = f[i], r = p + b;
-            f[i + 1] = choose_exact(active & ~first, s * r, f[i + 1]);
-            lanes over = all(1) / r, c_new = p * over, s_new = b * over;
-            lanes diagonal = q[i];
-            lanes gamma_new = c_new * (diagonal - sigma) - s_new * gamma;
-            q[i + 1] = choose_exact(active, gamma + (diagonal - gamma_new), q[i + 1]);
-            lanes p_new = choose_exact(c_new != all(0), gamma_new * gamma_new / c_new, c * b);
-            c = choose_exact(active, c_new, c);
-            s = choose_exact(active, s_new, s);
-            gamma = choose_exact(active, gamma_new, gamma);
-            p = choose_exact(active, p_new, p);
+            lanes here = all((double)i);
+            for (int h = 0; h < groups; h++) {
+                lanes *restrict q = g[h].q, *restrict f = g[h].f;
+                mask active = (here < to[h]) & (here >= from[h]);
+                mask first = here + 1 == to[h];
+                lanes b = f[i], r = p[h] + b;
+                lanes over_c = r / p[h]; /* beside the other division, not after it */
+                lanes over_r = all(1) / r;
+                f[i + 1] = choose_exact(active & ~first, s[h] * r, f[i + 1]);
+                lanes c_new = p[h] * over_r, s_new = b * over_r, diagonal = q[i];
+                lanes gamma_new = c_new * (diagonal - sigma[h]) - s_new * gamma[h];
+                q[i + 1] = choose_exact(active, gamma[h] + (diagonal - gamma_new), q[i + 1]);
+                lanes p_new = choose_exact(c_new != all(0), gamma_new * gamma_new * over_c, c[h] * b);
+                c[h] = choose_exact(active, c_new, c[h]);
+                s[h] = choose_exact(active, s_new, s[h]);
+                gamma[h] = choose_exact(active, gamma_new, gamma[h]);
+                p[h] = choose_exact(active, p_new, p[h]);
+            }
         }
-        for (int i = 0; i < LANES; i++) {
-            if (l[i] + 1 >= n) continue;
-            f[l[i]][i] = s[i] * p[i];
-            q[l[i]][i] = sigma[i] + gamma[i];
-        }
+        for (int h = 0; h < groups; h++)
+            for (int i = 0; i < LANES; i++) {
+                int64_t first = l[h][i];
+                if (first + 1 >= n) continue;
+                g[h].f[first][i] = s[h][i] * p[h][i];
+                g[h].q[first][i] = sigma[h][i] + gamma[h][i];
+            }
     }
     int left = 0;
-    for (int i = 0; i < LANES; i++) left += l[i] + 1 < n;
+    for (int h = 0; h < groups; h++)
+        for (int i = 0; i < LANES; i++) left += l[h][i] + 1 < n;
     return left;
 }
 
@@ -280,7 +299,7 @@ INLINE int spectra_exact(const Work *work, int64_t first, int64_t end, lanes *ro
     reduce_exact(&r, n);
     g.d = r.d;
     g.e = r.e;
-    int left = eigenvalues(&g, n);
+    int left = eigenvalues(&g, 1, n);
     principal(&g, n, batch.count);
     reflect_exact(&r, n, g.x);
     give(work, &batch, g.q, work->eigen);
@@ -299,8 +318,9 @@ INLINE int spectra_slim(const Work *work, int64_t first, int64_t end, lanes *roo
     }
     Reduction_exact made = laid_out_exact(room, n);
     Reduction_slim r = laid_out_slim(slim_room, n);
-    Group g = grouped(room + room_exact(n), n);
+    Group g[HALVES];
     for (int h = 0; h < HALVES; h++) {
+        g[h] = grouped(room + room_exact(n) + h * GROUP_PARTS * n, n);
         take(work, &batch[h], &made, n);
         scale[h] = over_trace(made.a, n);
         for (int64_t i = 0; i < n; i++)
@@ -308,25 +328,25 @@ INLINE int spectra_slim(const Work *work, int64_t first, int64_t end, lanes *roo
                 *half_of(&r.a[i * n + j], h) = __builtin_convertvector(made.a[i * n + j] * scale[h], half);
     }
     reduce_slim(&r, n);
-    int left = 0;
     slim *x = r.v; /* free by now */
+    for (int h = 0; h < HALVES; h++)
+        for (int64_t i = 0; i < n; i++) {
+            g[h].d[i] = __builtin_convertvector(*half_of(&r.d[i], h), lanes);
+            g[h].e[i] = __builtin_convertvector(*half_of(&r.e[i], h), lanes);
+        }
+    int left = eigenvalues(g, HALVES, n);
     for (int h = 0; h < HALVES; h++) {
+        principal(&g[h], n, batch[h].count);
         for (int64_t i = 0; i < n; i++) {
-            g.d[i] = __builtin_convertvector(*half_of(&r.d[i], h), lanes);
-            g.e[i] = __builtin_convertvector(*half_of(&r.e[i], h), lanes);
+            g[h].q[i] /= scale[h];
+            *half_of(&x[i], h) = __builtin_convertvector(g[h].x[i], half);
         }
-        left += eigenvalues(&g, n);
-        principal(&g, n, batch[h].count);
-        for (int64_t i = 0; i < n; i++) {
-            g.q[i] /= scale[h];
-            *half_of(&x[i], h) = __builtin_convertvector(g.x[i], half);
-        }
-        give(work, &batch[h], g.q, work->eigen);
+        give(work, &batch[h], g[h].q, work->eigen);
     }
     reflect_slim(&r, n, x);
     for (int h = 0; h < HALVES; h++) {
-        for (int64_t i = 0; i < n; i++) g.x[i] = __builtin_convertvector(*half_of(&x[i], h), lanes);
-        give(work, &batch[h], g.x, work->vectors);
+        for (int64_t i = 0; i < n; i++) g[h].x[i] = __builtin_convertvector(*half_of(&x[i], h), lanes);
+        give(work, &batch[h], g[h].x, work->vectors);
     }
     return left;
 }
@@ -340,7 +360,7 @@ int lensd_spectra(const double *gram, const double *inner, int64_t d_sae, const 
                   const double *weights, const int64_t *counts, int64_t rows, int64_t width, int64_t slim_from,
                   double *eigen, double *vectors, double *moment, double *square) {
     int64_t *order = malloc((rows + 1) * sizeof(int64_t));
-    lanes *room = aligned_alloc(ALIGNMENT, (room_exact(width) + GROUP_PARTS * width) * sizeof(lanes));
+    lanes *room = aligned_alloc(ALIGNMENT, (room_exact(width) + HALVES * GROUP_PARTS * width) * sizeof(lanes));
     slim *slim_room = aligned_alloc(ALIGNMENT, room_slim(width) * sizeof(slim));
     int left = -1;
     if (order && room && slim_room) {

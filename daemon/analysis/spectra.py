@@ -11,7 +11,7 @@ import ctypes
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,35 @@ class Spectra:
 
 
 @dataclass(frozen=True, slots=True)
+class Clouds:
+    """Weighted decoder rows at a few positions; contiguous."""
+
+    indices: Tensor  # (rows, width) int64
+    weights: Tensor  # (rows, width) float64, zero beyond the counts
+    counts: Tensor  # (rows,) int64
+
+    def rows(self, which: slice | Tensor) -> Clouds:
+        return Clouds(self.indices[which], self.weights[which], self.counts[which])
+
+
+@dataclass(frozen=True, slots=True)
 class LookedUp:
     """Spectra of S S^T for clouds in a table of inner products, and what came up on the way."""
 
     spectra: Spectra
     moment: Tensor  # (rows,) sum w_i ||r_i||^2
     square: Tensor  # (rows,) ||sum w_i r_i||^2
+
+    @classmethod
+    def empty(cls, clouds: Clouds) -> LookedUp:
+        like, rows = torch.empty_like, clouds.weights[:, 0]
+        return cls(Spectra(like(clouds.weights), like(clouds.weights)), like(rows), like(rows))
+
+    def put(self, rows: slice, other: LookedUp) -> None:
+        """Take the rows from another."""
+        self.spectra.eigenvalues[rows] = other.spectra.eigenvalues
+        self.spectra.principal[rows] = other.spectra.principal
+        self.moment[rows], self.square[rows] = other.moment, other.square
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +200,9 @@ class Crossing:
         )
 
 
-def pieces(rows: int) -> list[slice]:
+def pieces(rows: int, of_each: int = PIECE_ROWS) -> list[slice]:
     """What one core takes at a time; one empty piece if there are no rows."""
-    return [slice(start, min(start + PIECE_ROWS, rows)) for start in range(0, max(1, rows), PIECE_ROWS)]
+    return [slice(start, min(start + of_each, rows)) for start in range(0, max(1, rows), of_each)]
 
 
 def looks_up(inner: Tensor) -> bool:
@@ -187,39 +210,41 @@ def looks_up(inner: Tensor) -> bool:
     return inner.device.type == "cpu" and compiled() is not None
 
 
-def looked_up(
-    inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, slim_from: int = EXACT
-) -> LookedUp:
-    """The spectra of D^(1/2) (K - 1 (K w)^T - (K w) 1^T + w^T K w) D^(1/2), D = diag(w).
+def looked_up(inner: Tensor, groups: Sequence[Clouds], slim_from: int = EXACT) -> list[LookedUp]:
+    """Of each group, the spectra of D^(1/2) (K - 1 (K w)^T - (K w) 1^T + w^T K w) D^(1/2), D = diag(w).
 
-    inner: (d_sae, d_sae) float64, indices, weights: (rows, width), counts: (rows,), best in order. Where the
-    compiled routine is not there or does not converge, torch forms (rows, width, width).
+    inner: (d_sae, d_sae) float64, of which K are those of a cloud. Where the compiled routine is not there or
+    does not converge, torch forms (rows, width, width).
     """
     routine = compiled() if looks_up(inner) else None
     if routine is None:
-        return looked_up_by_torch(inner, indices, weights, counts)
-    rows, width = indices.shape
-    indices, weights, counts = indices.contiguous(), weights.contiguous(), counts.contiguous()
-    values, vectors = weights.new_empty(rows, width), weights.new_empty(rows, width)
-    moment, square = weights.new_empty(rows), weights.new_empty(rows)
-    clouds = [rows_at(tensor) for tensor in (indices, weights, counts)]
-    found = [rows_at(tensor) for tensor in (values, vectors, moment, square)]
+        return [looked_up_by_torch(inner, clouds) for clouds in groups]
+    results = [LookedUp.empty(clouds) for clouds in groups]
     table = None, inner.data_ptr(), len(inner)
 
-    def work(piece: slice) -> bool:
-        n, first = piece.stop - piece.start, piece.start
-        given = (*table, *(at(first) for at in clouds), n, width, slim_from)
-        return not routine.spectra(*given, *(at(first) for at in found))
+    def work(task: tuple[int, slice]) -> bool:
+        number, piece = task
+        clouds, found = groups[number], results[number]
+        n, width = piece.stop - piece.start, clouds.indices.shape[1]
+        values, vectors = found.spectra.eigenvalues, found.spectra.principal
+        given = [rows_at(tensor)(piece.start) for tensor in (clouds.indices, clouds.weights, clouds.counts)]
+        taken = [rows_at(tensor)(piece.start) for tensor in (values, vectors, found.moment, found.square)]
+        return not routine.spectra(*table, *given, n, width, slim_from, *taken)
 
-    planned = pieces(rows)
-    converged = side_by_side(work, planned)
-    result = LookedUp(Spectra(values.sort(dim=-1, descending=True).values, vectors), moment, square)
-    for piece in (piece for piece, well in zip(planned, converged, strict=True) if not well):
-        again = looked_up_by_torch(inner, indices[piece], weights[piece], counts[piece])
-        result.spectra.eigenvalues[piece] = again.spectra.eigenvalues
-        result.spectra.principal[piece] = again.spectra.principal
-        result.moment[piece], result.square[piece] = again.moment, again.square
-    return result
+    tasks = [
+        (number, piece)
+        for number, clouds in enumerate(groups)
+        for piece in pieces(len(clouds.counts), 2 * LANES)
+    ]
+    tasks.sort(
+        key=lambda task: -groups[task[0]].indices.shape[1]
+    )  # no core is left with a long one at the end
+    converged = side_by_side(work, tasks)
+    for found in results:
+        found.spectra.eigenvalues.copy_(found.spectra.eigenvalues.sort(dim=-1, descending=True).values)
+    for number, piece in (task for task, well in zip(tasks, converged, strict=True) if not well):
+        results[number].put(piece, looked_up_by_torch(inner, groups[number].rows(piece)))
+    return results
 
 
 def rows_at(tensor: Tensor) -> Callable[[int], int]:
@@ -228,7 +253,8 @@ def rows_at(tensor: Tensor) -> Callable[[int], int]:
     return lambda row: first + row * step
 
 
-def looked_up_by_torch(inner: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> LookedUp:
+def looked_up_by_torch(inner: Tensor, clouds: Clouds) -> LookedUp:
+    indices, weights, counts = clouds.indices, clouds.weights, clouds.counts
     gram = inner[indices.unsqueeze(2), indices.unsqueeze(1)]  # K
     moment = (weights * gram.diagonal(dim1=1, dim2=2)).sum(-1)
     to_centroid = (gram @ weights.unsqueeze(2)).squeeze(2)  # K w

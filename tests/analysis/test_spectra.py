@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from daemon.analysis import spectra as module
-from daemon.analysis.spectra import EXACT, LANES, SLIM_FROM, Compiled, inverse_iteration, looked_up, spectra
+from daemon.analysis.spectra import (
+    EXACT,
+    LANES,
+    SLIM_FROM,
+    Clouds,
+    Compiled,
+    inverse_iteration,
+    looked_up,
+    spectra,
+)
 
 COMPILED = pytest.mark.skipif(module.compiled() is None, reason="installed without a C compiler")
 
@@ -88,15 +97,15 @@ def test_a_matrix_gives_the_same_bits_whatever_its_neighbours(slim_from):
         assert torch.equal(alone.principal[0], together.principal[row, :n])
 
 
-def clouds(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A table of inner products, and indices, weights and counts of clouds in it."""
+def clouds(rows: int) -> tuple[torch.Tensor, Clouds]:
+    """A table of inner products, and clouds in it."""
     chance = torch.Generator().manual_seed(1)
     table = torch.randn(60, 20, generator=chance, dtype=torch.float64)
     counts = torch.randint(1, 13, (rows,), generator=chance)
     indices = torch.stack([torch.randperm(60, generator=chance)[:12] for _ in counts])
     weights = torch.rand(indices.shape, generator=chance, dtype=torch.float64)
     weights *= torch.arange(12) < counts.unsqueeze(1)
-    return table @ table.T, indices, weights / weights.sum(-1, keepdim=True), counts
+    return table @ table.T, Clouds(indices, weights / weights.sum(-1, keepdim=True), counts)
 
 
 @COMPILED
@@ -108,7 +117,7 @@ def test_what_is_looked_up_is_what_is_worked_out():
     weights = torch.rand(indices.shape, generator=chance, dtype=torch.float64)
     weights *= torch.arange(12) < counts.unsqueeze(1)
     weights /= weights.sum(-1, keepdim=True)
-    found = looked_up(rows @ rows.T, indices, weights, counts)
+    (found,) = looked_up(rows @ rows.T, [Clouds(indices, weights, counts)])
     cloud = rows[indices]
     centroid = (weights.unsqueeze(1) @ cloud).squeeze(1)
     spread = (cloud - centroid.unsqueeze(1)) * weights.sqrt().unsqueeze(2)
@@ -135,27 +144,29 @@ def test_without_the_routine_or_where_it_gives_up_torch_does_the_work(monkeypatc
 
 @pytest.mark.parametrize("routine", [None, Compiled(spectra=lambda *_: 1, weighted_sums=None)])
 def test_without_the_routine_or_where_it_gives_up_torch_looks_up(routine, monkeypatch):
-    inner, indices, weights, counts = clouds(rows=70)
-    expected = looked_up(inner, indices, weights, counts)
+    inner, given = clouds(rows=70)
+    (expected,) = looked_up(inner, [given])
     monkeypatch.setattr(module, "compiled", lambda: routine)
-    found = looked_up(inner, indices, weights, counts)
+    (found,) = looked_up(inner, [given])
     torch.testing.assert_close(found.spectra.eigenvalues, expected.spectra.eigenvalues, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.moment, expected.moment)
     torch.testing.assert_close(found.square, expected.square)
-    along = (found.spectra.principal * expected.spectra.principal).sum(-1).abs()[counts > 1]
+    along = (found.spectra.principal * expected.spectra.principal).sum(-1).abs()[given.counts > 1]
     torch.testing.assert_close(along, torch.ones_like(along))
 
 
 @COMPILED
 @pytest.mark.parametrize("threads", [1, 3])
 def test_rows_looked_up_together_are_what_they_are_alone(threads, monkeypatch):
-    inner, indices, weights, counts = clouds(rows=70)
+    inner, given = clouds(rows=70)
     monkeypatch.setattr("daemon.analysis.threads.torch.get_num_threads", lambda: threads)
     monkeypatch.setattr("daemon.analysis.threads.torch.set_num_threads", lambda _: None)
-    together = looked_up(inner, indices, weights, counts)
-    for row in range(len(counts)):
+    groups = [given.rows(slice(0, 40)), given.rows(slice(40, 70))]
+    first, second = looked_up(inner, groups)
+    for row in range(len(given.counts)):
         one = slice(row, row + 1)
-        alone = looked_up(inner, indices[one], weights[one], counts[one])
+        (alone,) = looked_up(inner, [given.rows(one)])
+        together, one = (first, one) if row < 40 else (second, slice(row - 40, row - 39))
         assert torch.equal(alone.spectra.eigenvalues, together.spectra.eigenvalues[one])
         assert torch.equal(alone.spectra.principal, together.spectra.principal[one])
         assert torch.equal(alone.moment, together.moment[one])
