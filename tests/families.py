@@ -77,7 +77,7 @@ PACKED = ("gpt2", "gpt_neox", "llama", "mistral", "gemma2", "gemma3", "qwen2", "
 
 
 def save_family(folder: Path, family: str) -> Path:
-    """A random model of the family with weights large enough that attention is not uniform."""
+    """A random model of the family: attention is not uniform, and no norm or bias is the same everywhere."""
     torch.manual_seed(0)
     name, settings = FAMILIES[family]
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings))
@@ -85,6 +85,8 @@ def save_family(folder: Path, family: str) -> Path:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.3)
+            else:
+                parameter += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     tiny.byte_tokenizer().save_pretrained(folder)
     return folder

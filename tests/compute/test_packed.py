@@ -45,7 +45,7 @@ def test_packed_texts_equal_each_text_alone_through_transformer_lens(family, sae
             assert_close(layer.reconstruction[row], alone.reconstruction[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", PACKED)
 def test_packed_weights_give_what_the_model_gives_in_float32(family, saes, tmp_path):
     model = save_family(tmp_path / family, family)
     fast, plain = packed(model, saes, torch.float32), padded(model, saes, torch.float32)
