@@ -26,6 +26,7 @@ from daemon.compute.encoding import Encoder
 from daemon.compute.extraction import Extraction, Started
 from daemon.compute.fused import FlexPlan, can_fuse, fuse, unfuse
 from daemon.compute.launched import Launched, moved
+from daemon.compute.lean import make_lean
 from daemon.compute.linear import pack_linears, prepared_rows
 from daemon.compute.loading import LoadedModel, model_info
 from daemon.compute.preorder import Preorder, preorder
@@ -144,7 +145,7 @@ class PackedEngine:
             model.model.config._attn_implementation = IMPLEMENTATION
             if config is not model.model.config:
                 config._attn_implementation = IMPLEMENTATION
-            self._fills = pack_linears(self._trunk.layers) > 0
+            self._fills = self._pack(texts) > 0
             plan = self._probe(texts, plain)
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError, LookupError) as error:
             raise CannotPack(f"{type(error).__name__}: {first_line(error)}") from error
@@ -152,6 +153,13 @@ class PackedEngine:
         if slides and not plan.windows:
             raise CannotPack("a sliding window that the attention is not told of")
         return plain
+
+    def _pack(self, texts: Sequence[Sequence[int]]) -> int:
+        """Give the layers a faster form, where there is one; how many they or their linear layers were."""
+        packed = preorder(texts)
+        plan, keep = self._plan(packed), torch.from_numpy(packed.path).to(self._device)
+        lean = make_lean(self._trunk, plan, lambda: self._run(packed, plan, keep))
+        return lean + pack_linears(self._trunk.layers)
 
     def _fuse(self, texts: Sequence[Sequence[int]], plain: list[list[Tensor]]) -> None:
         """Compile the layers, and on an accelerator the attention; leave them where that does not work."""

@@ -33,12 +33,18 @@ class Trunk:
         self._layers = decoder_layers(model)
         self._points = list(points)
         self._dtype = next(model.parameters()).dtype
-        self._last = max(layer if side == "post" else layer - 1 for layer, side in self._points)
+        self._last = max(map(writer, self._points))
+        self._narrows = False  # whether the last layer computes no more than it is asked to
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers that run."""
-        return self._layers[: self._last + 1]
+        return list(self._layers)[: self._last + 1]
+
+    def replace(self, number: int, layer: nn.Module) -> None:
+        """Run `layer` in place of one that runs. It takes `keep`: see `run`."""
+        self._layers[number] = layer
+        self._narrows |= number == self._last
 
     def run(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None, keep: Tensor | None
@@ -49,12 +55,16 @@ class Trunk:
         reaches the attention as it is; without one, attention is causal.
         """
         captured: dict[HookPoint, Tensor] = {}
+        narrows = self._narrows and keep is not None and len(keep) < tokens.numel()
 
         def capture(point: HookPoint, hidden: Tensor) -> None:
             flat = hidden.flatten(0, 1)
-            captured[point] = flat if keep is None else flat.index_select(0, keep)
+            narrowed = narrows and writer(point) == self._last
+            captured[point] = flat if keep is None or narrowed else flat.index_select(0, keep)
 
         with ExitStack() as hooks, full_precision(self._dtype):
+            if narrows:
+                hooks.callback(self._narrow(keep).remove)
             for point in self._points:
                 hooks.callback(self._hook(point, capture).remove)
             hooks.callback(self._stop_after_last().remove)
@@ -63,13 +73,19 @@ class Trunk:
         return [captured[point] for point in self._points]
 
     def _hook(self, point: HookPoint, capture: Callable[[HookPoint, Tensor], None]) -> Any:
-        layer, side = point
-        if side == "post" or layer > 0:  # the input of a layer is the output of the one before
-            module = self._layers[layer if side == "post" else layer - 1]
-            return module.register_forward_hook(lambda module, args, output: capture(point, first(output)))
+        if (layer := writer(point)) >= 0:
+            return self._layers[layer].register_forward_hook(
+                lambda module, args, output: capture(point, first(output))
+            )
         return self._layers[0].register_forward_pre_hook(
             lambda module, args, kwargs: capture(point, args[0] if args else kwargs["hidden_states"]),
             with_kwargs=True,
+        )
+
+    def _narrow(self, keep: Tensor | None) -> Any:
+        """The last layer is also given `keep`."""
+        return self._layers[self._last].register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "keep": keep}), with_kwargs=True
         )
 
     def _stop_after_last(self) -> Any:
@@ -81,12 +97,18 @@ class Trunk:
         return self._layers[self._last].register_forward_hook(stop)
 
 
+def writer(point: HookPoint) -> int:
+    """The layer whose output is read there; -1 for the input of the first."""
+    layer, side = point
+    return layer if side == "post" else layer - 1
+
+
 def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """The hidden states in what a decoder layer returned."""
     return output if isinstance(output, Tensor) else output[0]
 
 
-def decoder_layers(model: Any) -> list[nn.Module]:
+def decoder_layers(model: Any) -> nn.ModuleList:
     """The list of decoder layers of a Hugging Face model. Raises UnknownModel."""
     n_layers = model.config.get_text_config().num_hidden_layers
     lists = [
@@ -96,4 +118,4 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     ]
     if not lists:
         raise UnknownModel(f"{type(model).__name__} has no list of {n_layers} decoder layers")
-    return list(lists[0])
+    return lists[0]

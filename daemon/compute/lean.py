@@ -1,0 +1,196 @@
+"""Decoder layers of Llama's kind with little between their matrix products: in float32, on a CPU.
+
+A Hugging Face layer passes some thirty times over all hidden states for its norms, rotary embeddings and
+residual sums; here it is a third of that. The norms' weights are part of the products that read them, queries
+and keys turn in place. Knows no texts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from daemon.compute.attention import Call, Plan, attending, current
+from daemon.compute.linear import (
+    FUSED_ACTIVATIONS,
+    PackedGatedMlp,
+    PackedLinear,
+    agrees,
+    packs,
+    prepared_rows,
+)
+from daemon.compute.trunk import Trunk
+
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # of a layer, and of those
+ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+PROBE_SCALES = (1e-3, 1.0, 10.0)  # of random hidden states: in small ones a norm's epsilon counts
+LARGE = 1e4  # beside which it does not
+
+
+class LeanLayer(nn.Module):
+    """Norm, attention, residual sum; norm, gated MLP, residual sum."""
+
+    def __init__(self, layer: Any, asked: Call) -> None:
+        """Does what a Hugging Face layer does that asked attention for this."""
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self._d_head = asked.query.shape[3]
+        self._heads = [asked.query.shape[1], asked.key.shape[1], asked.value.shape[1]]
+        self._call = functools.partial(Call, window=asked.window, scale=asked.scale, softcap=asked.softcap)
+        self._before, self._between = epsilon(layer.input_layernorm), epsilon(layer.post_attention_layernorm)
+        width = attention.q_proj.in_features
+        before, between = gain(layer.input_layernorm, width), gain(layer.post_attention_layernorm, width)
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        q_rows, k_rows = paired(q.out_features, self._d_head), paired(k.out_features, self._d_head)
+        self._qkv = PackedLinear(
+            torch.cat([q.weight[q_rows], k.weight[k_rows], v.weight]) * before,
+            None if q.bias is None else torch.cat([q.bias[q_rows], k.bias[k_rows], v.bias]),
+        )
+        self._out = PackedLinear(attention.o_proj.weight, attention.o_proj.bias)
+        self._mlp = PackedGatedMlp(
+            PackedLinear(mlp.gate_proj.weight * between, mlp.gate_proj.bias),
+            PackedLinear(mlp.up_proj.weight * between, mlp.up_proj.bias),
+            PackedLinear(mlp.down_proj.weight, mlp.down_proj.bias),
+            FUSED_ACTIVATIONS[type(mlp.act_fn).__name__],
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        keep: Tensor | None = None,
+        **others: object,
+    ) -> Tensor:
+        """hidden_states: (1, n, d_model) -> the same, or with `keep` (K,) of those tokens: (1, K, d_model).
+
+        position_embeddings: cosines and sines (1, n, d_head), both halves of which are alike.
+        """
+        x = hidden_states[0]  # (n, d_model)
+        attended = self._attended(normalised(x, self._before), *position_embeddings)
+        if keep is not None:
+            rows = F.pad(keep, (0, prepared_rows(len(keep)) - len(keep)))
+            x, attended = x.index_select(0, rows), attended.index_select(0, rows)
+        x = self._out(attended).add_(x)
+        result: Tensor = self._mlp(normalised(x, self._between)).add_(x)
+        return result[None] if keep is None else result[None, : len(keep)]
+
+    def _attended(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: (n, d_model), normalised -> what each head attends to (n, heads * d_head)."""
+        half = self._d_head // 2
+        turns = torch.complex(cos[0, :, :half], sin[0, :, :half]).unsqueeze(1)  # (n, 1, half)
+        qkv = self._qkv(x).view(len(x), -1, self._d_head)  # (n, heads + 2 key heads, d_head)
+        turned = qkv[:, : -self._heads[2]].unflatten(2, (half, 2))
+        torch.view_as_complex(turned).mul_(turns)
+        call: Call = self._call(*qkv.transpose(0, 1).unsqueeze(0).split(self._heads, dim=1))
+        attended: Tensor = current.get().attend(call).flatten(2)
+        return attended[0]
+
+
+def normalised(x: Tensor, epsilon: float) -> Tensor:
+    """x: (n, d) with rows of mean square one, but for epsilon."""
+    scale: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x * scale.square_().div_(x.shape[1]).add_(epsilon).rsqrt_()
+
+
+def paired(width: int, d_head: int) -> Tensor:
+    """The order (width,) in which features i and i + d_head / 2 of a head, which turn together, meet.
+
+    With queries and keys both in that order, their products stay the same.
+    """
+    order: Tensor = torch.arange(width).view(-1, 2, d_head // 2).mT.flatten()
+    return order
+
+
+def gain(norm: nn.Module, width: int) -> Tensor:
+    """(width,) what a norm multiplies each feature with, be it its weight or one more than that."""
+    factors: Tensor = norm(torch.full((width,), LARGE))
+    return factors
+
+
+def epsilon(norm: nn.Module) -> float:
+    """What a norm adds to the mean square. Raises AttributeError."""
+    name = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+    return float(getattr(norm, name))
+
+
+@dataclass(slots=True)
+class Heard:
+    """A plan that notes what it is asked for."""
+
+    plan: Plan
+    windows: dict[int, Any] = field(default_factory=dict)  # the plan has its own
+    calls: list[Call] = field(default_factory=list)
+
+    def attend(self, call: Call) -> Tensor:
+        self.calls.append(call)
+        return self.plan.attend(call)
+
+
+def make_lean(trunk: Trunk, plan: Plan, run: Callable[[], object]) -> int:
+    """Replace the layers of a trunk where a lean one gives the same result; how many were.
+
+    `run` runs the trunk on some texts, packed, by `plan`.
+    """
+    kind = list(map(is_of_the_kind, trunk.layers))
+    if not any(kind):
+        return 0
+    replaced = 0
+    for number, given in enumerate(arguments(trunk.layers, run)):
+        if kind[number] and (lean := lean_layer(trunk.layers[number], given, plan)) is not None:
+            trunk.replace(number, lean)
+            replaced += 1
+    return replaced
+
+
+def is_of_the_kind(layer: Any) -> bool:
+    """Whether a layer has the parts of one of Llama's, and no others."""
+    if names(layer) != PARTS or names(layer.self_attn) != ATTENTION_PARTS or names(layer.mlp) != MLP_PARTS:
+        return False
+    linears = [getattr(layer.self_attn, name) for name in ATTENTION_PARTS]
+    linears += [getattr(layer.mlp, name) for name in MLP_PARTS - {"act_fn"}]
+    return type(layer.mlp.act_fn).__name__ in FUSED_ACTIVATIONS and all(
+        type(linear) is nn.Linear and linear.weight.dtype == torch.float32 and packs(linear.weight)
+        for linear in linears
+    )
+
+
+def names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def arguments(layers: list[nn.Module], run: Callable[[], object]) -> list[dict[str, Any]]:
+    """What each layer is given besides hidden states."""
+    given: list[dict[str, Any]] = []
+    with ExitStack() as hooks:
+        for layer in layers:
+            hook = layer.register_forward_pre_hook(
+                lambda layer, args, kwargs: given.append(kwargs), with_kwargs=True
+            )
+            hooks.callback(hook.remove)
+        run()
+    return given
+
+
+def lean_layer(layer: Any, given: dict[str, Any], plan: Plan) -> LeanLayer | None:
+    """The lean form of a layer of the kind, if it adds the same to random hidden states."""
+    heard = Heard(plan)
+    try:
+        n, width = given["position_embeddings"][0].shape[1], layer.self_attn.q_proj.in_features
+        x = torch.randn(1, n, width, generator=torch.Generator().manual_seed(0))
+        x *= torch.tensor(PROBE_SCALES).repeat(n)[:n, None]
+        with torch.inference_mode(), attending(heard):
+            expected = layer(x, **given) - x
+            lean = LeanLayer(layer, heard.calls[0])
+            same = agrees(expected, lean(x, **given) - x)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it is of another kind
+        return None
+    return lean if same else None

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+
+from daemon.compute import lean
+from daemon.compute.lean import LeanLayer
+from daemon.compute.linear import prepared_rows, works
+from daemon.compute.preorder import preorder
+from tests import tiny
+from tests.compute.engines import packed, random_texts
+from tests.families import PACKED, save_family
+
+LEAN = {"llama", "mistral", "qwen2"}  # with a window that counts, and with biases
+
+pytestmark = pytest.mark.skipif(not works(torch.float32), reason="needs oneDNN's packed products")
+
+
+@pytest.fixture(scope="module")
+def sae(tmp_path_factory):
+    return tiny.save_sae(tmp_path_factory.mktemp("sae"), "blocks.2.hook_resid_post")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_family(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def layers_of(engine) -> list[nn.Module]:
+    return engine._trunk.layers
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_layers_of_the_kind_are_lean_in_float32_and_all_others_as_they_were(family, sae, tmp_path):
+    model = save_family(tmp_path / family, family)
+    engine = packed(model, [sae], torch.float32)
+    assert [type(layer) is LeanLayer for layer in layers_of(engine)] == 3 * [family in LEAN]
+    assert type(engine._trunk._layers[3]) is not LeanLayer  # nobody reads it
+    engine = packed(model, [sae], torch.float64)
+    assert not any(isinstance(layer, LeanLayer) for layer in layers_of(engine))
+
+
+@pytest.mark.parametrize("kept", [[5], [60, 3, 3, 17, 60], list(range(70, -1, -1)), [0] * 200])
+def test_the_last_layer_gives_the_tokens_that_are_read_in_the_order_asked_for(kept, llama, tmp_path):
+    hooks = [f"blocks.{layer}.hook_resid_post" for layer in (1, 2)] + ["blocks.3.hook_resid_pre"]
+    engine = packed(llama, [tiny.save_sae(tmp_path / hook, hook) for hook in hooks], torch.float32)
+    nodes = preorder(random_texts([40, 50]))
+    widths: list[int] = []
+    layers_of(engine)[-1].register_forward_hook(lambda layer, args, output: widths.append(output.shape[1]))
+    every = engine.residuals(nodes, torch.arange(len(nodes)))
+    some = engine.residuals(nodes, torch.tensor(kept))
+    for got, expected in zip(some, every, strict=True):
+        assert_close(got, expected[kept], rtol=1e-5, atol=1e-5)
+    assert widths == [len(nodes), min(len(kept), len(nodes))]
+
+
+def test_products_see_prepared_numbers_of_rows_alone(llama, sae, monkeypatch):
+    engine = packed(llama, [sae], torch.float32)
+    met: set[int] = set()
+    normalised = lean.normalised
+    monkeypatch.setattr(lean, "normalised", lambda x, epsilon: met.add(len(x)) or normalised(x, epsilon))
+    engine.extract(random_texts([9 + n for n in range(21)]))
+    assert met == {prepared_rows(21), prepared_rows(sum(9 + n for n in range(21)) - 20)}
+
+
+class TwiceTheMlp(LlamaMLP):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_does_more_than_its_parts_tell_is_left_alone(llama, sae, monkeypatch):
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", with_another_mlp(LlamaDecoderLayer.__init__))
+    engine = packed(llama, [sae], torch.float32)
+    assert [type(layer) for layer in layers_of(engine)] == 3 * [LlamaDecoderLayer]
+
+
+def with_another_mlp(make):
+    def init(self, config, layer_idx):
+        make(self, config, layer_idx)
+        self.mlp = TwiceTheMlp(config)
+
+    return init
+
+
+def test_a_norm_with_another_epsilon_than_it_seems_to_have_is_left_alone(llama, sae, monkeypatch):
+    epsilon = lean.epsilon
+    monkeypatch.setattr(lean, "epsilon", lambda norm: 3 * epsilon(norm))
+    engine = packed(llama, [sae], torch.float32)
+    assert [type(layer) for layer in layers_of(engine)] == 3 * [LlamaDecoderLayer]
