@@ -106,19 +106,24 @@ INLINE int eigenvalues(const Group *g, const int groups, int64_t n) {
         int64_t top = 0, bottom = n;
         for (int h = 0; h < groups; h++) {
             const lanes *q = g[h].q, *f = g[h].f;
-            sigma[h] = from[h] = to[h] = s[h] = gamma[h] = all(0);
+            sigma[h] = to[h] = s[h] = gamma[h] = all(0);
             c[h] = all(1);
+            lanes ends = all((double)(n - 1));
+            int64_t least = n;
             for (int i = 0; i < LANES; i++) { /* of each lane, the next block that is not yet diagonal */
-                int64_t first = l[h][i], last;
-                while (first + 1 < n && f[first][i] <= small[h][i]) first++;
-                l[h][i] = first;
+                while (l[h][i] + 1 < n && f[l[h][i]][i] <= small[h][i]) l[h][i]++;
+                from[h][i] = (double)l[h][i];
+                if (l[h][i] < least) least = l[h][i];
+            }
+            for (int64_t i = n - 2; i > least; i--)
+                ends = choose_exact((f[i] <= small[h]) & (all((double)i) > from[h]), all((double)i), ends);
+            for (int i = 0; i < LANES; i++) {
+                int64_t first = l[h][i], last = (int64_t)ends[i];
                 if (first + 1 >= n) continue;
-                for (last = first + 1; last + 1 < n && f[last][i] > small[h][i];) last++;
                 double side = sqrt(f[first][i]), lower = q[first][i];
                 double half = (q[first + 1][i] - lower) / (2 * side);
                 sigma[h][i] = lower - side / (half + copysign(sqrt(half * half + 1), half));
                 gamma[h][i] = q[last][i] - sigma[h][i];
-                from[h][i] = (double)first;
                 to[h][i] = (double)last;
                 if (last > top) top = last;
                 if (first < bottom) bottom = first;
