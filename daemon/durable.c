@@ -1,7 +1,7 @@
 /* The operations of `daemon.durable`, several in turn, without the interpreter's lock.
 
 Where small files are many, most of the time of an operation goes into giving the lock up and waiting to have
-it back. One call here gives it up once. */
+it back. One call here gives it up once, for any number of files. */
 
 #define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
@@ -9,16 +9,20 @@ it back. One call here gives it up once. */
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
-enum { MAKE_NEW_FOLDER, WRITE_WHOLE, FSYNC_FILE, FSYNC_FOLDER }; /* as `durable.StepKind` counts them */
-enum { DONE = 0, FAILED = -1, NOT_SYNCED = -2 };                 /* the last: the disk refused an fsync */
+/* As `durable.StepKind` counts them. */
+enum { MAKE_NEW_FOLDER, WRITE_WHOLE, FSYNC_FILE, FSYNC_FOLDER, RENAME, MOVE, SYMLINK, UNLINK };
+enum { DONE = 0, FAILED = -1, NOT_SYNCED = -2 }; /* the last: the disk refused an fsync */
 
 typedef struct {
     int kind;
     PyObject *path; /* bytes */
+    PyObject *name; /* bytes: the other one of two; NULL where there is none */
     Py_buffer content; /* .obj NULL where there is none */
 } Step;
 
@@ -70,8 +74,19 @@ static int flush(const char *path, int flags) {
     return closed(descriptor, result);
 }
 
+static int move(const char *source, const char *target) {
+#if defined(SYS_renameat2) && defined(RENAME_NOREPLACE)
+    return (int)syscall(SYS_renameat2, AT_FDCWD, source, AT_FDCWD, target, RENAME_NOREPLACE);
+#else
+    (void)source, (void)target;
+    errno = ENOSYS;
+    return FAILED;
+#endif
+}
+
 static int take(const Step *step) {
     const char *path = PyBytes_AS_STRING(step->path);
+    const char *name = step->name == NULL ? "" : PyBytes_AS_STRING(step->name);
     switch (step->kind) {
     case MAKE_NEW_FOLDER:
         return mkdir(path, 0777);
@@ -81,16 +96,28 @@ static int take(const Step *step) {
         return flush(path, O_RDONLY | O_CLOEXEC);
     case FSYNC_FOLDER:
         return flush(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    case RENAME:
+        return rename(path, name);
+    case MOVE:
+        return move(path, name);
+    case SYMLINK:
+        return symlink(name, path);
+    case UNLINK:
+        return unlink(path);
     }
     errno = EINVAL;
     return FAILED;
 }
 
 static int read_step(PyObject *item, Step *step) {
-    PyObject *content;
-    if (!PyArg_ParseTuple(item, "iO&O", &step->kind, PyUnicode_FSConverter, &step->path, &content))
+    PyObject *operand;
+    if (!PyArg_ParseTuple(item, "iO&O", &step->kind, PyUnicode_FSConverter, &step->path, &operand))
         return -1;
-    return content == Py_None ? 0 : PyObject_GetBuffer(content, &step->content, PyBUF_SIMPLE);
+    if (operand == Py_None)
+        return 0;
+    if (PyUnicode_Check(operand))
+        return PyUnicode_FSConverter(operand, &step->name) ? 0 : -1;
+    return PyObject_GetBuffer(operand, &step->content, PyBUF_SIMPLE);
 }
 
 static PyObject *in_turn(PyObject *module, PyObject *argument) {
@@ -119,6 +146,7 @@ static PyObject *in_turn(PyObject *module, PyObject *argument) {
 end:
     for (Py_ssize_t i = 0; steps != NULL && i < count; i++) {
         Py_XDECREF(steps[i].path);
+        Py_XDECREF(steps[i].name);
         if (steps[i].content.obj != NULL)
             PyBuffer_Release(&steps[i].content);
     }
@@ -129,7 +157,7 @@ end:
 
 static PyMethodDef methods[] = {
     {"in_turn", in_turn, METH_O,
-     "Take (kind, path, content) steps until one fails: how many were taken, errno or 0, whether an fsync failed."},
+     "Take (kind, path, operand) steps until one fails: how many were taken, errno or 0, whether an fsync failed."},
     {NULL, NULL, 0, NULL},
 };
 

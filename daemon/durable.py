@@ -195,14 +195,10 @@ class StepKind(enum.IntEnum):
     WRITE_WHOLE = 1
     FSYNC_FILE = 2
     FSYNC_FOLDER = 3
-
-
-FUNCTIONS: dict[StepKind, Callable[..., None]] = {
-    StepKind.MAKE_NEW_FOLDER: make_new_folder,
-    StepKind.WRITE_WHOLE: write_whole,
-    StepKind.FSYNC_FILE: fsync_file,
-    StepKind.FSYNC_FOLDER: fsync_folder,
-}
+    RENAME = 4
+    MOVE = 5
+    SYMLINK = 6
+    UNLINK = 7
 
 
 class Step(NamedTuple):
@@ -210,7 +206,7 @@ class Step(NamedTuple):
 
     kind: StepKind
     path: str
-    content: ReadableBuffer | None = None  # for `write_whole`
+    operand: ReadableBuffer | str | None = None  # its second argument, where it takes one
 
 
 def in_turn(steps: Sequence[Step]) -> None:
@@ -218,26 +214,58 @@ def in_turn(steps: Sequence[Step]) -> None:
 
     At one go where nobody watches: the interpreter's lock is given up once for all of them.
     """
-    if IN_TURN is None or _observers:
-        for kind, path, content in steps:
-            FUNCTIONS[kind](*((path,) if content is None else (path, content)))
-        return
-    taken, code, unsynced = IN_TURN(steps)
-    if code:
-        path = steps[taken].path
-        error = OSError(code, os.strerror(code), path)
-        if unsynced:
-            raise not_synced(path, error) from error
+    _, error = taken(steps)
+    if error is not None:
         raise error
 
 
-def rename(source: Path, target: Path) -> None:
+def each(steps: Sequence[Step]) -> list[OSError | None]:
+    """Each step, whatever becomes of the others; the errors of those that fail. For what syncs nothing."""
+    errors: list[OSError | None] = []
+    while len(errors) < len(steps):
+        count, error = taken(steps[len(errors) :])
+        errors += [None] * count
+        if isinstance(error, SyncFailed):
+            raise error
+        if error is not None:
+            errors.append(error)
+    return errors
+
+
+def taken(steps: Sequence[Step]) -> tuple[int, OSError | SyncFailed | None]:
+    """Take steps until one fails: how many were taken, and the error."""
+    if IN_TURN is None or _observers:
+        for number, step in enumerate(steps):
+            try:
+                take(step)
+            except (OSError, SyncFailed) as error:
+                return number, error
+        return len(steps), None
+    count, code, unsynced = IN_TURN(steps)
+    if not code:
+        return count, None
+    _, path, operand = steps[count]
+    refused = OSError(code, os.strerror(code), path, None, operand if isinstance(operand, str) else None)
+    return count, not_synced(path, refused) if unsynced else refused
+
+
+def take(step: Step) -> None:
+    FUNCTIONS[step.kind](*((step.path,) if step.operand is None else (step.path, step.operand)))
+
+
+def rename(source: AnyPath, target: AnyPath) -> None:
     """Move within one file system, atomically. Replaces a file; a folder that holds anything refuses."""
     announce("rename", source, target)
     os.rename(source, target)
 
 
-def move_without_replacing(source: Path, target: Path) -> bool:
+def move_to_free(source: AnyPath, target: AnyPath) -> None:
+    """Move a file to a name that must be free (FileExistsError)."""
+    if not move_without_replacing(source, target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(source), None, str(target))
+
+
+def move_without_replacing(source: AnyPath, target: AnyPath) -> bool:
     """Move a file to a name that must be free. False, and nothing moved, where it is taken."""
     renamed = rename_without_replacing(source, target)
     if renamed is not None:
@@ -251,7 +279,7 @@ def move_without_replacing(source: Path, target: Path) -> bool:
     return True
 
 
-def rename_without_replacing(source: Path, target: Path) -> bool | None:
+def rename_without_replacing(source: AnyPath, target: AnyPath) -> bool | None:
     """One atomic step, and no hard link, which the kernel may deny on another user's file.
 
     None where this file system or C library can't.
@@ -269,13 +297,13 @@ def rename_without_replacing(source: Path, target: Path) -> bool | None:
     raise OSError(code, os.strerror(code), str(source), None, str(target))
 
 
-def symlink(path: Path, content: str) -> None:
+def symlink(path: AnyPath, content: str) -> None:
     """Create a symbolic link that holds `content`."""
     announce("symlink", path)
     os.symlink(content, path)
 
 
-def unlink(path: Path) -> None:
+def unlink(path: AnyPath) -> None:
     """Remove a file's name."""
     announce("unlink", path)
     os.unlink(path)
@@ -321,6 +349,17 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         os.close(descriptor)
 
+
+FUNCTIONS: dict[StepKind, Callable[..., None]] = {
+    StepKind.MAKE_NEW_FOLDER: make_new_folder,
+    StepKind.WRITE_WHOLE: write_whole,
+    StepKind.FSYNC_FILE: fsync_file,
+    StepKind.FSYNC_FOLDER: fsync_folder,
+    StepKind.RENAME: rename,
+    StepKind.MOVE: move_to_free,
+    StepKind.SYMLINK: symlink,
+    StepKind.UNLINK: unlink,
+}
 
 IN_TURN: Callable[[Sequence[Step]], tuple[int, int, bool]] | None
 try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from daemon import durable
-from daemon.durable import Step, StepKind, in_turn, watch_operations
+from daemon.durable import Step, StepKind, each, in_turn, watch_operations
 from daemon.errors import SyncFailed
 
 COMPILED = pytest.param(True, marks=pytest.mark.skipif(durable.IN_TURN is None, reason="built without gcc"))
@@ -107,3 +107,53 @@ def test_those_who_watch_see_each_operation(tmp_path):
         ("fsync_file", "file"),
         ("fsync_folder", "unit"),
     ]
+
+
+def test_each_step_is_taken_whatever_becomes_of_the_others(tmp_path):
+    for name in ("a", "b", "c", "taken"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    paths = {name: str(tmp_path / name) for name in ("a", "b", "c", "taken", "full", "new", "link", "gone")}
+    steps = [
+        Step(StepKind.MOVE, paths["a"], paths["taken"]),
+        Step(StepKind.MOVE, paths["a"], paths["new"]),
+        Step(StepKind.RENAME, paths["gone"], paths["new"]),
+        Step(StepKind.RENAME, paths["b"], paths["taken"]),
+        Step(StepKind.RENAME, paths["taken"], paths["full"]),
+        Step(StepKind.SYMLINK, paths["link"], "where \udcff"),
+        Step(StepKind.SYMLINK, paths["link"], "elsewhere"),
+        Step(StepKind.UNLINK, paths["c"]),
+        Step(StepKind.UNLINK, paths["c"]),
+    ]
+    codes = [error and error.errno for error in each(steps)]
+    assert codes == [
+        errno.EEXIST, None, errno.ENOENT, None, errno.EISDIR, None, errno.EEXIST, None, errno.ENOENT
+    ]  # fmt: skip
+    assert sorted(os.listdir(tmp_path)) == ["full", "link", "new", "taken"]
+    assert (tmp_path / "new").read_text() == "a"
+    assert (tmp_path / "taken").read_text() == "b"
+    assert os.readlink(tmp_path / "link") == "where \udcff"
+    assert each([]) == []
+
+
+def test_the_error_of_a_step_names_both_its_paths(tmp_path):
+    source, target = str(tmp_path / "gone"), str(tmp_path / "new")
+    for kind in (StepKind.MOVE, StepKind.RENAME):
+        (error,) = each([Step(kind, source, target)])
+        assert isinstance(error, FileNotFoundError)
+        assert (error.filename, error.filename2) == (source, target)
+
+
+def test_those_who_watch_may_fail_one_of_many(tmp_path):
+    def observe(operation: durable.Operation) -> None:
+        if operation.path.name == "b":
+            raise OSError(errno.EIO, "no")
+
+    for name in "abc":
+        (tmp_path / name).touch()
+    steps = [Step(StepKind.UNLINK, str(tmp_path / name)) for name in "abc"]
+    with watch_operations(observe):
+        errors = each(steps)
+    assert [error and error.errno for error in errors] == [None, errno.EIO, None]
+    assert os.listdir(tmp_path) == ["b"]

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-from daemon import durable
+from daemon import durable, looks
 from daemon.compute.device import Study
 from daemon.compute.packing import Batch
 from daemon.records import Block
@@ -40,8 +40,11 @@ def dying_at(step: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncompiled_steps() -> Iterator[None]:
-    """A hook: `durable.in_turn` as where no compiler was at hand."""
-    with mock.patch.object(durable, "IN_TURN", None):
+    """A hook: steps and looks at many files as where no compiler was at hand."""
+    with (
+        mock.patch.object(durable, "IN_TURN", None),
+        mock.patch.multiple(looks, LSTAT_EACH=None, READ_SMALL=None),
+    ):
         yield
 
 
