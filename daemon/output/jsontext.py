@@ -24,6 +24,28 @@ class Constant(dict[str, Any]):
         return to_json(dict(self))
 
 
+class Extended(dict[str, Any]):
+    """A `Constant` with some fields more, which alone are written anew."""
+
+    def __init__(self, constant: Constant, **more: Any) -> None:
+        super().__init__(constant, **more)
+        self._constant = constant
+        self._more = more
+
+    @property
+    def json(self) -> bytes:
+        return self._constant.json[:-1] + b", " + to_json(self._more)[1:]
+
+
+def json_of(value: Any) -> bytes:
+    """`to_json` of a value, in which what stands there already is not made again."""
+    if isinstance(value, Constant | Extended):
+        return value.json
+    if isinstance(value, list):
+        return b"[" + b", ".join(map(json_of, value)) + b"]"
+    return to_json(value)
+
+
 def to_json(value: Any) -> bytes:
     """UTF-8 JSON, keys in the order given; a lone surrogate becomes the text of its escape.
 
@@ -42,10 +64,7 @@ key_json = functools.lru_cache(maxsize=256)(to_json)  # the keys of our files, w
 
 def to_json_lines(content: dict[str, Any]) -> bytes:
     """`to_json` of an object with a line for each of its keys: to be read by people, and fast to make."""
-    lines = [
-        b"  %s: %s" % (key_json(key), value.json if isinstance(value, Constant) else to_json(value))
-        for key, value in content.items()
-    ]
+    lines = [b"  %s: %s" % (key_json(key), json_of(value)) for key, value in content.items()]
     return b"{\n" + b",\n".join(lines) + b"\n}\n"
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from daemon.output.jsontext import Constant, fields_of, readable_name
+from daemon.output.jsontext import Constant, Extended, fields_of, readable_name
 from daemon.output.totals import LayerTotals, StageSeconds, UnitTotals
 from daemon.records import ModelInfo, Recipe, SaeInfo, Source
 
@@ -68,22 +68,22 @@ def describe_model(info: ModelInfo) -> dict[str, Any]:
 
 
 def describe_sae(sae: SaeInfo, totals: LayerTotals) -> dict[str, Any]:
-    return {**describe_dictionary(sae), "fvu": totals.fvu(), "mean_l0": totals.mean_l0()}
+    return Extended(describe_dictionary(sae), fvu=totals.fvu(), mean_l0=totals.mean_l0())
 
 
 @functools.cache
-def describe_dictionary(sae: SaeInfo) -> dict[str, Any]:
-    return {
-        "hook": sae.hook_name,
-        "layer": sae.layer,
-        "source": sae.source,
-        "architecture": sae.architecture,
-        "hook_out": sae.hook_name_out,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "d_out": sae.d_out,
-        "weights_sha256": sae.weights_sha256,
-    }
+def describe_dictionary(sae: SaeInfo) -> Constant:
+    return Constant(
+        hook=sae.hook_name,
+        layer=sae.layer,
+        source=sae.source,
+        architecture=sae.architecture,
+        hook_out=sae.hook_name_out,
+        d_in=sae.d_in,
+        d_sae=sae.d_sae,
+        d_out=sae.d_out,
+        weights_sha256=sae.weights_sha256,
+    )
 
 
 @functools.cache
