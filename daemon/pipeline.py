@@ -27,6 +27,7 @@ from daemon.intake.inbox import Inbox
 from daemon.intake.opening import OpenedFile, Opener
 from daemon.intake.reader import ReadLimits, read_parts
 from daemon.intake.tokenizer import Tokenizer
+from daemon.observe import logs
 from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
 from daemon.observe.workload import Workload
@@ -101,7 +102,10 @@ class Pipeline:
         self.limits = limits
         self.pause = pause
         self.opener = Opener(
-            recipe=recipe, limits=read_limits, results_key=results_key, published=delivery.published
+            recipe=recipe,
+            limits=read_limits,
+            results_key=results_key,
+            published=delivery.published_each,
         )
         self.metrics = metrics
         self.progress = progress
@@ -167,7 +171,7 @@ class Pipeline:
         ):
             with contextlib.closing(opened):
                 if opened.error is not None:
-                    await self.settle(await self.delivery.fail(opened.claim, opened.error, opened.source))
+                    self.settle(await self.delivery.fail(opened.claim, opened.error, opened.source))
                 elif await self.begin(opened):
                     await self.hand_on(opened)
 
@@ -181,7 +185,7 @@ class Pipeline:
             await other.wait()
             folder = self.delivery.published(source.unit)
         if folder is not None:
-            await self.settle(await self.delivery.duplicate(claim, source.unit, folder))
+            self.settle(await self.delivery.duplicate(claim, source.unit, folder))
             return False
         if claim.attempt > self.limits.max_attempts:
             error = FileError(
@@ -190,7 +194,7 @@ class Pipeline:
                 " see the log of each, then drop it again",
             )
             begun = dataclasses.replace(claim, attempt=claim.attempt - 1)  # not this time
-            await self.settle(await self.delivery.give_up(dataclasses.replace(source, claim=begun), error))
+            self.settle(await self.delivery.give_up(dataclasses.replace(source, claim=begun), error))
             return False
         self._units[source.unit] = asyncio.Event()
         self.workload.begin(source)
@@ -206,7 +210,6 @@ class Pipeline:
                 self.workload.read(part.source, part.extent, last=part.last)
                 self._on_their_way += 1
                 if isinstance(part, Part):
-                    self.metrics.observe_read(part.read_seconds)
                     await self.parts.put(part, text_bytes(part))
                 else:
                     self.progress.advance(part.extent.records)
@@ -218,7 +221,7 @@ class Pipeline:
                 self._on_their_way += 1
                 await self.parts.put(FileFailed(source, error, handed_on))
             else:
-                await self.settle(await self.delivery.give_up(source, error))
+                self.settle(await self.delivery.give_up(source, error))
 
     async def parts_of(self, file: OpenedFile) -> AsyncIterator[Part | KeptPart]:
         """A file's parts, but for those that an earlier attempt stored."""
@@ -355,9 +358,9 @@ class Pipeline:
     async def publish(self) -> None:
         """Stage 5: folders to disk and to their final names, all that are there together."""
         async for units in self.written.batches():
-            for outcome in await self.delivery.publish(units):
-                self._publishing -= 1
-                await self.settle(outcome)
+            outcomes = await self.delivery.publish(units)
+            self._publishing -= len(outcomes)
+            self.settle(*outcomes)
 
     def queued(self) -> dict[str, int]:
         """Items waiting for each stage."""
@@ -367,18 +370,25 @@ class Pipeline:
             "write": len(self.finished) + len(self.written),
         }
 
-    async def settle(self, outcome: Outcome) -> None:
-        """Count how a file ended."""
-        kind = outcome.kind
-        setattr(self.tally, kind, getattr(self.tally, kind) + 1)
-        self.tally.rows += outcome.rows
-        self.tally.rejects += outcome.rejects
-        self.metrics.observe_outcome(outcome, self.study.engine.info.layers)
-        self.workload.end(outcome.unit)
-        log.info("file.settled", outcome=kind, **outcome.log_fields())
-        if outcome.unit is not None and (under_way := self._units.pop(outcome.unit, None)) is not None:
+    def settle(self, *outcomes: Outcome) -> None:
+        """Count how files ended."""
+        self.metrics.observe_outcomes(outcomes, self.study.engine.info.layers)
+        bound = log.bind()  # once for all of them
+        with logs.together():
+            for outcome in outcomes:
+                kind = outcome.kind
+                setattr(self.tally, kind, getattr(self.tally, kind) + 1)
+                self.tally.rows += outcome.rows
+                self.tally.rejects += outcome.rejects
+                self.workload.end(outcome.unit)
+                bound.info("file.settled", outcome=kind, **outcome.log_fields())
+                self._known(outcome.unit)
+                self.on_outcome(outcome)
+
+    def _known(self, unit: str | None) -> None:
+        """Tell whoever waits for the outcome of a unit."""
+        if unit is not None and (under_way := self._units.pop(unit, None)) is not None:
             under_way.set()
-        self.on_outcome(outcome)
 
 
 def text_bytes(part: Part) -> int:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from daemon.intake.filestatus import identity_of
-from daemon.records import Claim
+from daemon.intake.filestatus import identities_of, identity_of
+from daemon.records import Claim, FileIdentity
 
 Presence = Literal["same", "changed", "gone"]
 
 
-def presence(claim: Claim) -> Presence:
-    now = identity_of(claim.path)
+def presences(claims: Sequence[Claim]) -> list[Presence]:
+    """Whether each file is still what it was when it was claimed."""
+    now = identities_of([str(claim.path) for claim in claims])
+    return [presence(claim, identity) for claim, identity in zip(claims, now, strict=True)]
+
+
+def presence(claim: Claim, now: FileIdentity | None) -> Presence:
     if now is None:
         return "gone"
     return "same" if now == claim.identity else "changed"

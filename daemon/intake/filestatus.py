@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
+from daemon.looks import lstat_each
 from daemon.records import FileIdentity
 
 Stamp = tuple[int, int, int, int]  # inode, size, mtime_ns, ctime_ns: what must stay the same
@@ -19,26 +21,21 @@ KINDS = (
 )
 
 
+def identities_of(paths: Sequence[str]) -> list[FileIdentity | None]:
+    """What regular files are, by their metadata; None for anything else, or nothing."""
+    return [
+        None if status is None or not stat.S_ISREG(status[0]) else FileIdentity(*status[1:])
+        for status in lstat_each(paths)
+    ]
+
+
 def identity_of(path: Path) -> FileIdentity | None:
-    """What a regular file is, by its metadata; None for anything else, or nothing."""
-    status = status_of(path)
-    if status is None:
-        return None
-    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    """The same for one."""
+    return identities_of([str(path)])[0]
 
 
-def stamp_of(path: Path) -> Stamp | None:
-    status = status_of(path)
-    return None if status is None else stamp(status)
-
-
-def status_of(path: Path) -> os.stat_result | None:
-    """Of a regular file. Never opens it, so a FIFO can't block and a link is not followed."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return None
-    return status if stat.S_ISREG(status.st_mode) else None
+def stamp_of(identity: FileIdentity) -> Stamp:
+    return identity.inode, identity.size, identity.mtime_ns, identity.ctime_ns
 
 
 def stamp(status: os.stat_result) -> Stamp:

@@ -19,10 +19,11 @@ from typing import Literal, ParamSpec, TypeVar
 import structlog
 
 from daemon import durable
+from daemon.durable import Step, StepKind
 from daemon.errors import MachineError, SyncFailed
-from daemon.intake.claimed import Presence, claimed_files, presence
+from daemon.intake.claimed import Presence, claimed_files, presences
 from daemon.intake.failed import set_aside
-from daemon.intake.filestatus import identity_of, stamp_of
+from daemon.intake.filestatus import identities_of, identity_of, stamp_of
 from daemon.intake.names import MAX_NUMBER, no_free_name, numbered, numbered_stem, printable
 from daemon.intake.scan import Candidate, InboxLoad, Scanner
 from daemon.intake.watch import watching
@@ -38,7 +39,7 @@ FAILED = "failed"
 CLAIMED = ".claimed"
 DRAFTS = "drafts"  # of reasons, in the own lease
 FAILING = ".failing"  # locked while a file is moved to FAILED
-BATCH_FILES = 32  # claimed at a time, so that small files share the cost
+BATCH_FILES = 256  # claimed at a time, so that small files share the cost
 BATCH_BYTES = 4 << 20
 
 log = structlog.get_logger()
@@ -259,41 +260,69 @@ class Inbox:
         """Claim the first of what the last look found ready; unless `fresh`, if it is still the same."""
         if not self._ready:  # make no folder: in an empty inbox its absence is a loss to be found
             return []
-        claims: list[Claim] = []
-        size = 0
         folder = self._claimed_for(1)
-        while self._ready and len(claims) < BATCH_FILES and size < BATCH_BYTES:
-            candidate = self._ready[0]
-            path = self.path / candidate.name
-            if fresh or stamp_of(path) == candidate.stamp:
-                try:
-                    claim = self._try_move_in(path, folder / candidate.name)
-                except OSError:
-                    if claims:  # hand these out; the next call meets the same trouble
-                        break
-                    raise
-                if claim is not None:
-                    claims.append(claim)
-                    size += claim.identity.size
-            self._ready.popleft()
+        candidates = self._free(self._next_ready(fresh=fresh), folder)
+        steps = [
+            Step(StepKind.RENAME, f"{self.path}/{one.name}", f"{folder}/{one.name}") for one in candidates
+        ]
+        moved: list[str] = []
+        again: list[Candidate] = []  # of which the machine refused the claim
+        trouble: OSError | None = None
+        for candidate, error in zip(candidates, durable.each(steps), strict=True):
+            if error is None:
+                moved.append(candidate.name)
+            elif not self._passed_over(candidate.name, error, folder):
+                again.append(candidate)
+                trouble = trouble or error
+        self._ready.extendleft(reversed(again))
+        claims = self._moved_in(moved, folder)
+        if trouble is not None and not claims:  # else hand these out; the next call meets the same trouble
+            raise trouble
         return claims
 
-    def _try_move_in(self, path: Path, target: Path) -> Claim | None:
-        """Claim a file, unless this user may not move it, or it would replace another."""
-        if os.path.lexists(target):  # where a claim ended halfway: the next process takes it back
-            self._leave(path.name, "a file of this name lies in the lease: restart lensd")
-            return None
+    def _next_ready(self, *, fresh: bool) -> list[Candidate]:
+        """Of the files that are ready a batch of the first; unless `fresh`, those that are still the same."""
+        batch: list[Candidate] = []
+        size = 0
+        while self._ready and len(batch) < BATCH_FILES and size < BATCH_BYTES:
+            batch.append(self._ready.popleft())
+            size += batch[-1].size
+        if fresh:
+            return batch
+        now = identities_of([f"{self.path}/{candidate.name}" for candidate in batch])
+        return [one for one, is_ in zip(batch, now, strict=True) if is_ and stamp_of(is_) == one.stamp]
+
+    def _free(self, candidates: Sequence[Candidate], folder: Path) -> list[Candidate]:
+        """Those of which no file of their name lies in the lease: a claim replaces nothing."""
+        there = set(os.listdir(folder))  # noqa: PTH208 - names, of every file under way
+        for candidate in candidates:
+            if candidate.name in there:  # where a claim ended halfway: the next process takes it back
+                self._leave(candidate.name, "a file of this name lies in the lease: restart lensd")
+        return [candidate for candidate in candidates if candidate.name not in there]
+
+    def _passed_over(self, name: str, error: OSError, folder: Path) -> bool:
+        """Whether a file that could not be claimed is to be left alone: this user may not, or it is gone."""
+        if isinstance(error, PermissionError) and os.access(self.path, os.W_OK | os.X_OK):
+            self._leave(name, error.strerror)
+            return True
+        return isinstance(error, FileNotFoundError) and folder.is_dir() and self.path.is_dir()
+
+    def _moved_in(self, names: Sequence[str], folder: Path) -> list[Claim]:
+        """The claims of files that were moved into the lease; what turned out to be no file goes back."""
         try:
-            claim = self._move_in(path, target)
-        except PermissionError as error:
-            if not os.access(self.path, os.W_OK | os.X_OK):
-                raise
-            self._leave(path.name, error.strerror)
-            return None
-        if claim is not None:
-            self._scanner.forget(path.name)
-            self._hold(claim)
-        return claim
+            identities = identities_of([f"{folder}/{name}" for name in names])
+        except OSError:
+            for name in names:
+                durable.move_without_replacing(folder / name, self.path / name)
+            raise
+        claims: list[Claim] = []
+        for name, identity in zip(names, identities, strict=True):
+            if identity is None:  # swapped since it was seen; a link or a folder goes back to where it was
+                durable.move_without_replacing(folder / name, self.path / name)
+                continue
+            self._scanner.forget(name)
+            claims.append(self._hold(Claim(name, folder / name, 1, identity)))
+        return claims
 
     def _leave(self, name: str, reason: str | None) -> None:
         """Say once why a file is not claimed."""
@@ -305,23 +334,9 @@ class Inbox:
         self._held[claim.path] = claim
         return claim
 
-    def _move_in(self, path: Path, target: Path) -> Claim | None:
-        """Claim by a rename into the lease; None where someone else was faster, or it is no file now."""
-        try:
-            durable.rename(path, target)
-        except FileNotFoundError:
-            if not target.parent.is_dir() or not self.path.is_dir():
-                raise
-            return None
-        identity = identity_of(target)
-        if identity is None:  # swapped since it was seen; a link or a folder goes back to where it was
-            durable.move_without_replacing(target, path)
-            return None
-        return Claim(name=path.name, path=target, attempt=1, identity=identity)
-
     async def recheck(self, claims: Sequence[Claim]) -> list[Presence]:
         """Whether each file is still what it was when it was claimed."""
-        return await self._call(lambda: [presence(claim) for claim in claims])
+        return await self._call(presences, claims)
 
     async def retire(self, claims: Sequence[Claim]) -> None:
         """Their results are published: move them to `done/`, or delete them. Safe to repeat."""
@@ -329,22 +344,30 @@ class Inbox:
         self._wake.set()
 
     def _retire(self, claims: Sequence[Claim]) -> None:
-        for claim in claims:
-            try:
-                self._move_to_done(claim)
-            except FileNotFoundError:
-                if os.path.lexists(claim.path):
-                    raise
-                self._check_lost()  # else its user took it away, or an earlier try moved it
+        done = self.path / DONE
+        steps = [
+            Step(StepKind.MOVE, str(claim.path), f"{done}/{claim.name}")
+            if self._on_success == "move"
+            else Step(StepKind.UNLINK, str(claim.path))
+            for claim in claims
+        ]
+        for claim, error in zip(claims, durable.each(steps), strict=True):
+            if error is not None:
+                self._retire_one(claim)
         if self._on_success == "move":
-            durable.fsync_folder(self.path / DONE)
+            durable.fsync_folder(done)
         self._let_go(claims)
 
-    def _move_to_done(self, claim: Claim) -> None:
-        if self._on_success == "delete":
-            durable.unlink(claim.path)
-        else:
-            self._move_out(claim, self.path / DONE, numbered)
+    def _retire_one(self, claim: Claim) -> None:
+        try:
+            if self._on_success == "move":
+                self._move_out(claim, self.path / DONE, numbered)
+            else:
+                durable.unlink(claim.path)
+        except FileNotFoundError:
+            if os.path.lexists(claim.path):
+                raise
+            self._check_lost()  # else its user took it away, or an earlier try moved it
 
     async def fail(self, claim: Claim, reason: str, message: str, sha256: str | None) -> None:
         """It can't be used: move it to `failed/`, its reason beside it. Replaces no file. Safe to repeat."""

@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 from daemon.errors import FileError
 from daemon.intake.reader import PartReader, ReadLimits, format_of
-from daemon.intake.source import Content, open_content
+from daemon.intake.source import Content, is_compressed, open_content, small_content
+from daemon.looks import read_small
 from daemon.records import Claim, KeptPart, Part, Recipe, Source
 
 SMALL_BYTES = 256 << 10  # up to which a file is read at one go
@@ -50,7 +51,7 @@ class OpenedFile:
 
 
 class Opener:
-    """Opens claimed files. `published` tells where a unit's results are, if they are there."""
+    """Opens claimed files. `published` tells where the results of units are, if they are there."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Opener:
         recipe: Recipe | None,
         limits: ReadLimits,
         results_key: str,
-        published: Callable[[str], Path | None],
+        published: Callable[[Sequence[str]], list[Path | None]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`results_key` stands for the model and every setting that changes results."""
@@ -71,26 +72,46 @@ class Opener:
     def open_all(self, claims: Sequence[Claim]) -> list[OpenedFile]:
         """Each file with its content or its error. Raises OSError where the machine refuses."""
         opened: list[OpenedFile] = []
+        opened_at = self._clock()
+        plain = [str(claim.path) for claim in claims if not is_compressed(claim.name)]
+        small = dict(zip(plain, read_small(plain, SMALL_BYTES), strict=True))
         try:
             for claim in claims:
                 opened.append(OpenedFile(claim))
-                self._open(opened[-1])
+                self._open(opened[-1], small.get(str(claim.path)), opened_at)
+            self._look_up([file for file in opened if file.source is not None])
+            for file in opened:
+                self._parse(file)
         except OSError:
             for file in opened:
                 file.close()
             raise
         return opened
 
-    def _open(self, file: OpenedFile) -> None:
-        opened_at = self._clock()
+    def _open(self, file: OpenedFile, data: bytes | None, opened_at: float) -> None:
+        """`data` is what the file holds, if that is known."""
         try:
-            content = file.content = open_content(file.claim.path, SMALL_BYTES)
+            content = open_content(file.claim.path, SMALL_BYTES) if data is None else small_content(data)
+            file.content = content
             unit = self._unit(content.sha256, file.claim.name)
             file.source = Source(file.claim, content.sha256, content.size, unit, opened_at)
-            file.published = self._published(unit)
-            if content.data is not None and file.published is None and file.claim.attempt == 1:
-                reader = PartReader(file.source, recipe=self._recipe, limits=self._limits)
-                file.parts = [*reader.feed(content.data), *reader.finish()]
+        except FileError as error:
+            file.error = error
+
+    def _look_up(self, files: Sequence[OpenedFile]) -> None:
+        published = self._published([file.known_source.unit for file in files])
+        for file, folder in zip(files, published, strict=True):
+            file.published = folder
+
+    def _parse(self, file: OpenedFile) -> None:
+        """The parts of a small file, unless an earlier attempt may have stored some or there is no need."""
+        if file.source is None or file.content is None or file.content.data is None:
+            return
+        if file.published is not None or file.claim.attempt > 1:
+            return
+        try:
+            reader = PartReader(file.source, recipe=self._recipe, limits=self._limits)
+            file.parts = [*reader.feed(file.content.data), *reader.finish()]
         except FileError as error:
             file.error = error
 

@@ -40,6 +40,15 @@ class Content:
             self.file.close()
 
 
+def is_compressed(name: str) -> bool:
+    return name.lower().endswith(COMPRESSED)
+
+
+def small_content(data: bytes) -> Content:
+    """Of a file that was read at one go."""
+    return Content(hashlib.sha256(data).hexdigest(), len(data), data, None)
+
+
 def open_content(path: Path, small_bytes: int) -> Content:
     """Open, hash and, up to `small_bytes`, read a file. A compressed one is never small.
 
@@ -55,9 +64,8 @@ def open_content(path: Path, small_bytes: int) -> Content:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise FileError("not_a_file", "it is no regular file any more: drop it again")
-        if status.st_size <= small_bytes and not path.name.lower().endswith(COMPRESSED):
-            data = read_all(descriptor, status.st_size)
-            return Content(hashlib.sha256(data).hexdigest(), len(data), data, None)
+        if status.st_size <= small_bytes and not is_compressed(path.name):
+            return small_content(read_all(descriptor, status.st_size))
         file = os.fdopen(descriptor, "rb")
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()

@@ -10,6 +10,8 @@ import contextlib
 import io
 import logging
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, Literal, TextIO
 
 import structlog
@@ -83,6 +85,19 @@ def failed(error: Exception) -> None:
         log.error("service.failed", message=type(error).__name__, exc_info=error)
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is logged within goes out at its end, in one write. For work that waits for nothing."""
+    held: dict[SafeStream, list[str]] = {}
+    token = HELD.set(held)
+    try:
+        yield
+    finally:
+        HELD.reset(token)
+        for stream, lines in held.items():
+            stream.write("".join(lines))
+
+
 class SafeStream:
     """A text stream that never refuses: file names may hold what UTF-8 can't, and work goes on without a log.
 
@@ -98,6 +113,9 @@ class SafeStream:
         return sys.stderr if self._stream is None else self._stream
 
     def write(self, text: str) -> int:
+        if (held := HELD.get()) is not None:
+            held.setdefault(self, []).append(text)
+            return len(text)
         encoding = self._target.encoding or "utf-8"
         with contextlib.suppress(OSError):  # a full disk, a reader or a terminal that is gone
             self._target.write(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -109,3 +127,6 @@ class SafeStream:
 
     def isatty(self) -> bool:
         return self._target.isatty()
+
+
+HELD: ContextVar[dict[SafeStream, list[str]] | None] = ContextVar("held", default=None)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import platform
 import shutil
 import time
+from collections import Counter as Counted
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from daemon.compute.packing import Batch
     from daemon.intake.scan import InboxLoad
     from daemon.output.delivery import Outcome
-    from daemon.output.totals import StageSeconds
     from daemon.records import Block, ModelInfo, TokenizedPart
 
 FILE_OUTCOMES = ("committed", "failed", "duplicate", "requeued")
@@ -171,11 +171,12 @@ class Metrics:
 
     def _declare_distributions(self) -> None:
         histogram = self._histogram
-        self.stage_duration_seconds = histogram(
+        self.stage_duration_seconds = self._array_histogram(
             "stage_duration_seconds", "Work of a stage on a part, a batch or a file.", STAGE_BUCKETS, STAGE
         )
-        self._stages = {stage: self.stage_duration_seconds.labels(stage) for stage in STAGES}
-        self.file_latency_seconds = histogram(
+        for stage in STAGES:
+            self.stage_duration_seconds.observe([], stage)
+        self.file_latency_seconds = self._array_histogram(
             "file_latency_seconds", "From first read to commit.", LATENCY_BUCKETS
         )
         self.batch_tokens = histogram("batch_tokens", "Tokens of a batch, padding included.", TOKEN_BUCKETS)
@@ -255,13 +256,11 @@ class Metrics:
             }
         )
 
-    def observe_read(self, seconds: float) -> None:
-        """One part was read."""
-        self._stages["read"].observe(seconds)
-
     def observe_tokenized(self, *parts: TokenizedPart) -> None:
+        """Parts were read and tokenized."""
+        self.stage_duration_seconds.observe([part.part.read_seconds for part in parts], "read")
+        self.stage_duration_seconds.observe([part.part.tokenize_seconds for part in parts], "tokenize")
         for part in parts:
-            self._stages["tokenize"].observe(part.part.tokenize_seconds)
             for reject in part.part.rejects:
                 self.rejects_total.labels(reject.reason).inc()
         lengths = [len(ids) for part in parts for sample in part.samples for ids in sample.token_ids]
@@ -275,34 +274,36 @@ class Metrics:
         self.tokens_total.labels("padding").inc(block.padding_tokens)
         self.batch_tokens.observe(block.computed_tokens)
         self.batch_texts.observe(sum(len(sample.token_ids) for sample in batch.samples))
-        self._stages["pack"].observe(pack_seconds)
-        self._stages["forward"].observe(block.forward_seconds)
-        self._stages["sae"].observe(block.sae_seconds)
-        self._stages["analysis"].observe(block.analysis_seconds)
+        self.stage_duration_seconds.observe([pack_seconds], "pack")
+        self.stage_duration_seconds.observe([block.forward_seconds], "forward")
+        self.stage_duration_seconds.observe([block.sae_seconds], "sae")
+        self.stage_duration_seconds.observe([block.analysis_seconds], "analysis")
         counts = block.features.offsets[1:] - block.features.offsets[:-1]
         for number, sae in enumerate(info.saes):
             self.feature_l0.observe(counts[block.features.layer == number], str(sae.layer))
 
-    def observe_outcome(self, outcome: Outcome, layers: tuple[int, ...]) -> None:
-        """One file came to its end; `layers` are the SAEs'."""
-        self._files[outcome.kind].inc()
-        self._samples["committed"].inc(outcome.rows)
-        self._samples["rejected"].inc(outcome.rejects)
-        if outcome.kind != "committed":
+    def observe_outcomes(self, outcomes: Sequence[Outcome], layers: tuple[int, ...]) -> None:
+        """Files came to their ends; `layers` are the SAEs'."""
+        for kind, number in Counted(outcome.kind for outcome in outcomes).items():
+            self._files[kind].inc(number)
+        self._samples["committed"].inc(sum(outcome.rows for outcome in outcomes))
+        self._samples["rejected"].inc(sum(outcome.rejects for outcome in outcomes))
+        committed = [outcome for outcome in outcomes if outcome.kind == "committed"]
+        if not committed:
             return
-        self.output_bytes_total.inc(outcome.output_bytes)
-        self.file_latency_seconds.observe(outcome.seconds)
+        self.output_bytes_total.inc(sum(outcome.output_bytes for outcome in committed))
+        self.file_latency_seconds.observe([outcome.seconds for outcome in committed])
         self.last_commit_timestamp_seconds.set_to_current_time()
-        if outcome.stages is not None:
-            self._observe_stages(outcome.stages)
-        for layer, fvu in zip(layers, outcome.fvu, strict=True):
-            if fvu is not None:
-                self.sae_fvu.labels(str(layer)).set(fvu)
-
-    def _observe_stages(self, stages: StageSeconds) -> None:
-        self._stages["queue"].observe(stages.queue)
-        self._stages["write"].observe(stages.write)
-        self._stages["commit"].observe(stages.commit)
+        seconds = [outcome.stages for outcome in committed if outcome.stages is not None]
+        self.stage_duration_seconds.observe([stages.queue for stages in seconds], "queue")
+        self.stage_duration_seconds.observe([stages.write for stages in seconds], "write")
+        self.stage_duration_seconds.observe([stages.commit for stages in seconds], "commit")
+        for layer, fvus in zip(
+            layers, zip(*(outcome.fvu for outcome in committed), strict=True), strict=True
+        ):
+            known = [fvu for fvu in fvus if fvu is not None]
+            if known:
+                self.sae_fvu.labels(str(layer)).set(known[-1])
 
     def observe_device(self, busy_seconds: float, now: float) -> None:
         """Set the busy ratio; `busy_seconds` only grows, `now` is monotonic.

@@ -21,6 +21,7 @@ from daemon import durable
 from daemon.durable import Step, StepKind
 from daemon.errors import MachineError
 from daemon.lease import Lease, dead_leases
+from daemon.looks import lstat_each
 from daemon.output.jsontext import to_json_lines
 from daemon.pause import FoldersLost
 from daemon.records import Source
@@ -107,6 +108,11 @@ class Outbox:
         """Where this process makes a unit's results."""
         return self.lease.folder / unit
 
+    def kept_parts(self) -> set[str]:
+        """The names of all that `parts` gives and that is there."""
+        with os.scandir(self.lease.folder) as entries:
+            return {entry.name for entry in entries if entry.name.endswith(PARTS_SUFFIX)}
+
     def parts(self, unit: str) -> Path:
         """Where this process keeps a unit's finished parts."""
         return self.lease.folder / f"{unit}{PARTS_SUFFIX}"
@@ -161,6 +167,13 @@ class Outbox:
             return None
         return folder if (folder / MANIFEST).is_file() else None
 
+    def published_each(self, units: Sequence[str]) -> list[Path | None]:
+        """`published` of each; fast where hardly any is."""
+        links = lstat_each([f"{self.path}/{UNITS}/{unit}" for unit in units])
+        return [
+            None if link is None else self.published(unit) for unit, link in zip(units, links, strict=True)
+        ]
+
     def flush_names(self) -> None:
         """Make sure that what is visible in the outbox stays. Raises SyncFailed where the disk refuses."""
         durable.fsync_folder(self.path)
@@ -172,21 +185,44 @@ class Outbox:
         fails or something else has the name.
         """
         with durable.locked(self.path / STAGING / PUBLISHING):
+            self._publish_free([unit for unit in staged if unit.publication is None])
             for unit in staged:
                 if unit.publication is None:
                     unit.publication = self._publish(unit)
         self.flush_names()
 
+    def _publish_free(self, staged: Sequence[Staged]) -> None:
+        """Publish, all at one go, units whose link and folder nobody made before; the others are left."""
+        targets = [self._target(unit) for unit in staged]
+        entered = durable.each(
+            [
+                Step(StepKind.SYMLINK, f"{self.path}/{UNITS}/{unit.source.unit}", target.name)
+                for unit, target in zip(staged, targets, strict=True)
+            ]
+        )
+        free = [
+            (unit, target)
+            for unit, target, error in zip(staged, targets, entered, strict=True)
+            if error is None
+        ]
+        renamed = durable.each([Step(StepKind.RENAME, str(unit.folder), str(to)) for unit, to in free])
+        for (unit, target), error in zip(free, renamed, strict=True):
+            if error is None:
+                unit.publication = Publication(target, fresh=True)
+
     def _publish(self, unit: Staged) -> Publication:
         if (published := self.published(unit.source.unit)) is not None:
             durable.remove_folder(unit.folder)
             return Publication(published, fresh=False)
-        target = self.path / output_folder_name(unit.source.claim.name, unit.source.unit)
+        target = self._target(unit)
         self._enter(unit.source.unit, target.name)
         if not rename_to_free(unit.folder, target):
             durable.remove_folder(unit.folder)
             return Publication(target, fresh=False)
         return Publication(target, fresh=True)
+
+    def _target(self, unit: Staged) -> Path:
+        return self.path / output_folder_name(unit.source.claim.name, unit.source.unit)
 
     def _enter(self, unit: str, name: str) -> None:
         """Say which folder holds a unit. Comes before the rename, and is believed only where there is one.
@@ -201,20 +237,25 @@ class Outbox:
             durable.symlink(link, name)
 
 
-def complete(unit: Staged) -> None:
-    """Write the manifest. Raises AssertionError unless records == rows + rejects."""
-    content = unit.manifest
-    if content["records"] != content["rows"] + content["rejects"]:
-        raise AssertionError(f"unit {unit.source.unit}: records != rows + rejects: {content}")
-    durable.in_turn([Step(StepKind.WRITE_WHOLE, f"{unit.folder}/{MANIFEST}", to_json_lines(content))])
+def complete(staged: Sequence[Staged]) -> None:
+    """Write the manifests. Raises AssertionError unless records == rows + rejects."""
+    steps: list[Step] = []
+    for unit in staged:
+        content = unit.manifest
+        if content["records"] != content["rows"] + content["rejects"]:
+            raise AssertionError(f"unit {unit.source.unit}: records != rows + rejects: {content}")
+        steps.append(Step(StepKind.WRITE_WHOLE, f"{unit.folder}/{MANIFEST}", to_json_lines(content)))
+    durable.in_turn(steps)
 
 
-def seal(unit: Staged) -> None:
-    """Flush all files of a complete folder, and the folder. Raises SyncFailed where the disk refuses."""
-    folder = str(unit.folder)
-    names = (MANIFEST, *(file["name"] for file in unit.manifest["files"]))
-    steps = [Step(StepKind.FSYNC_FILE, f"{folder}/{name}") for name in names]
-    durable.in_turn([*steps, Step(StepKind.FSYNC_FOLDER, folder)])
+def seal(staged: Sequence[Staged]) -> None:
+    """Flush all files of complete folders, and the folders. Raises SyncFailed where the disk refuses."""
+    steps: list[Step] = []
+    for unit in staged:
+        names = (MANIFEST, *(file["name"] for file in unit.manifest["files"]))
+        steps += [Step(StepKind.FSYNC_FILE, f"{unit.folder}/{name}") for name in names]
+        steps.append(Step(StepKind.FSYNC_FOLDER, str(unit.folder)))
+    durable.in_turn(steps)
 
 
 def output_folder_name(name: str, unit: str) -> str:

@@ -193,8 +193,10 @@ class Delivery:
         return outcomes
 
     def _discard_parts(self, units: Sequence[Unit]) -> None:
+        kept = self.outbox.kept_parts()
         for unit in units:
-            unit.writer.discard_parts()
+            if unit.writer.parts.name in kept:
+                unit.writer.discard_parts()
 
     async def _withdraw(self, unit: Unit, *, vanished: bool) -> Outcome:
         """The source is no longer what was read: its results are worth nothing."""
@@ -276,6 +278,10 @@ class Delivery:
     def published(self, unit: str) -> Path | None:
         """The folder that holds a unit's results already, if any. Two looks at the disk."""
         return self.outbox.published(unit)
+
+    def published_each(self, units: Sequence[str]) -> list[Path | None]:
+        """The same for many, at one go."""
+        return self.outbox.published_each(units)
 
 
 def published(unit: Unit, staged: Staged) -> Outcome:

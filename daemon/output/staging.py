@@ -17,7 +17,7 @@ from daemon.output.commit import Staged, complete, seal
 from daemon.output.jsontext import Constant
 from daemon.output.manifest import manifest
 from daemon.output.totals import UnitTotals
-from daemon.output.writer import UnitWriter
+from daemon.output.writer import UnitWriter, write_small
 from daemon.records import ModelInfo, Source
 
 Item = TypeVar("Item")
@@ -86,8 +86,12 @@ class Staging:
 
     def write(self, units: Sequence[Unit]) -> None:
         """Every unit's results in its folder, whole, not yet flushed; no folder where that fails."""
+        missing = [unit for unit in units if unit.staged is None]
+        small = [unit for unit in missing if unit.writer.small]
+        large = [unit for unit in missing if not unit.writer.small]
         try:
-            side_by_side(self._writers, WRITERS, self._write, [unit for unit in units if unit.staged is None])
+            self._complete(small, write_small([unit.writer for unit in small]))
+            side_by_side(self._writers, WRITERS, self._write, large)
         except OSError:
             abandon(units)  # on a full disk their space is needed
             raise
@@ -106,7 +110,7 @@ class Staging:
             raise
         return staged
 
-    def _seal(self, staged: Staged) -> None:
+    def _seal(self, staged: Sequence[Staged]) -> None:
         self.check_disk()
         try:
             seal(staged)
@@ -114,21 +118,29 @@ class Staging:
             self.sync_failed = error
             raise
 
-    def _write(self, unit: Unit) -> None:
-        unit.totals = unit.writer.write()
-        unit.seconds = self.clock() - unit.source.opened_at
-        content = manifest(
-            source=unit.source,
-            recipe=unit.writer.recipe,
-            info=self.info,
-            totals=unit.totals,
-            settings=self.settings,
-            seconds=unit.seconds,
-            created=datetime.now(UTC),
-        )
-        staged = Staged(unit.source, unit.writer.staging, content)
+    def _write(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            self._complete([unit], [unit.writer.write()])
+
+    def _complete(self, units: Sequence[Unit], totals: Sequence[UnitTotals]) -> None:
+        """Add the manifests to folders that hold all else."""
+        staged: list[Staged] = []
+        for unit, written in zip(units, totals, strict=True):
+            unit.totals = written
+            unit.seconds = self.clock() - unit.source.opened_at
+            content = manifest(
+                source=unit.source,
+                recipe=unit.writer.recipe,
+                info=self.info,
+                totals=written,
+                settings=self.settings,
+                seconds=unit.seconds,
+                created=datetime.now(UTC),
+            )
+            staged.append(Staged(unit.source, unit.writer.staging, content))
         complete(staged)
-        unit.staged = staged
+        for unit, folder in zip(units, staged, strict=True):
+            unit.staged = folder
 
 
 def abandon(units: Sequence[Unit]) -> None:
@@ -139,15 +151,10 @@ def abandon(units: Sequence[Unit]) -> None:
 
 
 def side_by_side(
-    pool: ThreadPoolExecutor, shares: int, function: Callable[[Item], object], items: Sequence[Item]
+    pool: ThreadPoolExecutor, shares: int, function: Callable[[Sequence[Item]], object], items: Sequence[Item]
 ) -> None:
-    """`function` of each item, in `shares` threads. Raises the first error, once no thread is at work."""
-
-    def work(share: Sequence[Item]) -> None:
-        for item in share:
-            function(item)
-
-    calls = [pool.submit(work, items[number::shares]) for number in range(min(shares, len(items)))]
+    """`function` of the items, dealt out to `shares` threads. Raises the first error, when all are done."""
+    calls = [pool.submit(function, items[number::shares]) for number in range(min(shares, len(items)))]
     wait(calls)
     for call in calls:
         call.result()

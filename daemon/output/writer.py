@@ -105,37 +105,47 @@ class UnitWriter:
         self._check_expected(source, extent.number)
         self._add(extent, last)
 
+    @property
+    def small(self) -> bool:
+        """Whether its one part came as files already: see `write_small`."""
+        only = self._only
+        return (
+            only is not None and isinstance(only.metrics, SmallFile) and isinstance(only.features, SmallFile)
+        )
+
     def write(self) -> UnitTotals:
         """Make `staging` anew and write all files but the manifest into it. Nothing is flushed yet."""
+        if self.small:
+            return write_small([self])[0]
         self._check_complete()
         began = self._clock()
-        only = self._only
-        if only and isinstance(only.metrics, SmallFile) and isinstance(only.features, SmallFile):
-            totals = self._write_small(only, only.metrics, only.features)
-        else:
-            make_empty_folder(self.staging)
-            totals = self._write_parts()
-        seconds = totals.seconds + self._seconds + StageSeconds(commit=self._clock() - began)
-        return dataclasses.replace(totals, seconds=seconds)
+        make_empty_folder(self.staging)
+        return self._timed(self._write_parts(), self._clock() - began)
 
-    def _write_small(self, part: StoredPart, metrics: SmallFile, features: SmallFile) -> UnitTotals:
-        """The folder of a unit whose one part came as files already."""
-        files = {METRICS: metrics, FEATURES: features}
+    def _timed(self, totals: UnitTotals, seconds: float) -> UnitTotals:
+        """What was written, and all the time that it took."""
+        return dataclasses.replace(
+            totals, seconds=totals.seconds + self._seconds + StageSeconds(commit=seconds)
+        )
+
+    def _small_files(self) -> dict[str, SmallFile]:
+        """By name, the files of a unit that is `small`."""
+        self._check_complete()
+        part = self._only
+        assert part is not None
+        assert isinstance(part.metrics, SmallFile)
+        assert isinstance(part.features, SmallFile)
+        files = {METRICS: part.metrics, FEATURES: part.features}
         if part.rejects:
             files[REJECTS] = SmallFile(len(part.rejects), memoryview(reject_lines(part.rejects)))
-        folder = str(self.staging)
-        steps = [Step(StepKind.MAKE_NEW_FOLDER, folder)]
-        steps += [
-            Step(StepKind.WRITE_WHOLE, f"{folder}/{name}", file.content) for name, file in files.items()
-        ]
-        try:
-            in_turn(steps)
-        except FileExistsError:  # an earlier try left it
-            remove_folder(self.staging)
-            in_turn(steps)
-        return UnitTotals(
+        return files
+
+    def _small_totals(self, files: dict[str, SmallFile], seconds: float) -> UnitTotals:
+        part = self._only
+        assert part is not None
+        totals = UnitTotals(
             records=part.extent.records,
-            rows=metrics.rows,
+            rows=files[METRICS].rows,
             rejects=len(part.rejects),
             layers=part.layers,
             seconds=part.seconds,
@@ -144,6 +154,7 @@ class UnitWriter:
                 for name, file in files.items()
             ),
         )
+        return self._timed(totals, seconds)
 
     def _write_parts(self) -> UnitTotals:
         """The files of a unit, from its stored parts."""
@@ -229,6 +240,29 @@ class UnitWriter:
             next_record += extent.records
         if not self.complete:
             raise AssertionError(f"unit {self.source.unit}: its last part is missing")
+
+
+def write_small(writers: Sequence[UnitWriter]) -> list[UnitTotals]:
+    """`UnitWriter.write` of each, all at one go. Each must be `small`."""
+    if not writers:
+        return []
+    began = time.perf_counter()
+    contents = [writer._small_files() for writer in writers]
+    steps: list[Step] = []
+    for writer, files in zip(writers, contents, strict=True):
+        folder = str(writer.staging)
+        steps.append(Step(StepKind.MAKE_NEW_FOLDER, folder))
+        steps += [
+            Step(StepKind.WRITE_WHOLE, f"{folder}/{name}", file.content) for name, file in files.items()
+        ]
+    try:
+        in_turn(steps)
+    except FileExistsError:  # an earlier try left it
+        for writer in writers:
+            writer.abandon()
+        in_turn(steps)
+    seconds = (time.perf_counter() - began) / len(writers)
+    return [writer._small_totals(files, seconds) for writer, files in zip(writers, contents, strict=True)]
 
 
 def stored_part(finished: FinishedPart, tables: PartTables) -> StoredPart:

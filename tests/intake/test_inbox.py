@@ -8,11 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from daemon import durable
 from daemon.intake import inbox as inbox_module
 from daemon.intake.inbox import Inbox, numbered
 from daemon.intake.scan import count_waiting
@@ -58,21 +59,55 @@ def settled_names(inbox: Inbox) -> list[str]:
 
 
 async def test_a_claim_replaces_nothing_in_the_lease(tmp_path, monkeypatch):
-    def fail(path: Path) -> None:
+    def fail(paths: Sequence[str]) -> None:
+        (tmp_path / "a.json").write_text("2")
         raise OSError(errno.EIO, "the disk is at fault")
 
     async with opened(tmp_path, rescan_seconds=0.0) as inbox:
         (tmp_path / "a.json").write_text("1")
         with monkeypatch.context() as faulty:
-            faulty.setattr(inbox_module, "identity_of", fail)
+            faulty.setattr(inbox_module, "identities_of", fail)
             with pytest.raises(OSError, match="at fault"):
-                inbox._next()  # moved, and not known to be
-        (tmp_path / "a.json").write_text("2")
+                inbox._next()  # moved, and its place is taken
         assert await drained(inbox) == []
         assert (tmp_path / "a.json").read_text() == "2"
     async with opened(tmp_path) as later:
         assert len(await drained(later)) == 2
     assert sorted(path.read_text() for path in (tmp_path / "done").iterdir()) == ["1", "2"]
+
+
+async def test_what_is_not_known_to_be_claimed_goes_back(tmp_path, monkeypatch):
+    def fail(paths: Sequence[str]) -> None:
+        raise OSError(errno.EIO, "the disk is at fault")
+
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("[]")
+    async with opened(tmp_path, rescan_seconds=0.0) as inbox:
+        with monkeypatch.context() as faulty:
+            faulty.setattr(inbox_module, "identities_of", fail)
+            with pytest.raises(OSError, match="at fault"):
+                inbox._next()
+        assert {path.name for path in tmp_path.glob("*.json")} == {"a.json", "b.json"}
+        assert len(await drained(inbox)) == 2
+
+
+async def test_a_claim_that_the_machine_refuses_keeps_no_other_back(tmp_path):
+    def observe(operation: durable.Operation) -> None:
+        if operation.name == "rename" and operation.path.name == "b.json":
+            raise OSError(errno.EDQUOT, "no room")
+
+    for name in ("a.json", "b.json", "c.json"):
+        (tmp_path / name).write_text("[]")
+    async with opened(tmp_path) as inbox:
+        with durable.watch_operations(observe):
+            claims, _ = inbox._next()
+            assert [claim.name for claim in claims] == ["a.json", "c.json"]
+            assert inbox.backlog
+            with pytest.raises(OSError, match="no room"):
+                inbox._next()
+        claims, _ = inbox._next()
+        assert [claim.name for claim in claims] == ["b.json"]
+        await inbox.release_all()
 
 
 async def test_a_file_is_ready_once_it_stayed_the_same_for_long_enough(tmp_path):

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -259,14 +259,14 @@ async def test_a_claim_that_a_cancelled_reader_left_half_made_is_released_too(tm
     (tmp_path / "a.json").write_text("[]")
     reached, go_on = threading.Event(), threading.Event()
     async with opened(tmp_path) as inbox:
-        rename = durable.rename
+        each = durable.each
 
-        def slow(source: Path, target: Path) -> None:
+        def slow(steps: Sequence[durable.Step]) -> list[OSError | None]:
             reached.set()
             go_on.wait(60)
-            rename(source, target)
+            return each(steps)
 
-        monkeypatch.setattr(durable, "rename", slow)
+        monkeypatch.setattr(durable, "each", slow)
         claims = inbox.claims(asyncio.Event(), once=True)
         reading = asyncio.create_task(anext(claims))
         await until(reached.is_set)

@@ -4,12 +4,13 @@ import errno
 import io
 import json
 import logging
+import threading
 
 import pytest
 import structlog
 
 from daemon.errors import MachineError
-from daemon.observe.logs import configure, failed
+from daemon.observe.logs import configure, failed, together
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +108,29 @@ def test_the_last_line_of_a_failure_is_a_line_as_any_other(error, said, traced):
     (line,) = map(json.loads, stream.getvalue().splitlines())
     assert (line["event"], line["level"], line["message"]) == ("service.failed", "error", said)
     assert ("exception" in line) is traced
+
+
+class Counting(Utf8):
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = 0
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        return super().write(text)
+
+
+def test_lines_that_are_logged_together_go_out_in_one_write():
+    stream = Counting()
+    configure("json", "info", stream)
+    log = structlog.get_logger()
+    with pytest.raises(ValueError, match="in the middle"), together():
+        log.info("first")
+        elsewhere = threading.Thread(target=lambda: log.info("of another thread"))
+        elsewhere.start()
+        elsewhere.join()
+        log.info("second")
+        raise ValueError("in the middle")
+    log.info("after")
+    assert [line["event"] for line in lines(stream)] == ["of another thread", "first", "second", "after"]
+    assert stream.writes == 3

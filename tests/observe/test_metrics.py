@@ -144,7 +144,7 @@ def test_a_committed_file_counts_its_rows_and_its_fit(metrics):
         "committed", "f", "u", Path("o"), rows=7, rejects=2, output_bytes=99, seconds=4.0, fvu=(0.1, None),
         stages=StageSeconds(write=0.25, commit=0.5),
     )  # fmt: skip
-    metrics.observe_outcome(outcome, (3, 5))
+    metrics.observe_outcomes([outcome], (3, 5))
     assert value(metrics, "files_total", outcome="committed") == 1
     assert value(metrics, "samples_total", outcome="committed") == 7
     assert value(metrics, "samples_total", outcome="rejected") == 2
@@ -157,7 +157,7 @@ def test_a_committed_file_counts_its_rows_and_its_fit(metrics):
 
 
 def test_a_failed_file_is_no_commit(metrics):
-    metrics.observe_outcome(Outcome("failed", "f", reason="empty", message="m"), (3, 5))
+    metrics.observe_outcomes([Outcome("failed", "f", reason="empty", message="m")], (3, 5))
     assert value(metrics, "files_total", outcome="failed") == 1
     assert value(metrics, "file_latency_seconds_count") == 0
     assert value(metrics, "last_commit_timestamp_seconds") == 0

@@ -87,7 +87,7 @@ class Daemon:
             self.board.look(self.load, self.workload, ready=not self.health.unmet)
 
     def settle(self, outcome: Outcome) -> None:
-        self.metrics.observe_outcome(outcome, INFO.layers)
+        self.metrics.observe_outcomes([outcome], INFO.layers)
         self.board.settle(outcome)
 
     def status(self) -> Status:

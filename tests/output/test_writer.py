@@ -269,6 +269,25 @@ def test_what_an_earlier_try_left_in_staging_is_replaced(samples, tmp_path):
     ]
 
 
+def test_many_small_units_are_written_as_each_alone(tmp_path):
+    parts = [finish(make_part(0, 0, n, rejected=rejected, last=True)) for n, rejected in ((1, ()), (3, (1,)))]
+    alone = [write(tmp_path / f"alone-{number}", [part]) for number, part in enumerate(parts)]
+    writers = [open_writer(tmp_path / f"unit-{number}") for number in range(2)]
+    for writer, part in zip(writers, parts, strict=True):
+        writer.write_part(part)
+    writers[1].staging.mkdir()
+    (writers[1].staging / "leftover").touch()
+    together = writer_module.write_small(writers)
+    assert [totals.files for totals in together] == [totals.files for totals in alone]
+    assert [totals.rejects for totals in together] == [0, 1]
+    assert all(totals.seconds.commit > 0 for totals in together)
+    for number, writer in enumerate(writers):
+        for path in (tmp_path / f"alone-{number}").iterdir():
+            assert (writer.staging / path.name).read_bytes() == path.read_bytes()
+    assert not (writers[1].staging / "leftover").exists()
+    assert writer_module.write_small([]) == []
+
+
 def test_parts_of_an_earlier_attempt_are_the_same_as_new_ones(tmp_path):
     parts = [finish(part) for part in parts_of_a_file()]
     expected = write(tmp_path / "whole", parts)
