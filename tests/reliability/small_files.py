@@ -1,8 +1,8 @@
 """The rate at which many files of one sample go through, against the same samples in one file.
 
-`make small-files`. Besides the two: two daemons on the one inbox, and the steps of `durable.in_turn` taken in
-Python. Counts from the loaded model to the end of a `--once` run. All are interleaved, so that a slow minute
-of the machine hits each, and a ratio is the median of the repetitions' ratios.
+`make small-files`. Besides the two: two daemons on the one inbox, and what is compiled of `durable.py` and
+`looks.py` done in Python. Counts from the loaded model to the end of a `--once` run. All are interleaved,
+so that a slow minute of the machine hits each, and a ratio is the median of the repetitions' ratios.
 """
 
 from __future__ import annotations
