@@ -32,7 +32,6 @@ PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # o
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 PROBE_SCALES = (1e-3, 1.0, 10.0)  # of random hidden states: in small ones a norm's epsilon counts
-LARGE = 1e4  # beside which it does not
 
 
 class LeanLayer(nn.Module):
@@ -46,8 +45,7 @@ class LeanLayer(nn.Module):
         self._heads = [asked.query.shape[1], asked.key.shape[1], asked.value.shape[1]]
         self._call = functools.partial(Call, window=asked.window, scale=asked.scale, softcap=asked.softcap)
         self._before, self._between = epsilon(layer.input_layernorm), epsilon(layer.post_attention_layernorm)
-        width = attention.q_proj.in_features
-        before, between = gain(layer.input_layernorm, width), gain(layer.post_attention_layernorm, width)
+        before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         q_rows, k_rows = paired(q.out_features, self._d_head), paired(k.out_features, self._d_head)
         self._qkv = PackedLinear(
@@ -108,12 +106,6 @@ def paired(width: int, d_head: int) -> Tensor:
     """
     order: Tensor = torch.arange(width).view(-1, 2, d_head // 2).mT.flatten()
     return order
-
-
-def gain(norm: nn.Module, width: int) -> Tensor:
-    """(width,) what a norm multiplies each feature with, be it its weight or one more than that."""
-    factors: Tensor = norm(torch.full((width,), LARGE))
-    return factors
 
 
 def epsilon(norm: nn.Module) -> float:
