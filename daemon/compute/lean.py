@@ -1,8 +1,7 @@
 """Decoder layers of Llama's kind with little between their matrix products: in float32, on a CPU.
 
-A Hugging Face layer passes some thirty times over all hidden states for its norms, rotary embeddings and
-residual sums; here it is a third of that. The norms' weights are part of the products that read them, queries
-and keys turn in place. Knows no texts.
+A Hugging Face layer passes over all hidden states again and again for its norms and rotary embeddings. Here
+the norms' weights are part of the products that read them; queries and keys turn in place. Knows no texts.
 """
 
 from __future__ import annotations
