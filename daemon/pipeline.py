@@ -373,7 +373,7 @@ class Pipeline:
     def settle(self, *outcomes: Outcome) -> None:
         """Count how files ended."""
         self.metrics.observe_outcomes(outcomes, self.study.engine.info.layers)
-        bound = log.bind()  # once for all of them
+        to_log = log.bind()  # once for all of them
         with logs.together():
             for outcome in outcomes:
                 kind = outcome.kind
@@ -381,7 +381,7 @@ class Pipeline:
                 self.tally.rows += outcome.rows
                 self.tally.rejects += outcome.rejects
                 self.workload.end(outcome.unit)
-                bound.info("file.settled", outcome=kind, **outcome.log_fields())
+                say_settled(to_log, outcome)
                 self._known(outcome.unit)
                 self.on_outcome(outcome)
 
@@ -389,6 +389,10 @@ class Pipeline:
         """Tell whoever waits for the outcome of a unit."""
         if unit is not None and (under_way := self._units.pop(unit, None)) is not None:
             under_way.set()
+
+
+def say_settled(log: structlog.typing.FilteringBoundLogger, outcome: Outcome) -> None:
+    log.info("file.settled", outcome=outcome.kind, **outcome.log_fields())
 
 
 def text_bytes(part: Part) -> int:
