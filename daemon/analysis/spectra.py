@@ -115,9 +115,8 @@ def kernels() -> Any:
     try:
         from daemon.analysis import kernels as module
 
-        for width, exact in itertools.product(
-            module.TILES, (True, False)
-        ):  # of each its own kernels, made now
+        # each tile and type has kernels of its own, which are made here
+        for width, exact in itertools.product(module.TILES, (True, False)):
             gram = torch.zeros(1, width, width, dtype=torch.float64, device="cuda")
             gram[0, :2, :2] = torch.tensor([[3.0, 2], [2, 3]])
             eigenvalues, principal = module.spectra_on_device(gram, torch.tensor([2], device="cuda"), exact)

@@ -316,12 +316,20 @@ class Inbox:
                 durable.move_without_replacing(folder / name, self.path / name)
             raise
         claims: list[Claim] = []
+        others: list[str] = []  # swapped since they were seen; a link or a folder goes back to where it was
         for name, identity in zip(names, identities, strict=True):
-            if identity is None:  # swapped since it was seen; a link or a folder goes back to where it was
-                durable.move_without_replacing(folder / name, self.path / name)
+            if identity is None:
+                others.append(name)
                 continue
             self._scanner.forget(name)
             claims.append(self._hold(Claim(name, folder / name, 1, identity)))
+        try:
+            for name in others:
+                durable.move_without_replacing(folder / name, self.path / name)
+        except OSError as error:
+            if not claims:
+                raise
+            self._leave(name, error.strerror)  # these are handed out all the same
         return claims
 
     def _leave(self, name: str, reason: str | None) -> None:

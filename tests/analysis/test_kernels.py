@@ -52,13 +52,18 @@ def test_spectra_are_those_of_lapack(kind, width, exact, kernels):
     torch.testing.assert_close(norm, torch.ones_like(norm), rtol=1e-7 if exact else 5e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_cloud_is_centred_in_float64(dtype, kernels):
+def weighted_rows(dtype):
+    """A table, and indices, weights and counts of rows of it."""
     chance = torch.Generator().manual_seed(0)
-    W_dec = torch.randn(50, 300, generator=chance, dtype=dtype)
-    indices = torch.randint(0, 50, (4, 9), generator=chance)
     counts = torch.tensor([0, 1, 9, 5])
     weights = torch.rand(4, 9, generator=chance, dtype=torch.float64) * (torch.arange(9) < counts[:, None])
+    indices = torch.randint(0, 50, (4, 9), generator=chance)
+    return torch.randn(50, 300, generator=chance, dtype=dtype), indices, weights, counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cloud_is_centred_in_float64(dtype, kernels):
+    W_dec, indices, weights, counts = weighted_rows(dtype)
     found = kernels.centred(*(one.to(DEVICE) for one in (W_dec, indices, weights, counts)))
     rows = W_dec.double()[indices]
     centroid = (weights.unsqueeze(2) * rows).sum(1)
@@ -72,13 +77,10 @@ def test_a_cloud_is_centred_in_float64(dtype, kernels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_weighted_sum_is_that_of_the_active_rows(dtype, kernels):
-    chance = torch.Generator().manual_seed(0)
-    table = torch.randn(30, 300, generator=chance, dtype=dtype)
-    indices = torch.randint(0, 30, (4, 9), generator=chance)
-    counts = torch.tensor([0, 1, 9, 5])
-    weights = torch.rand(4, 9, generator=chance, dtype=dtype)
-    found = kernels.weighted_sums(*(one.to(DEVICE) for one in (table, indices, weights, counts)))
-    weights = weights.where(torch.arange(9) < counts[:, None], 0)
+    table, indices, weights, counts = weighted_rows(dtype)
+    weights = weights.to(dtype)
+    beyond = weights.where(torch.arange(9) < counts[:, None], torch.nan)  # is not read
+    found = kernels.weighted_sums(*(one.to(DEVICE) for one in (table, indices, beyond, counts)))
     torch.testing.assert_close(found.cpu(), (weights.unsqueeze(2) * table[indices]).sum(1))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -203,6 +204,23 @@ async def test_a_file_swapped_for_a_link_after_the_look_is_put_back(tmp_path, mo
         assert await all_claims(inbox) == []
     assert (tmp_path / "a.json").readlink() == secret
     assert secret.read_text() == "s"
+
+
+async def test_a_link_that_can_not_be_put_back_keeps_no_other_file_back(tmp_path, monkeypatch):
+    def refuse(source: Path, target: Path) -> bool:
+        raise OSError(errno.EIO, "no luck")
+
+    (tmp_path / "a.json").symlink_to("nowhere")
+    (tmp_path / "b.json").write_text("[]")
+    async with opened(tmp_path) as inbox:
+        found = [(Candidate(name, (0, 0, 0, 0)), 0.0) for name in ("a.json", "b.json")]
+        monkeypatch.setattr(inbox._scanner, "scan", lambda: found)
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "move_without_replacing", refuse)
+            claims, _ = inbox._next()
+        assert [claim.name for claim in claims] == ["b.json"]
+        await inbox.release_all()
+    assert contents(tmp_path) == {"b.json": "[]"}
 
 
 async def test_odd_things_are_reported_once_by_kind(tmp_path):
