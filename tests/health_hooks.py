@@ -14,7 +14,7 @@ from unittest import mock
 from daemon import heart, service
 from daemon.compute.packing import Batch
 from daemon.observe import health
-from tests.reliability.hooks import as_user, before_each_batch, gated
+from tests.reliability.hooks import before_each_batch, bound_by_modes, gated
 
 BEAT_SECONDS = 0.05
 STALE_SECONDS = 0.5
@@ -33,9 +33,9 @@ def quick(dead_seconds: float = 3600.0) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quick_as_user(uid: int) -> Iterator[None]:
-    """A hook: as `quick`, and from here on the process is this user, for good."""
-    with as_user(uid), quick():
+def quick_bound_by_modes() -> Iterator[None]:
+    """A hook: `quick` and `bound_by_modes`."""
+    with bound_by_modes(), quick():
         yield
 
 

@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,9 +24,9 @@ from daemon.pause import FOLDERS, Pause
 from tests import health_hooks, tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import end, events, running, shared_daemons, wait_until
+from tests.reliability.hooks import ORDINARY_USER
 from tests.reliability.test_disk_full import get, pauses, url_of
 
-NOBODY = 65534
 VISIBLE_SECONDS = 30.0  # within which trouble must show
 
 
@@ -42,9 +41,8 @@ def users_root() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="lensd-"))
     for name in ("inbox", "outbox"):
         (folder / name).mkdir()
-    if os.geteuid() == 0:
-        for path in (folder, *folder.iterdir()):
-            os.chown(path, NOBODY, NOBODY)
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, ORDINARY_USER, -1)
     yield folder
     shutil.rmtree(folder)
 
@@ -329,13 +327,8 @@ def test_what_waits_for_the_model_is_counted(daemons, tmp_path):
         wait_until(lambda: list((tmp_path / "outbox").glob("study-*")), "the results", pid)
 
 
-def bound_by_modes(started: Job, hook: str) -> Job:
-    """As a user whom the modes of files bind, where this one is root."""
-    return replace(started, hook=hook, hook_args={"uid": NOBODY}) if os.geteuid() == 0 else started
-
-
 def test_what_waits_in_an_inbox_that_can_not_be_read_goes_on_ageing(daemons, users_root):
-    with running(daemons, bound_by_modes(job(users_root), "tests.health_hooks:quick_as_user")) as pid:
+    with running(daemons, job(users_root, "quick_bound_by_modes")) as pid:
         url = url_of(users_root / "log", pid)
         becomes(f"{url}/readyz", 200, "", pid)
         (users_root / "outbox").chmod(0o500)
@@ -355,7 +348,7 @@ def test_what_waits_in_an_inbox_that_can_not_be_read_goes_on_ageing(daemons, use
 
 @pytest.mark.parametrize("which", ["inbox", "outbox"])
 def test_a_folder_that_may_not_be_written_is_not_ready_until_it_may(daemons, users_root, which):
-    with running(daemons, bound_by_modes(job(users_root), "tests.reliability.hooks:as_user")) as pid:
+    with running(daemons, job(users_root, "bound_by_modes")) as pid:
         url = url_of(users_root / "log", pid)
         becomes(f"{url}/readyz", 200, "", pid)
         (users_root / which).chmod(0o500)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
+import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ from daemon.compute.packing import Batch
 from daemon.records import Block
 
 PATIENCE_SECONDS = 5  # of a daemon that is to kill itself at some step
+LINUX_CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
+ORDINARY_USER = Path(__file__).stat().st_uid if os.geteuid() == 0 else os.geteuid()  # who can read the code
 
 
 @contextlib.contextmanager
@@ -87,11 +91,14 @@ def blind_watcher() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_user(uid: int) -> Iterator[None]:
-    """A hook: from here on the process is this user, for good."""
-    os.setgroups([])
-    os.setgid(uid)
-    os.setuid(uid)
+def bound_by_modes() -> Iterator[None]:
+    """A hook: from here on the process is `ORDINARY_USER`, whom the modes of files bind even where it is root."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setuid(ORDINARY_USER)
+        header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
+        if ctypes.CDLL(None, use_errno=True).capset(header, bytes(24)) != 0:  # 2 x 3 sets, all empty
+            raise OSError(ctypes.get_errno(), "capset")
     yield
 
 
