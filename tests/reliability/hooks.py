@@ -92,7 +92,7 @@ def blind_watcher() -> Iterator[None]:
 
 @contextlib.contextmanager
 def bound_by_modes() -> Iterator[None]:
-    """A hook: from here on the process is `ORDINARY_USER`, whom the modes of files bind even where it is root."""
+    """A hook: from here on the process is `ORDINARY_USER`, whom modes of files bind even where it is root."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setuid(ORDINARY_USER)
