@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -38,10 +38,16 @@ class Channel(Generic[T]):
 
     async def put(self, item: T, weight: int = 1) -> None:
         """Add an item, after waiting for room."""
-        while self._items and self.weight + weight > self.capacity:
-            await self._change()
-        self._items.append((item, weight))
-        self.weight += weight
+        await self.put_all([(item, weight)])
+
+    async def put_all(self, items: Iterable[tuple[T, int]]) -> None:
+        """Add items with their weights, each after waiting for room."""
+        for item, weight in items:
+            while self._items and self.weight + weight > self.capacity:
+                self._wake()
+                await self._change()
+            self._items.append((item, weight))
+            self.weight += weight
         self._wake()
 
     async def close(self) -> None:
@@ -73,7 +79,7 @@ class Channel(Generic[T]):
                 return
             if len(self._items) < enough():
                 await self._company(enough, wait_seconds)
-            yield [self._take() for _ in range(len(self._items))]
+            yield self._take_all()
 
     async def _something(self) -> None:
         """Wait for an item or the end."""
@@ -105,6 +111,13 @@ class Channel(Generic[T]):
             return await self.get()
         except EndOfStream:
             raise StopAsyncIteration from None
+
+    def _take_all(self) -> list[T]:
+        taken = [item for item, _ in self._items]
+        self._items.clear()
+        self.weight = 0
+        self._wake()
+        return taken
 
     def _take(self) -> T:
         item, weight = self._items.popleft()

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -87,7 +87,7 @@ class Pipeline:
         tally: Tally,
         metrics: Metrics,
         progress: Progress,
-        on_outcome: Callable[[Outcome], None],
+        on_outcomes: Callable[[Sequence[Outcome]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`results_key` stands for the model and every setting that changes results."""
@@ -109,7 +109,7 @@ class Pipeline:
         )
         self.metrics = metrics
         self.progress = progress
-        self.on_outcome = on_outcome
+        self.on_outcomes = on_outcomes
         self.clock = clock
         self.tally = tally
         self.parts: Channel[Part | KeptPart | FileFailed] = Channel(limits.queued_text_bytes)
@@ -203,17 +203,18 @@ class Pipeline:
 
     async def hand_on(self, file: OpenedFile) -> None:
         """The parts of a file to the next stage."""
+        for part in file.parts or ():
+            await self.hand_on_part(part)
+        if file.parts is not None:
+            return
         handed_on = 0
         try:
-            async for part in self.parts_of(file):
-                self.progress.add_total(part.extent.records)
-                self.workload.read(part.source, part.extent, last=part.last)
-                self._on_their_way += 1
-                if isinstance(part, Part):
-                    await self.parts.put(part, text_bytes(part))
-                else:
-                    self.progress.advance(part.extent.records)
-                    await self.parts.put(part)
+            stored = await self.delivery.stored(file.known_source)
+            parts = read_parts(
+                file.stream, file.known_source, recipe=self.recipe, limits=self.read_limits, stored=stored
+            )
+            async for part in parts:
+                await self.hand_on_part(part)
                 handed_on += 1
         except FileError as error:
             source = file.known_source
@@ -223,18 +224,15 @@ class Pipeline:
             else:
                 self.settle(await self.delivery.give_up(source, error))
 
-    async def parts_of(self, file: OpenedFile) -> AsyncIterator[Part | KeptPart]:
-        """A file's parts, but for those that an earlier attempt stored."""
-        if file.parts is not None:
-            for part in file.parts:
-                yield part
-            return
-        stored = await self.delivery.stored(file.known_source)
-        parts = read_parts(
-            file.stream, file.known_source, recipe=self.recipe, limits=self.read_limits, stored=stored
-        )
-        async for part in parts:
-            yield part
+    async def hand_on_part(self, part: Part | KeptPart) -> None:
+        self.progress.add_total(part.extent.records)
+        self.workload.read(part.source, part.extent, last=part.last)
+        self._on_their_way += 1
+        if isinstance(part, Part):
+            await self.parts.put(part, text_bytes(part))
+        else:
+            self.progress.advance(part.extent.records)
+            await self.parts.put(part)
 
     async def tokenize(self) -> None:
         """Stage 2: texts to token ids, off the event loop."""
@@ -242,14 +240,12 @@ class Pipeline:
             parts = [item for item in items if isinstance(item, Part)]
             done = await asyncio.to_thread(self.tokenizer.tokenize, parts)
             self.metrics.observe_tokenized(*done)
+            self.progress.advance(sum(len(part.part.rejects) for part in done))
             tokenized = iter(done)
-            for item in items:
-                if not isinstance(item, Part):
-                    await self.tokenized.put(item)
-                    continue
-                part = next(tokenized)
-                self.progress.advance(len(part.part.rejects))
-                await self.tokenized.put(part, part.n_tokens)
+            await self.tokenized.put_all(
+                (part := next(tokenized), part.n_tokens) if isinstance(item, Part) else (item, 1)
+                for item in items
+            )
         await self.tokenized.close()
 
     async def compute(self) -> None:
@@ -259,8 +255,8 @@ class Pipeline:
         while not ended or self.packer or self.study.begun is not None:
             ended = ended or await self.gather(assembly)
             if self.packer or self.study.begun is not None:
-                for finished in await self.run_batch(assembly):
-                    await self.finished.put(finished, finished.nbytes)
+                finished = await self.run_batch(assembly)
+                await self.finished.put_all((part, part.nbytes) for part in finished)
         await self.finished.close()
 
     async def run_batch(self, assembly: Assembly) -> list[FinishedPart]:
@@ -347,8 +343,7 @@ class Pipeline:
         async for arrivals in self.finished.batches(self.group_files, GROUP_SECONDS):
             units = await self.delivery.write(arrivals)
             self._publishing += len(units)
-            for unit in units:
-                await self.written.put(unit, unit.nbytes)
+            await self.written.put_all((unit, unit.nbytes) for unit in units)
         await self.written.close()
 
     def group_files(self) -> int:
@@ -373,26 +368,20 @@ class Pipeline:
     def settle(self, *outcomes: Outcome) -> None:
         """Count how files ended."""
         self.metrics.observe_outcomes(outcomes, self.study.engine.info.layers)
-        to_log = log.bind()  # once for all of them
-        with logs.together():
-            for outcome in outcomes:
-                kind = outcome.kind
-                setattr(self.tally, kind, getattr(self.tally, kind) + 1)
-                self.tally.rows += outcome.rows
-                self.tally.rejects += outcome.rejects
-                self.workload.end(outcome.unit)
-                say_settled(to_log, outcome)
-                self._known(outcome.unit)
-                self.on_outcome(outcome)
+        for outcome in outcomes:
+            kind = outcome.kind
+            setattr(self.tally, kind, getattr(self.tally, kind) + 1)
+            self.tally.rows += outcome.rows
+            self.tally.rejects += outcome.rejects
+            self.workload.end(outcome.unit)
+            self._known(outcome.unit)
+        logs.info_each("file.settled", [outcome.log_fields() for outcome in outcomes])
+        self.on_outcomes(outcomes)
 
     def _known(self, unit: str | None) -> None:
         """Tell whoever waits for the outcome of a unit."""
         if unit is not None and (under_way := self._units.pop(unit, None)) is not None:
             under_way.set()
-
-
-def say_settled(log: structlog.typing.FilteringBoundLogger, outcome: Outcome) -> None:
-    log.info("file.settled", outcome=outcome.kind, **outcome.log_fields())
 
 
 def text_bytes(part: Part) -> int:

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import functools
 import string
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from daemon.frozen import frozen
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Positions = Literal["last", "all", "mean", "max"]  # of a text, that the SAEs read
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Contrast:
     """Which texts of a sample are compared: names of texts of the same recipe."""
 
@@ -28,7 +29,7 @@ class Contrast:
     negative: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Recipe:
     """How a record becomes texts: `(name, template)` pairs, and the contrast between them, if any."""
 
@@ -69,7 +70,7 @@ PLAIN_RECIPE = Recipe(templates=(("text", "{text}"),), contrast=None)
 BUILT_IN_RECIPES = (CONTRAST_RECIPE, PLAIN_RECIPE)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FileIdentity:
     """What must not change between claiming a file and publishing its results."""
 
@@ -80,17 +81,21 @@ class FileIdentity:
     ctime_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Claim:
     """An input file that this process owns, lying in its lease folder."""
 
     name: str  # as it was dropped into the inbox
-    path: Path  # where it lies now
+    at: str  # where it lies now
     attempt: int  # how often work on it has begun, this time included
     identity: FileIdentity
 
+    @property
+    def path(self) -> Path:
+        return Path(self.at)
 
-@dataclass(frozen=True, slots=True)
+
+@frozen
 class Source:
     """A claimed file whose content is known: the unit of delivery."""
 
@@ -101,7 +106,7 @@ class Source:
     opened_at: float = 0.0  # monotonic seconds, when its first byte was read
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Sample:
     """One usable record."""
 
@@ -115,7 +120,7 @@ class Sample:
     byte_offset: int  # of the record's first byte in the uncompressed input
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reject:
     """One record that can't be used, and why. Never carries the record's text."""
 
@@ -127,7 +132,7 @@ class Reject:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PartExtent:
     """Which run of a file's records a part is. Two parts of the same extent of the same file are the same."""
 
@@ -137,7 +142,7 @@ class PartExtent:
     byte_offset: int  # of the first record in the uncompressed input
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Part:
     """A run of consecutive records of one file: the grain in which work flows and is written.
 
@@ -158,7 +163,7 @@ class Part:
         return self.extent.number
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class KeptPart:
     """A part whose results an earlier attempt stored already."""
 
@@ -168,7 +173,7 @@ class KeptPart:
     recipe: Recipe
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TokenizedSample:
     """A sample and the token ids of each of its texts, BOS included where the SAEs expect it."""
 
@@ -185,7 +190,7 @@ class TokenizedSample:
         return max(map(len, self.token_ids))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TokenizedPart:
     """A part ready for the device; `part.samples` and `samples` hold the same samples in order."""
 
@@ -197,7 +202,7 @@ class TokenizedPart:
         return sum(sample.n_tokens for sample in self.samples)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FeatureRows:
     """Sparse activations, one row per (sample, text, layer, position); ragged, sorted by index.
 
@@ -214,7 +219,7 @@ class FeatureRows:
     values: npt.NDArray[np.float32] | FloatArray  # (nnz,)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LayerSums:
     """What a file's FVU and mean L0 at one SAE are made of, per sample and summed over its texts."""
 
@@ -225,7 +230,7 @@ class LayerSums:
     total: FloatArray  # (n, d_out) sum of x
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Block:
     """The results of one device batch of n samples, on the host.
 
@@ -242,7 +247,7 @@ class Block:
     padding_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SaeInfo:
     """One loaded dictionary, as the manifest and the columns name it."""
 
@@ -257,7 +262,7 @@ class SaeInfo:
     weights_sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ModelInfo:
     """The loaded model, as the manifest and `lensd_model_info` name it."""
 

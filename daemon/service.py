@@ -12,7 +12,7 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 
@@ -283,12 +283,13 @@ class Service:
             tally=self.tally,
             metrics=self.metrics,
             progress=self.progress,
-            on_outcome=self.settled,
+            on_outcomes=self.settled,
         )
 
-    def settled(self, outcome: Outcome) -> None:
-        self.board.settle(outcome)
-        self.on_outcome(outcome)
+    def settled(self, outcomes: Sequence[Outcome]) -> None:
+        self.board.settle(*outcomes)
+        for outcome in outcomes:
+            self.on_outcome(outcome)
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ LIMITS = ReadLimits(
 
 def unclaimed(path: Path | str, unit: str = "unit", name: str | None = None) -> Source:
     path = Path(path)
-    return Source(Claim(name or path.name, path, 1, NO_IDENTITY), sha256="", size=0, unit=unit)
+    return Source(Claim(name or path.name, str(path), 1, NO_IDENTITY), sha256="", size=0, unit=unit)
 
 
 async def parts_of(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from daemon.frozen import frozen
 from daemon.records import Recipe, TokenizedPart, TokenizedSample
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Entry:
     """One sample of a batch and where its result belongs."""
 
@@ -26,7 +26,7 @@ class Entry:
         return self.part.samples[self.row]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Batch:
     """Samples of one recipe that run in one forward pass."""
 

@@ -14,7 +14,7 @@ Presence = Literal["same", "changed", "gone"]
 
 def presences(claims: Sequence[Claim]) -> list[Presence]:
     """Whether each file is still what it was when it was claimed."""
-    now = identities_of([str(claim.path) for claim in claims])
+    now = identities_of([claim.at for claim in claims])
     return [presence(claim, identity) for claim, identity in zip(claims, now, strict=True)]
 
 

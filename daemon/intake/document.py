@@ -40,7 +40,7 @@ IN_STRING = re.compile(STRING_BODY, re.DOTALL)
 BALANCED = re.compile(nested(3), re.DOTALL)
 BRACKET_RUN = re.compile(rb"[\[{]++|[\]}]++")
 PLAIN_VALUE = rb"[\[{]" + nested(3) + rb"[\]}]|" + STRING + rb"|" + WORD_BYTE + rb"++"
-PLAIN_ELEMENT = re.compile(SPACE + rb"(" + PLAIN_VALUE + rb")" + SPACE + rb",", re.DOTALL)
+PLAIN_ELEMENT = re.compile(SPACE + rb"(" + PLAIN_VALUE + rb")" + SPACE + rb"([,\]])", re.DOTALL)
 
 
 def check_text(head: bytes) -> None:
@@ -161,10 +161,9 @@ class DocumentFramer:
 
     def finish(self) -> Iterator[RawRecord]:
         """The records that the end of the file ends. Raises FileError where it comes too early."""
+        self._ended = True
         if self._head is not None:
             yield from self._begin()
-        self._advance(b"")
-        self._ended = True
         yield from self._ready()
 
     def _begin(self) -> Iterator[RawRecord]:
@@ -208,8 +207,7 @@ class DocumentFramer:
         if (yield from self._peek()) == b"]":
             self._at += 1
             return
-        while True:
-            yield from self._plain_elements()
+        while not (yield from self._plain_elements()):
             yield from self._peek()
             span = self._open(self._max)
             yield from self._value()
@@ -221,11 +219,15 @@ class DocumentFramer:
             if mark == b"]":
                 return
 
-    def _plain_elements(self) -> Iterator[RawRecord]:
-        """Those of little nesting that lie in this chunk whole, with the comma after each: the fast path."""
+    def _plain_elements(self) -> Generator[RawRecord, None, bool]:
+        """Those of little nesting that lie in this chunk whole, with what follows each: the fast path.
+
+        Returns whether that was the end of the array.
+        """
         chunk, at, index = self._chunk, self._at, self._index
         line, counted = self._line, self._counted
-        while element := PLAIN_ELEMENT.match(chunk, at):
+        last = False
+        while not last and (element := PLAIN_ELEMENT.match(chunk, at)):
             start, end = element.span(1)
             line += chunk.count(b"\n", counted, start)
             counted = start
@@ -233,8 +235,10 @@ class DocumentFramer:
             yield RawRecord(Place(index, line, self._offset + start), text)
             index += 1
             at = element.end()
+            last = element[2] == b"]"
         self._at, self._index = at, index
         self._line, self._counted = line, counted
+        return last
 
     def _object(self) -> Records:
         """A whole document that is an object: the array under `samples`, or one record."""

@@ -77,7 +77,7 @@ class Inbox:
         self._asked = True  # for the next look, by an event or by a file that was settled, or it is the first
         self._found = 0  # files first seen by a look that nothing asked for, not yet told
         self._unclaimable: set[str] = set()  # names reported
-        self._held: dict[Path, Claim] = {}
+        self._held: dict[str, Claim] = {}  # by where they lie
         self._lease: Lease | None = None
         self._sync_failed: SyncFailed | None = None  # after which nothing is synced any more
         # One thread for all of it: releasing everything waits for a claim that a cancelled task left running.
@@ -140,7 +140,7 @@ class Inbox:
         if not durable.move_without_replacing(path, target):
             return None
         identity = identity_of(target)
-        return None if identity is None else Claim(path.name, target, attempt, identity)
+        return None if identity is None else Claim(path.name, str(target), attempt, identity)
 
     def _place(self, name: str, attempt: int) -> Path:
         """Where a file of this name lies while it is claimed for the given attempt."""
@@ -232,7 +232,7 @@ class Inbox:
             if durable.move_without_replacing(claim.path, target):
                 self._waiting.remove(claim)
                 identity = identity_of(target) or claim.identity
-                return [self._hold(Claim(claim.name, target, claim.attempt + 1, identity))]
+                return [self._hold(Claim(claim.name, str(target), claim.attempt + 1, identity))]
         return []
 
     def _look(self) -> float | None:
@@ -322,7 +322,7 @@ class Inbox:
                 others.append(name)
                 continue
             self._scanner.forget(name)
-            claims.append(self._hold(Claim(name, folder / name, 1, identity)))
+            claims.append(self._hold(Claim(name, f"{folder}/{name}", 1, identity)))
         try:
             for name in others:
                 durable.move_without_replacing(folder / name, self.path / name)
@@ -339,7 +339,7 @@ class Inbox:
         self._unclaimable.add(name)
 
     def _hold(self, claim: Claim) -> Claim:
-        self._held[claim.path] = claim
+        self._held[claim.at] = claim
         return claim
 
     async def recheck(self, claims: Sequence[Claim]) -> list[Presence]:
@@ -354,9 +354,9 @@ class Inbox:
     def _retire(self, claims: Sequence[Claim]) -> None:
         done = self.path / DONE
         steps = [
-            Step(StepKind.MOVE, str(claim.path), f"{done}/{claim.name}")
+            Step(StepKind.MOVE, claim.at, f"{done}/{claim.name}")
             if self._on_success == "move"
-            else Step(StepKind.UNLINK, str(claim.path))
+            else Step(StepKind.UNLINK, claim.at)
             for claim in claims
         ]
         for claim, error in zip(claims, durable.each(steps), strict=True):
@@ -392,12 +392,12 @@ class Inbox:
             "failed_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         folder = self.path / FAILED
-        if claim.path in self._held:  # no earlier try came so far
+        if claim.at in self._held:  # no earlier try came so far
             reason_file = json.dumps(content, indent=2).encode() + b"\n"
             draft = self.lease.folder / DRAFTS / "reason"
             with durable.locked(self.path / CLAIMED / FAILING):
                 set_aside(claim, folder, reason_file, draft)
-            self._held.pop(claim.path, None)
+            self._held.pop(claim.at, None)
         durable.fsync_folder(folder)
         self._let_go([claim])
 
@@ -431,8 +431,8 @@ class Inbox:
 
     def _let_go(self, claims: Sequence[Claim], *, flush: bool = True) -> None:
         """Flush the folders that the files left, and hold them no longer."""
-        for folder in {claim.path.parent for claim in claims}:
-            if flush and folder.is_dir():
+        for folder in {claim.at.removesuffix(claim.name) for claim in claims}:
+            if flush and os.path.isdir(folder):  # noqa: PTH112 - a path as text
                 durable.fsync_folder(folder)
         for claim in claims:
-            self._held.pop(claim.path, None)
+            self._held.pop(claim.at, None)

@@ -73,12 +73,12 @@ class Opener:
         """Each file with its content or its error. Raises OSError where the machine refuses."""
         opened: list[OpenedFile] = []
         opened_at = self._clock()
-        plain = [str(claim.path) for claim in claims if not is_compressed(claim.name)]
+        plain = [claim.at for claim in claims if not is_compressed(claim.name)]
         small = dict(zip(plain, read_small(plain, SMALL_BYTES), strict=True))
         try:
             for claim in claims:
                 opened.append(OpenedFile(claim))
-                self._open(opened[-1], small.get(str(claim.path)), opened_at)
+                self._open(opened[-1], small.get(claim.at), opened_at)
             self._look_up([file for file in opened if file.source is not None])
             for file in opened:
                 self._parse(file)

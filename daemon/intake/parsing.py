@@ -10,10 +10,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from daemon.errors import SampleError
+from daemon.frozen import frozen
 from daemon.records import BUILT_IN_RECIPES, Recipe, Reject, Sample
 
 REJECT_REASONS = (
@@ -39,7 +39,7 @@ TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+|)*+(?P<close>"?)|[\[{]|[\]}]', re.D
 BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Place:
     """Where a record is in its file."""
 
@@ -48,7 +48,7 @@ class Place:
     byte_offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RawRecord:
     """One record as it stands in the file; `text` is None where it was too large to keep."""
 
@@ -58,7 +58,7 @@ class RawRecord:
 
 def check_unicode(raw: str) -> None:
     """Raises SampleError where the record's own text holds bytes that are not UTF-8."""
-    if ESCAPED_BYTE.search(raw):
+    if not raw.isascii() and ESCAPED_BYTE.search(raw):
         raise SampleError("invalid_utf8", "has bytes that are not UTF-8: save the file as UTF-8")
 
 
@@ -81,6 +81,7 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+EXTRA = json.JSONEncoder(ensure_ascii=False)
 DECODER = json.JSONDecoder(
     object_pairs_hook=unique_object, parse_constant=refuse_constant, parse_float=finite_float
 )
@@ -153,7 +154,7 @@ def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
         sample_id=sample_id if sample_id is not None else str(place.record_index),
         domain=domain,
         complexity=complexity,
-        extra=json.dumps(extra, ensure_ascii=False) if extra else None,
+        extra=EXTRA.encode(extra) if extra else None,
         texts=texts,
         line=place.line,
         byte_offset=place.byte_offset,
@@ -186,7 +187,7 @@ def to_float(number: int | float) -> float:
 def check_surrogates(value: Any) -> None:
     """Raises SampleError where a string holds a lone surrogate, which no UTF-8 file can store."""
     if isinstance(value, str):
-        if SURROGATE.search(value):
+        if not value.isascii() and SURROGATE.search(value):
             raise SampleError(
                 "lone_surrogate", r"has an unpaired \ud800-\udfff escape, which is no character: drop it"
             )

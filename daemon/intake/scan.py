@@ -11,6 +11,7 @@ from pathlib import Path
 
 import structlog
 
+from daemon.frozen import frozen
 from daemon.intake.filestatus import Stamp, kind_of, stamp
 from daemon.intake.names import printable
 
@@ -33,7 +34,7 @@ class InboxLoad:
         return 0.0 if self.oldest_at is None else max(0.0, now - self.oldest_at)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Candidate:
     """A regular file seen in the inbox."""
 

@@ -9,7 +9,6 @@ import os
 import stat
 import zlib
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -18,6 +17,7 @@ import zstandard
 from aiofiles.threadpool.binary import AsyncBufferedReader
 
 from daemon.errors import FileError
+from daemon.frozen import frozen
 
 CHUNK_BYTES = 1 << 20
 COMPRESSED = (".gz", ".zst")
@@ -26,7 +26,7 @@ BOMB_BYTES = 16 << 20  # of content, below which no ratio is suspicious
 MAX_WINDOW_BYTES = 128 << 20  # of zstandard: what `zstd --long` writes, and all that is held of a stream
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Content:
     """What a file holds: all of it where it is small, else the open file, at its start."""
 

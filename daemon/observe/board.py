@@ -140,21 +140,25 @@ class StatusBoard:
         """Why changed settings were not taken up; None once they were."""
         self._refused = None if message is None else visible(message)
 
-    def settle(self, outcome: Outcome) -> None:
-        """One file came to its end."""
-        settled = SettledFile(
-            name=visible(outcome.name),
-            outcome=outcome.kind,
-            rows=outcome.rows,
-            rejects=outcome.rejects,
-            seconds=outcome.seconds,
-            reason=outcome.reason,
-            message=visible(outcome.message) if outcome.message else None,
-            unit=outcome.unit,
-            at=self._wall_clock(),
-        )
+    def settle(self, *outcomes: Outcome) -> None:
+        """Files came to their ends, one after the other."""
+        now = self._wall_clock()
+        shown = [
+            SettledFile(
+                name=visible(outcome.name),
+                outcome=outcome.kind,
+                rows=outcome.rows,
+                rejects=outcome.rejects,
+                seconds=outcome.seconds,
+                reason=outcome.reason,
+                message=visible(outcome.message) if outcome.message else None,
+                unit=outcome.unit,
+                at=now,
+            )
+            for outcome in outcomes[-FILES_SHOWN:]
+        ]
         with self._lock:
-            self._files.appendleft(settled)
+            self._files.extendleft(shown)
 
     def look(self, load: InboxLoad | None, workload: Workload | None, *, ready: bool) -> None:
         """Take note of this moment; `load` is None until it was counted, `workload` until a pipeline runs."""

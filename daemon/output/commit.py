@@ -20,15 +20,16 @@ from typing import Any
 from daemon import durable
 from daemon.durable import Step, StepKind
 from daemon.errors import MachineError
+from daemon.frozen import frozen
 from daemon.lease import Lease, dead_leases
 from daemon.looks import lstat_each
 from daemon.output.jsontext import to_json_lines
+from daemon.output.parts import PARTS_SUFFIX
 from daemon.pause import FoldersLost
 from daemon.records import Source
 
 STAGING = ".staging"
 UNITS = ".units"  # by unit, the name of the folder that holds its results
-PARTS_SUFFIX = ".parts"
 PUBLISHING = ".publishing"  # locked while results get their final names
 MANIFEST = "manifest.json"
 NAME_BYTES = 255  # of a folder name, on every Linux file system
@@ -43,7 +44,7 @@ UNREADABLE = re.compile(r"[\x00-\x1f\x7f*?\[\]{}\\/=\ud800-\udfff]")
 PUBLISHED = re.compile(r"-([0-9a-f]{12})$")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Publication:
     """Where a unit's results are; `fresh` unless they were there before."""
 
@@ -56,7 +57,7 @@ class Staged:
     """Results on their way out: a folder whole but for its manifest, and what became of it."""
 
     source: Source
-    folder: Path
+    folder: str
     manifest: dict[str, Any]  # `daemon.output.manifest.manifest`'s
     publication: Publication | None = None
 
@@ -104,14 +105,15 @@ class Outbox:
         if self.path.is_dir() and not self.lease.folder.is_dir():
             raise FoldersLost(f"{self.lease.folder} disappeared, with the results made there")
 
-    def staging(self, unit: str) -> Path:
+    def staging(self, unit: str) -> str:
         """Where this process makes a unit's results."""
-        return self.lease.folder / unit
+        return f"{self.lease.folder}/{unit}"
 
     def kept_parts(self) -> set[str]:
-        """The names of all that `parts` gives and that is there."""
+        """The units for which there is what `parts` gives."""
         with os.scandir(self.lease.folder) as entries:
-            return {entry.name for entry in entries if entry.name.endswith(PARTS_SUFFIX)}
+            names = [entry.name for entry in entries]
+        return {name.removesuffix(PARTS_SUFFIX) for name in names if name.endswith(PARTS_SUFFIX)}
 
     def parts(self, unit: str) -> Path:
         """Where this process keeps a unit's finished parts."""
@@ -205,19 +207,19 @@ class Outbox:
             for unit, target, error in zip(staged, targets, entered, strict=True)
             if error is None
         ]
-        renamed = durable.each([Step(StepKind.RENAME, str(unit.folder), str(to)) for unit, to in free])
+        renamed = durable.each([Step(StepKind.RENAME, unit.folder, str(to)) for unit, to in free])
         for (unit, target), error in zip(free, renamed, strict=True):
             if error is None:
                 unit.publication = Publication(target, fresh=True)
 
     def _publish(self, unit: Staged) -> Publication:
         if (published := self.published(unit.source.unit)) is not None:
-            durable.remove_folder(unit.folder)
+            durable.remove_folder(Path(unit.folder))
             return Publication(published, fresh=False)
         target = self._target(unit)
         self._enter(unit.source.unit, target.name)
-        if not rename_to_free(unit.folder, target):
-            durable.remove_folder(unit.folder)
+        if not rename_to_free(Path(unit.folder), target):
+            durable.remove_folder(Path(unit.folder))
             return Publication(target, fresh=False)
         return Publication(target, fresh=True)
 
@@ -254,7 +256,7 @@ def seal(staged: Sequence[Staged]) -> None:
     for unit in staged:
         names = (MANIFEST, *(file["name"] for file in unit.manifest["files"]))
         steps += [Step(StepKind.FSYNC_FILE, f"{unit.folder}/{name}") for name in names]
-        steps.append(Step(StepKind.FSYNC_FOLDER, str(unit.folder)))
+        steps.append(Step(StepKind.FSYNC_FOLDER, unit.folder))
     durable.in_turn(steps)
 
 

@@ -11,12 +11,12 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from daemon.durable import remove_folder
 from daemon.errors import FileError, SyncFailed
+from daemon.frozen import frozen
 from daemon.intake.inbox import Inbox
 from daemon.output.commit import Outbox, Staged
 from daemon.output.finished import FinishedPart
@@ -34,7 +34,7 @@ R = TypeVar("R")
 OutcomeKind = Literal["committed", "failed", "duplicate", "requeued"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Outcome:
     """How one file ended."""
 
@@ -53,6 +53,7 @@ class Outcome:
 
     def log_fields(self) -> dict[str, Any]:
         fields = {
+            "outcome": self.kind,
             "file": self.name,
             "unit": self.unit,
             "rows": self.rows,
@@ -153,7 +154,6 @@ class Delivery:
     def _writer(self, source: Source, recipe: Recipe) -> UnitWriter:
         return UnitWriter(
             self.outbox.staging(source.unit),
-            self.outbox.parts(source.unit),
             source=source,
             recipe=recipe,
             info=self.info,
@@ -195,7 +195,7 @@ class Delivery:
     def _discard_parts(self, units: Sequence[Unit]) -> None:
         kept = self.outbox.kept_parts()
         for unit in units:
-            if unit.writer.parts.name in kept:
+            if unit.source.unit in kept:
                 unit.writer.discard_parts()
 
     async def _withdraw(self, unit: Unit, *, vanished: bool) -> Outcome:
@@ -299,6 +299,6 @@ def published(unit: Unit, staged: Staged) -> Outcome:
         rejects=totals.rejects,
         output_bytes=totals.bytes,
         seconds=unit.seconds,
-        fvu=tuple(layer.fvu() for layer in totals.layers),
+        fvu=totals.fvu,
         stages=totals.seconds,
     )

@@ -5,15 +5,12 @@ Knows nothing about Parquet and files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-
+from daemon.frozen import frozen
 from daemon.output.totals import LayerTotals, StageSeconds
 from daemon.records import Block, IntArray, Reject, TokenizedPart
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BlockRows:
     """Rows `block_rows` of a device batch are the results of the samples at `part_rows` of a part."""
 
@@ -23,7 +20,7 @@ class BlockRows:
     row_bytes: int  # about what one of them weighs in memory
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FinishedPart:
     """A part and the pieces of device batches that together cover each of its samples once."""
 
@@ -38,20 +35,14 @@ class FinishedPart:
         """About what its results weigh in memory: its share of the blocks."""
         return 1 + sum(piece.row_bytes * len(piece.block_rows) for piece in self.pieces)
 
-    def row_order(self) -> IntArray:
-        """(n,) where each sample's row lies once the pieces' rows are laid end to end.
-
-        Raises AssertionError unless every sample of the part is covered exactly once.
-        """
+    def check_covered(self) -> None:
+        """Raises AssertionError unless every sample of the part is covered exactly once."""
         n = len(self.part.samples)
-        part_rows = [piece.part_rows for piece in self.pieces]
-        covered = np.concatenate(part_rows) if part_rows else np.empty(0, np.int64)
-        order = np.argsort(covered, kind="stable")
+        covered = sorted(row for piece in self.pieces for row in piece.part_rows.tolist())
         pairs_up = all(len(piece.block_rows) == len(piece.part_rows) for piece in self.pieces)
-        if not pairs_up or not np.array_equal(covered[order], np.arange(n)):
+        if not pairs_up or covered != list(range(n)):
             part = self.part.part
             raise AssertionError(
                 f"unit {part.source.unit} part {part.number}: {len(covered)} result rows"
                 f" do not cover its {n} samples exactly once"
             )
-        return order

@@ -24,11 +24,12 @@ class Constant(dict[str, Any]):
         return to_json(dict(self))
 
 
-class Extended(dict[str, Any]):
+class Extended:
     """A `Constant` with some fields more, which alone are written anew."""
 
+    __slots__ = ("_constant", "_more")
+
     def __init__(self, constant: Constant, **more: Any) -> None:
-        super().__init__(constant, **more)
         self._constant = constant
         self._more = more
 

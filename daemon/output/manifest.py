@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from daemon.output.jsontext import Constant, Extended, fields_of, readable_name
-from daemon.output.totals import LayerTotals, StageSeconds, UnitTotals
+from daemon.output.totals import StageSeconds, UnitTotals
 from daemon.records import ModelInfo, Recipe, SaeInfo, Source
 
 DISTRIBUTIONS = ("lensd", "torch", "transformers", "transformer-lens", "sae-lens", "numpy", "pyarrow")
@@ -48,7 +48,10 @@ def manifest(
         "seconds": round(seconds, 6),
         "stage_seconds": describe_stages(totals.seconds),
         "model": describe_model(info),
-        "saes": [describe_sae(sae, layer) for sae, layer in zip(info.saes, totals.layers, strict=True)],
+        "saes": [
+            Extended(describe_dictionary(sae), fvu=fvu, mean_l0=layer.mean_l0())
+            for sae, layer, fvu in zip(info.saes, totals.layers, totals.fvu, strict=True)
+        ],
         "recipe": describe_recipe(recipe),
         "config": settings,
         "versions": versions(),
@@ -65,10 +68,6 @@ def describe_model(info: ModelInfo) -> dict[str, Any]:
     fields = asdict(info)
     del fields["saes"]
     return Constant(fields)
-
-
-def describe_sae(sae: SaeInfo, totals: LayerTotals) -> dict[str, Any]:
-    return Extended(describe_dictionary(sae), fvu=totals.fvu(), mean_l0=totals.mean_l0())
 
 
 @functools.cache

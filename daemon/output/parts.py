@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,20 @@ import numpy as np
 import pyarrow as pa
 
 from daemon import durable
+from daemon.frozen import frozen
 from daemon.output.jsontext import fields_of, to_json
 from daemon.output.smallfile import SmallFile
 from daemon.output.totals import LayerTotals, StageSeconds
 from daemon.records import PartExtent, Reject
 
+PARTS_SUFFIX = ".parts"  # of the folders that hold them
 FORMAT = 1  # of part files; another one is not read
 HEADER = b"lensd"
 OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 BUFFER_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StoredPart:
     """The results of one part, as they go into the files of its unit."""
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from daemon.frozen import frozen
 from daemon.output.thrift import (
     BINARY,
     HOLE_BYTES,
@@ -73,7 +74,7 @@ class Ragged:
 Values = npt.NDArray[Any] | Ragged  # numbers, NaN where a nullable one is null; str or None; or lists
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SmallFile:
     """A whole Parquet file."""
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from daemon.frozen import frozen
 from daemon.output.finished import FinishedPart
 from daemon.output.schema import SAMPLE_FIELDS
 from daemon.output.smallfile import BoolArray, Ragged, SmallFile, SmallFiles, Values
@@ -24,7 +25,7 @@ DTYPES = {pa.int32(): np.int32, pa.int64(): np.int64, pa.float64(): np.float64, 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PartTables:
     """What one part adds to the two Parquet files; the whole file where that is small."""
 
@@ -106,23 +107,21 @@ class Gathered:
 
 
 def gather(parts: Sequence[FinishedPart]) -> Gathered:
-    """The samples of parts end to end."""
-    blocks: dict[int, Block] = {}
-    numbers: dict[int, int] = {}
-    block: list[IntArray] = []
-    block_row: list[IntArray] = []
-    for part in parts:
-        order = part.row_order()
-        for piece in part.pieces:
-            numbers.setdefault(id(piece.block), len(numbers))
-            blocks[id(piece.block)] = piece.block
-        of = [np.full(len(piece.block_rows), numbers[id(piece.block)]) for piece in part.pieces]
-        if len(order):
-            block.append(np.concatenate(of)[order])
-            block_row.append(np.concatenate([piece.block_rows for piece in part.pieces])[order])
+    """The samples of parts end to end. Raises AssertionError unless the pieces cover each exactly once."""
     samples = tuple(entry.sample for part in parts for entry in part.part.samples)
-    block_of = np.concatenate(block) if block else np.empty(0, np.int64)
-    row_of = np.concatenate(block_row) if block_row else np.empty(0, np.int64)
+    n = np.array([len(part.part.samples) for part in parts])
+    pieces = [piece for part in parts for piece in part.pieces]
+    blocks = {id(piece.block): piece.block for piece in pieces}
+    number_of = {key: number for number, key in enumerate(blocks)}
+    rows = np.array([len(piece.block_rows) for piece in pieces], np.int64)  # of each piece
+    part = np.repeat(np.repeat(np.arange(len(parts)), [len(part.pieces) for part in parts]), rows)
+    part_row = end_to_end([piece.part_rows for piece in pieces])
+    if len(part_row) != len(part) or not covers(part, part_row, n):
+        for finished in parts:
+            finished.check_covered()
+    order = np.argsort((np.cumsum(n) - n)[part] + part_row)
+    block_of = np.repeat(np.array([number_of[id(piece.block)] for piece in pieces], np.int64), rows)[order]
+    row_of = end_to_end([piece.block_rows for piece in pieces])[order]
     found = [
         block_features(held, row_of[block_of == number], np.flatnonzero(block_of == number))
         for number, held in enumerate(blocks.values())
@@ -135,6 +134,17 @@ def gather(parts: Sequence[FinishedPart]) -> Gathered:
         block_row=row_of,
         features=in_order(concatenate(found)) if found else None,
     )
+
+
+def end_to_end(rows: Sequence[IntArray]) -> IntArray:
+    return np.concatenate(rows) if rows else np.empty(0, np.int64)
+
+
+def covers(part: IntArray, row: IntArray, n: IntArray) -> bool:
+    """Whether rows of parts are all of `n[0]` of the first, of `n[1]` of the second, and so on, each once."""
+    if len(row) != n.sum() or not ((row >= 0) & (row < n[part])).all():
+        return False
+    return len(np.unique((np.cumsum(n) - n)[part] + row)) == len(row)
 
 
 def metrics_columns(gathered: Gathered, schema: pa.Schema) -> list[Values]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from daemon.frozen import frozen
 from daemon.records import FloatArray, IntArray, LayerSums
 
 # A variance below this share of the mean square is rounding error: the rows are all alike.
@@ -71,7 +72,7 @@ class LayerTotals:
         return self.l0 / self.rows if self.rows else None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StageSeconds:
     """Seconds of work, or of waiting in `queue`, per stage. Stages overlap: the sum is no wall time."""
 
@@ -92,7 +93,7 @@ class StageSeconds:
 STAGE_VALUES = operator.attrgetter(*(field.name for field in fields(StageSeconds)))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FileTotals:
     """One file of an output folder."""
 
@@ -102,7 +103,7 @@ class FileTotals:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UnitTotals:
     """All that was written for one input file."""
 
@@ -110,6 +111,7 @@ class UnitTotals:
     rows: int  # of metrics.parquet: samples
     rejects: int
     layers: tuple[LayerTotals, ...]  # one per SAE
+    fvu: tuple[float | None, ...]  # of each
     seconds: StageSeconds
     files: tuple[FileTotals, ...]
 

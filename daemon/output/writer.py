@@ -21,7 +21,7 @@ from daemon.output.files import HashedFile
 from daemon.output.finished import FinishedPart
 from daemon.output.jsontext import to_json
 from daemon.output.parquet import ParquetFile
-from daemon.output.parts import StoredPart, read_part, write_part
+from daemon.output.parts import PARTS_SUFFIX, StoredPart, read_part, write_part
 from daemon.output.schema import (
     ValueType,
     features_options,
@@ -45,13 +45,12 @@ class UnitWriter:
     """The results of one unit while they come together.
 
     Parts of a file that has several are kept in `parts`, where a later attempt finds them. Once `complete`,
-    `write` makes the folder `staging`, whole but for its manifest.
+    `write` makes the folder `staging`, whole but for its manifest. Few need more of that than its name.
     """
 
     def __init__(
         self,
-        staging: Path,
-        parts: Path,
+        staging: str,
         *,
         source: Source,
         recipe: Recipe,
@@ -60,7 +59,6 @@ class UnitWriter:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.staging = staging
-        self.parts = parts
         self.source = source
         self.recipe = recipe
         self.info = info
@@ -70,6 +68,10 @@ class UnitWriter:
         self._only: StoredPart | None = None  # the part of a file that has one, kept in memory
         self._n_parts: int | None = None  # known from the last one on
         self._seconds = StageSeconds()
+
+    @property
+    def parts(self) -> Path:
+        return Path(f"{self.staging}{PARTS_SUFFIX}")
 
     @property
     def complete(self) -> bool:
@@ -119,7 +121,7 @@ class UnitWriter:
             return write_small([self])[0]
         self._check_complete()
         began = self._clock()
-        make_empty_folder(self.staging)
+        make_empty_folder(Path(self.staging))
         return self._timed(self._write_parts(), self._clock() - began)
 
     def _timed(self, totals: UnitTotals, seconds: float) -> UnitTotals:
@@ -148,6 +150,7 @@ class UnitWriter:
             rows=files[METRICS].rows,
             rejects=len(part.rejects),
             layers=part.layers,
+            fvu=tuple([layer.fvu() for layer in part.layers]),
             seconds=part.seconds,
             files=tuple(
                 FileTotals(name, file.rows, len(file.content), hashlib.sha256(file.content).hexdigest())
@@ -160,22 +163,23 @@ class UnitWriter:
         """The files of a unit, from its stored parts."""
         layers = tuple(LayerTotals.zero(sae.d_out) for sae in self.info.saes)
         seconds = StageSeconds()
+        staging = Path(self.staging)
         with contextlib.ExitStack() as files:
             metrics = ParquetFile(
-                self.staging / METRICS,
+                staging / METRICS,
                 self._metrics_schema,
                 group_bytes=METRICS_GROUP_BYTES,
                 options=metrics_options(self.info.layers, self.recipe),
             )
             files.callback(metrics.discard)
             features = ParquetFile(
-                self.staging / FEATURES,
+                staging / FEATURES,
                 features_schema(self.values),
                 group_bytes=FEATURES_GROUP_BYTES,
                 options=features_options(self.values),
             )
             files.callback(features.discard)
-            rejects = RejectsFile(self.staging / REJECTS)
+            rejects = RejectsFile(staging / REJECTS)
             files.callback(rejects.discard)
             for part in self._stored_parts():
                 metrics.append(part.metrics)
@@ -189,13 +193,14 @@ class UnitWriter:
             rows=metrics.rows,
             rejects=rejects.rows,
             layers=layers,
+            fvu=tuple([layer.fvu() for layer in layers]),
             seconds=seconds,
             files=written,
         )
 
     def abandon(self) -> None:
         """Remove the staging folder, whatever state it is in. Stored parts stay for another attempt."""
-        remove_folder(self.staging)
+        remove_folder(Path(self.staging))
 
     def discard_parts(self) -> None:
         """Remove the stored parts: the unit is published."""
@@ -250,10 +255,10 @@ def write_small(writers: Sequence[UnitWriter]) -> list[UnitTotals]:
     contents = [writer._small_files() for writer in writers]
     steps: list[Step] = []
     for writer, files in zip(writers, contents, strict=True):
-        folder = str(writer.staging)
-        steps.append(Step(StepKind.MAKE_NEW_FOLDER, folder))
+        steps.append(Step(StepKind.MAKE_NEW_FOLDER, writer.staging))
         steps += [
-            Step(StepKind.WRITE_WHOLE, f"{folder}/{name}", file.content) for name, file in files.items()
+            Step(StepKind.WRITE_WHOLE, f"{writer.staging}/{name}", file.content)
+            for name, file in files.items()
         ]
     try:
         in_turn(steps)

@@ -192,7 +192,7 @@ async def tokenized_parts(config: Config, tokenizer: Tokenizer, file: Path) -> l
 
 def source_of(file: Path) -> Source:
     """A file that nobody claimed."""
-    return Source(Claim(file.name, file, 1, FileIdentity(0, 0, 0, 0, 0)), sha256="", size=0, unit="")
+    return Source(Claim(file.name, str(file), 1, FileIdentity(0, 0, 0, 0, 0)), sha256="", size=0, unit="")
 
 
 def run_reference(

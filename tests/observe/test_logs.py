@@ -4,13 +4,14 @@ import errno
 import io
 import json
 import logging
-import threading
+import re
+from pathlib import Path
 
 import pytest
 import structlog
 
 from daemon.errors import MachineError
-from daemon.observe.logs import configure, failed, together
+from daemon.observe.logs import configure, failed, info_each
 
 
 @pytest.fixture(autouse=True)
@@ -120,17 +121,34 @@ class Counting(Utf8):
         return super().write(text)
 
 
-def test_lines_that_are_logged_together_go_out_in_one_write():
+def test_an_event_of_many_is_logged_line_by_line_in_one_write():
     stream = Counting()
     configure("json", "info", stream)
-    log = structlog.get_logger()
-    with pytest.raises(ValueError, match="in the middle"), together():
-        log.info("first")
-        elsewhere = threading.Thread(target=lambda: log.info("of another thread"))
-        elsewhere.start()
-        elsewhere.join()
-        log.info("second")
-        raise ValueError("in the middle")
-    log.info("after")
-    assert [line["event"] for line in lines(stream)] == ["of another thread", "first", "second", "after"]
-    assert stream.writes == 3
+    info_each("file.settled", [{"file": "a.json", "rows": 3}, {"file": "caf\udce9.json", "n": Path("o")}])
+    first, second = lines(stream)
+    assert stream.writes == 1
+    assert list(first) == ["file", "rows", "event", "level", "timestamp"]
+    assert (first["event"], first["level"], first["file"]) == ("file.settled", "info", "a.json")
+    assert (second["file"], second["n"]) == ("caf\udce9.json", "PosixPath('o')")
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_an_event_of_many_reads_as_any_other(format):
+    alone, of_many = Utf8(), Utf8()
+    configure(format, "info", alone)
+    structlog.get_logger().info("file.settled", file="a\n.json", rows=3)
+    configure(format, "info", of_many)
+    info_each("file.settled", [{"file": "a\n.json", "rows": 3}])
+    assert without_times(of_many.getvalue()) == without_times(alone.getvalue())
+
+
+def without_times(text: str) -> str:
+    return re.sub(r"\d{4}-\d\d-\d\d[T ][\d:.]+", "then", text)
+
+
+def test_an_event_of_many_is_left_out_below_the_level():
+    stream = Counting()
+    configure("json", "warning", stream)
+    info_each("file.settled", [{"file": "a.json"}])
+    info_each("file.settled", [])
+    assert stream.writes == 0

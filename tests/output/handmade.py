@@ -64,9 +64,7 @@ INFO = ModelInfo(
 
 
 def make_source(name: str = "sämple.jsonl", unit: str = UNIT) -> Source:
-    return Source(
-        Claim(name, Path(name), 1, FileIdentity(1, 2, 3, 4, 5)), sha256="c" * 64, size=99, unit=unit
-    )
+    return Source(Claim(name, name, 1, FileIdentity(1, 2, 3, 4, 5)), sha256="c" * 64, size=99, unit=unit)
 
 
 @dataclass(frozen=True)
@@ -222,9 +220,9 @@ def finished_from(part: TokenizedPart, pieces: Sequence[BlockRows]) -> FinishedP
     )
 
 
-def open_writer(staging: Path, recipe: Recipe = CONTRAST_RECIPE, **options: object) -> UnitWriter:
+def open_writer(staging: Path | str, recipe: Recipe = CONTRAST_RECIPE, **options: object) -> UnitWriter:
     settings = {"source": make_source(), "recipe": recipe, "info": INFO, "values": "float32"} | options
-    return UnitWriter(staging, staging.with_name(f"{staging.name}.parts"), **settings)
+    return UnitWriter(str(staging), **settings)
 
 
 def expected_metrics(samples: Sequence[Sample], recipe: Recipe = CONTRAST_RECIPE) -> list[dict[str, object]]:

@@ -275,16 +275,16 @@ def test_many_small_units_are_written_as_each_alone(tmp_path):
     writers = [open_writer(tmp_path / f"unit-{number}") for number in range(2)]
     for writer, part in zip(writers, parts, strict=True):
         writer.write_part(part)
-    writers[1].staging.mkdir()
-    (writers[1].staging / "leftover").touch()
+    (tmp_path / "unit-1").mkdir()
+    (tmp_path / "unit-1" / "leftover").touch()
     together = writer_module.write_small(writers)
     assert [totals.files for totals in together] == [totals.files for totals in alone]
     assert [totals.rejects for totals in together] == [0, 1]
     assert all(totals.seconds.commit > 0 for totals in together)
     for number, writer in enumerate(writers):
         for path in (tmp_path / f"alone-{number}").iterdir():
-            assert (writer.staging / path.name).read_bytes() == path.read_bytes()
-    assert not (writers[1].staging / "leftover").exists()
+            assert Path(writer.staging, path.name).read_bytes() == path.read_bytes()
+    assert not (tmp_path / "unit-1" / "leftover").exists()
     assert writer_module.write_small([]) == []
 
 
