@@ -9,11 +9,13 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class Constant(dict[str, Any]):
@@ -35,7 +37,7 @@ class Extended:
 
     @property
     def json(self) -> bytes:
-        return self._constant.json[:-1] + b", " + to_json(self._more)[1:]
+        return self._constant.json[:-1] + b"," + to_json(self._more)[1:]
 
 
 def json_of(value: Any) -> bytes:
@@ -43,21 +45,17 @@ def json_of(value: Any) -> bytes:
     if isinstance(value, Constant | Extended):
         return value.json
     if isinstance(value, list):
-        return b"[" + b", ".join(map(json_of, value)) + b"]"
+        return b"[" + b",".join(map(json_of, value)) + b"]"
     return to_json(value)
 
 
 def to_json(value: Any) -> bytes:
-    """UTF-8 JSON, keys in the order given; a lone surrogate becomes the text of its escape.
-
-    Raises ValueError for NaN and infinities.
-    """
-    if type(value) is int:
-        return b"%d" % value
-    text = ENCODER.encode(value)
-    if not text.isascii():
-        text = LONE_SURROGATE.sub(lambda match: f"\\\\u{ord(match[0]):04x}", text)
-    return text.encode()
+    """UTF-8 JSON, keys in the order given; a lone surrogate becomes the text of its escape, NaN null."""
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:  # which doesn't say why
+        text = ENCODER.encode(value)
+        return LONE_SURROGATE.sub(lambda match: f"\\\\u{ord(match[0]):04x}", text).encode()
 
 
 key_json = functools.lru_cache(maxsize=256)(to_json)  # the keys of our files, which are few

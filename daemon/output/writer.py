@@ -67,7 +67,7 @@ class UnitWriter:
         self._extents: dict[int, PartExtent] = {}  # of what is stored
         self._only: StoredPart | None = None  # the part of a file that has one, kept in memory
         self._n_parts: int | None = None  # known from the last one on
-        self._seconds = StageSeconds()
+        self._write_seconds = 0.0
 
     @property
     def parts(self) -> Path:
@@ -100,7 +100,7 @@ class UnitWriter:
         else:
             write_part(self.parts, stored)
         self._add(part.extent, part.last)
-        self._seconds += StageSeconds(write=self._clock() - began)
+        self._write_seconds += self._clock() - began
 
     def keep_part(self, source: Source, extent: PartExtent, last: bool) -> None:
         """Count in a part that an earlier attempt stored in `parts`."""
@@ -122,13 +122,11 @@ class UnitWriter:
         self._check_complete()
         began = self._clock()
         make_empty_folder(Path(self.staging))
-        return self._timed(self._write_parts(), self._clock() - began)
+        return self._write_parts(began)
 
-    def _timed(self, totals: UnitTotals, seconds: float) -> UnitTotals:
-        """What was written, and all the time that it took."""
-        return dataclasses.replace(
-            totals, seconds=totals.seconds + self._seconds + StageSeconds(commit=seconds)
-        )
+    def _timed(self, seconds: StageSeconds, commit: float) -> StageSeconds:
+        """What its parts took before they were written, and what that took."""
+        return dataclasses.replace(seconds, write=self._write_seconds, commit=commit)
 
     def _small_files(self) -> dict[str, SmallFile]:
         """By name, the files of a unit that is `small`."""
@@ -145,21 +143,20 @@ class UnitWriter:
     def _small_totals(self, files: dict[str, SmallFile], seconds: float) -> UnitTotals:
         part = self._only
         assert part is not None
-        totals = UnitTotals(
+        return UnitTotals(
             records=part.extent.records,
             rows=files[METRICS].rows,
             rejects=len(part.rejects),
             layers=part.layers,
             fvu=tuple([layer.fvu() for layer in part.layers]),
-            seconds=part.seconds,
+            seconds=self._timed(part.seconds, seconds),
             files=tuple(
                 FileTotals(name, file.rows, len(file.content), hashlib.sha256(file.content).hexdigest())
                 for name, file in files.items()
             ),
         )
-        return self._timed(totals, seconds)
 
-    def _write_parts(self) -> UnitTotals:
+    def _write_parts(self, began: float) -> UnitTotals:
         """The files of a unit, from its stored parts."""
         layers = tuple(LayerTotals.zero(sae.d_out) for sae in self.info.saes)
         seconds = StageSeconds()
@@ -194,7 +191,7 @@ class UnitWriter:
             rejects=rejects.rows,
             layers=layers,
             fvu=tuple([layer.fvu() for layer in layers]),
-            seconds=seconds,
+            seconds=self._timed(seconds, self._clock() - began),
             files=written,
         )
 

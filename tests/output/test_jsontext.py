@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from daemon.output.jsontext import Constant, Extended, to_json, to_json_lines
+
+
+@pytest.mark.parametrize(
+    "value", [{"b": 1, "a": [1.5, None, True]}, "caf\xe9 \N{GHOST}", 10**30, -0.1, {}, "a\nb\u2028"]
+)
+def test_what_is_written_is_read_back(value):
+    assert json.loads(to_json(value)) == value
+
+
+def test_keys_stay_in_order():
+    assert list(json.loads(to_json({"b": 1, "a": 2, "c": 3}))) == ["b", "a", "c"]
+
+
+def test_a_lone_surrogate_becomes_the_text_of_its_escape():
+    assert json.loads(to_json({"a\udc80": ["\ud800", 1 << 70]})) == {r"a\udc80": [r"\ud800", 1 << 70]}
+
+
+def test_what_is_no_number_is_null():
+    assert json.loads(to_json([float("nan"), float("inf")])) == [None, None]
+
+
+def test_an_object_is_written_with_a_line_for_each_key():
+    constant = Constant(hook="h", layer=3)
+    content = {
+        "unit": "u",
+        "saes": [Extended(constant, fvu=0.5), Extended(constant, fvu=None)],
+        "config": constant,
+    }
+    text = to_json_lines(content).decode()
+    assert [line.split(":")[0].strip() for line in text.splitlines()] == [
+        "{",
+        '"unit"',
+        '"saes"',
+        '"config"',
+        "}",
+    ]
+    assert json.loads(text) == {
+        "unit": "u",
+        "saes": [{"hook": "h", "layer": 3, "fvu": 0.5}, {"hook": "h", "layer": 3, "fvu": None}],
+        "config": {"hook": "h", "layer": 3},
+    }
