@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
+import numpy as np
+import numpy.typing as npt
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
@@ -21,6 +25,7 @@ MAPPED_BYTES = 32 << 20  # from which on a piece is mapped by itself: the most t
 STATM = Path("/proc/self/statm")  # sizes in pages: of the address space, resident, ...
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's for it
 KEPT_KERNELS = 128  # of up to a MiB, one for each shape of a product: else a thousand, met over hours
+ALIGNMENT = 64  # bytes
 ARENAS = 2  # heaps that all threads share: with one for each thread, memory grows for hours
 
 
@@ -36,10 +41,9 @@ class MallInfo(ctypes.Structure):
 def keep_memory() -> None:
     """Have the C library keep and share what it was given, where it can, and oneDNN keep few kernels.
 
-    Arrow's tables then come from the same heap, which has room once batches are done, not from one of
-    Arrow's own. Best before any thread starts; oneDNN listens only before its first product.
+    Best before any thread starts; oneDNN listens only before its first product. Arrow takes its memory from
+    the same heap, which has room once batches are done: `daemon/__init__.py` sees to that.
     """
-    pa.set_memory_pool(pa.system_memory_pool())
     for variable in KERNEL_CACHES:
         os.environ.setdefault(variable, str(KEPT_KERNELS))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -47,6 +51,23 @@ def keep_memory() -> None:
         mallopt(M_ARENA_MAX, ARENAS)
         mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def apart(arrays: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """Copies of arrays in a piece of memory of their own, which is given back with the last of them.
+
+    For what outlives its batch: in the heap it would lie in the middle of the room that the next batch needs
+    whole, and the heap would grow by that.
+    """
+    sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
+    room = mmap.mmap(-1, max(1, sum(sizes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copies: list[npt.NDArray[Any]] = []
+    begin = 0
+    for array, size in zip(arrays, sizes, strict=True):
+        copies.append(np.frombuffer(room, array.dtype, array.size, begin).reshape(array.shape))
+        copies[-1][...] = array
+        begin += size
+    return copies
 
 
 def memory_bytes(device: str) -> dict[str, int]:

@@ -6,6 +6,7 @@ Models, SAEs and every tensor stay on that thread; only NumPy arrays leave it. K
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,21 +14,24 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy.typing as npt
 import torch
 
 from daemon.analysis.features import feature_rows
 from daemon.analysis.stability import Noise, noise_bank
 from daemon.analysis.study import StudySettings, analyse, layer_sums
+from daemon.compute.buffers import apart
 from daemon.compute.engine import Engine
 from daemon.compute.extraction import Extraction, Started
 from daemon.compute.launched import finish, on_cuda
 from daemon.compute.packing import Batch
 from daemon.errors import OutOfMemory
-from daemon.records import Block
+from daemon.records import Block, FeatureRows, LayerSums
 
 R = TypeVar("R")
+Rows = TypeVar("Rows", FeatureRows, LayerSums)
 OWN_THREADS = Path("/proc/self/task")  # on Linux
 
 
@@ -191,7 +195,7 @@ class Study:
             noise=self._noise,
         )
         n_texts = len(batch.recipe.templates)
-        return Block(
+        block = Block(
             columns=columns,
             features=feature_rows(extraction.stored, n_texts),
             layers=tuple(layer_sums(layer, n_texts) for layer in extraction.layers),
@@ -201,6 +205,26 @@ class Study:
             computed_tokens=extraction.computed_tokens,
             padding_tokens=extraction.padding_tokens,
         )
+        return outliving(block)
+
+
+def outliving(block: Block) -> Block:
+    """The same block, its numbers out of the way of the next batch."""
+    numbers = {name: column for name, column in block.columns.items() if column.dtype != object}
+    parts: tuple[FeatureRows | LayerSums, ...] = (block.features, *block.layers)
+    arrays = [getattr(part, field.name) for part in parts for field in dataclasses.fields(part)]
+    copies = iter(apart([*numbers.values(), *arrays]))
+    return dataclasses.replace(
+        block,
+        columns=block.columns | {name: next(copies) for name in numbers},
+        features=of_copies(block.features, copies),
+        layers=tuple(of_copies(layer, copies) for layer in block.layers),
+    )
+
+
+def of_copies(part: Rows, copies: Iterator[npt.NDArray[Any]]) -> Rows:
+    """The same kind of thing with the next of these as its fields."""
+    return dataclasses.replace(part, **{field.name: next(copies) for field in dataclasses.fields(part)})
 
 
 def noise_of(engine: Engine, settings: StudySettings) -> Noise:

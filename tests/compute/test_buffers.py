@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from daemon.compute import buffers
@@ -37,12 +39,18 @@ with torch.inference_mode():
 print(pool, later_pool - pool, later_faults - faults)
 """
 
-BACKEND = """
-import pyarrow as pa
-from daemon.compute.buffers import keep_memory
+ALLOCATORS = """
+import io
+import numpy as np
+from daemon.output import schema
+import pyarrow as pa, pyarrow.parquet
 
-keep_memory()
-print(pa.default_memory_pool().backend_name)
+table = pa.table({"a": np.random.default_rng(0).random(100_000)})
+pyarrow.parquet.write_table(table, io.BytesIO(), compression="zstd")
+others = [pa.jemalloc_memory_pool, pa.mimalloc_memory_pool]
+names = pa.supported_memory_backends()
+used = [pool().max_memory() for pool in others if pool.__name__.split("_")[0] in names]
+print(pa.default_memory_pool().backend_name, sum(used))
 """
 
 COUNTED = pytest.mark.skipif(
@@ -84,7 +92,29 @@ def test_batches_of_many_sizes_take_no_memory_for_each_size(tmp_path):
 
 
 def test_arrows_tables_come_from_the_heap_that_is_kept():
+    environment = {key: value for key, value in os.environ.items() if key != "ARROW_DEFAULT_MEMORY_POOL"}
     done = subprocess.run(
-        [sys.executable, "-c", BACKEND], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", ALLOCATORS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
-    assert done.stdout == "system\n"
+    assert done.stdout == "system 0\n"
+
+
+def test_what_lies_apart_is_the_same():
+    arrays = [
+        np.arange(5, dtype=np.uint32),
+        np.empty((0, 3)),
+        np.random.default_rng(0).random((7, 3)).T,
+        np.array([], np.int64),
+    ]
+    copies = buffers.apart(arrays)
+    arrays[0][0] = 99
+    assert copies[0].tolist() == [0, 1, 2, 3, 4]
+    for copy, array in zip(copies[1:], arrays[1:], strict=True):
+        assert (copy.dtype, copy.shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(copy, array)
+    assert buffers.apart([]) == []
