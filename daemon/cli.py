@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -25,8 +26,17 @@ STATUS = """Asks a running daemon what it does. Exit codes: 0 live and ready, 1 
 paused, stalled), 3 no answer."""
 
 
+def share_heap() -> None:
+    """Have all of Arrow allocate as the rest of the process does: read when pyarrow is first imported.
+
+    With an allocator of its own its memory comes on top of what the heap keeps (`daemon.compute.buffers`).
+    """
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    share_heap()
     never_refuse(sys.stdout, sys.stderr)
     args = parser().parse_args(argv)
     try:

@@ -203,9 +203,9 @@ class Pipeline:
 
     async def hand_on(self, file: OpenedFile) -> None:
         """The parts of a file to the next stage."""
-        for part in file.parts or ():
-            await self.hand_on_part(part)
         if file.parts is not None:
+            for part in file.parts:
+                await self.hand_on_part(part)
             return
         handed_on = 0
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import string
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ FloatArray = npt.NDArray[np.float64]
 Positions = Literal["last", "all", "mean", "max"]  # of a text, that the SAEs read
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Contrast:
     """Which texts of a sample are compared: names of texts of the same recipe."""
 
@@ -29,7 +30,7 @@ class Contrast:
     negative: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """How a record becomes texts: `(name, template)` pairs, and the contrast between them, if any."""
 
@@ -247,7 +248,7 @@ class Block:
     padding_tokens: int = 0
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class SaeInfo:
     """One loaded dictionary, as the manifest and the columns name it."""
 
@@ -262,7 +263,7 @@ class SaeInfo:
     weights_sha256: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """The loaded model, as the manifest and `lensd_model_info` name it."""
 

@@ -24,7 +24,7 @@ from daemon.pause import FOLDERS, Pause
 from tests import health_hooks, tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import end, events, running, shared_daemons, wait_until
-from tests.reliability.hooks import ORDINARY_USER
+from tests.reliability.hooks import CODE_OWNER
 from tests.reliability.test_disk_full import get, pauses, url_of
 
 VISIBLE_SECONDS = 30.0  # within which trouble must show
@@ -42,7 +42,7 @@ def users_root() -> Iterator[Path]:
     for name in ("inbox", "outbox"):
         (folder / name).mkdir()
     for path in (folder, *folder.iterdir()):
-        os.chown(path, ORDINARY_USER, -1)
+        os.chown(path, CODE_OWNER, -1)
     yield folder
     shutil.rmtree(folder)
 

@@ -2,7 +2,7 @@
 
 On a CPU that is the C library's heap, which would else give large pieces back and have the system clear them
 anew, page by page, for the next batch; on CUDA it is torch's allocator, which keeps them by itself.
-Knows nothing about what is computed.
+What outlives a batch goes elsewhere (`apart`). Knows nothing about what is computed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
@@ -41,9 +42,11 @@ class MallInfo(ctypes.Structure):
 def keep_memory() -> None:
     """Have the C library keep and share what it was given, where it can, and oneDNN keep few kernels.
 
-    Best before any thread starts; oneDNN listens only before its first product. Arrow takes its memory from
-    the same heap, which has room once batches are done: `daemon/__init__.py` sees to that.
+    Arrow's tables then come from the same heap, which has room once batches are done, not from one of
+    Arrow's own (what Arrow needs besides asks its environment: see `daemon.cli.share_heap`). Best before any
+    thread starts; oneDNN listens only before its first product.
     """
+    pa.set_memory_pool(pa.system_memory_pool())
     for variable in KERNEL_CACHES:
         os.environ.setdefault(variable, str(KEPT_KERNELS))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -57,10 +60,13 @@ def apart(arrays: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
     """Copies of arrays in a piece of memory of their own, which is given back with the last of them.
 
     For what outlives its batch: in the heap it would lie in the middle of the room that the next batch needs
-    whole, and the heap would grow by that.
+    whole, and the heap would grow by that. Raises MemoryError.
     """
     sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
-    room = mmap.mmap(-1, max(1, sum(sizes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        room = mmap.mmap(-1, max(1, sum(sizes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(str(error)) from None
     copies: list[npt.NDArray[Any]] = []
     begin = 0
     for array, size in zip(arrays, sizes, strict=True):

@@ -14,9 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy.typing as npt
 import torch
 
 from daemon.analysis.features import feature_rows
@@ -28,10 +27,9 @@ from daemon.compute.extraction import Extraction, Started
 from daemon.compute.launched import finish, on_cuda
 from daemon.compute.packing import Batch
 from daemon.errors import OutOfMemory
-from daemon.records import Block, FeatureRows, LayerSums
+from daemon.records import Block, FeatureRows
 
 R = TypeVar("R")
-Rows = TypeVar("Rows", FeatureRows, LayerSums)
 OWN_THREADS = Path("/proc/self/task")  # on Linux
 
 
@@ -209,22 +207,15 @@ class Study:
 
 
 def outliving(block: Block) -> Block:
-    """The same block, its numbers out of the way of the next batch."""
+    """The same block; what outlives the batch, all but the sums of layers, is out of the next one's way."""
     numbers = {name: column for name, column in block.columns.items() if column.dtype != object}
-    parts: tuple[FeatureRows | LayerSums, ...] = (block.features, *block.layers)
-    arrays = [getattr(part, field.name) for part in parts for field in dataclasses.fields(part)]
-    copies = iter(apart([*numbers.values(), *arrays]))
+    features = {field.name: getattr(block.features, field.name) for field in dataclasses.fields(FeatureRows)}
+    copies = apart([*numbers.values(), *features.values()])
     return dataclasses.replace(
         block,
-        columns=block.columns | {name: next(copies) for name in numbers},
-        features=of_copies(block.features, copies),
-        layers=tuple(of_copies(layer, copies) for layer in block.layers),
+        columns=block.columns | dict(zip(numbers, copies[: len(numbers)], strict=True)),
+        features=FeatureRows(**dict(zip(features, copies[len(numbers) :], strict=True))),
     )
-
-
-def of_copies(part: Rows, copies: Iterator[npt.NDArray[Any]]) -> Rows:
-    """The same kind of thing with the next of these as its fields."""
-    return dataclasses.replace(part, **{field.name: next(copies) for field in dataclasses.fields(part)})
 
 
 def noise_of(engine: Engine, settings: StudySettings) -> Noise:

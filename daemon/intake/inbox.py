@@ -6,6 +6,7 @@ The one owner of the inbox's state, which lives on one thread. Knows nothing abo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import time
@@ -431,8 +432,8 @@ class Inbox:
 
     def _let_go(self, claims: Sequence[Claim], *, flush: bool = True) -> None:
         """Flush the folders that the files left, and hold them no longer."""
-        for folder in {claim.at.removesuffix(claim.name) for claim in claims}:
-            if flush and os.path.isdir(folder):  # noqa: PTH112 - a path as text
+        for folder in {os.path.dirname(claim.at) for claim in claims} if flush else ():  # noqa: PTH120 - text
+            with contextlib.suppress(FileNotFoundError):
                 durable.fsync_folder(folder)
         for claim in claims:
             self._held.pop(claim.at, None)

@@ -42,7 +42,7 @@ def configure(format: Format, level: str, stream: TextIO | None = None) -> None:
             structlog.dev.ConsoleRenderer(colors=target.isatty(), exception_formatter=visible_traceback),
         ]
         if console
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(to_json)]
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(as_json)]
     )
     structlog.configure(
         processors=[*shared, *renderer],
@@ -102,7 +102,7 @@ def info_each(event: str, each: Iterable[dict[str, Any]]) -> None:
         config["logger_factory"]().info("\n".join(lines))
 
 
-def to_json(fields: EventDict, default: Callable[[Any], Any]) -> str:
+def as_json(fields: EventDict, default: Callable[[Any], Any]) -> str:
     return encoder(default).encode(fields)
 
 

@@ -24,7 +24,7 @@ from daemon.frozen import frozen
 from daemon.lease import Lease, dead_leases
 from daemon.looks import lstat_each
 from daemon.output.jsontext import to_json_lines
-from daemon.output.parts import PARTS_SUFFIX
+from daemon.output.parts import PARTS_SUFFIX, parts_of
 from daemon.pause import FoldersLost
 from daemon.records import Source
 
@@ -117,7 +117,7 @@ class Outbox:
 
     def parts(self, unit: str) -> Path:
         """Where this process keeps a unit's finished parts."""
-        return self.lease.folder / f"{unit}{PARTS_SUFFIX}"
+        return parts_of(self.staging(unit))
 
     def adopt_parts(self, unit: str) -> Path:
         """`parts`, with what a dead process may have left of them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 from typing import TYPE_CHECKING, Any
@@ -50,12 +51,25 @@ def json_of(value: Any) -> bytes:
 
 
 def to_json(value: Any) -> bytes:
-    """UTF-8 JSON, keys in the order given; a lone surrogate becomes the text of its escape, NaN null."""
+    """UTF-8 JSON, keys in the order given.
+
+    A lone surrogate becomes the text of its escape; NaN and infinities, which JSON has not, become null.
+    """
     try:
         return orjson.dumps(value)
-    except orjson.JSONEncodeError:  # which doesn't say why
-        text = ENCODER.encode(value)
-        return LONE_SURROGATE.sub(lambda match: f"\\\\u{ord(match[0]):04x}", text).encode()
+    except orjson.JSONEncodeError:  # a surrogate, or an integer of over 64 bits
+        return ENCODER.encode(writable(value)).encode()
+
+
+def writable(value: Any) -> Any:
+    """The same without lone surrogates and numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {writable(key): writable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [writable(item) for item in value]
+    if isinstance(value, str):
+        return LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 key_json = functools.lru_cache(maxsize=256)(to_json)  # the keys of our files, which are few

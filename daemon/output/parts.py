@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from daemon import durable
 from daemon.frozen import frozen
-from daemon.output.jsontext import fields_of, to_json
+from daemon.output.jsontext import fields_of
 from daemon.output.smallfile import SmallFile
 from daemon.output.totals import LayerTotals, StageSeconds
 from daemon.records import PartExtent, Reject
@@ -41,6 +41,11 @@ class StoredPart:
     seconds: StageSeconds
 
 
+def parts_of(staging: str) -> Path:
+    """Where the finished parts of a unit lie whose results are made in `staging`."""
+    return Path(f"{staging}{PARTS_SUFFIX}")
+
+
 def part_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}"
 
@@ -54,7 +59,7 @@ def write_part(folder: Path, part: StoredPart) -> None:
     draft = target.with_suffix(".tmp")
     if draft.exists():
         durable.unlink(draft)
-    metrics = part.metrics.replace_schema_metadata({HEADER: to_json(header_of(part))})
+    metrics = part.metrics.replace_schema_metadata({HEADER: json.dumps(header_of(part))})
     with (
         durable.create(draft) as file,
         pa.BufferedOutputStream(pa.PythonFile(file, mode="w"), BUFFER_BYTES) as sink,

@@ -114,12 +114,13 @@ def gather(parts: Sequence[FinishedPart]) -> Gathered:
     blocks = {id(piece.block): piece.block for piece in pieces}
     number_of = {key: number for number, key in enumerate(blocks)}
     rows = np.array([len(piece.block_rows) for piece in pieces], np.int64)  # of each piece
-    part = np.repeat(np.repeat(np.arange(len(parts)), [len(part.pieces) for part in parts]), rows)
+    part_of = np.repeat(np.repeat(np.arange(len(parts)), [len(part.pieces) for part in parts]), rows)
     part_row = end_to_end([piece.part_rows for piece in pieces])
-    if len(part_row) != len(part) or not covers(part, part_row, n):
-        for finished in parts:
-            finished.check_covered()
-    order = np.argsort((np.cumsum(n) - n)[part] + part_row)
+    paired = all(len(piece.block_rows) == len(piece.part_rows) for piece in pieces)
+    if not paired or not covers(part_of, part_row, n):
+        for part in parts:
+            part.check_covered()
+    order = np.argsort((np.cumsum(n) - n)[part_of] + part_row)
     block_of = np.repeat(np.array([number_of[id(piece.block)] for piece in pieces], np.int64), rows)[order]
     row_of = end_to_end([piece.block_rows for piece in pieces])[order]
     found = [

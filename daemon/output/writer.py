@@ -21,7 +21,7 @@ from daemon.output.files import HashedFile
 from daemon.output.finished import FinishedPart
 from daemon.output.jsontext import to_json
 from daemon.output.parquet import ParquetFile
-from daemon.output.parts import PARTS_SUFFIX, StoredPart, read_part, write_part
+from daemon.output.parts import StoredPart, parts_of, read_part, write_part
 from daemon.output.schema import (
     ValueType,
     features_options,
@@ -45,7 +45,8 @@ class UnitWriter:
     """The results of one unit while they come together.
 
     Parts of a file that has several are kept in `parts`, where a later attempt finds them. Once `complete`,
-    `write` makes the folder `staging`, whole but for its manifest. Few need more of that than its name.
+    `write` makes the folder `staging`, whole but for its manifest. That is text: most units never
+    need it as a Path, which costs more.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class UnitWriter:
 
     @property
     def parts(self) -> Path:
-        return Path(f"{self.staging}{PARTS_SUFFIX}")
+        return parts_of(self.staging)
 
     @property
     def complete(self) -> bool:
@@ -125,7 +126,7 @@ class UnitWriter:
         return self._write_parts(began)
 
     def _timed(self, seconds: StageSeconds, commit: float) -> StageSeconds:
-        """What its parts took before they were written, and what that took."""
+        """What its parts took before they were written, which is all they tell of, and what that took."""
         return dataclasses.replace(seconds, write=self._write_seconds, commit=commit)
 
     def _small_files(self) -> dict[str, SmallFile]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -41,8 +42,10 @@ print(pool, later_pool - pool, later_faults - faults)
 
 ALLOCATORS = """
 import io
+from daemon.cli import share_heap
+
+share_heap()
 import numpy as np
-from daemon.output import schema
 import pyarrow as pa, pyarrow.parquet
 
 table = pa.table({"a": np.random.default_rng(0).random(100_000)})
@@ -102,6 +105,15 @@ def test_arrows_tables_come_from_the_heap_that_is_kept():
         env=environment,
     )
     assert done.stdout == "system 0\n"
+
+
+def test_memory_that_is_refused_is_told_as_such(monkeypatch):
+    def refused(*_: object, **options: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(buffers.mmap, "mmap", refused)
+    with pytest.raises(MemoryError, match="Cannot allocate"):
+        buffers.apart([np.zeros(3)])
 
 
 def test_what_lies_apart_is_the_same():

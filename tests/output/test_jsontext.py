@@ -24,6 +24,10 @@ def test_a_lone_surrogate_becomes_the_text_of_its_escape():
 
 def test_what_is_no_number_is_null():
     assert json.loads(to_json([float("nan"), float("inf")])) == [None, None]
+    assert json.loads(to_json({"\udc80": float("nan"), "b": (1 << 70, "c")})) == {
+        r"\udc80": None,
+        "b": [1 << 70, "c"],
+    }
 
 
 def test_an_object_is_written_with_a_line_for_each_key():

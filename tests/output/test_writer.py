@@ -204,6 +204,15 @@ def test_a_part_whose_samples_are_not_covered_once_is_a_bug(tmp_path, batches):
     writer.abandon()
 
 
+def test_rows_that_do_not_pair_up_are_a_bug_even_where_their_numbers_do(tmp_path):
+    finished = finish(make_part(0, 0, 3), [[0, 1], [2]])
+    longer, shorter = finished.pieces
+    moved = dataclasses.replace(longer, part_rows=longer.part_rows[:1])
+    given = dataclasses.replace(shorter, part_rows=np.array([1, 2]))
+    with pytest.raises(AssertionError, match="exactly once"):
+        open_writer(tmp_path / "unit").write_part(dataclasses.replace(finished, pieces=(moved, given)))
+
+
 def test_unexpected_parts_are_bugs(tmp_path):
     writer = open_writer(tmp_path / "unit")
     writer.write_part(finish(make_part(0, 0, 3)))

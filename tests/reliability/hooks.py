@@ -20,7 +20,7 @@ from daemon.records import Block
 
 PATIENCE_SECONDS = 5  # of a daemon that is to kill itself at some step
 LINUX_CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
-ORDINARY_USER = Path(__file__).stat().st_uid if os.geteuid() == 0 else os.geteuid()  # who can read the code
+CODE_OWNER = Path(__file__).stat().st_uid if os.geteuid() == 0 else os.geteuid()  # who can read the code
 
 
 @contextlib.contextmanager
@@ -92,10 +92,13 @@ def blind_watcher() -> Iterator[None]:
 
 @contextlib.contextmanager
 def bound_by_modes() -> Iterator[None]:
-    """A hook: from here on the process is `ORDINARY_USER`, whom modes of files bind even where it is root."""
+    """A hook: from here on the process is `CODE_OWNER`, whom modes bind even where that is root.
+
+    Of one thread, and so of those that it starts; the group stays.
+    """
     if os.geteuid() == 0:
         os.setgroups([])
-        os.setuid(ORDINARY_USER)
+        os.setuid(CODE_OWNER)
         header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
         if ctypes.CDLL(None, use_errno=True).capset(header, bytes(24)) != 0:  # 2 x 3 sets, all empty
             raise OSError(ctypes.get_errno(), "capset")

@@ -21,7 +21,7 @@ from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.feed import Content, Feed, as_json, joined
 from tests.reliability.handling import claimed, end, events, running, shared_daemons, wait_until, waiting
-from tests.reliability.hooks import ORDINARY_USER
+from tests.reliability.hooks import CODE_OWNER
 from tests.reliability.ledger import Dropped, drop, sha256_of, violations
 
 MANY_FILES = int(os.environ.get("HOSTILE_FILES", "2000"))  # 50000 is the big variant
@@ -264,7 +264,7 @@ def public_place() -> Iterator[Place]:
     place = Place(folder)
     place.outbox.mkdir()
     for path in (place.folder, place.inbox, place.outbox):
-        os.chown(path, ORDINARY_USER, -1)
+        os.chown(path, CODE_OWNER, -1)
     yield place
     shutil.rmtree(folder)
 
