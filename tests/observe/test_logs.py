@@ -94,6 +94,7 @@ class Gone(Utf8):
 def test_a_log_that_can_not_be_written_stops_nothing():
     configure("json", "info", Gone())
     structlog.get_logger().info("file.settled", file="a.json")
+    info_each("file.settled", [{"file": "a.json"}])
     logging.getLogger("some.library").warning("careful")
 
 
