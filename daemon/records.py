@@ -247,6 +247,10 @@ class Block:
     computed_tokens: int = 0  # token positions that the model ran, padding included
     padding_tokens: int = 0
 
+    @property
+    def n_samples(self) -> int:
+        return len(self.layers[0].rows)
+
 
 @dataclass(frozen=True, slots=True)
 class SaeInfo:

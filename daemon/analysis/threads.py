@@ -1,4 +1,4 @@
-"""Runs independent pieces of CPU work side by side, each on one core.
+"""Runs independent pieces of CPU work side by side, each on a core of its own or on a few.
 
 Small batched operations gain little from threads inside each; whole pieces beside each other gain all.
 """
@@ -17,11 +17,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def side_by_side(function: Callable[[T], R], pieces: Iterable[T]) -> list[R]:
-    """[function(piece) for each piece], on as many threads as torch uses."""
+def side_by_side(function: Callable[[T], R], pieces: Iterable[T], threads_each: int = 1) -> list[R]:
+    """[function(piece) for each piece], on as many threads as torch uses, or on fewer with several each."""
     work = list(pieces)
     threads = torch.get_num_threads()
-    if threads == 1 or len(work) < 2:
+    if threads <= threads_each or len(work) < 2:
         return [function(piece) for piece in work]
 
     inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own
@@ -30,23 +30,23 @@ def side_by_side(function: Callable[[T], R], pieces: Iterable[T]) -> list[R]:
         with torch.inference_mode(inference):
             return function(piece)
 
-    workers = pool(threads)
-    torch.set_num_threads(1)  # MKL's count is one for all threads
+    workers = pool(threads // threads_each, threads_each)
+    torch.set_num_threads(threads_each)  # MKL's count is one for all threads
     try:
         return list(workers.map(run, work))
     finally:
         torch.set_num_threads(threads)
 
 
-@functools.lru_cache(maxsize=1)
-def pool(threads: int) -> ThreadPoolExecutor:
-    """Threads on which torch uses one core each."""
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="analysis")
-    everyone = Barrier(threads)
+@functools.lru_cache(maxsize=4)
+def pool(workers: int, threads_each: int) -> ThreadPoolExecutor:
+    """Threads on which torch uses so many cores each."""
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="core")
+    everyone = Barrier(workers)
 
     def start(_: int) -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads_each)
         everyone.wait()
 
-    list(executor.map(start, range(threads)))
+    list(executor.map(start, range(workers)))
     return executor

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,8 +19,10 @@ import numpy as np
 import structlog
 import torch
 
+from daemon.analysis.threads import side_by_side
 from daemon.compute.device import is_out_of_memory
 from daemon.compute.engine import Engine
+from daemon.compute.lanes import numbers
 
 CANDIDATES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384, 32768, 65536)}
 TEXT_TOKENS = 64  # of the texts that are tried
@@ -72,13 +75,20 @@ def measure(engine: Engine, vocabulary: int) -> dict[int, list[float]]:
                 break
             try:
                 began = time.perf_counter()
-                engine.extract(texts[size])
+                extract(engine, texts[size])
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or not tries:
                     raise
                 break
             tries.setdefault(size, []).append(time.perf_counter() - began)
     return tries
+
+
+def extract(engine: Engine, texts: Sequence[Sequence[int]]) -> None:
+    """Read the texts as a batch is read: where the engine allows it, in pieces side by side."""
+    cores = torch.get_num_threads()
+    n = numbers(sum(map(len, texts)), cores)[0] if engine.concurrent else 1
+    side_by_side(engine.extract, [texts[first::n] for first in range(n)], cores // n)
 
 
 def steady(seconds: list[float]) -> bool:

@@ -21,9 +21,11 @@ import torch
 from daemon.analysis.features import feature_rows
 from daemon.analysis.stability import Noise, noise_bank
 from daemon.analysis.study import StudySettings, analyse, layer_sums
+from daemon.analysis.threads import side_by_side
 from daemon.compute.buffers import apart
 from daemon.compute.engine import Engine
 from daemon.compute.extraction import Extraction, Started
+from daemon.compute.lanes import cut, joined
 from daemon.compute.launched import finish, on_cuda
 from daemon.compute.packing import Batch
 from daemon.errors import OutOfMemory
@@ -144,8 +146,11 @@ class Study:
         finish(engine.info.device)  # what was loaded is there, for every stream
 
     def run(self, batch: Batch) -> Block:
-        """Every analysis column and the sparse features of a batch."""
-        return self.finish(self.begin(batch))
+        """Every analysis column and the sparse features of a batch; on a CPU its pieces side by side."""
+        pieces = cut(batch, torch.get_num_threads()) if self.engine.concurrent else [batch]
+        each = torch.get_num_threads() // len(pieces)
+        blocks = side_by_side(lambda piece: self._finished(self.begin(piece)), pieces, each)
+        return outliving(joined(blocks))
 
     def runs(self, batches: Iterable[Batch]) -> Iterator[Block]:
         """`run` of each, one ahead where batches overlap."""
@@ -178,6 +183,9 @@ class Study:
 
     def finish(self, begun: Begun) -> Block:
         """Encode and analyse a batch, beside what was begun after it."""
+        return outliving(self._finished(begun))
+
+    def _finished(self, begun: Begun) -> Block:
         with begun.started.forward.followed():
             return self._analysed(begun.batch, self.engine.finish(begun.started))
 
@@ -193,7 +201,7 @@ class Study:
             noise=self._noise,
         )
         n_texts = len(batch.recipe.templates)
-        block = Block(
+        return Block(
             columns=columns,
             features=feature_rows(extraction.stored, n_texts),
             layers=tuple(layer_sums(layer, n_texts) for layer in extraction.layers),
@@ -203,7 +211,6 @@ class Study:
             computed_tokens=extraction.computed_tokens,
             padding_tokens=extraction.padding_tokens,
         )
-        return outliving(block)
 
 
 def outliving(block: Block) -> Block:

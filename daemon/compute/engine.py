@@ -1,6 +1,6 @@
 """The narrow interface behind which a model and its SAEs run. Knows no files and no samples.
 
-An engine is used by one thread only, the device's.
+An engine belongs to the device's thread, which may have others use it side by side where it allows that.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ class Engine(Protocol):
     @property
     def shares_prefixes(self) -> bool:
         """Whether tokens with which several texts begin are computed once, so that padding costs nothing."""
+        ...
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may have it read texts at the same time, each on cores of its own."""
         ...
 
     @property

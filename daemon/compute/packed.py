@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import structlog
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from daemon.compute.attention import (
     IMPLEMENTATION,
@@ -22,7 +22,7 @@ from daemon.compute.attention import (
     plan_attention,
     register,
 )
-from daemon.compute.encoding import Encoder
+from daemon.compute.encoding import Encoder, FusedEncoder
 from daemon.compute.extraction import Extraction, Started
 from daemon.compute.fused import FlexPlan, can_fuse, fuse, unfuse
 from daemon.compute.launched import Launched, moved
@@ -36,6 +36,7 @@ from daemon.compute.trunk import Trunk, UnknownModel
 from daemon.records import ModelInfo, Positions
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # that packed attention knows
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # rotary embeddings that remember the longest text
 PROBE_TOLERANCE = {  # relative, of packed residuals to plain ones: of the worst, of the median
     torch.float64: (1e-9, 1e-9),
     torch.float32: (1e-4, 1e-4),
@@ -77,6 +78,7 @@ class PackedEngine:
             )
         except (UnknownModel, ValueError) as error:
             raise CannotPack(str(error)) from None
+        self._concurrent = model.device == "cpu" and keeps_nothing(model.model, encoders)
         self._fused = False  # whether attention is one kernel
         texts = probe_texts(model.vocabulary)
         plain = self._adopt(model, texts)
@@ -94,6 +96,10 @@ class PackedEngine:
     @property
     def shares_prefixes(self) -> bool:
         return True
+
+    @property
+    def concurrent(self) -> bool:
+        return self._concurrent
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
@@ -198,6 +204,18 @@ class PackedEngine:
         tokens = torch.tensor([text], device=self._device)
         with torch.inference_mode():
             return self._trunk.run(tokens, torch.arange(len(text), device=self._device)[None], None, None)
+
+
+def keeps_nothing(model: nn.Module, encoders: Sequence[Encoder]) -> bool:
+    """Whether nothing of one text is left in modules while another thread reads the next."""
+    fused = all(isinstance(encoder, FusedEncoder) for encoder in encoders)
+    return fused and not any(LENGTH_DEPENDENT_ROPE & rope_types(module) for module in model.modules())
+
+
+def rope_types(module: nn.Module) -> set[str]:
+    """How a module turns heads by position, if it does: in one way, or in one for each kind of layer."""
+    kind = getattr(module, "rope_type", None)
+    return set(kind.values()) if isinstance(kind, dict) else {str(kind)}
 
 
 def first_line(error: Exception) -> str:

@@ -59,6 +59,10 @@ class PaddedEngine:
         return False
 
     @property
+    def concurrent(self) -> bool:
+        return False
+
+    @property
     def encoders(self) -> tuple[Encoder, ...]:
         return self._reader.encoders
 

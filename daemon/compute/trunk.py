@@ -5,8 +5,10 @@ Knows nothing about SAEs, texts or packing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,17 +26,32 @@ class LastLayerRead(Exception):
     """Nothing after this layer is wanted. Raised inside the forward pass, caught by `Trunk.run`."""
 
 
+@dataclass(slots=True)
+class Run:
+    """What one run of a trunk is to read, and what it has read."""
+
+    trunk: Trunk
+    keep: Tensor | None  # (K,) of the flattened positions; None for all
+    narrows: bool  # whether the last layer computes no more than those
+    captured: dict[HookPoint, Tensor] = field(default_factory=dict)
+
+
+current: ContextVar[Run | None] = ContextVar("current", default=None)
+
+
 class Trunk:
-    """The residual stream of a decoder at some of its layers."""
+    """The residual stream of a decoder at some of its layers. Several threads may run it at a time."""
 
     def __init__(self, model: Any, points: Iterable[HookPoint]) -> None:
-        """`model` is a Hugging Face causal language model. Raises UnknownModel."""
+        """`model` is a Hugging Face causal language model, whose layers are hooked. Raises UnknownModel."""
         self._base: nn.Module = model.base_model
         self._layers = decoder_layers(model)
         self._points = list(points)
         self._dtype = next(model.parameters()).dtype
         self._last = max(map(writer, self._points))
         self._narrows = False  # whether the last layer computes no more than it is asked to
+        for number in range(max(0, self._last) + 1):
+            self._watch(number)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -45,6 +62,7 @@ class Trunk:
         """Run `layer` in place of one that runs. It takes `keep`: see `run`."""
         self._layers[number] = layer
         self._narrows |= number == self._last
+        self._watch(number)
 
     def run(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None, keep: Tensor | None
@@ -54,47 +72,52 @@ class Trunk:
         With `keep` (K,), only those of the flattened positions: (K, d_model). A `mask` of four dimensions
         reaches the attention as it is; without one, attention is causal.
         """
-        captured: dict[HookPoint, Tensor] = {}
-        narrows = self._narrows and keep is not None and len(keep) < tokens.numel()
-
-        def capture(point: HookPoint, hidden: Tensor) -> None:
-            flat = hidden.flatten(0, 1)
-            narrowed = narrows and writer(point) == self._last
-            captured[point] = flat if keep is None or narrowed else flat.index_select(0, keep)
-
-        with ExitStack() as hooks, full_precision(self._dtype):
-            if narrows:
-                hooks.callback(self._narrow(keep).remove)
-            for point in self._points:
-                hooks.callback(self._hook(point, capture).remove)
-            hooks.callback(self._stop_after_last().remove)
-            with suppress(LastLayerRead):
+        run = Run(self, keep, narrows=self._narrows and keep is not None and len(keep) < tokens.numel())
+        token = current.set(run)
+        try:
+            with full_precision(self._dtype), suppress(LastLayerRead):
                 self._base(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False)
-        return [captured[point] for point in self._points]
+        finally:
+            current.reset(token)
+        return [run.captured[point] for point in self._points]
 
-    def _hook(self, point: HookPoint, capture: Callable[[HookPoint, Tensor], None]) -> Any:
-        if (layer := writer(point)) >= 0:
-            return self._layers[layer].register_forward_hook(
-                lambda module, args, output: capture(point, first(output))
-            )
-        return self._layers[0].register_forward_pre_hook(
-            lambda module, args, kwargs: capture(point, args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        )
+    def _watch(self, number: int) -> None:
+        """Have a layer tell the run under way, if there is one, what comes in and what goes out."""
+        layer = self._layers[number]
+        before = [point for point in self._points if number == 0 and writer(point) < 0]
+        after = [point for point in self._points if writer(point) == number]
 
-    def _narrow(self, keep: Tensor | None) -> Any:
-        """The last layer is also given `keep`."""
-        return self._layers[self._last].register_forward_pre_hook(
-            lambda module, args, kwargs: (args, {**kwargs, "keep": keep}), with_kwargs=True
-        )
+        def begins(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            if (run := self._under_way()) is None:
+                return None
+            for point in before:
+                self._capture(run, point, args[0] if args else kwargs["hidden_states"])
+            if self._last < 0:  # only the input of the first layer is read
+                raise LastLayerRead
+            return (args, {**kwargs, "keep": run.keep}) if run.narrows and number == self._last else None
 
-    def _stop_after_last(self) -> Any:
-        def stop(module: nn.Module, *_: object) -> None:
-            raise LastLayerRead
+        def ends(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+            if (run := self._under_way()) is None:
+                return
+            for point in after:
+                self._capture(run, point, first(output))
+            if number == self._last:
+                raise LastLayerRead
 
-        if self._last < 0:  # only the input of the first layer is read
-            return self._layers[0].register_forward_pre_hook(stop)
-        return self._layers[self._last].register_forward_hook(stop)
+        if before or number == max(0, self._last):
+            layer.register_forward_pre_hook(begins, with_kwargs=True)
+        if after:
+            layer.register_forward_hook(ends)
+
+    def _under_way(self) -> Run | None:
+        """This trunk's run on this thread."""
+        run = current.get()
+        return run if run is not None and run.trunk is self else None
+
+    def _capture(self, run: Run, point: HookPoint, hidden: Tensor) -> None:
+        flat = hidden.flatten(0, 1)
+        narrowed = run.narrows and writer(point) == self._last
+        run.captured[point] = flat if run.keep is None or narrowed else flat.index_select(0, run.keep)
 
 
 def writer(point: HookPoint) -> int:

@@ -64,6 +64,7 @@ class SmallMemory:
     """An engine that holds no more than so many tokens."""
 
     info: ModelInfo
+    concurrent = False
 
     def __init__(self, info: ModelInfo, tokens: int) -> None:
         self.info = info

@@ -49,7 +49,8 @@ def test_the_last_layer_gives_the_tokens_that_are_read_in_the_order_asked_for(ke
     engine = packed(llama, [tiny.save_sae(tmp_path / hook, hook) for hook in hooks], torch.float32)
     nodes = preorder(random_texts([40, 50]))
     widths: list[int] = []
-    layers_of(engine)[-1].register_forward_hook(lambda layer, args, output: widths.append(output.shape[1]))
+    last = layers_of(engine)[-1]
+    last.register_forward_hook(lambda layer, args, output: widths.append(output.shape[1]), prepend=True)
     every = engine.residuals(nodes, torch.arange(len(nodes)))
     some = engine.residuals(nodes, torch.tensor(kept))
     for got, expected in zip(some, every, strict=True):

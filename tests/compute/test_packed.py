@@ -77,7 +77,7 @@ def test_layers_after_the_last_dictionary_do_not_run(llama, tmp_path):
     engine = packed(llama, [tiny.save_sae(tmp_path / "sae", "blocks.1.hook_resid_post")])
     ran: list[int] = []
     for number, layer in enumerate(engine._trunk._layers):
-        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number), prepend=True)
     engine.extract(random_texts([5]))
     assert ran == [0, 1]
 

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon.analysis.study import StudySettings
+from daemon.analysis.threads import side_by_side
+from daemon.compute import lanes
+from daemon.compute.device import Study
+from daemon.compute.lanes import PIECE_TOKENS, SHARED, added_tokens, cut, joined, numbers
+from daemon.compute.packing import Batch, Entry
+from daemon.records import (
+    CONTRAST_RECIPE,
+    PLAIN_RECIPE,
+    Part,
+    PartExtent,
+    Sample,
+    TokenizedPart,
+    TokenizedSample,
+)
+from tests import tiny
+from tests.compute.engines import packed, padded, random_texts
+from tests.families import save_family
+from tests.sources import unclaimed
+
+SETTINGS = StudySettings(seed=0, noise_sigma=0.1, noise_draws=4, stability_top_k=10, entropy_top_k=50)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_family(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def saes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saes")
+    return [tiny.save_sae(folder / str(n), f"blocks.{n}.hook_resid_post", seed=n) for n in (1, 2)]
+
+
+def batch_of(samples: list[tuple[tuple[int, ...], ...]], recipe=PLAIN_RECIPE) -> Batch:
+    """A batch of samples given as the token ids of their texts."""
+    plain = [Sample(i, str(i), None, None, None, ("",) * len(ids), None, 0) for i, ids in enumerate(samples)]
+    part = TokenizedPart(
+        Part(unclaimed("f"), PartExtent(0, 0, len(samples), 0), False, recipe, tuple(plain), ()),
+        tuple(TokenizedSample(sample, ids) for sample, ids in zip(plain, samples, strict=True)),
+    )
+    return Batch(recipe, tuple(Entry(part, row) for row in range(len(samples))))
+
+
+def rows(batch: Batch) -> list[int]:
+    return [entry.row for entry in batch.entries]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 700), min_size=1, max_size=30),
+    shared=st.integers(0, 300),
+    cores=st.integers(1, 9),
+)
+def test_pieces_are_the_batch_in_its_order_and_compute_hardly_more(lengths, shared, cores):
+    prefix = (0,) * shared
+    batch = batch_of([((*prefix, *range(1 + n * 1000, 1 + n * 1000 + m)),) for n, m in enumerate(lengths)])
+    pieces = cut(batch, cores)
+    assert [row for piece in pieces for row in rows(piece)] == rows(batch)
+    assert len(pieces) <= cores
+    tokens = int(added_tokens(batch).sum())
+    assert sum(int(added_tokens(piece).sum()) for piece in pieces) <= (1 + SHARED) * tokens
+    assert len(pieces) == 1 or len(pieces) * PIECE_TOKENS <= tokens
+
+
+def test_pieces_of_like_samples_are_equal():
+    batch = batch_of([(tuple(range(n * 100, n * 100 + 64)),) for n in range(64)])
+    assert [len(piece.entries) for piece in cut(batch, 4)] == [16, 16, 16, 16]
+
+
+def test_a_prompt_that_all_samples_share_keeps_a_batch_whole():
+    prompt = tuple(range(400))
+    assert len(cut(batch_of([((*prompt, 1000 + n, 7),) for n in range(1000)]), 2)) == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cores", "expected"),
+    [
+        (100, 8, [1]),
+        (4 * PIECE_TOKENS, 8, [4, 2, 1]),
+        (10**6, 6, [6, 3, 2, 1]),
+        (3 * PIECE_TOKENS, 7, [1]),
+        (0, 1, [1]),
+    ],
+)
+def test_numbers_of_pieces_divide_the_cores(tokens, cores, expected):
+    assert numbers(tokens, cores) == expected
+
+
+def contrast_batch(n: int) -> Batch:
+    texts = random_texts([5 + i % 9 for i in range(n)])
+    return batch_of(
+        [(tuple(ids), (*ids, 1, 2), (*ids, 3, 4 + i)) for i, ids in enumerate(texts)], CONTRAST_RECIPE
+    )
+
+
+@pytest.mark.parametrize("positions", ["last", "all", "mean"])
+def test_a_batch_in_pieces_gives_what_it_gives_in_one(positions, llama, saes, cores, monkeypatch):
+    study = Study(
+        packed(llama, saes, positions=positions), dataclasses.replace(SETTINGS, positions=positions)
+    )
+    batch = contrast_batch(23)
+    whole = study.run(batch)
+    monkeypatch.setattr(lanes, "PIECE_TOKENS", 8)
+    monkeypatch.setattr(lanes, "SHARED", 1.0)
+    assert len(cut(batch, cores)) == cores
+    pieces = study.run(batch)
+    for name, column in whole.columns.items():
+        if column.dtype == object:
+            assert column.tolist() == pieces.columns[name].tolist(), name
+        else:
+            np.testing.assert_allclose(pieces.columns[name], column, atol=1e-9, err_msg=name)
+    for name in ("sample_row", "text", "layer", "position", "token_id", "offsets", "indices", "values"):
+        np.testing.assert_allclose(
+            getattr(pieces.features, name), getattr(whole.features, name), atol=1e-9, err_msg=name
+        )
+    for got, expected in zip(pieces.layers, whole.layers, strict=True):
+        for field in dataclasses.fields(expected):
+            np.testing.assert_allclose(getattr(got, field.name), getattr(expected, field.name), atol=1e-9)
+    assert torch.get_num_threads() == cores
+
+
+def test_threads_that_read_different_texts_at_a_time_do_not_meet(llama, saes):
+    engine = packed(llama, saes)
+    texts = [random_texts([3 + n, 20 - n])[:: 1 if n % 2 else -1] for n in range(12)]
+    alone = [engine.extract(of_one) for of_one in texts]
+    together = [None] * len(texts)
+    everyone = threading.Barrier(len(texts))
+
+    def read(n: int) -> None:
+        everyone.wait()
+        together[n] = engine.extract(texts[n])
+
+    threads = [threading.Thread(target=read, args=(n,)) for n in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, got in zip(alone, together, strict=True):
+        for a, b in zip(expected.layers, got.layers, strict=True):
+            torch.testing.assert_close(b.x, a.x, rtol=1e-9, atol=1e-9)
+
+
+def test_only_an_engine_that_keeps_nothing_is_used_by_several_threads(llama, saes, tmp_path):
+    assert packed(llama, saes).concurrent
+    assert not padded(llama, saes).concurrent
+    normalising = tiny.save_sae(tmp_path / "sae", "blocks.1.hook_resid_post", architecture="standard")
+    tiny.overwrite_sae_config(normalising, normalize_activations="layer_norm")
+    assert not packed(llama, [normalising]).concurrent
+
+
+def test_errors_of_a_piece_reach_whoever_asked(cores):
+    def fail(n: int) -> int:
+        raise MemoryError(n)
+
+    with pytest.raises(MemoryError):
+        side_by_side(fail, range(3))
+    assert torch.get_num_threads() == cores
+
+
+def test_a_block_alone_is_itself(llama, saes):
+    block = Study(packed(llama, saes), SETTINGS).run(contrast_batch(2))
+    assert joined([block]) is block
+
+
+@pytest.fixture
+def cores():
+    """As many threads of torch's as a machine with two cores has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
