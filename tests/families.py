@@ -76,11 +76,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 PACKED = ("gpt2", "gpt_neox", "llama", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "phi")
 
 
-def save_family(folder: Path, family: str) -> Path:
+def save_family(folder: Path, family: str, **changes: object) -> Path:
     """A random model of the family: attention is not uniform, and no norm or bias is the same everywhere."""
     torch.manual_seed(0)
     name, settings = FAMILIES[family]
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings))
+    config = getattr(transformers, name)(**{**settings, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

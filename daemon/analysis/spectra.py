@@ -21,6 +21,7 @@ from torch import Tensor
 
 from daemon.analysis.host import to_device_later, to_host_later
 from daemon.analysis.threads import side_by_side
+from daemon.libraries import best_library
 
 SLIM_FROM = 32  # rows of a matrix from which on float32 is enough to reduce it, for features in float32
 EXACT = 2**62  # the same where float64 is asked for
@@ -83,10 +84,9 @@ class Compiled:
 @functools.cache
 def compiled() -> Compiled | None:
     """spectra.c for this processor; None where it was installed without a compiler."""
-    baseline = library("_spectra")
-    if baseline is None:
+    best = best_library("daemon.analysis._spectra")
+    if best is None:
         return None
-    best = library(f"_spectra_v{baseline.lensd_level()}") or baseline
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     spectra, weighted_sums = best.lensd_spectra, best.lensd_weighted_sums
     spectra.argtypes = [pointer, pointer, integer, *[pointer] * 3, *[integer] * 3, *[pointer] * 4]
@@ -94,17 +94,6 @@ def compiled() -> Compiled | None:
     weighted_sums.argtypes = [pointer, integer, *[pointer] * 3, integer, integer, pointer]
     weighted_sums.restype = None
     return Compiled(spectra, weighted_sums)
-
-
-def library(name: str) -> ctypes.CDLL | None:
-    """A library beside this module, whose functions release the interpreter's lock."""
-    spec = importlib.util.find_spec(f"daemon.analysis.{name}")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        return ctypes.CDLL(spec.origin)
-    except OSError:  # built for another machine
-        return None
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from daemon.compute.launched import moved
+from daemon.compute.between import Nodes
+from daemon.compute.launched import moved, on_cuda
 from daemon.compute.preorder import AttentionBlock, Preorder, attention_blocks
 
 IMPLEMENTATION = "lensd_packed"  # the name by which Hugging Face modules find `packed_attention`
-QUERY_BLOCK = {"cpu": 64, "cuda": 128}  # queries that share a set of keys
+QUERY_BLOCK, CUDA_QUERY_BLOCK = 64, 128  # queries that share a set of keys
 
 
 class UnsupportedAttention(Exception):
@@ -53,13 +54,10 @@ class Plan(Protocol):
 
 def plan_attention(packed: Preorder, device: str, dtype: torch.dtype) -> Plan:
     """The attention of a packed sequence, on the device."""
-    kind = torch.device(device).type
-    blocks = attention_blocks(packed.end, QUERY_BLOCK[kind])
     end, depth = (moved(row, device) for row in (packed.end, packed.depth))
-    if kind == "cuda":
-        return GroupedPlan.of(blocks, end, depth, dtype)
-    nodes = torch.arange(len(packed), device=device)
-    return BlockPlan(tuple(on_device(block, nodes, end, dtype) for block in blocks), depth, {})
+    if on_cuda(device):
+        return GroupedPlan.of(attention_blocks(packed.end, CUDA_QUERY_BLOCK), end, depth, dtype)
+    return BlockPlan(end, depth, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +86,12 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 class BlockPlan:
     """Block after block, each with no more keys than it needs: for a CPU, where a call costs little."""
 
-    blocks: tuple[DeviceBlock, ...]
+    end: Tensor  # (n,) one past each node's last descendant
     depth: Tensor  # (n,) position of each token in its text
-    windows: dict[int, tuple[Tensor, ...]]  # the blocks' masks
+    dtype: torch.dtype
+    windows: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # the blocks' masks
+    _blocks: tuple[DeviceBlock, ...] = ()
+    _nodes: Nodes | None = None
 
     def attend(self, call: Call) -> Tensor:
         query, key, value = call.query, call.key, call.value
@@ -101,11 +102,28 @@ class BlockPlan:
             result[:, block.queries] = attend(ours, *theirs, mask, call.scale, call.softcap).transpose(1, 2)
         return result
 
+    @property
+    def blocks(self) -> tuple[DeviceBlock, ...]:
+        """Made when they are first asked for: see `nodes`."""
+        if not self._blocks:
+            nodes = torch.arange(len(self.end), device=self.end.device)
+            blocks = attention_blocks(self.end.numpy(), QUERY_BLOCK)
+            self._blocks = tuple(on_device(block, nodes, self.end, self.dtype) for block in blocks)
+        return self._blocks
+
+    def nodes(self, window: int | None) -> Nodes:
+        """For layers that attend by themselves: what they need instead of blocks."""
+        if window is not None:
+            self.windows.setdefault(window, ())
+        if self._nodes is None:
+            self._nodes = Nodes.of(self.end, self.depth)
+        return self._nodes
+
     def masks(self, window: int | None) -> tuple[Tensor, ...]:
         """The mask of each block."""
         if window is None:
             return tuple(block.mask for block in self.blocks)
-        if window not in self.windows:
+        if not self.windows.get(window):
             self.windows[window] = tuple(self._within(window, block) for block in self.blocks)
         return self.windows[window]
 

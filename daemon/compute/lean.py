@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from daemon.compute.attention import Call, Plan, attending, current
+from daemon.compute.attention import BlockPlan, Call, Plan, attending, current
+from daemon.compute.between import Heads, Routines, add_norm, routines
 from daemon.compute.linear import (
     FUSED_ACTIVATIONS,
     PackedGatedMlp,
@@ -34,27 +35,38 @@ PROBE_SCALES = (1e-3, 1.0, 10.0)  # of random hidden states: in small ones a nor
 
 
 class LeanLayer(nn.Module):
-    """Norm, attention, residual sum; norm, gated MLP, residual sum."""
+    """Norm, attention, residual sum; norm, gated MLP, residual sum.
+
+    What is no product is done by the compiled routines of lean.c where they are there, else by torch.
+    """
 
     def __init__(self, layer: Any, asked: Call) -> None:
         """Does what a Hugging Face layer does that asked attention for this."""
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        self._d_head = asked.query.shape[3]
-        self._heads = [asked.query.shape[1], asked.key.shape[1], asked.value.shape[1]]
-        self._call = functools.partial(Call, window=asked.window, scale=asked.scale, softcap=asked.softcap)
-        self._before, self._between = epsilon(layer.input_layernorm), epsilon(layer.post_attention_layernorm)
-        before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        q_rows, k_rows = paired(q.out_features, self._d_head), paired(k.out_features, self._d_head)
-        self._qkv = PackedLinear(
-            torch.cat([q.weight[q_rows], k.weight[k_rows], v.weight]) * before,
-            None if q.bias is None else torch.cat([q.bias[q_rows], k.bias[k_rows], v.bias]),
+        before, between = layer.input_layernorm, layer.post_attention_layernorm
+        weight = torch.cat([q.weight, k.weight, v.weight]) * before.weight
+        bias = None if q.bias is None else torch.cat([q.bias, k.bias, v.bias])
+        found = routines()
+        heads = Heads(
+            *(asked.query.shape[1], asked.key.shape[1], asked.query.shape[3]),
+            scale=asked.scale,
+            window=asked.window,
+            bias=bias,
+            epsilon=epsilon(before),
         )
+        if found is not None and asked.softcap is None and heads.suit(found):
+            self._routines: Routines | None = found
+            self._attention: nn.Module = CompiledAttention(found, heads, weight)
+        else:
+            self._routines = None
+            self._attention = TorchAttention(asked, weight, bias, epsilon(before))
         self._out = PackedLinear(attention.o_proj.weight, attention.o_proj.bias)
+        self._epsilon = epsilon(between)
         self._mlp = PackedGatedMlp(
-            PackedLinear(mlp.gate_proj.weight * between, mlp.gate_proj.bias),
-            PackedLinear(mlp.up_proj.weight * between, mlp.up_proj.bias),
+            PackedLinear(mlp.gate_proj.weight * between.weight, mlp.gate_proj.bias),
+            PackedLinear(mlp.up_proj.weight * between.weight, mlp.up_proj.bias),
             PackedLinear(mlp.down_proj.weight, mlp.down_proj.bias),
             FUSED_ACTIVATIONS[type(mlp.act_fn).__name__],
         )
@@ -71,20 +83,55 @@ class LeanLayer(nn.Module):
 
         position_embeddings: cosines and sines (1, n, d_head), both halves of which are alike.
         """
-        x = hidden_states[0]  # (n, d_model)
-        attended = self._attended(normalised(x, self._before), *position_embeddings)
+        x = hidden_states[0].contiguous()  # (n, d_model)
+        cos, sin = (table[0].contiguous() for table in position_embeddings)
+        attended = self._attention(x, cos, sin)
         if keep is not None:
             rows = F.pad(keep, (0, prepared_rows(len(keep)) - len(keep)))
             x, attended = x.index_select(0, rows), attended.index_select(0, rows)
-        x = self._out(attended).add_(x)
-        result: Tensor = self._mlp(normalised(x, self._between)).add_(x)
+        added = self._out(attended)
+        if self._routines is None:
+            normed = normalised(added.add_(x), self._epsilon)
+        else:
+            normed = add_norm(self._routines, added, x, self._epsilon)
+        result: Tensor = self._mlp(normed).add_(added)
         return result[None] if keep is None else result[None, : len(keep)]
 
-    def _attended(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: (n, d_model), normalised -> what each head attends to (n, heads * d_head)."""
+
+class CompiledAttention(nn.Module):
+    """Norm, queries, keys and values, and attention, by lean.c."""
+
+    def __init__(self, found: Routines, heads: Heads, weight: Tensor) -> None:
+        """weight: ((heads + 2 key heads) x d_head, d_model)."""
+        super().__init__()
+        self._found, self._heads = found, heads
+        self._qkv = PackedLinear(weight, None)  # the norm comes after it, and the bias after that
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: (n, d_model), cos and sin: (n, d_head) -> what each head attends to (n, heads * d_head)."""
+        plan = current.get()
+        assert isinstance(plan, BlockPlan)
+        nodes = plan.nodes(self._heads.window)
+        return self._heads.attended(self._found, nodes, x, self._qkv(x), cos, sin)
+
+
+class TorchAttention(nn.Module):
+    """The same by torch: queries and keys turn in place, as complex numbers."""
+
+    def __init__(self, asked: Call, weight: Tensor, bias: Tensor | None, epsilon: float) -> None:
+        super().__init__()
+        self._d_head = asked.query.shape[3]
+        self._heads = [asked.query.shape[1], asked.key.shape[1], asked.value.shape[1]]
+        self._call = functools.partial(Call, window=asked.window, scale=asked.scale, softcap=asked.softcap)
+        self._epsilon = epsilon
+        turning = paired(sum(self._heads[:2]) * self._d_head, self._d_head)
+        order = torch.cat([turning, torch.arange(len(turning), len(weight))])
+        self._qkv = PackedLinear(weight[order], None if bias is None else bias[order])
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = self._d_head // 2
-        turns = torch.complex(cos[0, :, :half], sin[0, :, :half]).unsqueeze(1)  # (n, 1, half)
-        qkv = self._qkv(x).view(len(x), -1, self._d_head)  # (n, heads + 2 key heads, d_head)
+        turns = torch.complex(cos[:, :half], sin[:, :half]).unsqueeze(1)  # (n, 1, half)
+        qkv = self._qkv(normalised(x, self._epsilon)).view(len(x), -1, self._d_head)  # (n, all heads, d_head)
         turned = qkv[:, : -self._heads[2]].unflatten(2, (half, 2))
         torch.view_as_complex(turned).mul_(turns)
         call: Call = self._call(*qkv.transpose(0, 1).unsqueeze(0).split(self._heads, dim=1))
@@ -180,6 +227,7 @@ def lean_layer(layer: Any, given: dict[str, Any], plan: Plan) -> LeanLayer | Non
         x *= torch.tensor(PROBE_SCALES).repeat(n)[:n, None]
         with torch.inference_mode(), attending(heard):
             expected = layer(x, **given) - x
+        with torch.inference_mode(), attending(plan):
             lean = LeanLayer(layer, heard.calls[0])
             same = agrees(expected, lean(x, **given) - x)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it is of another kind

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from daemon.compute.attention import BlockPlan, Call, GroupedPlan, Plan, on_device
+from daemon.compute.attention import BlockPlan, Call, GroupedPlan, Plan
 from daemon.compute.fused import BLOCK, FlexPlan, block_pattern
 from daemon.compute.preorder import attention_blocks, preorder
 from tests.compute.engines import random_texts
@@ -22,16 +22,10 @@ def sharing_texts() -> list[list[int]]:
 
 def plans(texts: list[list[int]]) -> list[Plan]:
     packed = preorder(texts)
-    end, depth, nodes = (
-        torch.from_numpy(packed.end),
-        torch.from_numpy(packed.depth),
-        torch.arange(len(packed)),
-    )
-    blocks = attention_blocks(packed.end, 16)
-    one_by_one = tuple(on_device(block, nodes, end, torch.float64) for block in blocks)
+    end, depth = torch.from_numpy(packed.end), torch.from_numpy(packed.depth)
     return [
-        BlockPlan(one_by_one, depth, {}),
-        GroupedPlan.of(blocks, end, depth, torch.float64),
+        BlockPlan(end, depth, torch.float64),
+        GroupedPlan.of(attention_blocks(packed.end, 16), end, depth, torch.float64),
         FlexPlan.of(packed, "cpu"),
     ]
 

@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from daemon.compute import lean
-from daemon.compute.lean import LeanLayer
+from daemon.compute.between import routines
+from daemon.compute.lean import CompiledAttention, LeanLayer, TorchAttention
 from daemon.compute.linear import prepared_rows, works
 from daemon.compute.preorder import preorder
 from tests import tiny
@@ -58,13 +59,32 @@ def test_the_last_layer_gives_the_tokens_that_are_read_in_the_order_asked_for(ke
     assert widths == [len(nodes), min(len(kept), len(nodes))]
 
 
-def test_products_see_prepared_numbers_of_rows_alone(llama, sae, monkeypatch):
+def test_products_see_prepared_numbers_of_rows_alone(llama, sae):
     engine = packed(llama, [sae], torch.float32)
     met: set[int] = set()
-    normalised = lean.normalised
-    monkeypatch.setattr(lean, "normalised", lambda x, epsilon: met.add(len(x)) or normalised(x, epsilon))
+    for layer in layers_of(engine):
+        for product in (layer._attention._qkv, layer._out, layer._mlp):
+            product.register_forward_pre_hook(lambda module, args: met.add(len(args[0])))
     engine.extract(random_texts([9 + n for n in range(21)]))
     assert met == {prepared_rows(21), prepared_rows(sum(9 + n for n in range(21)) - 20)}
+
+
+@pytest.mark.parametrize("family", sorted(LEAN))
+@pytest.mark.parametrize("compiled", [True, False])
+def test_attention_of_either_kind_gives_what_the_model_gives(family, compiled, sae, tmp_path, monkeypatch):
+    if compiled and routines() is None:
+        pytest.skip("installed without a C compiler")
+    if not compiled:
+        monkeypatch.setattr(lean, "routines", lambda: None)
+    model = save_family(tmp_path / family, family, head_dim=32)
+    kind = CompiledAttention if compiled else TorchAttention
+    engine = packed(model, [sae], torch.float32)
+    assert all(type(layer._attention) is kind for layer in layers_of(engine))
+    texts = random_texts([40, 3, 200])
+    texts += [texts[0][:20] + texts[1], texts[2][:90]]
+    (got,), (expected,) = (one.extract(texts).layers for one in (engine, packed(model, [sae])))
+    error = torch.linalg.vector_norm(got.x - expected.x, dim=1) / torch.linalg.vector_norm(expected.x, dim=1)
+    assert error.max() < 1e-4
 
 
 class TwiceTheMlp(LlamaMLP):

@@ -1,0 +1,143 @@
+"""The compiled routines of lean.c: what a decoder layer does between its matrix products.
+
+Knows no layer's weights but its biases, and no texts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from daemon.analysis.threads import side_by_side
+from daemon.libraries import best_library
+
+BLOCK = 16  # queries, as in lean.c
+PIECES = 4  # of the work for each thread, so that none waits long for the last
+
+POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class Attention(ctypes.Structure):
+    """`Attention` of lean.c."""
+
+    _fields_ = [
+        *[(name, INTEGER) for name in ("n", "heads", "key_heads", "d_head", "stride")],
+        *[(name, POINTER) for name in ("qkv", "keys", "end", "depth")],
+        ("window", ctypes.c_int32),
+        ("odd", ctypes.c_int32),
+        ("out", POINTER),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Routines:
+    """The functions of lean.c."""
+
+    width: int  # numbers in a vector
+    add_norm: ctypes._FuncPointer
+    turn: ctypes._FuncPointer
+    attend: ctypes._FuncPointer
+
+
+@functools.cache
+def routines() -> Routines | None:
+    """lean.c for this processor; None where it was installed without a compiler."""
+    best = best_library("daemon.compute._lean")
+    if best is None:
+        return None
+    add_norm, turn, attend = best.lensd_add_norm, best.lensd_turn, best.lensd_attend
+    add_norm.argtypes = [*[POINTER] * 3, INTEGER, NUMBER, INTEGER, INTEGER]
+    turn.argtypes = [POINTER, POINTER, INTEGER, NUMBER, *[POINTER] * 3, NUMBER, INTEGER, INTEGER]
+    attend.argtypes = [POINTER, INTEGER, INTEGER]
+    add_norm.restype = turn.restype = None
+    return Routines(best.lensd_width(), add_norm, turn, attend)
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """Who attends to whom in a packed trie of n nodes, as lean.c reads it: filled up to whole vectors."""
+
+    end: Tensor  # (>= n,) int32, 0 past n
+    depth: Tensor  # the same
+
+    @classmethod
+    def of(cls, end: Tensor, depth: Tensor) -> Nodes:
+        more = -len(end) % BLOCK
+        return cls(*(torch.nn.functional.pad(row.int(), (0, more)) for row in (end, depth)))
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How a layer attends."""
+
+    heads: int
+    key_heads: int
+    d_head: int
+    scale: float
+    window: int | None  # a query sees as many of the last tokens
+    bias: Tensor | None  # (heads + 2 key heads) x d_head of queries, keys and values
+    epsilon: float  # of the norm before them
+
+    def suit(self, found: Routines) -> bool:
+        """Whether lean.c can take them."""
+        return self.d_head % found.width == 0 and self.heads % self.key_heads == 0
+
+    def attended(
+        self, found: Routines, nodes: Nodes, x: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """What each head attends to (n, heads x d_head).
+
+        x: (n, d_model) hidden states; qkv: (n, (heads + 2 key heads) x d_head) what products made of them, which
+        is changed; cos and sin: (n, d_head). Raises MemoryError.
+        """
+        n = len(x)
+        tiles = -(-n // found.width)
+        out = x.new_empty(n, self.heads * self.d_head)
+        keys = x.new_empty(self.key_heads * tiles * self.d_head * found.width)
+        given = Attention(
+            n=n,
+            heads=self.heads,
+            key_heads=self.key_heads,
+            d_head=self.d_head,
+            stride=qkv.shape[1],
+            qkv=qkv.data_ptr(),
+            keys=keys.data_ptr(),
+            end=nodes.end.data_ptr(),
+            depth=nodes.depth.data_ptr(),
+            window=self.window or 0,
+            out=out.data_ptr(),
+        )
+        at = ctypes.addressof(given)
+        bias = None if self.bias is None else self.bias.data_ptr()
+        norm = x.data_ptr(), x.shape[1], self.epsilon
+        tables = bias, cos.data_ptr(), sin.data_ptr()
+        shared(lambda first, last: found.turn(at, *norm, *tables, self.scale, first, last), n, BLOCK)
+        failed = shared(lambda first, last: found.attend(at, first, last), -(-n // BLOCK), 1)
+        if any(failed):
+            raise MemoryError(f"attention over {n} tokens")
+        return out
+
+
+def add_norm(found: Routines, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
+    """x += y, both (n, d); returns x over the root mean square of its rows."""
+    normed = torch.empty_like(x)
+    rows = x.data_ptr(), y.data_ptr(), normed.data_ptr(), x.shape[1], epsilon
+    shared(lambda first, last: found.add_norm(*rows, first, last), len(x), BLOCK)
+    return normed
+
+
+def shared(routine: Callable[[int, int], int | None], n: int, step: int) -> list[int | None]:
+    """What it returns for ranges of n, cut at multiples of `step`, on as many threads as torch uses."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [routine(0, n)]
+    size = max(step, -(-n // (PIECES * threads * step)) * step)
+    bounds = np.append(np.arange(0, n, size), n).tolist()
+    return side_by_side(lambda piece: routine(*piece), itertools.pairwise(bounds))

@@ -1,0 +1,262 @@
+/* What a decoder layer of Llama's kind does between its matrix products, in float32: norm, rotary embedding and
+ * attention over a packed trie.
+ *
+ * Written for short texts: keys lie in tiles of a vector's width, transposed, so that one load serves a score of as
+ * many keys, and a block of queries reads only the tiles that one of them attends to. Whoever attends to whom is told
+ * by one number for each node: i attends to j exactly when j <= i < end[j].
+ * Plain C with the vector extensions of GCC and Clang, built once for each level of processor; knows no Python. Each
+ * function works on a range of nodes, so that threads may share the work.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "../level.h"
+
+#if defined(__AVX512F__) /* as many as a register holds: wider vectors are taken apart one number at a time */
+#define WIDTH 16
+#define SPAN 4 /* vectors of a head that are summed up at a time: with ROWS of them, as many as registers hold */
+#elif defined(__AVX__)
+#define WIDTH 8
+#define SPAN 2
+#else
+#define WIDTH 4
+#define SPAN 2
+#endif
+#define BLOCK 16 /* queries that read the same tiles; a multiple of every WIDTH */
+#define ROWS 4   /* rows of a product that are worked on together */
+#define ALIGNMENT 64
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vector __attribute__((vector_size(4 * WIDTH)));
+typedef float loose __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias)); /* anywhere in memory */
+typedef int32_t whole __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t loose_whole __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+/* A layer's attention over n nodes. `qkv` (n, heads + 2 key heads, d_head) holds what the products gave. */
+typedef struct {
+    int64_t n, heads, key_heads, d_head, stride; /* from one node to the next in `qkv` */
+    float *qkv;
+    float *keys;        /* (key heads, tiles, d_head, WIDTH): turned keys, made by `lensd_turn` */
+    const int32_t *end; /* (tiles * WIDTH) one past each node's last descendant; 0 past n */
+    const int32_t *depth;
+    int32_t window;     /* a query attends to less than so many tokens before it; 0 for all */
+    int32_t odd;        /* whether a value is not finite, so that a share of 0 must not touch it */
+    float *out;         /* (n, heads, d_head) */
+} Attention;
+
+INLINE vector all(float value) { return (vector){0} + value; }
+INLINE vector choose(whole where, vector yes, vector no) { return (vector)((where & (whole)yes) | (~where & (whole)no)); }
+INLINE int64_t tiles_of(int64_t n) { return (n + WIDTH - 1) / WIDTH; }
+
+INLINE float sum_of(vector x) {
+    float sums[WIDTH];
+    *(loose *)sums = x;
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) sums[k] += sums[k + half];
+    return sums[0];
+}
+
+INLINE float largest_of(vector x) {
+    float largest = x[0];
+    for (int k = 1; k < WIDTH; k++) largest = x[k] > largest ? x[k] : largest;
+    return largest;
+}
+
+/* e^x for x <= 0, to 2 units in the last place; 0 below -87, NaN for NaN. */
+INLINE vector exponential(vector x) {
+    const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    vector bounded = choose(x < -87, all(-87), x);
+    vector k = bounded * 1.44269504f + round - round;
+    vector r = bounded - k * 0.693359375f + k * 2.12194440e-4f; /* ln 2 in two parts, the first exact times k */
+    vector p = 1.0f / 720 * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1;
+    vector scale = (vector)((__builtin_convertvector(k, whole) + 127) << 23);
+    return choose(x < -87, all(0), p * scale);
+}
+
+/* 1 / sqrt(mean square + epsilon) of a row (d). */
+INLINE float over_norm(const float *x, int64_t d, float epsilon) {
+    vector squares = {0};
+    float rest = 0;
+    int64_t i = 0;
+    for (; i + WIDTH <= d; i += WIDTH) squares += *(const loose *)(x + i) * *(const loose *)(x + i);
+    for (; i < d; i++) rest += x[i] * x[i];
+    return 1 / sqrtf((sum_of(squares) + rest) / d + epsilon);
+}
+
+/* Rows `from` to `to` of two (n, d): x += y, and normed = x over its root mean square. */
+void lensd_add_norm(float *x, const float *y, float *normed, int64_t d, float epsilon, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++) {
+        float *row = x + i * d;
+        for (int64_t j = 0; j < d; j++) row[j] += y[i * d + j];
+        float scale = over_norm(row, d, epsilon);
+        for (int64_t j = 0; j < d; j++) normed[i * d + j] = scale * row[j];
+    }
+}
+
+/* What the products gave of nodes `from` to `to`, made ready for attention: over the norm of x (n, d_model), which they
+ * read as it was; bias added; queries and keys turned by `cos` and `sin` (n, d_head), queries times `scale`. */
+void lensd_turn(Attention *a, const float *x, int64_t d_model, float epsilon, const float *bias,
+                const float *cos, const float *sin, float scale, int64_t from, int64_t to) {
+    int64_t half = a->d_head / 2, tiles = tiles_of(a->n);
+    whole odd = {0};
+    for (int64_t i = from; i < to; i++) {
+        float over = over_norm(x + i * d_model, d_model, epsilon);
+        float *row = a->qkv + i * a->stride;
+        const float *c = cos + i * a->d_head, *s = sin + i * a->d_head;
+        if (bias)
+            for (int64_t j = 0; j < a->stride; j++) row[j] = row[j] * over + bias[j];
+        else
+            for (int64_t j = 0; j < a->stride; j++) row[j] *= over;
+        for (int64_t head = 0; head < a->heads; head++) {
+            float *low = row + head * a->d_head, *high = low + half;
+            for (int64_t j = 0; j < half; j++) {
+                float first = low[j], second = high[j];
+                low[j] = (first * c[j] - second * s[j]) * scale;
+                high[j] = (second * c[j] + first * s[j]) * scale;
+            }
+        }
+        for (int64_t head = 0; head < a->key_heads; head++) {
+            const float *low = row + (a->heads + head) * a->d_head, *high = low + half;
+            float *key = a->keys + (head * tiles + i / WIDTH) * a->d_head * WIDTH + i % WIDTH;
+            for (int64_t j = 0; j < half; j++) {
+                key[j * WIDTH] = low[j] * c[j] - high[j] * s[j];
+                key[(j + half) * WIDTH] = high[j] * c[j] + low[j] * s[j];
+            }
+        }
+        for (int64_t j = (a->heads + a->key_heads) * a->d_head; j < a->stride; j += WIDTH) {
+            vector value = *(const loose *)(row + j);
+            odd |= value - value != 0;
+        }
+    }
+    for (int k = 0; k < WIDTH; k++)
+        if (odd[k]) a->odd = 1;
+}
+
+/* scores[r] = of query r with the keys of a tile. */
+INLINE void score(const float *const *queries, const float *tile, int64_t d_head, vector *const *scores) {
+    vector sums[2 * ROWS] = {{0}};
+    for (int64_t j = 0; j < d_head; j++) {
+        vector keys = *(const loose *)(tile + j * WIDTH);
+        for (int r = 0; r < 2 * ROWS; r++) sums[r] += keys * queries[r][j];
+    }
+    for (int r = 0; r < 2 * ROWS; r++) *scores[r] = sums[r];
+}
+
+/* Masks the scores of a query with the keys of some tiles, and makes them shares, but for what is returned: 1 / sum. */
+INLINE float soften(const Attention *a, int32_t i, const int32_t *tiles, int64_t n_tiles, vector *scores) {
+    whole lane;
+    for (int k = 0; k < WIDTH; k++) lane[k] = k;
+    vector largest = all(-INFINITY), sum = {0};
+    for (int64_t t = 0; t < n_tiles; t++) {
+        int32_t first = tiles[t] * WIDTH;
+        whole end = *(const loose_whole *)(a->end + first);
+        whole sees = (lane + first <= i) & (end > i);
+        if (a->window) sees &= a->depth[i] - *(const loose_whole *)(a->depth + first) < a->window;
+        scores[t] = choose(sees, scores[t], all(-INFINITY));
+        largest = choose(scores[t] > largest, scores[t], largest);
+    }
+    vector top = all(largest_of(largest));
+    for (int64_t t = 0; t < n_tiles; t++) {
+        scores[t] = exponential(scores[t] - top);
+        sum += scores[t];
+    }
+    return 1 / sum_of(sum);
+}
+
+/* out[r] (`spanned` vectors) = over[r] * sum over keys of shares[r] times their values. */
+INLINE void gather_values(const Attention *a, const float *values, const int32_t *tiles, int64_t n_tiles,
+                          const vector *const *shares, const float *over, float *const *out, const int spanned,
+                          const int careful) {
+    vector sums[ROWS][SPAN] = {{{0}}};
+    for (int64_t t = 0; t < n_tiles; t++) {
+        int64_t first = (int64_t)tiles[t] * WIDTH, last = first + WIDTH < a->n ? first + WIDTH : a->n;
+        for (int64_t j = first; j < last; j++) {
+            const float *value = values + j * a->stride;
+            for (int r = 0; r < ROWS; r++) {
+                float share = ((const float *)(shares[r] + t))[j - first];
+                if (careful && share == 0) continue;
+                for (int v = 0; v < spanned; v++) sums[r][v] += *(const loose *)(value + v * WIDTH) * share;
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < spanned; v++) *(loose *)(out[r] + v * WIDTH) = sums[r][v] * over[r];
+}
+
+/* What the queries of one block attend to, for one key head and the heads that share it. */
+INLINE void attend(const Attention *a, int64_t block, int64_t key_head, const int32_t *tiles, int64_t n_tiles,
+                   vector *scores) {
+    int64_t group = a->heads / a->key_heads, first = block * BLOCK;
+    int64_t nodes = first + BLOCK < a->n ? BLOCK : a->n - first;
+    const float *keys = a->keys + key_head * tiles_of(a->n) * a->d_head * WIDTH;
+    const float *values = a->qkv + (a->heads + a->key_heads + key_head) * a->d_head;
+    int64_t rows = nodes * group;
+    for (int64_t begin = 0; begin < rows; begin += 2 * ROWS) {
+        const float *queries[2 * ROWS];
+        const vector *shares[2 * ROWS];
+        vector *of_row[2 * ROWS];
+        float *out[2 * ROWS], over[2 * ROWS];
+        int32_t node[2 * ROWS];
+        for (int r = 0; r < 2 * ROWS; r++) { /* past the last row that one again: its results are the same */
+            int64_t row = begin + r < rows ? begin + r : rows - 1;
+            int64_t head = key_head * group + row % group;
+            node[r] = (int32_t)(first + row / group);
+            queries[r] = a->qkv + node[r] * a->stride + head * a->d_head;
+            out[r] = a->out + (node[r] * a->heads + head) * a->d_head;
+            shares[r] = scores + r * n_tiles;
+        }
+        for (int64_t t = 0; t < n_tiles; t++) {
+            for (int r = 0; r < 2 * ROWS; r++) of_row[r] = scores + r * n_tiles + t;
+            score(queries, keys + tiles[t] * a->d_head * WIDTH, a->d_head, of_row);
+        }
+        for (int r = 0; r < 2 * ROWS; r++) over[r] = soften(a, node[r], tiles, n_tiles, scores + r * n_tiles);
+        for (int r = 0; r < 2 * ROWS; r += ROWS)
+            for (int64_t at = 0; at < a->d_head; at += SPAN * WIDTH) {
+                float *to[ROWS];
+                for (int k = 0; k < ROWS; k++) to[k] = out[r + k] + at;
+                int whole_span = at + SPAN * WIDTH <= a->d_head;
+                if (whole_span && !a->odd)
+                    gather_values(a, values + at, tiles, n_tiles, shares + r, over + r, to, SPAN, 0);
+                else
+                    for (int64_t v = 0; v < SPAN && at + v * WIDTH < a->d_head; v++) {
+                        gather_values(a, values + at + v * WIDTH, tiles, n_tiles, shares + r, over + r, to, 1, a->odd);
+                        for (int k = 0; k < ROWS; k++) to[k] += WIDTH;
+                    }
+            }
+    }
+}
+
+/* Attention of blocks `from` to `to` of BLOCK queries. d_head is a multiple of WIDTH. Returns -1 without memory. */
+int lensd_attend(const Attention *a, int64_t from, int64_t to) {
+    int64_t all_tiles = tiles_of(a->n);
+    int32_t *tiles = malloc((all_tiles + 1) * sizeof(int32_t));
+    int32_t *latest = malloc((all_tiles + 1) * sizeof(int32_t)); /* one past the last node that a tile is seen by */
+    vector *scores = aligned_alloc(ALIGNMENT, (2 * ROWS * all_tiles * sizeof(vector) / ALIGNMENT + 1) * ALIGNMENT);
+    int result = -1;
+    if (tiles && latest && scores) {
+        for (int64_t t = 0; t < all_tiles; t++) {
+            latest[t] = 0;
+            for (int k = 0; k < WIDTH; k++)
+                if (a->end[t * WIDTH + k] > latest[t]) latest[t] = a->end[t * WIDTH + k];
+        }
+        for (int64_t block = from; block < to; block++) {
+            int64_t n_tiles = 0, first = block * BLOCK, last = first + BLOCK < a->n ? first + BLOCK : a->n;
+            for (int64_t t = 0; t * WIDTH < last; t++)
+                if (latest[t] > first) tiles[n_tiles++] = (int32_t)t;
+            for (int64_t head = 0; head < a->key_heads; head++) attend(a, block, head, tiles, n_tiles, scores);
+        }
+        result = 0;
+    }
+    free(tiles);
+    free(latest);
+    free(scores);
+    return result;
+}
+
+int lensd_width(void) { return WIDTH; }
