@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from daemon.analysis.thresholds import Thresholds
 from daemon.records import IntArray
 
 NOISE_BANK_SIZE = 256  # rows; a byte of a hash is a row
@@ -63,12 +64,14 @@ def stability(noise: Noise, x: Tensor, draws: Tensor, top_k: int) -> tuple[Tenso
     """
     n, k = draws.shape
     pre_acts = noise.pre_acts(x)
-    rows = max(1, MAX_ACTIVATED[x.device.type] // (k + 1))
-    similarity = [
-        _similarity(noise, pre_acts[start : start + rows], draws[start : start + rows], top_k)
-        for start in range(0, max(1, n), rows)
-    ]
-    jaccard = torch.cat(similarity)
+    sets = None
+    if isinstance(noise.activate, Thresholds):
+        sets = noise.activate.strongest(pre_acts, noise.projected, draws, top_k)
+    if sets is None:
+        rows = max(1, MAX_ACTIVATED[x.device.type] // (k + 1))
+        pieces = [slice(start, start + rows) for start in range(0, max(1, n), rows)]
+        sets = torch.cat([_sets(noise, pre_acts[piece], draws[piece], top_k) for piece in pieces])
+    jaccard = _similarity(sets)
     return jaccard.mean(-1), jaccard.std(-1, correction=0)
 
 
@@ -88,13 +91,17 @@ def strongest(feature_acts: Tensor, top_k: int) -> Tensor:
     return indices.where(values > 0, -1)
 
 
-def _similarity(noise: Noise, pre_acts: Tensor, draws: Tensor, top_k: int) -> Tensor:
-    """pre_acts: (m, d_pre), draws: (m, K) -> Jaccard similarities (m, K) float64."""
+def _sets(noise: Noise, pre_acts: Tensor, draws: Tensor, top_k: int) -> Tensor:
+    """pre_acts: (m, d_pre), draws: (m, K) -> the strongest features (m, 1 + K, <= top_k)."""
     m, k = draws.shape
     inputs = pre_acts.new_empty(m, k + 1, pre_acts.shape[1])
     inputs[:, 0] = pre_acts
     torch.add(noise.projected[draws], pre_acts.unsqueeze(1), out=inputs[:, 1:])
-    sets = strongest(noise.activate(inputs.flatten(0, 1)), top_k).view(m, k + 1, -1)
+    return strongest(noise.activate(inputs.flatten(0, 1)), top_k).view(m, k + 1, -1)
+
+
+def _similarity(sets: Tensor) -> Tensor:
+    """(m, 1 + K, <= top_k) -> Jaccard similarities (m, K) float64 of the first set with each other one."""
     base, noisy = sets[:, :1], sets[:, 1:]
     same = (noisy.unsqueeze(-1) == base.unsqueeze(-2)) & (noisy >= 0).unsqueeze(-1)
     shared = same.sum((-1, -2))

@@ -6,12 +6,15 @@ Small batched operations gain little from threads inside each; whole pieces besi
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import TypeVar
 
 import torch
+
+PIECES = 4  # of the work for each thread, so that none waits long for the last
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,6 +39,15 @@ def side_by_side(function: Callable[[T], R], pieces: Iterable[T], threads_each: 
         return list(workers.map(run, work))
     finally:
         torch.set_num_threads(threads)
+
+
+def in_ranges(function: Callable[[int, int], R], n: int, step: int) -> list[R]:
+    """[function(first, last)] of ranges of n, cut at multiples of `step`, on the threads that torch uses."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [function(0, n)]
+    size = max(step, -(-n // (PIECES * threads * step)) * step)
+    return side_by_side(lambda piece: function(*piece), itertools.pairwise([*range(0, n, size), n]))
 
 
 @functools.lru_cache(maxsize=4)

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from daemon.analysis.threads import side_by_side
+from daemon.analysis.threads import in_ranges
 from daemon.libraries import best_library
 
 BLOCK = 16  # queries, as in lean.c
-PIECES = 4  # of the work for each thread, so that none waits long for the last
 
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -94,8 +90,8 @@ class Heads:
     ) -> Tensor:
         """What each head attends to (n, heads x d_head).
 
-        x: (n, d_model) hidden states; qkv: (n, (heads + 2 key heads) x d_head) what products made of them, which
-        is changed; cos and sin: (n, d_head). Raises MemoryError.
+        x: (n, d_model) hidden states; qkv: (n, (heads + 2 key heads) x d_head) what products made of them,
+        changed here; cos and sin: (n, d_head). Raises MemoryError.
         """
         n = len(x)
         tiles = -(-n // found.width)
@@ -118,8 +114,8 @@ class Heads:
         bias = None if self.bias is None else self.bias.data_ptr()
         norm = x.data_ptr(), x.shape[1], self.epsilon
         tables = bias, cos.data_ptr(), sin.data_ptr()
-        shared(lambda first, last: found.turn(at, *norm, *tables, self.scale, first, last), n, BLOCK)
-        failed = shared(lambda first, last: found.attend(at, first, last), -(-n // BLOCK), 1)
+        in_ranges(lambda first, last: found.turn(at, *norm, *tables, self.scale, first, last), n, BLOCK)
+        failed = in_ranges(lambda first, last: found.attend(at, first, last), -(-n // BLOCK), 1)
         if any(failed):
             raise MemoryError(f"attention over {n} tokens")
         return out
@@ -129,15 +125,5 @@ def add_norm(found: Routines, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
     """x += y, both (n, d); returns x over the root mean square of its rows."""
     normed = torch.empty_like(x)
     rows = x.data_ptr(), y.data_ptr(), normed.data_ptr(), x.shape[1], epsilon
-    shared(lambda first, last: found.add_norm(*rows, first, last), len(x), BLOCK)
+    in_ranges(lambda first, last: found.add_norm(*rows, first, last), len(x), BLOCK)
     return normed
-
-
-def shared(routine: Callable[[int, int], int | None], n: int, step: int) -> list[int | None]:
-    """What it returns for ranges of n, cut at multiples of `step`, on as many threads as torch uses."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return [routine(0, n)]
-    size = max(step, -(-n // (PIECES * threads * step)) * step)
-    bounds = np.append(np.arange(0, n, size), n).tolist()
-    return side_by_side(lambda piece: routine(*piece), itertools.pairwise(bounds))

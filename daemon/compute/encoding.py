@@ -15,6 +15,7 @@ from torch import Tensor
 
 from daemon.analysis.geometry import DecoderRows, weighted_sum
 from daemon.analysis.sparse import SparseActs, from_dense
+from daemon.analysis.thresholds import Thresholds
 from daemon.compute.linear import Product, product, split_product
 from daemon.compute.sae import TRANSCODERS, LoadedSae
 
@@ -30,16 +31,17 @@ class Encoder(Protocol):
 
     decoder: DecoderRows
 
+    @property
+    def activate(self) -> Callable[[Tensor], Tensor]:
+        """(N, d_pre) -> dense feature activations (N, d_sae)."""
+        ...
+
     def pre_acts(self, x: Tensor) -> Tensor:
         """(N, d_pre)."""
         ...
 
     def project(self, noise: Tensor) -> Tensor:
         """What adding `noise` (M, d_in) to x adds to `pre_acts` (M, d_pre)."""
-        ...
-
-    def activate(self, pre_acts: Tensor) -> Tensor:
-        """(N, d_pre) -> dense feature activations (N, d_sae)."""
         ...
 
     def encode(self, x: Tensor) -> SparseActs: ...
@@ -124,7 +126,7 @@ class FusedEncoder:
         self.decoder = decoder
         self._product = multiply(W_enc, bias.to(W_enc.dtype))
         self._project = product(W_enc, None)
-        self._activate = activate
+        self.activate = activate
         self._b_dec = sae.b_dec
         self._skip = None if entry.W_skip is None else product(entry.W_skip.contiguous(), None)
         self._written = sae.W_dec
@@ -137,11 +139,11 @@ class FusedEncoder:
     def project(self, noise: Tensor) -> Tensor:
         return self._project(noise)
 
-    def activate(self, pre_acts: Tensor) -> Tensor:
-        return self._activate(pre_acts)
-
     def encode(self, x: Tensor) -> SparseActs:
-        return from_dense(self._activate(self._product(x)))
+        pre_acts = self._product(x)
+        if isinstance(self.activate, Thresholds):
+            return self.activate.compact(pre_acts)
+        return from_dense(self.activate(pre_acts))
 
     def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
         written = weighted_sum(acts.indices, acts.values, acts.counts, self._written)
@@ -151,12 +153,11 @@ class FusedEncoder:
 
 def standard(sae: Any) -> Callable[[Tensor], Tensor]:
     activation: Callable[[Tensor], Tensor] = sae.activation_fn
-    return activation
+    return Thresholds(torch.zeros_like(sae.W_enc[0])) if type(activation) is torch.nn.ReLU else activation
 
 
 def jumprelu(sae: Any) -> Callable[[Tensor], Tensor]:
-    threshold = sae.threshold.clamp(min=0)
-    return lambda pre_acts: pre_acts.where(pre_acts > threshold, 0)
+    return Thresholds(sae.threshold.clamp(min=0))
 
 
 def topk(sae: Any) -> Callable[[Tensor], Tensor]:
