@@ -8,7 +8,6 @@ texts are padded, samples of similar length do, and cost rows times the width of
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 
 from daemon.frozen import frozen
 from daemon.records import Recipe, TokenizedPart, TokenizedSample
@@ -50,7 +49,7 @@ class Packer:
     ) -> None:
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_samples = max_batch_samples
-        self._cost = TrieCost if shares_prefixes else PaddedCost
+        self._cost: type[TrieCost] | type[PaddedCost] = TrieCost if shares_prefixes else PaddedCost
         self.tokens = 0  # in samples not yet handed out
         self._waiting: list[Entry] = []
         self._planned: deque[Batch] = deque()
@@ -106,18 +105,30 @@ class Packer:
             for entries in self._batches(sorted(group, key=self._cost.order))
         ]
 
-    def _batches(self, group: list[Entry]) -> Iterator[list[Entry]]:
-        """Cut a sorted group into runs within both limits."""
-        run: list[Entry] = []
+    def _batches(self, group: list[Entry]) -> list[list[Entry]]:
+        """Cut a sorted group into runs within both limits: as few as it takes, of about the same cost."""
+        runs, costs = self._cut(group, self.max_batch_tokens)
+        even = -(-sum(costs) // len(runs)) + max(sample_cost(self._cost, entry) for entry in group)
+        if len(runs) > 1 and even < self.max_batch_tokens:
+            evened, _ = self._cut(group, even)
+            return evened if len(evened) == len(runs) else runs
+        return runs
+
+    def _cut(self, group: list[Entry], most: int) -> tuple[list[list[Entry]], list[int]]:
+        """Runs that cost at most so much each, or are a sample alone, and what each costs."""
+        runs: list[list[Entry]] = [[]]
+        costs = [0]
         cost = self._cost()
         for entry in group:
             cost.add(entry.sample)
-            if run and (cost.total > self.max_batch_tokens or len(run) == self.max_batch_samples):
-                yield run
-                run, cost = [], self._cost()
+            if runs[-1] and (cost.total > most or len(runs[-1]) == self.max_batch_samples):
+                runs.append([])
+                costs.append(0)
+                cost = self._cost()
                 cost.add(entry.sample)
-            run.append(entry)
-        yield run
+            runs[-1].append(entry)
+            costs[-1] = cost.total
+        return runs, costs
 
 
 class TrieCost:
@@ -153,6 +164,13 @@ class PaddedCost:
         self._texts += len(sample.token_ids)
         self._width = max(self._width, sample.width)
         self.total = self._texts * self._width
+
+
+def sample_cost(kind: type[TrieCost] | type[PaddedCost], entry: Entry) -> int:
+    """What a sample costs alone."""
+    cost = kind()
+    cost.add(entry.sample)
+    return cost.total
 
 
 def shared_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:

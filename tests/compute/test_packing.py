@@ -107,6 +107,13 @@ def test_packed_batches_stay_within_the_budget_of_their_trie(token_ids, budget):
     assert sorted(seen) == sorted(tuple(ids) for ids in token_ids)
 
 
+def test_batches_are_as_few_as_it_takes_and_of_about_the_same_cost():
+    packer = Packer(100, shares_prefixes=True)
+    packer.add(part_of([[tuple(range(100 * n, 100 * n + 9))] for n in range(13)]))
+    assert [len(packer.take().samples) for _ in range(2)] == [7, 6]
+    assert not packer
+
+
 def test_a_beginning_that_all_share_counts_once():
     packer = Packer(130, shares_prefixes=True)
     packer.add(part_of([[(*range(100), 200 + n)] for n in (3, 1, 2)] + [[(7,) * 100]]))
