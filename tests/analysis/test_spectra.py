@@ -65,7 +65,7 @@ def test_spectra_are_those_of_lapack(kind, width):
 
 
 @COMPILED
-@pytest.mark.parametrize("width", [33, 40, 101])
+@pytest.mark.parametrize("width", [33, 40, 101, 150])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_spectra_of_large_matrices_may_be_those_of_float32(kind, width):
     gram, counts = grams(kind, 4 * LANES + 3, width)
@@ -86,9 +86,36 @@ def test_the_spectra_of_large_matrices_may_be_those_of_float32(kind, width):
 
 
 @COMPILED
+@pytest.mark.parametrize("rank", ["full", "low"])
+@pytest.mark.parametrize("n", [SLIM_FROM, 47, 48, 49, 63, 64, 65, 127, 129, 200, 350])
+def test_a_spectrum_by_float32_is_that_of_lapack_whatever_fits_into_a_vector(n, rank):
+    chance = torch.Generator().manual_seed(n)
+    spread = torch.randn(3, n, n + 5 if rank == "full" else n // 4, generator=chance, dtype=torch.float64)
+    spread[:, :, 0] *= 3  # one axis stands out
+    gram = spread @ spread.mT
+    found = spectra(gram, torch.full((3,), n), SLIM_FROM)
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    largest = eigenvalues[:, -1:]
+    assert ((found.eigenvalues - eigenvalues.flip(-1)).abs() <= 1e-6 * largest).all()
+    assert ((found.principal * vectors[:, :, -1]).sum(-1).abs() > 1 - 1e-6).all()
+
+
+@COMPILED
+def test_float32_begins_where_it_is_asked_for():
+    gram, _ = grams("random", 3, 40)
+    counts = torch.tensor([SLIM_FROM - 1, SLIM_FROM, SLIM_FROM + 1])
+    for row, count in enumerate(counts.tolist()):
+        gram[row, count:] = gram[row, :, count:] = 0
+    exact, found = spectra(gram, counts), spectra(gram, counts, SLIM_FROM)
+    same = [torch.equal(exact.eigenvalues[row], found.eigenvalues[row]) for row in range(3)]
+    assert same == [True, False, False]
+
+
+@COMPILED
+@pytest.mark.parametrize("width", [50, 140])
 @pytest.mark.parametrize("slim_from", [EXACT, SLIM_FROM])
-def test_a_matrix_gives_the_same_bits_whatever_its_neighbours(slim_from):
-    gram, counts = grams("random", 6 * LANES, 50)
+def test_a_matrix_gives_the_same_bits_whatever_its_neighbours(slim_from, width):
+    gram, counts = grams("random", 6 * LANES, width)
     together = spectra(gram, counts, slim_from)
     for row in range(len(gram)):
         n = int(counts[row])
@@ -97,14 +124,14 @@ def test_a_matrix_gives_the_same_bits_whatever_its_neighbours(slim_from):
         assert torch.equal(alone.principal[0], together.principal[row, :n])
 
 
-def clouds(rows: int) -> tuple[torch.Tensor, Clouds]:
+def clouds(rows: int, width: int = 12) -> tuple[torch.Tensor, Clouds]:
     """A table of inner products, and clouds in it."""
     chance = torch.Generator().manual_seed(1)
-    table = torch.randn(60, 20, generator=chance, dtype=torch.float64)
-    counts = torch.randint(1, 13, (rows,), generator=chance)
-    indices = torch.stack([torch.randperm(60, generator=chance)[:12] for _ in counts])
+    table = torch.randn(5 * width, 20, generator=chance, dtype=torch.float64)
+    counts = torch.randint(1, width + 1, (rows,), generator=chance)
+    indices = torch.stack([torch.randperm(len(table), generator=chance)[:width] for _ in counts])
     weights = torch.rand(indices.shape, generator=chance, dtype=torch.float64)
-    weights *= torch.arange(12) < counts.unsqueeze(1)
+    weights *= torch.arange(width) < counts.unsqueeze(1)
     return table @ table.T, Clouds(indices, weights / weights.sum(-1, keepdim=True), counts)
 
 
@@ -129,6 +156,23 @@ def test_what_is_looked_up_is_what_is_worked_out():
     several = counts > 1
     along = (axis * found.spectra.principal).sum(-1).abs()[several]
     torch.testing.assert_close(along, torch.ones_like(along))
+
+
+@COMPILED
+@pytest.mark.parametrize("width", [SLIM_FROM, 70, 145])
+def test_what_is_looked_up_by_float32_is_what_is_looked_up(width):
+    inner, given = clouds(2 * LANES + 3, width)
+    given.counts[0] = 1  # beside one that is not
+    given.weights[0, 1:] = 0
+    (found,), (exact,) = looked_up(inner, [given], SLIM_FROM), looked_up(inner, [given])
+    largest = exact.spectra.eigenvalues[:, :1]
+    assert ((found.spectra.eigenvalues - exact.spectra.eigenvalues).abs() <= 1e-6 * largest).all()
+    torch.testing.assert_close(found.moment, exact.moment, rtol=1e-13, atol=0)
+    torch.testing.assert_close(found.square, exact.square, rtol=1e-12, atol=0)
+    apart = exact.spectra.eigenvalues[:, 1] < 0.9 * largest[:, 0]
+    along = (found.spectra.principal * exact.spectra.principal).sum(-1).abs()
+    assert apart.any()
+    assert (along[apart] > 1 - 1e-6).all()
 
 
 def test_without_the_routine_or_where_it_gives_up_torch_does_the_work(monkeypatch):
@@ -156,16 +200,17 @@ def test_without_the_routine_or_where_it_gives_up_torch_looks_up(routine, monkey
 
 
 @COMPILED
+@pytest.mark.parametrize("width", [12, 90])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_rows_looked_up_together_are_what_they_are_alone(threads, monkeypatch):
-    inner, given = clouds(rows=70)
+def test_rows_looked_up_together_are_what_they_are_alone(threads, width, monkeypatch):
+    inner, given = clouds(70, width)
     monkeypatch.setattr("daemon.analysis.threads.torch.get_num_threads", lambda: threads)
     monkeypatch.setattr("daemon.analysis.threads.torch.set_num_threads", lambda _: None)
     groups = [given.rows(slice(0, 40)), given.rows(slice(40, 70))]
-    first, second = looked_up(inner, groups)
+    first, second = looked_up(inner, groups, SLIM_FROM)
     for row in range(len(given.counts)):
         one = slice(row, row + 1)
-        (alone,) = looked_up(inner, [given.rows(one)])
+        (alone,) = looked_up(inner, [given.rows(one)], SLIM_FROM)
         together, one = (first, one) if row < 40 else (second, slice(row - 40, row - 39))
         assert torch.equal(alone.spectra.eigenvalues, together.spectra.eigenvalues[one])
         assert torch.equal(alone.spectra.principal, together.spectra.principal[one])
