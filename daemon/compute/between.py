@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from daemon.analysis.threads import in_ranges
+from daemon.compute.linear import row_chunks
 from daemon.libraries import best_library
 
 BLOCK = 16  # queries, as in lean.c
+
+Project = Callable[[Tensor], Tensor]
 
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -24,11 +28,22 @@ class Attention(ctypes.Structure):
     """`Attention` of lean.c."""
 
     _fields_ = [
-        *[(name, INTEGER) for name in ("n", "heads", "key_heads", "d_head", "stride")],
-        *[(name, POINTER) for name in ("qkv", "keys", "end", "depth")],
+        *[(name, INTEGER) for name in ("n", "heads", "key_heads", "d_head")],
+        *[(name, POINTER) for name in ("queries", "keys", "values", "end", "depth")],
         ("window", ctypes.c_int32),
         ("odd", ctypes.c_int32),
-        ("out", POINTER),
+    ]
+
+
+class Given(ctypes.Structure):
+    """`Given` of lean.c."""
+
+    _fields_ = [
+        ("first", INTEGER),
+        *[(name, POINTER) for name in ("qkv", "x")],
+        ("d_model", INTEGER),
+        *[(name, NUMBER) for name in ("epsilon", "scale")],
+        *[(name, POINTER) for name in ("bias", "cos", "sin")],
     ]
 
 
@@ -50,7 +65,7 @@ def routines() -> Routines | None:
         return None
     add_norm, turn, attend = best.lensd_add_norm, best.lensd_turn, best.lensd_attend
     add_norm.argtypes = [*[POINTER] * 3, INTEGER, NUMBER, INTEGER, INTEGER]
-    turn.argtypes = [POINTER, POINTER, INTEGER, NUMBER, *[POINTER] * 3, NUMBER, INTEGER, INTEGER]
+    turn.argtypes = [POINTER, POINTER, INTEGER, INTEGER]
     attend.argtypes = [POINTER, INTEGER, INTEGER]
     add_norm.restype = turn.restype = None
     return Routines(best.lensd_width(), add_norm, turn, attend)
@@ -86,39 +101,49 @@ class Heads:
         return self.d_head % found.width == 0 and self.heads % self.key_heads == 0
 
     def attended(
-        self, found: Routines, nodes: Nodes, x: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor
+        self, found: Routines, nodes: Nodes, x: Tensor, project: Project, cos: Tensor, sin: Tensor
     ) -> Tensor:
         """What each head attends to (n, heads x d_head).
 
-        x: (n, d_model) hidden states; qkv: (n, (heads + 2 key heads) x d_head) what products made of them,
-        changed here; cos and sin: (n, d_head). Raises MemoryError.
+        x: (n, d_model) hidden states; `project` makes queries, keys and values of some rows at a time: (m,
+        d_model) -> (m, (heads + 2 key heads) x d_head). cos and sin: (n, d_head). Raises MemoryError.
         """
-        n = len(x)
+        n, width = len(x), self.key_heads * self.d_head
         tiles = -(-n // found.width)
-        out = x.new_empty(n, self.heads * self.d_head)
-        keys = x.new_empty(self.key_heads * tiles * self.d_head * found.width)
-        given = Attention(
+        queries, values = x.new_empty(n, self.heads * self.d_head), x.new_empty(n, width)
+        keys = x.new_empty(tiles * found.width * width)
+        attention = Attention(
             n=n,
             heads=self.heads,
             key_heads=self.key_heads,
             d_head=self.d_head,
-            stride=qkv.shape[1],
-            qkv=qkv.data_ptr(),
+            queries=queries.data_ptr(),
             keys=keys.data_ptr(),
+            values=values.data_ptr(),
             end=nodes.end.data_ptr(),
             depth=nodes.depth.data_ptr(),
             window=self.window or 0,
-            out=out.data_ptr(),
         )
-        at = ctypes.addressof(given)
-        bias = None if self.bias is None else self.bias.data_ptr()
-        norm = x.data_ptr(), x.shape[1], self.epsilon
-        tables = bias, cos.data_ptr(), sin.data_ptr()
-        in_ranges(lambda first, last: found.turn(at, *norm, *tables, self.scale, first, last), n, BLOCK)
-        failed = in_ranges(lambda first, last: found.attend(at, first, last), -(-n // BLOCK), 1)
-        if any(failed):
+        at = ctypes.addressof(attention)
+        for rows in row_chunks(n):
+            some = x[rows]
+            qkv = project(some)
+            given = Given(
+                first=rows.start,
+                qkv=qkv.data_ptr(),
+                x=some.data_ptr(),
+                d_model=x.shape[1],
+                epsilon=self.epsilon,
+                scale=self.scale,
+                bias=None if self.bias is None else self.bias.data_ptr(),
+                cos=cos.data_ptr(),
+                sin=sin.data_ptr(),
+            )
+            turn = functools.partial(found.turn, at, ctypes.addressof(given))
+            in_ranges(turn, len(some), BLOCK)
+        if any(in_ranges(functools.partial(found.attend, at), -(-n // BLOCK), 1)):
             raise MemoryError(f"attention over {n} tokens")
-        return out
+        return queries
 
 
 def add_norm(found: Routines, x: Tensor, y: Tensor, epsilon: float) -> Tensor:

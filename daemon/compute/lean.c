@@ -34,17 +34,29 @@ typedef float loose __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias
 typedef int32_t whole __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t loose_whole __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-/* A layer's attention over n nodes. `qkv` (n, heads + 2 key heads, d_head) holds what the products gave. */
+/* A layer's attention over n nodes, made ready by `lensd_turn`. */
 typedef struct {
-    int64_t n, heads, key_heads, d_head, stride; /* from one node to the next in `qkv` */
-    float *qkv;
-    float *keys;        /* (key heads, tiles, d_head, WIDTH): turned keys, made by `lensd_turn` */
+    int64_t n, heads, key_heads, d_head;
+    float *queries;     /* (n, heads, d_head) turned; then what each attends to */
+    float *keys;        /* (key heads, tiles, d_head, WIDTH) turned */
+    float *values;      /* (n, key heads, d_head) */
     const int32_t *end; /* (tiles * WIDTH) one past each node's last descendant; 0 past n */
     const int32_t *depth;
     int32_t window;     /* a query attends to less than so many tokens before it; 0 for all */
     int32_t odd;        /* whether a value is not finite, so that a share of 0 must not touch it */
-    float *out;         /* (n, heads, d_head) */
 } Attention;
+
+/* What the products gave, and what they gave it of. */
+typedef struct {
+    int64_t first;    /* the node of the first row */
+    const float *qkv; /* (rows, heads + 2 key heads, d_head) */
+    const float *x;   /* (rows, d_model), read by the products as it was: what they gave is to be divided by its norm */
+    int64_t d_model;
+    float epsilon;           /* of the norm */
+    float scale;             /* of scores */
+    const float *bias;       /* (heads + 2 key heads, d_head) or NULL: added after the norm */
+    const float *cos, *sin;  /* (n, d_head) */
+} Given;
 
 INLINE vector all(float value) { return (vector){0} + value; }
 INLINE vector choose(whole where, vector yes, vector no) { return (vector)((where & (whole)yes) | (~where & (whole)no)); }
@@ -99,38 +111,44 @@ void lensd_add_norm(float *x, const float *y, float *normed, int64_t d, float ep
     }
 }
 
-/* What the products gave of nodes `from` to `to`, made ready for attention: over the norm of x (n, d_model), which they
- * read as it was; bias added; queries and keys turned by `cos` and `sin` (n, d_head), queries times `scale`. */
-void lensd_turn(Attention *a, const float *x, int64_t d_model, float epsilon, const float *bias,
-                const float *cos, const float *sin, float scale, int64_t from, int64_t to) {
-    int64_t half = a->d_head / 2, tiles = tiles_of(a->n);
+/* A head in its place: over the norm, with its bias, turned, times `scale`. */
+INLINE void turned(const float *from, const float *bias, float over, const float *cos, const float *sin, float scale,
+                   int64_t d_head, float *to, int64_t step) {
+    int64_t half = d_head / 2;
+    for (int64_t j = 0; j < half; j++) {
+        float low = from[j] * over, high = from[j + half] * over;
+        if (bias) {
+            low += bias[j];
+            high += bias[j + half];
+        }
+        to[j * step] = (low * cos[j] - high * sin[j]) * scale;
+        to[(j + half) * step] = (high * cos[j] + low * sin[j]) * scale;
+    }
+}
+
+/* Rows `from` to `to` of what the products gave, made ready for attention. */
+void lensd_turn(Attention *a, const Given *given, int64_t from, int64_t to) {
+    int64_t tiles = tiles_of(a->n), d_head = a->d_head, stride = (a->heads + 2 * a->key_heads) * d_head;
+    const float *bias = given->bias;
     whole odd = {0};
-    for (int64_t i = from; i < to; i++) {
-        float over = over_norm(x + i * d_model, d_model, epsilon);
-        float *row = a->qkv + i * a->stride;
-        const float *c = cos + i * a->d_head, *s = sin + i * a->d_head;
-        if (bias)
-            for (int64_t j = 0; j < a->stride; j++) row[j] = row[j] * over + bias[j];
-        else
-            for (int64_t j = 0; j < a->stride; j++) row[j] *= over;
-        for (int64_t head = 0; head < a->heads; head++) {
-            float *low = row + head * a->d_head, *high = low + half;
-            for (int64_t j = 0; j < half; j++) {
-                float first = low[j], second = high[j];
-                low[j] = (first * c[j] - second * s[j]) * scale;
-                high[j] = (second * c[j] + first * s[j]) * scale;
-            }
-        }
+    for (int64_t r = from; r < to; r++) {
+        int64_t i = given->first + r;
+        float over = over_norm(given->x + r * given->d_model, given->d_model, given->epsilon);
+        const float *row = given->qkv + r * stride, *cos = given->cos + i * d_head, *sin = given->sin + i * d_head;
+        for (int64_t head = 0; head < a->heads; head++)
+            turned(row + head * d_head, bias ? bias + head * d_head : NULL, over, cos, sin, given->scale, d_head,
+                   a->queries + (i * a->heads + head) * d_head, 1);
         for (int64_t head = 0; head < a->key_heads; head++) {
-            const float *low = row + (a->heads + head) * a->d_head, *high = low + half;
-            float *key = a->keys + (head * tiles + i / WIDTH) * a->d_head * WIDTH + i % WIDTH;
-            for (int64_t j = 0; j < half; j++) {
-                key[j * WIDTH] = low[j] * c[j] - high[j] * s[j];
-                key[(j + half) * WIDTH] = high[j] * c[j] + low[j] * s[j];
-            }
+            int64_t at = (a->heads + head) * d_head;
+            turned(row + at, bias ? bias + at : NULL, over, cos, sin, 1, d_head,
+                   a->keys + (head * tiles + i / WIDTH) * d_head * WIDTH + i % WIDTH, WIDTH);
         }
-        for (int64_t j = (a->heads + a->key_heads) * a->d_head; j < a->stride; j += WIDTH) {
-            vector value = *(const loose *)(row + j);
+        int64_t width = a->key_heads * d_head, at = (a->heads + a->key_heads) * d_head;
+        float *values = a->values + i * width;
+        for (int64_t j = 0; j < width; j += WIDTH) {
+            vector value = *(const loose *)(row + at + j) * over;
+            if (bias) value += *(const loose *)(bias + at + j);
+            *(loose *)(values + j) = value;
             odd |= value - value != 0;
         }
     }
@@ -139,7 +157,7 @@ void lensd_turn(Attention *a, const float *x, int64_t d_model, float epsilon, co
 }
 
 /* scores[r] = of query r with the keys of a tile. */
-INLINE void score(const float *const *queries, const float *tile, int64_t d_head, vector *const *scores) {
+INLINE void score(float *const *queries, const float *tile, int64_t d_head, vector *const *scores) {
     vector sums[2 * ROWS] = {{0}};
     for (int64_t j = 0; j < d_head; j++) {
         vector keys = *(const loose *)(tile + j * WIDTH);
@@ -177,7 +195,7 @@ INLINE void gather_values(const Attention *a, const float *values, const int32_t
     for (int64_t t = 0; t < n_tiles; t++) {
         int64_t first = (int64_t)tiles[t] * WIDTH, last = first + WIDTH < a->n ? first + WIDTH : a->n;
         for (int64_t j = first; j < last; j++) {
-            const float *value = values + j * a->stride;
+            const float *value = values + j * a->key_heads * a->d_head;
             for (int r = 0; r < ROWS; r++) {
                 float share = ((const float *)(shares[r] + t))[j - first];
                 if (careful && share == 0) continue;
@@ -195,20 +213,18 @@ INLINE void attend(const Attention *a, int64_t block, int64_t key_head, const in
     int64_t group = a->heads / a->key_heads, first = block * BLOCK;
     int64_t nodes = first + BLOCK < a->n ? BLOCK : a->n - first;
     const float *keys = a->keys + key_head * tiles_of(a->n) * a->d_head * WIDTH;
-    const float *values = a->qkv + (a->heads + a->key_heads + key_head) * a->d_head;
+    const float *values = a->values + key_head * a->d_head;
     int64_t rows = nodes * group;
     for (int64_t begin = 0; begin < rows; begin += 2 * ROWS) {
-        const float *queries[2 * ROWS];
+        float *queries[2 * ROWS], over[2 * ROWS];
         const vector *shares[2 * ROWS];
         vector *of_row[2 * ROWS];
-        float *out[2 * ROWS], over[2 * ROWS];
         int32_t node[2 * ROWS];
         for (int r = 0; r < 2 * ROWS; r++) { /* past the last row that one again: its results are the same */
             int64_t row = begin + r < rows ? begin + r : rows - 1;
             int64_t head = key_head * group + row % group;
             node[r] = (int32_t)(first + row / group);
-            queries[r] = a->qkv + node[r] * a->stride + head * a->d_head;
-            out[r] = a->out + (node[r] * a->heads + head) * a->d_head;
+            queries[r] = a->queries + (node[r] * a->heads + head) * a->d_head;
             shares[r] = scores + r * n_tiles;
         }
         for (int64_t t = 0; t < n_tiles; t++) {
@@ -219,7 +235,7 @@ INLINE void attend(const Attention *a, int64_t block, int64_t key_head, const in
         for (int r = 0; r < 2 * ROWS; r += ROWS)
             for (int64_t at = 0; at < a->d_head; at += SPAN * WIDTH) {
                 float *to[ROWS];
-                for (int k = 0; k < ROWS; k++) to[k] = out[r + k] + at;
+                for (int k = 0; k < ROWS; k++) to[k] = queries[r + k] + at;
                 int whole_span = at + SPAN * WIDTH <= a->d_head;
                 if (whole_span && !a->odd)
                     gather_values(a, values + at, tiles, n_tiles, shares + r, over + r, to, SPAN, 0);

@@ -23,8 +23,9 @@ from daemon.compute.linear import (
     PackedGatedMlp,
     PackedLinear,
     agrees,
+    filled_rows,
     packs,
-    prepared_rows,
+    row_chunks,
 )
 from daemon.compute.trunk import Trunk
 
@@ -87,14 +88,16 @@ class LeanLayer(nn.Module):
         cos, sin = (table[0].contiguous() for table in position_embeddings)
         attended = self._attention(x, cos, sin)
         if keep is not None:
-            rows = F.pad(keep, (0, prepared_rows(len(keep)) - len(keep)))
-            x, attended = x.index_select(0, rows), attended.index_select(0, rows)
-        added = self._out(attended)
-        if self._routines is None:
-            normed = normalised(added.add_(x), self._epsilon)
-        else:
-            normed = add_norm(self._routines, added, x, self._epsilon)
-        result: Tensor = self._mlp(normed).add_(added)
+            kept = F.pad(keep, (0, filled_rows(len(keep)) - len(keep)))
+            x, attended = x.index_select(0, kept), attended.index_select(0, kept)
+        result = torch.empty_like(x)
+        for rows in row_chunks(len(x)):
+            added = self._out(attended[rows])
+            if self._routines is None:
+                normed = normalised(added.add_(x[rows]), self._epsilon)
+            else:
+                normed = add_norm(self._routines, added, x[rows], self._epsilon)
+            torch.add(self._mlp(normed), added, out=result[rows])
         return result[None] if keep is None else result[None, : len(keep)]
 
 
@@ -112,7 +115,7 @@ class CompiledAttention(nn.Module):
         plan = current.get()
         assert isinstance(plan, BlockPlan)
         nodes = plan.nodes(self._heads.window)
-        return self._heads.attended(self._found, nodes, x, self._qkv(x), cos, sin)
+        return self._heads.attended(self._found, nodes, x, self._qkv, cos, sin)
 
 
 class TorchAttention(nn.Module):
@@ -131,7 +134,9 @@ class TorchAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = self._d_head // 2
         turns = torch.complex(cos[:, :half], sin[:, :half]).unsqueeze(1)  # (n, 1, half)
-        qkv = self._qkv(normalised(x, self._epsilon)).view(len(x), -1, self._d_head)  # (n, all heads, d_head)
+        projected = [self._qkv(normalised(x[rows], self._epsilon)) for rows in row_chunks(len(x))]
+        joined: Tensor = torch.cat(projected)
+        qkv: Tensor = joined.view(len(x), -1, self._d_head)  # (n, all heads, d_head)
         turned = qkv[:, : -self._heads[2]].unflatten(2, (half, 2))
         torch.view_as_complex(turned).mul_(turns)
         call: Call = self._call(*qkv.transpose(0, 1).unsqueeze(0).split(self._heads, dim=1))

@@ -6,6 +6,7 @@ Replaces the linear layers of a module and fuses gated MLPs. Knows nothing about
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -34,6 +35,23 @@ def prepared_rows(rows: int) -> int:
     """
     step = max(LEAST_STEP, (1 << rows.bit_length()) // (2 * STEPS))
     return -(-rows // step) * step
+
+
+def filled_rows(rows: int) -> int:
+    """The number from `rows` up that runs in `row_chunks`."""
+    return -(-rows // LEAST_STEP) * LEAST_STEP
+
+
+def row_chunks(rows: int) -> list[slice]:
+    """Rows in pieces of about as many as products do well with, each a multiple of LEAST_STEP if all are.
+
+    So few numbers of rows are met, with less to fill up than by `prepared_rows`, and what passes between
+    products stays in the caches.
+    """
+    units = -(-rows // LEAST_STEP)
+    n = max(1, round(rows / (TYPICAL_ROWS * torch.get_num_threads())))
+    bounds = [units * i // n * LEAST_STEP for i in range(n)]
+    return [slice(*piece) for piece in itertools.pairwise([*bounds, rows])]
 
 
 def packs(weight: Tensor) -> bool:

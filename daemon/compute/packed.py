@@ -7,7 +7,7 @@ about analysis, files or samples.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import structlog
@@ -27,7 +27,7 @@ from daemon.compute.extraction import Extraction, Started
 from daemon.compute.fused import FlexPlan, can_fuse, fuse, unfuse
 from daemon.compute.launched import Launched, moved
 from daemon.compute.lean import make_lean
-from daemon.compute.linear import pack_linears, prepared_rows
+from daemon.compute.linear import filled_rows, pack_linears, prepared_rows
 from daemon.compute.loading import LoadedModel, model_info
 from daemon.compute.preorder import Preorder, preorder
 from daemon.compute.readings import Reader
@@ -113,7 +113,7 @@ class PackedEngine:
         """See `Engine.start`."""
         with Launched(self._device) as forward:
             packed = preorder(texts)
-            run = packed.filled(prepared_rows(len(packed))) if self._fills else packed
+            run = packed.filled(self._rows(len(packed)))
             readings = self._reader.choose(packed.path, packed.offsets, packed.tokens[packed.path])
             residuals = self.residuals(run, moved(readings.keep, self._device))
         return Started(readings, residuals, residuals, forward, len(run), len(run) - len(packed))
@@ -151,7 +151,7 @@ class PackedEngine:
             model.model.config._attn_implementation = IMPLEMENTATION
             if config is not model.model.config:
                 config._attn_implementation = IMPLEMENTATION
-            self._fills = self._pack(texts) > 0
+            self._rows = self._pack(texts)
             plan = self._probe(texts, plain)
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError, LookupError) as error:
             raise CannotPack(f"{type(error).__name__}: {first_line(error)}") from error
@@ -160,12 +160,14 @@ class PackedEngine:
             raise CannotPack("a sliding window that the attention is not told of")
         return plain
 
-    def _pack(self, texts: Sequence[Sequence[int]]) -> int:
-        """Give the layers a faster form, where there is one; how many they or their linear layers were."""
+    def _pack(self, texts: Sequence[Sequence[int]]) -> Callable[[int], int]:
+        """Give the layers a faster form, where there is one; how many rows they then run for so many nodes."""
         packed = preorder(texts)
         plan, keep = self._plan(packed), torch.from_numpy(packed.path).to(self._device)
         lean = make_lean(self._trunk, plan, lambda: self._run(packed, plan, keep))
-        return lean + pack_linears(self._trunk.layers)
+        if lean == len(self._trunk.layers):
+            return filled_rows
+        return prepared_rows if pack_linears(self._trunk.layers) or lean else int
 
     def _fuse(self, texts: Sequence[Sequence[int]], plain: list[list[Tensor]]) -> None:
         """Compile the layers, and on an accelerator the attention; leave them where that does not work."""

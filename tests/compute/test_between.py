@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from daemon.compute.between import BLOCK, Heads, Nodes, add_norm, routines
+from daemon.compute.linear import row_chunks
 from daemon.compute.preorder import Preorder, preorder
 
 FOUND = routines()
@@ -30,7 +31,8 @@ def case(heads: Heads, n: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
 def attended(heads: Heads, packed: Preorder, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
     nodes = Nodes.of(torch.from_numpy(packed.end), torch.from_numpy(packed.depth))
     x, qkv, cos, sin = given
-    return heads.attended(FOUND, nodes, x, qkv.clone(), cos, sin)
+    left = iter(qkv.split([rows.stop - rows.start for rows in row_chunks(len(x))]))
+    return heads.attended(FOUND, nodes, x, lambda some: next(left), cos, sin)
 
 
 def slowly(heads: Heads, packed: Preorder, given: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from daemon.compute import lean
 from daemon.compute.between import routines
 from daemon.compute.lean import CompiledAttention, LeanLayer, TorchAttention
-from daemon.compute.linear import prepared_rows, works
+from daemon.compute.linear import LEAST_STEP, filled_rows, row_chunks, works
 from daemon.compute.preorder import preorder
 from tests import tiny
 from tests.compute.engines import packed, random_texts
@@ -59,14 +59,19 @@ def test_the_last_layer_gives_the_tokens_that_are_read_in_the_order_asked_for(ke
     assert widths == [len(nodes), min(len(kept), len(nodes))]
 
 
-def test_products_see_prepared_numbers_of_rows_alone(llama, sae):
+def test_products_see_few_numbers_of_rows(llama, sae):
     engine = packed(llama, [sae], torch.float32)
     met: set[int] = set()
     for layer in layers_of(engine):
         for product in (layer._attention._qkv, layer._out, layer._mlp):
             product.register_forward_pre_hook(lambda module, args: met.add(len(args[0])))
-    engine.extract(random_texts([9 + n for n in range(21)]))
-    assert met == {prepared_rows(21), prepared_rows(sum(9 + n for n in range(21)) - 20)}
+    texts = random_texts([50 + n % 40 for n in range(60)])
+    engine.extract(texts)
+    pieces = {
+        rows.stop - rows.start for n in (60, len(preorder(texts))) for rows in row_chunks(filled_rows(n))
+    }
+    assert met == pieces
+    assert all(rows % LEAST_STEP == 0 for rows in met)
 
 
 @pytest.mark.parametrize("family", sorted(LEAN))

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from daemon.compute.linear import prepared_rows, product, split_product, summands_of
+from daemon.compute.linear import (
+    LEAST_STEP,
+    TYPICAL_ROWS,
+    filled_rows,
+    prepared_rows,
+    product,
+    row_chunks,
+    split_product,
+    summands_of,
+)
 
 
 def test_any_number_of_rows_is_run_as_one_of_few():
@@ -38,3 +47,14 @@ def test_a_split_product_has_float32_weights():
     error = (split_product(weight, bias)(x) - exact).abs().mean()
     assert error <= 2e-5 * exact.abs().mean()
     assert error <= 0.1 * (x.bfloat16() @ weight.bfloat16().T + bias - exact).abs().mean()
+
+
+def test_chunks_of_rows_are_all_rows_in_pieces_of_about_the_same_size():
+    for rows in [0, 1, 16, 500, *range(512, 5000, 16)]:
+        pieces = row_chunks(rows)
+        assert [row for piece in pieces for row in range(rows)[piece]] == list(range(rows))
+        sizes = [piece.stop - piece.start for piece in pieces[:-1]]
+        assert all(size % LEAST_STEP == 0 for size in sizes)
+        assert len(pieces) == 1 or max(sizes) - min(sizes) <= LEAST_STEP
+        assert all(size <= 1.5 * TYPICAL_ROWS * torch.get_num_threads() for size in sizes)
+        assert filled_rows(rows) - rows < LEAST_STEP
