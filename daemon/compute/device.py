@@ -147,10 +147,10 @@ class Study:
 
     def run(self, batch: Batch) -> Block:
         """Every analysis column and the sparse features of a batch; on a CPU its pieces side by side."""
-        pieces = cut(batch, torch.get_num_threads()) if self.engine.concurrent else [batch]
-        each = torch.get_num_threads() // len(pieces)
-        blocks = side_by_side(lambda piece: self._finished(self.begin(piece)), pieces, each)
-        return outliving(joined(blocks))
+        cores = torch.get_num_threads()
+        pieces, at_a_time = cut(batch, cores) if self.engine.concurrent else ([batch], 1)
+        blocks = side_by_side(lambda piece: self._finished(self.begin(piece)), pieces, cores // at_a_time)
+        return outliving(joined(blocks, at_a_time))
 
     def runs(self, batches: Iterable[Batch]) -> Iterator[Block]:
         """`run` of each, one ahead where batches overlap."""

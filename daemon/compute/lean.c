@@ -15,13 +15,16 @@
 
 #if defined(__AVX512F__) /* as many as a register holds: wider vectors are taken apart one number at a time */
 #define WIDTH 16
-#define SPAN 4 /* vectors of a head that are summed up at a time: with ROWS of them, as many as registers hold */
+#define SPAN 4   /* vectors of a head that are summed up at a time, for ROWS queries: as many as registers hold */
+#define PAIRED 2 /* tiles whose keys are scored at a time, for 2 * ROWS queries */
 #elif defined(__AVX__)
 #define WIDTH 8
 #define SPAN 2
+#define PAIRED 1
 #else
 #define WIDTH 4
 #define SPAN 2
+#define PAIRED 1
 #endif
 #define BLOCK 16 /* queries that read the same tiles; a multiple of every WIDTH */
 #define ROWS 4   /* rows of a product that are worked on together */
@@ -93,12 +96,13 @@ INLINE vector exponential(vector x) {
 
 /* 1 / sqrt(mean square + epsilon) of a row (d). */
 INLINE float over_norm(const float *x, int64_t d, float epsilon) {
-    vector squares = {0};
+    vector squares[2] = {{0}}; /* two, so that a sum does not wait for the one before it */
     float rest = 0;
     int64_t i = 0;
-    for (; i + WIDTH <= d; i += WIDTH) squares += *(const loose *)(x + i) * *(const loose *)(x + i);
+    for (; i + 2 * WIDTH <= d; i += 2 * WIDTH)
+        for (int k = 0; k < 2; k++) squares[k] += *(const loose *)(x + i + k * WIDTH) * *(const loose *)(x + i + k * WIDTH);
     for (; i < d; i++) rest += x[i] * x[i];
-    return 1 / sqrtf((sum_of(squares) + rest) / d + epsilon);
+    return 1 / sqrtf((sum_of(squares[0] + squares[1]) + rest) / d + epsilon);
 }
 
 /* Rows `from` to `to` of two (n, d): x += y, and normed = x over its root mean square. */
@@ -112,8 +116,8 @@ void lensd_add_norm(float *x, const float *y, float *normed, int64_t d, float ep
 }
 
 /* A head in its place: over the norm, with its bias, turned, times `scale`. */
-INLINE void turned(const float *from, const float *bias, float over, const float *cos, const float *sin, float scale,
-                   int64_t d_head, float *to, int64_t step) {
+INLINE void turned(const float *restrict from, const float *restrict bias, float over, const float *restrict cos,
+                   const float *restrict sin, float scale, int64_t d_head, float *restrict to, const int step) {
     int64_t half = d_head / 2;
     for (int64_t j = 0; j < half; j++) {
         float low = from[j] * over, high = from[j + half] * over;
@@ -156,14 +160,18 @@ void lensd_turn(Attention *a, const Given *given, int64_t from, int64_t to) {
         if (odd[k]) a->odd = 1;
 }
 
-/* scores[r] = of query r with the keys of a tile. */
-INLINE void score(float *const *queries, const float *tile, int64_t d_head, vector *const *scores) {
-    vector sums[2 * ROWS] = {{0}};
+/* scores[r][t] = of query r with the keys of tile t, of one or two. */
+INLINE void score(float *const *queries, const float *const *tiles, int64_t d_head, vector *const *scores,
+                  const int n_tiles) {
+    vector sums[2 * ROWS][2] = {{{0}}};
     for (int64_t j = 0; j < d_head; j++) {
-        vector keys = *(const loose *)(tile + j * WIDTH);
-        for (int r = 0; r < 2 * ROWS; r++) sums[r] += keys * queries[r][j];
+        vector keys[2];
+        for (int t = 0; t < n_tiles; t++) keys[t] = *(const loose *)(tiles[t] + j * WIDTH);
+        for (int r = 0; r < 2 * ROWS; r++)
+            for (int t = 0; t < n_tiles; t++) sums[r][t] += keys[t] * queries[r][j];
     }
-    for (int r = 0; r < 2 * ROWS; r++) *scores[r] = sums[r];
+    for (int r = 0; r < 2 * ROWS; r++)
+        for (int t = 0; t < n_tiles; t++) scores[r][t] = sums[r][t];
 }
 
 /* Masks the scores of a query with the keys of some tiles, and makes them shares, but for what is returned: 1 / sum. */
@@ -227,9 +235,14 @@ INLINE void attend(const Attention *a, int64_t block, int64_t key_head, const in
             queries[r] = a->queries + (node[r] * a->heads + head) * a->d_head;
             shares[r] = scores + r * n_tiles;
         }
-        for (int64_t t = 0; t < n_tiles; t++) {
+        for (int64_t t = 0; t < n_tiles; t += PAIRED) {
+            const float *tile[2];
+            for (int k = 0; k < PAIRED && t + k < n_tiles; k++) tile[k] = keys + tiles[t + k] * a->d_head * WIDTH;
             for (int r = 0; r < 2 * ROWS; r++) of_row[r] = scores + r * n_tiles + t;
-            score(queries, keys + tiles[t] * a->d_head * WIDTH, a->d_head, of_row);
+            if (t + PAIRED <= n_tiles)
+                score(queries, tile, a->d_head, of_row, PAIRED);
+            else
+                score(queries, tile, a->d_head, of_row, 1);
         }
         for (int r = 0; r < 2 * ROWS; r++) over[r] = soften(a, node[r], tiles, n_tiles, scores + r * n_tiles);
         for (int r = 0; r < 2 * ROWS; r += ROWS)

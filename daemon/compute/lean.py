@@ -135,8 +135,7 @@ class TorchAttention(nn.Module):
         half = self._d_head // 2
         turns = torch.complex(cos[:, :half], sin[:, :half]).unsqueeze(1)  # (n, 1, half)
         projected = [self._qkv(normalised(x[rows], self._epsilon)) for rows in row_chunks(len(x))]
-        joined: Tensor = torch.cat(projected)
-        qkv: Tensor = joined.view(len(x), -1, self._d_head)  # (n, all heads, d_head)
+        qkv: Any = torch.cat(projected).view(len(x), -1, self._d_head)  # (n, all heads, d_head)
         turned = qkv[:, : -self._heads[2]].unflatten(2, (half, 2))
         torch.view_as_complex(turned).mul_(turns)
         call: Call = self._call(*qkv.transpose(0, 1).unsqueeze(0).split(self._heads, dim=1))

@@ -161,7 +161,7 @@ class PackedEngine:
         return plain
 
     def _pack(self, texts: Sequence[Sequence[int]]) -> Callable[[int], int]:
-        """Give the layers a faster form, where there is one; how many rows they then run for so many nodes."""
+        """Give the layers a faster form, where there is one; how many rows they then run for n nodes."""
         packed = preorder(texts)
         plan, keep = self._plan(packed), torch.from_numpy(packed.path).to(self._device)
         lean = make_lean(self._trunk, plan, lambda: self._run(packed, plan, keep))

@@ -13,7 +13,17 @@ from daemon.analysis.study import StudySettings
 from daemon.analysis.threads import side_by_side
 from daemon.compute import lanes
 from daemon.compute.device import Study
-from daemon.compute.lanes import PIECE_TOKENS, SHARED, added_tokens, cut, joined, numbers
+from daemon.compute.lanes import (
+    PIECE_TOKENS,
+    PIECES_EACH,
+    SHARED,
+    added_tokens,
+    cut,
+    done_after,
+    joined,
+    numbers,
+    work_of,
+)
 from daemon.compute.packing import Batch, Entry
 from daemon.records import (
     CONTRAST_RECIPE,
@@ -65,9 +75,10 @@ def rows(batch: Batch) -> list[int]:
 def test_pieces_are_the_batch_in_its_order_and_compute_hardly_more(lengths, shared, cores):
     prefix = (0,) * shared
     batch = batch_of([((*prefix, *range(1 + n * 1000, 1 + n * 1000 + m)),) for n, m in enumerate(lengths)])
-    pieces = cut(batch, cores)
+    pieces, at_a_time = cut(batch, cores)
     assert [row for piece in pieces for row in rows(piece)] == rows(batch)
-    assert len(pieces) <= cores
+    assert cores % at_a_time == 0
+    assert at_a_time <= len(pieces) <= max(1, PIECES_EACH * at_a_time)
     tokens = int(added_tokens(batch).sum())
     assert sum(int(added_tokens(piece).sum()) for piece in pieces) <= (1 + SHARED) * tokens
     assert len(pieces) == 1 or len(pieces) * PIECE_TOKENS <= tokens
@@ -75,12 +86,25 @@ def test_pieces_are_the_batch_in_its_order_and_compute_hardly_more(lengths, shar
 
 def test_pieces_of_like_samples_are_equal():
     batch = batch_of([(tuple(range(n * 100, n * 100 + 64)),) for n in range(64)])
-    assert [len(piece.entries) for piece in cut(batch, 4)] == [16, 16, 16, 16]
+    pieces, at_a_time = cut(batch, 4)
+    assert at_a_time == 4
+    assert [len(piece.entries) for piece in pieces] == [16, 16, 16, 16]
 
 
 def test_a_prompt_that_all_samples_share_keeps_a_batch_whole():
     prompt = tuple(range(400))
-    assert len(cut(batch_of([((*prompt, 1000 + n, 7),) for n in range(1000)]), 2)) == 1
+    batch = batch_of([((*prompt, 1000 + n, 7),) for n in range(1000)])
+    assert cut(batch, 2) == ([batch], 1)
+
+
+def test_samples_of_different_lengths_make_more_pieces_than_cores():
+    lengths = [900, 300, 300, 300, 900, 300]
+    pieces, at_a_time = cut(
+        batch_of([(tuple(range(n * 1000, n * 1000 + m)),) for n, m in enumerate(lengths)]), 2
+    )
+    work = [work_of(piece) for piece in pieces]
+    assert at_a_time == 2
+    assert done_after(work, 2) <= 1.05 * sum(work) / 2
 
 
 @pytest.mark.parametrize(
@@ -113,7 +137,7 @@ def test_a_batch_in_pieces_gives_what_it_gives_in_one(positions, llama, saes, co
     whole = study.run(batch)
     monkeypatch.setattr(lanes, "PIECE_TOKENS", 8)
     monkeypatch.setattr(lanes, "SHARED", 1.0)
-    assert len(cut(batch, cores)) == cores
+    assert cut(batch, cores)[1] == cores
     pieces = study.run(batch)
     for name, column in whole.columns.items():
         if column.dtype == object:
@@ -170,7 +194,7 @@ def test_errors_of_a_piece_reach_whoever_asked(cores):
 
 def test_a_block_alone_is_itself(llama, saes):
     block = Study(packed(llama, saes), SETTINGS).run(contrast_batch(2))
-    assert joined([block]) is block
+    assert joined([block], 1) is block
 
 
 @pytest.fixture
