@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.analysis.sparse import from_dense
@@ -28,6 +28,7 @@ sizes = {"n": st.integers(0, 40), "d": st.integers(1, 200), "seed": st.integers(
 
 @needs_routines
 @given(**sizes, threads=st.sampled_from([1, 2]))
+@settings(deadline=None)
 def test_what_is_above_its_threshold_is_kept(n, d, seed, threads):
     thresholds = torch.linspace(0, 2, d)
     dense = pre_acts(n, d, seed)
@@ -43,6 +44,7 @@ def test_what_is_above_its_threshold_is_kept(n, d, seed, threads):
 
 @needs_routines
 @given(**sizes, k=st.integers(0, 5), top_k=st.integers(1, 12))
+@settings(deadline=None)
 def test_the_strongest_are_those_that_sorting_finds(n, d, seed, k, top_k):
     activation = Thresholds(torch.linspace(0, 0.5, d))
     dense, bank = pre_acts(n, d, seed), pre_acts(7, d, seed + 1)

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.analysis.study import StudySettings
@@ -72,6 +72,7 @@ def rows(batch: Batch) -> list[int]:
     shared=st.integers(0, 300),
     cores=st.integers(1, 9),
 )
+@settings(deadline=None)
 def test_pieces_are_the_batch_in_its_order_and_compute_hardly_more(lengths, shared, cores):
     prefix = (0,) * shared
     batch = batch_of([((*prefix, *range(1 + n * 1000, 1 + n * 1000 + m)),) for n, m in enumerate(lengths)])
