@@ -10,6 +10,7 @@ import dataclasses
 import heapq
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,18 +29,17 @@ def cut(batch: Batch, cores: int) -> tuple[list[Batch], int]:
     It is the cores' where there is enough for each, and then there may be more pieces, a core taking the next
     one when it is done: as many as make all of them done first. One, where pieces would share too much.
     """
-    tokens = added_tokens(batch)
-    total = int(tokens.sum())
-    # What is done for a text after it was read takes about as long as reading one token.
-    work = np.cumsum(tokens + len(batch.recipe.templates))
+    costs = Costs.of(batch)
+    total = int(costs.added.sum())
     for n in numbers(total, cores):
         most = min(PIECES_EACH * n, total // PIECE_TOKENS) if n == cores else n
-        pieces = min(
-            (cut_at(batch, work, more) for more in range(n, max(n, most) + 1)),
-            key=lambda pieces: done_after([work_of(piece) for piece in pieces], n),
+        bounds = min(
+            (costs.bounds(more) for more in range(n, max(n, most) + 1)),
+            key=lambda bounds: done_after(costs.work(bounds), n),
         )
-        again = sum(int(added_tokens(piece).sum()) for piece in pieces) - total
-        if len(pieces) >= n and again <= SHARED * total:
+        again = int(costs.tokens(bounds).sum()) - total
+        if len(bounds) > n and again <= SHARED * total:
+            pieces = [Batch(batch.recipe, batch.entries[a:b]) for a, b in itertools.pairwise(bounds)]
             return pieces, n
     return [batch], 1
 
@@ -47,12 +47,6 @@ def cut(batch: Batch, cores: int) -> tuple[list[Batch], int]:
 def numbers(tokens: int, cores: int) -> list[int]:
     """For how many cores, or groups of like size of them, so many tokens are enough; the most first."""
     return [n for n in range(cores, 0, -1) if cores % n == 0 and (n == 1 or n * PIECE_TOKENS <= tokens)]
-
-
-def work_of(piece: Batch) -> int:
-    """In the time that a token takes."""
-    texts = len(piece.entries) * len(piece.recipe.templates)
-    return int(added_tokens(piece).sum()) + texts + PIECE_WORK
 
 
 def done_after(work: Sequence[int], cores: int) -> int:
@@ -63,23 +57,43 @@ def done_after(work: Sequence[int], cores: int) -> int:
     return max(busy)
 
 
-def added_tokens(batch: Batch) -> IntArray:
-    """(n,) how many tokens each sample adds to those before it."""
-    cost = TrieCost()
-    totals = [0]
-    for sample in batch.samples:
-        cost.add(sample)
-        totals.append(cost.total)
-    return np.diff(totals)
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the samples of a batch cost, in tokens; `bounds` are where pieces begin and the last one ends."""
 
+    added: IntArray  # (n,) that each adds to those before it
+    alone: IntArray  # (n,) of each that begins a piece
+    texts: int  # of a sample: what is done for one after it was read takes about as long as reading a token
 
-def cut_at(batch: Batch, work: IntArray, n: int) -> list[Batch]:
-    """At most n pieces of about as much of the samples' cumulative `work` each."""
-    before = work - np.diff(work, prepend=0) / 2  # a sample belongs where its middle lies
-    inner = np.searchsorted(before, work[-1] * np.arange(1, n) / n)
-    bounds = [0, *inner.tolist(), len(batch.entries)]
-    pieces = [batch.entries[start:stop] for start, stop in itertools.pairwise(bounds)]
-    return [Batch(batch.recipe, entries) for entries in pieces if entries]
+    @classmethod
+    def of(cls, batch: Batch) -> Costs:
+        cost = TrieCost()
+        totals, alone = [0], []
+        for sample in batch.samples:
+            cost.add(sample)
+            totals.append(cost.total)
+            own = TrieCost()
+            own.add(sample)
+            alone.append(own.total)
+        return cls(np.diff(totals), np.array(alone), len(batch.recipe.templates))
+
+    def bounds(self, n: int) -> IntArray:
+        """Of at most n pieces of about as much work each."""
+        work = np.cumsum(self.added + self.texts)
+        middle = work - (self.added + self.texts) / 2  # a sample belongs where its middle lies
+        inner = np.searchsorted(middle, work[-1] * np.arange(1, n) / n)
+        return np.unique([0, *inner.tolist(), len(work)])
+
+    def tokens(self, bounds: IntArray) -> IntArray:
+        """That each piece has the model read."""
+        first = bounds[:-1]
+        pieces: IntArray = np.add.reduceat(self.added, first) + self.alone[first] - self.added[first]
+        return pieces
+
+    def work(self, bounds: IntArray) -> list[int]:
+        """What each piece takes, in the time that a token takes."""
+        of_each: list[int] = (self.tokens(bounds) + np.diff(bounds) * self.texts + PIECE_WORK).tolist()
+        return of_each
 
 
 def joined(blocks: Sequence[Block], at_a_time: int = 1) -> Block:

@@ -17,14 +17,13 @@ from daemon.compute.lanes import (
     PIECE_TOKENS,
     PIECES_EACH,
     SHARED,
-    added_tokens,
     cut,
     done_after,
     joined,
     numbers,
-    work_of,
 )
 from daemon.compute.packing import Batch, Entry
+from daemon.compute.preorder import preorder
 from daemon.records import (
     CONTRAST_RECIPE,
     PLAIN_RECIPE,
@@ -63,6 +62,10 @@ def batch_of(samples: list[tuple[tuple[int, ...], ...]], recipe=PLAIN_RECIPE) ->
     return Batch(recipe, tuple(Entry(part, row) for row in range(len(samples))))
 
 
+def tokens_of(batch: Batch) -> int:
+    return len(preorder([ids for sample in batch.samples for ids in sample.token_ids]))
+
+
 def rows(batch: Batch) -> list[int]:
     return [entry.row for entry in batch.entries]
 
@@ -80,8 +83,8 @@ def test_pieces_are_the_batch_in_its_order_and_compute_hardly_more(lengths, shar
     assert [row for piece in pieces for row in rows(piece)] == rows(batch)
     assert cores % at_a_time == 0
     assert at_a_time <= len(pieces) <= max(1, PIECES_EACH * at_a_time)
-    tokens = int(added_tokens(batch).sum())
-    assert sum(int(added_tokens(piece).sum()) for piece in pieces) <= (1 + SHARED) * tokens
+    tokens = tokens_of(batch)
+    assert sum(tokens_of(piece) for piece in pieces) <= (1 + SHARED) * tokens
     assert len(pieces) == 1 or len(pieces) * PIECE_TOKENS <= tokens
 
 
@@ -103,7 +106,7 @@ def test_samples_of_different_lengths_make_more_pieces_than_cores():
     pieces, at_a_time = cut(
         batch_of([(tuple(range(n * 1000, n * 1000 + m)),) for n, m in enumerate(lengths)]), 2
     )
-    work = [work_of(piece) for piece in pieces]
+    work = [tokens_of(piece) for piece in pieces]
     assert at_a_time == 2
     assert done_after(work, 2) <= 1.05 * sum(work) / 2
 
