@@ -68,14 +68,13 @@ class Costs:
     @classmethod
     def of(cls, batch: Batch) -> Costs:
         cost = TrieCost()
-        totals, alone = [0], []
+        totals, shared = [0], []
         for sample in batch.samples:
             cost.add(sample)
             totals.append(cost.total)
-            own = TrieCost()
-            own.add(sample)
-            alone.append(own.total)
-        return cls(np.diff(totals), np.array(alone), len(batch.recipe.templates))
+            shared.append(cost.shared)
+        added = np.diff(totals)
+        return cls(added, added + np.array(shared), len(batch.recipe.templates))
 
     def bounds(self, n: int) -> IntArray:
         """Of at most n pieces of about as much work each."""

@@ -108,11 +108,13 @@ class Packer:
     def _batches(self, group: list[Entry]) -> list[list[Entry]]:
         """Cut a sorted group into runs within both limits: as few as it takes, of about the same cost."""
         runs, costs = self._cut(group, self.max_batch_tokens)
+        if len(runs) == 1:
+            return runs
         even = -(-sum(costs) // len(runs)) + max(sample_cost(self._cost, entry) for entry in group)
-        if len(runs) > 1 and even < self.max_batch_tokens:
-            evened, _ = self._cut(group, even)
-            return evened if len(evened) == len(runs) else runs
-        return runs
+        if even >= self.max_batch_tokens:
+            return runs
+        evened, _ = self._cut(group, even)
+        return evened if len(evened) == len(runs) else runs
 
     def _cut(self, group: list[Entry], most: int) -> tuple[list[list[Entry]], list[int]]:
         """Runs that cost at most so much each, or are a sample alone, and what each costs."""
@@ -136,6 +138,7 @@ class TrieCost:
 
     def __init__(self) -> None:
         self.total = 0
+        self.shared = 0  # that the last sample did not add, being in those before it
         self._before: tuple[int, ...] = ()
 
     @staticmethod
@@ -143,6 +146,9 @@ class TrieCost:
         return entry.sample.token_ids
 
     def add(self, sample: TokenizedSample) -> None:
+        self.shared = shared_length(self._before, sample.token_ids[0])
+        self.total -= self.shared
+        self._before = ()
         for text in sample.token_ids:
             self.total += len(text) - shared_length(self._before, text)
             self._before = text
