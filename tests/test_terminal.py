@@ -17,7 +17,8 @@ import structlog
 from daemon.cli import main
 from daemon.errors import ConfigError
 from daemon.intake.failed import reason_of
-from daemon.intake.inbox import CLAIMED, FAILED, Inbox
+from daemon.intake.holdings import CLAIMED, FAILED
+from daemon.intake.inbox import Inbox
 from daemon.intake.retry import chosen, retry
 from daemon.observe.logs import configure
 from daemon.shown import visible, visible_lines, visible_name

@@ -6,14 +6,11 @@ The one owner of the inbox's state, which lives on one thread. Knows nothing abo
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
@@ -21,25 +18,20 @@ import structlog
 
 from daemon import durable
 from daemon.durable import Step, StepKind
-from daemon.errors import MachineError, SyncFailed
+from daemon.errors import SyncFailed
 from daemon.intake.claimed import Presence, claimed_files, presences
-from daemon.intake.failed import set_aside
 from daemon.intake.filestatus import identities_of, identity_of, stamp_of
-from daemon.intake.names import MAX_NUMBER, no_free_name, numbered, numbered_stem, printable
+from daemon.intake.holdings import CLAIMED, DRAFTS, Holdings
+from daemon.intake.names import printable
 from daemon.intake.scan import Candidate, InboxLoad, Scanner
 from daemon.intake.watch import watching
-from daemon.lease import Lease, dead_leases
-from daemon.pause import FoldersLost, Pause
+from daemon.lease import dead_leases
+from daemon.pause import Pause
 from daemon.records import Claim
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-DONE = "done"
-FAILED = "failed"
-CLAIMED = ".claimed"
-DRAFTS = "drafts"  # of reasons, in the own lease
-FAILING = ".failing"  # locked while a file is moved to FAILED
 BATCH_FILES = 256  # claimed at a time, so that small files share the cost
 BATCH_BYTES = 4 << 20
 
@@ -47,11 +39,7 @@ log = structlog.get_logger()
 
 
 class Inbox:
-    """One process's view of an inbox folder. `open` it, take `claims`, settle each one, `close`.
-
-    A claimed file lies at `.claimed/<lease>/<n>/<name>`, where n says how often work on it has begun: the
-    count is made before the work, so that it survives what the work may do to the process.
-    """
+    """One process's view of an inbox folder. `open` it, take `claims`, settle each one, `close`."""
 
     def __init__(
         self,
@@ -66,7 +54,6 @@ class Inbox:
         """Nothing is claimed while `pause` has reasons."""
         self.path = path
         self._rescan_seconds = rescan_seconds
-        self._on_success = on_success
         self._pause = Pause() if pause is None else pause
         self._clock = clock
         self._wake = asyncio.Event()  # something may have changed
@@ -78,8 +65,7 @@ class Inbox:
         self._asked = True  # for the next look, by an event or by a file that was settled, or it is the first
         self._found = 0  # files first seen by a look that nothing asked for, not yet told
         self._unclaimable: set[str] = set()  # names reported
-        self._held: dict[str, Claim] = {}  # by where they lie
-        self._lease: Lease | None = None
+        self._holdings = Holdings(path, on_success=on_success)
         self._sync_failed: SyncFailed | None = None  # after which nothing is synced any more
         # One thread for all of it: releasing everything waits for a claim that a cancelled task left running.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inbox")
@@ -91,7 +77,7 @@ class Inbox:
             try:
                 return function(*args, **kwargs)
             except FileNotFoundError:
-                self._check_lost()
+                self._holdings.check_lost()
                 raise
             except SyncFailed as error:
                 self._sync_failed = error
@@ -99,32 +85,18 @@ class Inbox:
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
-    def _check_lost(self) -> None:
-        """Raises FoldersLost where the inbox is there and the own lease is not."""
-        if self._lease is not None and self.path.is_dir() and not self._lease.folder.is_dir():
-            raise FoldersLost(f"{self._lease.folder} disappeared, with the files claimed there")
-
     async def open(self) -> None:
         """Make the folders, take the lease, take over what dead processes held. Safe to repeat."""
         await self._call(self._open)
 
     def _open(self) -> None:
-        for name in (DONE, FAILED, CLAIMED):
-            try:
-                durable.make_folder(self.path / name)
-            except FileExistsError:
-                raise MachineError(
-                    f"{self.path / name} is no folder, and lensd needs one of that name: move it away"
-                ) from None
-        durable.fsync_folder(self.path)
-        if self._lease is None:
-            self._lease = Lease(self.path / CLAIMED)
+        self._holdings.open()
         self._take_over()
 
     def _take_over(self) -> bool:
         """Take what dead processes had claimed; whether something had to stay where it is for now."""
         left = False
-        for lease in dead_leases(self.path / CLAIMED, self.lease.folder):
+        for lease in dead_leases(self.path / CLAIMED, self._holdings.lease):
             for path, attempt in claimed_files(lease):
                 claim = self._take_back(path, attempt)
                 if claim is None:  # its name is taken for now
@@ -137,32 +109,16 @@ class Inbox:
 
     def _take_back(self, path: Path, attempt: int) -> Claim | None:
         """Move a claimed file into the own lease; None where a file of its name is there already."""
-        target = self._place(path.name, attempt)
+        target = self._holdings.folder(attempt) / path.name
         if not durable.move_without_replacing(path, target):
             return None
         identity = identity_of(target)
         return None if identity is None else Claim(path.name, str(target), attempt, identity)
 
-    def _place(self, name: str, attempt: int) -> Path:
-        """Where a file of this name lies while it is claimed for the given attempt."""
-        return self._claimed_for(attempt) / name
-
-    def _claimed_for(self, attempt: int) -> Path:
-        folder = self.lease.folder / str(attempt)
-        durable.make_folder(folder)
-        return folder
-
-    @property
-    def lease(self) -> Lease:
-        if self._lease is None:
-            raise AssertionError("the inbox is not open")
-        return self._lease
-
     async def close(self) -> None:
         """Give up the lease; claims not settled are taken over by the next process."""
-        if self._lease is not None:
-            await self._call(self._lease.close)
-            self._lease = None
+        if self._holdings.is_open:
+            await self._call(self._holdings.close)
         self._thread.shutdown(wait=False)
 
     @property
@@ -229,11 +185,11 @@ class Inbox:
     def _begin_again(self) -> list[Claim]:
         """Count another attempt for a file taken over, and hand it out alone."""
         for claim in self._waiting:
-            target = self._place(claim.name, claim.attempt + 1)
+            target = self._holdings.folder(claim.attempt + 1) / claim.name
             if durable.move_without_replacing(claim.path, target):
                 self._waiting.remove(claim)
                 identity = identity_of(target) or claim.identity
-                return [self._hold(Claim(claim.name, str(target), claim.attempt + 1, identity))]
+                return [self._holdings.hold(Claim(claim.name, str(target), claim.attempt + 1, identity))]
         return []
 
     def _look(self) -> float | None:
@@ -241,9 +197,9 @@ class Inbox:
 
         Raises FoldersLost where the own lease is gone.
         """
-        self._check_lost()
+        self._holdings.check_lost()
         look_in = self._rescan_seconds if self._take_over() or self._waiting else None
-        names = {claim.name for claim in (*self._held.values(), *self._waiting)}
+        names = {claim.name for claim in (*self._holdings.claims, *self._waiting)}
         self._ready.clear()
         for candidate, settles_in in self._scanner.scan():
             if candidate.name not in names and settles_in <= 0:
@@ -261,7 +217,7 @@ class Inbox:
         """Claim the first of what the last look found ready; unless `fresh`, if it is still the same."""
         if not self._ready:  # make no folder: in an empty inbox its absence is a loss to be found
             return []
-        folder = self._claimed_for(1)
+        folder = self._holdings.folder(1)
         candidates = self._free(self._next_ready(fresh=fresh), folder)
         steps = [
             Step(StepKind.RENAME, f"{self.path}/{one.name}", f"{folder}/{one.name}") for one in candidates
@@ -323,7 +279,7 @@ class Inbox:
                 others.append(name)
                 continue
             self._scanner.forget(name)
-            claims.append(self._hold(Claim(name, f"{folder}/{name}", 1, identity)))
+            claims.append(self._holdings.hold(Claim(name, f"{folder}/{name}", 1, identity)))
         try:
             for name in others:
                 durable.move_without_replacing(folder / name, self.path / name)
@@ -339,101 +295,32 @@ class Inbox:
             log.warning("inbox.unclaimable", file=printable(name), reason=reason)
         self._unclaimable.add(name)
 
-    def _hold(self, claim: Claim) -> Claim:
-        self._held[claim.at] = claim
-        return claim
-
     async def recheck(self, claims: Sequence[Claim]) -> list[Presence]:
         """Whether each file is still what it was when it was claimed."""
         return await self._call(presences, claims)
 
     async def retire(self, claims: Sequence[Claim]) -> None:
         """Their results are published: move them to `done/`, or delete them. Safe to repeat."""
-        await self._call(self._retire, claims)
+        await self._call(self._holdings.retire, claims)
         self._wake.set()
-
-    def _retire(self, claims: Sequence[Claim]) -> None:
-        done = self.path / DONE
-        steps = [
-            Step(StepKind.MOVE, claim.at, f"{done}/{claim.name}")
-            if self._on_success == "move"
-            else Step(StepKind.UNLINK, claim.at)
-            for claim in claims
-        ]
-        for claim, error in zip(claims, durable.each(steps), strict=True):
-            if error is not None:
-                self._retire_one(claim)
-        if self._on_success == "move":
-            durable.fsync_folder(done)
-        self._let_go(claims)
-
-    def _retire_one(self, claim: Claim) -> None:
-        try:
-            if self._on_success == "move":
-                self._move_out(claim, self.path / DONE, numbered)
-            else:
-                durable.unlink(claim.path)
-        except FileNotFoundError:
-            if os.path.lexists(claim.path):
-                raise
-            self._check_lost()  # else its user took it away, or an earlier try moved it
 
     async def fail(self, claim: Claim, reason: str, message: str, sha256: str | None) -> None:
         """It can't be used: move it to `failed/`, its reason beside it. Replaces no file. Safe to repeat."""
-        await self._call(self._fail, claim, reason, message, sha256)
+        await self._call(self._holdings.fail, claim, reason, message, sha256)
         self._wake.set()
-
-    def _fail(self, claim: Claim, reason: str, message: str, sha256: str | None) -> None:
-        content = {
-            "name": printable(claim.name),
-            "reason": reason,
-            "message": message,
-            "attempt": claim.attempt,
-            "sha256": sha256,
-            "failed_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        folder = self.path / FAILED
-        if claim.at in self._held:  # no earlier try came so far
-            reason_file = json.dumps(content, indent=2).encode() + b"\n"
-            draft = self.lease.folder / DRAFTS / "reason"
-            with durable.locked(self.path / CLAIMED / FAILING):
-                set_aside(claim, folder, reason_file, draft)
-            self._held.pop(claim.at, None)
-        durable.fsync_folder(folder)
-        self._let_go([claim])
 
     async def release(self, claims: Sequence[Claim]) -> None:
         """Put files back into the inbox, each under its name or the nearest free one. Charges no attempt."""
-        await self._call(self._release, claims)
+        await self._call(self._holdings.release, claims)
         self._wake.set()
 
     async def release_all(self, *, flush: bool = True) -> None:
         """Put back everything that is claimed and not settled."""
         if not flush:
             self._sync_failed = None
-        await self._call(lambda: self._release([*self._held.values(), *self._waiting], flush=flush))
+        await self._call(self._release_all, flush)
         self._waiting.clear()
         self._wake.set()
 
-    def _release(self, claims: Sequence[Claim], *, flush: bool = True) -> None:
-        for claim in claims:
-            if os.path.lexists(claim.path):
-                self._move_out(claim, self.path, numbered_stem)
-        if flush and self.path.is_dir():
-            durable.fsync_folder(self.path)
-        self._let_go(claims, flush=flush)
-
-    def _move_out(self, claim: Claim, folder: Path, name: Callable[[str, int], str]) -> None:
-        """Move a claimed file into `folder`, under the first of its numbered names that is free."""
-        for number in range(MAX_NUMBER):
-            if durable.move_without_replacing(claim.path, folder / name(claim.name, number)):
-                return
-        raise no_free_name(claim.name, folder)
-
-    def _let_go(self, claims: Sequence[Claim], *, flush: bool = True) -> None:
-        """Flush the folders that the files left, and hold them no longer."""
-        for folder in {os.path.dirname(claim.at) for claim in claims} if flush else ():  # noqa: PTH120 - text
-            with contextlib.suppress(FileNotFoundError):
-                durable.fsync_folder(folder)
-        for claim in claims:
-            self._held.pop(claim.at, None)
+    def _release_all(self, flush: bool) -> None:
+        self._holdings.release([*self._holdings.claims, *self._waiting], flush=flush)

@@ -14,7 +14,7 @@ from typing import Any
 from daemon import durable
 from daemon.errors import ConfigError
 from daemon.intake.failed import reason_of
-from daemon.intake.inbox import CLAIMED, FAILED, FAILING
+from daemon.intake.holdings import CLAIMED, FAILED, FAILING
 from daemon.intake.names import MAX_NUMBER, no_free_name, numbered_stem
 from daemon.shown import visible_name
 

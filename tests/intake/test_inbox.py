@@ -15,7 +15,8 @@ import pytest
 
 from daemon import durable
 from daemon.intake import inbox as inbox_module
-from daemon.intake.inbox import Inbox, numbered
+from daemon.intake.inbox import Inbox
+from daemon.intake.names import numbered
 from daemon.intake.scan import count_waiting
 from daemon.records import Claim
 
