@@ -63,12 +63,17 @@ def load_compute(config: Config) -> Compute:
     return Compute(
         engine=engine,
         study=Study(engine, study_settings(config)),
-        tokenizer=Tokenizer(
-            model.tokenizer,
-            prepend_bos=engine.prepend_bos,
-            max_text_tokens=config.batching.max_text_tokens,
-        ),
+        tokenizer=tokenizer_of(model, config, prepend_bos=engine.prepend_bos),
         max_batch_tokens=max_batch_tokens,
+    )
+
+
+def tokenizer_of(model: LoadedModel, config: Config, *, prepend_bos: bool) -> Tokenizer:
+    return Tokenizer(
+        model.tokenizer,
+        prepend_bos=prepend_bos,
+        max_text_tokens=config.batching.max_text_tokens,
+        context=model.context,
     )
 
 

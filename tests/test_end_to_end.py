@@ -212,6 +212,19 @@ def test_texts_too_long_or_empty_are_rejects(tiny_toml, inbox):
     assert outcome.rows == 1
 
 
+def test_a_text_of_more_tokens_than_the_model_has_positions_is_a_reject(tmp_path, inbox):
+    model = tiny.save_gpt2(tmp_path / "model")
+    sae = tiny.save_sae(tmp_path / "sae", "blocks.1.hook_resid_post")
+    texts = ("x" * 511, "x" * 512, "fine")  # and BOS
+    (inbox / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    toml = tmp_path / "lensd.toml"
+    toml.write_text(tiny.Tiny(model, (sae,)).toml())
+    _, (outcome,) = drain(configured(toml, inbox))
+    assert (outcome.kind, outcome.rows, outcome.rejects) == ("committed", 2, 1)
+    (reject,) = map(json.loads, (outcome.folder / "rejects.jsonl").read_text().splitlines())
+    assert (reject["record_index"], reject["reason"]) == (1, "text_too_long")
+
+
 def test_a_file_that_breaks_after_some_parts_fails_whole(tiny_toml, inbox):
     import gzip
 

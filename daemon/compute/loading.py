@@ -19,6 +19,7 @@ from daemon.errors import ConfigError
 from daemon.records import ModelInfo, SaeInfo
 
 BUNDLED = "smollm2-135m"
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # rotary embeddings that turn by the longest text
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class LoadedModel:
     d_model: int
     n_layers: int
     vocabulary: int  # token ids are below it
+    context: int | None  # tokens of a text, at most; None where it reads any number
     dtype: torch.dtype
     device: str
 
@@ -135,9 +137,24 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
         d_model=int(config.hidden_size),
         n_layers=int(config.num_hidden_layers),
         vocabulary=int(config.vocab_size),
+        context=context_of(config),
         dtype=dtype,
         device=device,
     )
+
+
+def context_of(config: Any) -> int | None:
+    """How long a text a model of this Hugging Face configuration reads, whatever texts are beside it.
+
+    That is the positions it knows; less where rotary embeddings turn otherwise from some length on, that of
+    the longest text beside.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(of_type for of_type in rope.values() if isinstance(of_type, dict))]  # of layers
+    turning = [kind for kind in kinds if kind.get("rope_type") in LENGTH_DEPENDENT_ROPE]
+    lengths = [kind.get("original_max_position_embeddings") for kind in turning]
+    lengths.append(getattr(config, "max_position_embeddings", None))
+    return min((int(length) for length in lengths if length), default=None)
 
 
 def model_info(model: LoadedModel, saes: Sequence[SaeInfo], engine: str) -> ModelInfo:

@@ -28,7 +28,7 @@ from daemon.compute.fused import FlexPlan, can_fuse, fuse, unfuse
 from daemon.compute.launched import Launched, moved
 from daemon.compute.lean import make_lean
 from daemon.compute.linear import filled_rows, pack_linears, prepared_rows
-from daemon.compute.loading import LoadedModel, model_info
+from daemon.compute.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
 from daemon.compute.preorder import Preorder, preorder
 from daemon.compute.readings import Reader
 from daemon.compute.sae import LoadedSae, hook_point
@@ -36,7 +36,6 @@ from daemon.compute.trunk import Trunk, UnknownModel
 from daemon.records import ModelInfo, Positions
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # that packed attention knows
-LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # rotary embeddings that remember the longest text
 PROBE_TOLERANCE = {  # relative, of packed residuals to plain ones: of the worst, of the median
     torch.float64: (1e-9, 1e-9),
     torch.float32: (1e-4, 1e-4),
@@ -80,7 +79,7 @@ class PackedEngine:
             raise CannotPack(str(error)) from None
         self._concurrent = model.device == "cpu" and keeps_nothing(model.model, encoders)
         self._fused = False  # whether attention is one kernel
-        texts = probe_texts(model.vocabulary)
+        texts = [text[: model.context] for text in probe_texts(model.vocabulary)]
         plain = self._adopt(model, texts)
         if compiles:
             self._fuse(texts, plain)

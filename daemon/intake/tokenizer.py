@@ -19,11 +19,15 @@ class Tokenizer:
     TransformerLens. No other special token is added.
     """
 
-    def __init__(self, tokenizer: Any, *, prepend_bos: bool, max_text_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, *, prepend_bos: bool, max_text_tokens: int, context: int | None = None
+    ) -> None:
+        """`context` is how many tokens of a text the model reads at most, where it has a limit."""
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
         self._max_text_tokens = max_text_tokens
+        self._context = context
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if prepend_bos and bos is None:
             raise ConfigError(
@@ -79,6 +83,13 @@ class Tokenizer:
         for name, ids in zip(names, token_ids, strict=True):
             if len(ids) == len(self._prefix):
                 return rejected(sample, "empty_text", f"text {name!r} has no tokens: give it some content")
+            if self._context is not None and len(ids) > self._context:
+                return rejected(
+                    sample,
+                    "text_too_long",
+                    f"text {name!r} has {len(ids)} tokens, more than the {self._context} that the model"
+                    " reads: shorten it",
+                )
             if len(ids) > self._max_text_tokens:
                 return rejected(
                     sample,

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 import torch
 
-from daemon.build import Compute, load_compute, load_parts
+from daemon.build import Compute, load_compute, load_parts, tokenizer_of
 from daemon.compute.packing import Batch, Packer
 from daemon.compute.preorder import preorder
 from daemon.config import Config
@@ -175,11 +175,7 @@ class BaselineWorker:
         of_each = limits if isinstance(limits, dict) else {}
         of_all = limits if isinstance(limits, int) else None
         model, saes = load_parts(config)
-        tokenizer = Tokenizer(
-            model.tokenizer,
-            prepend_bos=saes[0].prepend_bos,
-            max_text_tokens=config.batching.max_text_tokens,
-        )
+        tokenizer = tokenizer_of(model, config, prepend_bos=saes[0].prepend_bos)
         parts = read_files(config, tokenizer, files)
         samples = [sample for part in parts for sample in part.samples]
         loops = Baselines(model, saes, config.analysis.positions).variants()

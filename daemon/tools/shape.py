@@ -120,6 +120,7 @@ def random_model(shape: Shape, device: str, dtype: torch.dtype) -> LoadedModel:
         d_model=config.hidden_size,
         n_layers=config.num_hidden_layers,
         vocabulary=config.vocab_size,
+        context=None,
         dtype=dtype,
         device=device,
     )

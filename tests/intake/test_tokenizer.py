@@ -48,6 +48,13 @@ def test_empty_and_overlong_texts_become_rejects_in_order():
     assert (part.part.rejects[2].line, part.part.rejects[2].byte_offset) == (3, 20)
 
 
+def test_a_text_beyond_the_models_context_is_rejected_whatever_the_limit():
+    (part,) = tokenizer(context=6).tokenize([part_of("x" * 5, "x" * 6, "x" * 20)])
+    assert [sample.sample.sample_id for sample in part.samples] == ["id0"]
+    assert [reject.reason for reject in part.part.rejects] == ["text_too_long"] * 2
+    assert "has 7 tokens, more than the 6 that the model reads" in part.part.rejects[0].message
+
+
 def test_a_model_without_bos_uses_eos_and_without_either_is_refused():
     bare = tiny.byte_tokenizer()
     bare.bos_token = None
