@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import structlog
 import torch
 
-from daemon.analysis.spectra import compiled
 from daemon.analysis.study import StudySettings
 from daemon.compute.autotune import auto_batch_tokens
 from daemon.compute.device import Study
@@ -30,6 +29,7 @@ from daemon.compute.smollm2 import default_cache_dir
 from daemon.config import Config
 from daemon.intake.reader import ReadLimits
 from daemon.intake.tokenizer import Tokenizer
+from daemon.libraries import LIBRARIES, library
 
 log = structlog.get_logger()
 
@@ -55,8 +55,10 @@ def load_compute(config: Config) -> Compute:
     Raises ConfigError where something can't be found or does not fit together.
     """
     engine, model = load_engine(config)
-    if engine.info.device == "cpu" and compiled() is None:
-        log.warning("geometry.not_compiled", message="installed without a C compiler: the analysis is slower")
+    if engine.info.device == "cpu" and (missing := [name for name in LIBRARIES if library(name) is None]):
+        log.warning(
+            "code.not_compiled", missing=missing, message="installed without a C compiler: runs slower"
+        )
     max_batch_tokens = config.batching.max_batch_tokens
     if max_batch_tokens == "auto":
         max_batch_tokens = auto_batch_tokens(engine, model.vocabulary, default_cache_dir())

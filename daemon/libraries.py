@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 
+LIBRARIES = ("daemon.analysis._spectra", "daemon.analysis._sparse", "daemon.compute._lean")
+
 
 def best_library(name: str) -> ctypes.CDLL | None:
     """The library of that module name for this processor; None where it was installed without a compiler.

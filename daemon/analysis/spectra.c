@@ -299,7 +299,8 @@ INLINE void *reserved(int64_t bytes) { return aligned_alloc(ALIGNMENT, (bytes / 
 int lensd_spectra(const double *gram, const double *inner, int64_t d_sae, const int64_t *indices,
                   const double *weights, const int64_t *counts, int64_t rows, int64_t width, int64_t slim_from,
                   double *eigen, double *vectors, double *moment, double *square) {
-    int64_t *order = malloc((rows + 1) * sizeof(int64_t)), exact = 0, n = 1, n_tall = 1;
+    if (!rows) return 0;
+    int64_t *order = malloc(rows * sizeof(int64_t)), exact = 0, n = 1, n_tall = 1;
     if (!order) return -1;
     for (int64_t row = 0; row < rows; row++) {
         if (counts[row] >= slim_from) continue;
@@ -337,6 +338,7 @@ int lensd_spectra(const double *gram, const double *inner, int64_t d_sae, const 
 /* sums (rows, d) = for each row, the first `counts` of its weights (rows, width) times rows of the table (M, d). */
 void lensd_weighted_sums(const float *table, int64_t d, const int64_t *indices, const double *weights,
                          const int64_t *counts, int64_t rows, int64_t width, double *sums) {
+    if (!rows) return;
     memset(sums, 0, sizeof(double) * rows * d);
     for (int64_t row = 0; row < rows; row++) {
         double *restrict sum = sums + row * d;

@@ -27,7 +27,7 @@ SLIM_FROM = 32  # rows of a matrix from which on float32 is enough to reduce it,
 EXACT = 2**62  # the same where float64 is asked for
 SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays off it
 INVERSE_ITERATIONS = 2
-LANES = 8  # matrices that the compiled routine works on at a time
+LANES = 8  # matrices that the compiled routine works on at a time, at most
 PIECE_ROWS = 4 * LANES  # that one core takes at a time
 
 log = structlog.get_logger()

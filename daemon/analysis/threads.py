@@ -5,11 +5,10 @@ Small batched operations gain little from threads inside each; whole pieces besi
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from threading import Barrier, local
 from typing import TypeVar
 
 import torch
@@ -21,7 +20,10 @@ R = TypeVar("R")
 
 
 def side_by_side(function: Callable[[T], R], pieces: Iterable[T], threads_each: int = 1) -> list[R]:
-    """[function(piece) for each piece], on as many threads as torch uses, or on fewer with several each."""
+    """[function(piece) for each piece], on as many threads as torch uses, or on fewer with several each.
+
+    After an error no more is begun; it is raised once what was under way has ended.
+    """
     work = list(pieces)
     threads = torch.get_num_threads()
     if threads <= threads_each or len(work) < 2:
@@ -36,7 +38,12 @@ def side_by_side(function: Callable[[T], R], pieces: Iterable[T], threads_each: 
     workers = pool(threads // threads_each, threads_each)
     torch.set_num_threads(threads_each)  # MKL's count is one for all threads
     try:
-        return list(workers.map(run, work))
+        calls = [workers.submit(run, piece) for piece in work]
+        wait(calls, return_when=FIRST_EXCEPTION)
+        for call in calls:
+            call.cancel()  # does nothing to what has begun
+        wait(calls)
+        return [call.result() for call in calls]
     finally:
         torch.set_num_threads(threads)
 
@@ -50,9 +57,28 @@ def in_ranges(function: Callable[[int, int], R], n: int, step: int) -> list[R]:
     return side_by_side(lambda piece: function(*piece), itertools.pairwise([*range(0, n, size), n]))
 
 
-@functools.lru_cache(maxsize=4)
+class Pools(local):
+    """Threads that each thread has work for it, by how many they are and how many cores each is to use.
+
+    Its own: pieces that use several cores each would else wait for one another's.
+    """
+
+    def __init__(self) -> None:
+        self.by_size: dict[tuple[int, int], ThreadPoolExecutor] = {}
+
+
+pools = Pools()
+
+
 def pool(workers: int, threads_each: int) -> ThreadPoolExecutor:
-    """Threads on which torch uses so many cores each."""
+    """Threads of the one that asks, on which torch uses so many cores each."""
+    size = workers, threads_each
+    if size not in pools.by_size:
+        pools.by_size[size] = new_pool(*size)
+    return pools.by_size[size]
+
+
+def new_pool(workers: int, threads_each: int) -> ThreadPoolExecutor:
     executor = ThreadPoolExecutor(workers, thread_name_prefix="core")
     everyone = Barrier(workers)
 

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -45,7 +45,10 @@ class Call:
 class Plan(Protocol):
     """Who attends to whom in one packed sequence of n tokens, for every layer."""
 
-    windows: dict[int, Any]  # what is known of sliding windows that a layer asked for, by their width
+    @property
+    def slides(self) -> bool:
+        """Whether a layer asked for a sliding window."""
+        ...
 
     def attend(self, call: Call) -> Tensor:
         """-> (1, n, heads, d_head)."""
@@ -89,7 +92,8 @@ class BlockPlan:
     end: Tensor  # (n,) one past each node's last descendant
     depth: Tensor  # (n,) position of each token in its text
     dtype: torch.dtype
-    windows: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # the blocks' masks
+    slides: bool = False  # whether a layer asked for a sliding window
+    _within: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # the blocks' masks, by window
     _blocks: tuple[DeviceBlock, ...] = ()
     _nodes: Nodes | None = None
 
@@ -113,8 +117,7 @@ class BlockPlan:
 
     def nodes(self, window: int | None) -> Nodes:
         """For layers that attend by themselves: what they need instead of blocks."""
-        if window is not None:
-            self.windows.setdefault(window, ())
+        self.slides |= window is not None
         if self._nodes is None:
             self._nodes = Nodes.of(self.end, self.depth)
         return self._nodes
@@ -123,11 +126,12 @@ class BlockPlan:
         """The mask of each block."""
         if window is None:
             return tuple(block.mask for block in self.blocks)
-        if not self.windows.get(window):
-            self.windows[window] = tuple(self._within(window, block) for block in self.blocks)
-        return self.windows[window]
+        self.slides = True
+        if window not in self._within:
+            self._within[window] = tuple(self._mask(window, block) for block in self.blocks)
+        return self._within[window]
 
-    def _within(self, window: int, block: DeviceBlock) -> Tensor:
+    def _mask(self, window: int, block: DeviceBlock) -> Tensor:
         distance = self.depth[block.queries].unsqueeze(1) - self.depth[block.keys]  # (Q, K) tokens before
         return block.mask.masked_fill(distance >= window, -torch.inf)
 
@@ -144,7 +148,7 @@ class GroupedPlan:
     keys: Tensor  # (B, K) nodes
     mask: Tensor  # (B, Q, K) additive
     depth: Tensor  # (n,) position of each token in its text
-    windows: dict[int, Tensor]  # masks
+    _within: dict[int, Tensor]  # masks by sliding window
 
     @classmethod
     def of(
@@ -163,6 +167,10 @@ class GroupedPlan:
         allowed = (j >= 0) & (j <= i) & (i < end[key_nodes].unsqueeze(1))
         return cls(len(end), queries, key_nodes, additive(allowed, dtype), depth, {})
 
+    @property
+    def slides(self) -> bool:
+        return bool(self._within)
+
     def attend(self, call: Call) -> Tensor:
         grouped = taken(call.query, self.queries)
         keys, values = taken(call.key, self.keys), taken(call.value, self.keys)
@@ -173,10 +181,10 @@ class GroupedPlan:
         """(B, 1, Q, K)."""
         if window is None:
             return self.mask.unsqueeze(1)
-        if window not in self.windows:
+        if window not in self._within:
             distance = self.depth[self.queries].unsqueeze(2) - self.depth[self.keys].unsqueeze(1)
-            self.windows[window] = self.mask.masked_fill(distance >= window, -torch.inf)
-        return self.windows[window].unsqueeze(1)
+            self._within[window] = self.mask.masked_fill(distance >= window, -torch.inf)
+        return self._within[window].unsqueeze(1)
 
 
 current: ContextVar[Plan] = ContextVar("current")

@@ -23,6 +23,7 @@ from daemon.analysis.threads import side_by_side
 from daemon.compute.device import is_out_of_memory
 from daemon.compute.engine import Engine
 from daemon.compute.lanes import numbers
+from daemon.libraries import LIBRARIES, library
 
 CANDIDATES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384, 32768, 65536)}
 TEXT_TOKENS = 64  # of the texts that are tried
@@ -104,6 +105,7 @@ def machine_key(engine: Engine) -> str:
         torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         version("torch"),
         version("lensd"),
+        [name for name in LIBRARIES if library(name) is not None],
         dataclasses.astuple(engine.info),
     ]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

@@ -109,6 +109,7 @@ class Heads:
         d_model) -> (m, (heads + 2 key heads) x d_head). cos and sin: (n, d_head). Raises MemoryError.
         """
         n, width = len(x), self.key_heads * self.d_head
+        assert cos.shape == sin.shape == (n, self.d_head)  # read by address
         tiles = -(-n // found.width)
         queries, values = x.new_empty(n, self.heads * self.d_head), x.new_empty(n, width)
         keys = x.new_empty(tiles * found.width * width)
@@ -128,6 +129,7 @@ class Heads:
         for rows in row_chunks(n):
             some = x[rows]
             qkv = project(some)
+            assert qkv.shape == (len(some), self.heads * self.d_head + 2 * width)
             given = Given(
                 first=rows.start,
                 qkv=qkv.data_ptr(),

@@ -66,7 +66,7 @@ class FlexPlan:
     deepest: int
     needed: Any  # blocks of keys (B, B) by block of queries: bool, on the host
     whole: Any  # the same, of which every query attends to every key
-    windows: dict[int, Any] = field(default_factory=dict)  # block masks, by sliding window
+    _within: dict[int, Any] = field(default_factory=dict)  # block masks, by sliding window
     _mask: Any = None
 
     @classmethod
@@ -75,6 +75,10 @@ class FlexPlan:
         needed, whole = block_pattern(packed)
         end, depth = (moved(row.astype(np.int32), device) for row in (packed.end, packed.depth))
         return cls(n, end, depth, int(packed.depth.max()), needed, whole)
+
+    @property
+    def slides(self) -> bool:
+        return bool(self._within)
 
     def attend(self, call: Call) -> Tensor:
         attended = flex()(
@@ -91,11 +95,11 @@ class FlexPlan:
 
     def mask(self, window: int | None) -> Any:
         """The block mask of a sliding window; no text is cut short by one that holds all of it."""
-        if window is not None and window not in self.windows:
+        if window is not None and window not in self._within:
             sees_all = self.deepest < window
-            self.windows[window] = self.mask(None) if sees_all else self._block_mask(window)
+            self._within[window] = self.mask(None) if sees_all else self._block_mask(window)
         if window is not None:
-            return self.windows[window]
+            return self._within[window]
         if self._mask is None:
             self._mask = self._block_mask(None)
         return self._mask

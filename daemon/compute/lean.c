@@ -79,7 +79,7 @@ INLINE float largest_of(vector x) {
     return largest;
 }
 
-/* e^x for x <= 0, to 2 units in the last place; 0 below -87, NaN for NaN. */
+/* e^x for x <= 0, to 3 units in the last place; 0 below -87, NaN for NaN. */
 INLINE vector exponential(vector x) {
     const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
     vector bounded = choose(x < -87, all(-87), x);

@@ -169,8 +169,11 @@ class Heard:
     """A plan that notes what it is asked for."""
 
     plan: Plan
-    windows: dict[int, Any] = field(default_factory=dict)  # the plan has its own
     calls: list[Call] = field(default_factory=list)
+
+    @property
+    def slides(self) -> bool:
+        return self.plan.slides
 
     def attend(self, call: Call) -> Tensor:
         self.calls.append(call)
@@ -222,15 +225,31 @@ def arguments(layers: list[nn.Module], run: Callable[[], object]) -> list[dict[s
     return given
 
 
+def turns_whole_heads(attention: Any, asked: Call, cos: Tensor) -> bool:
+    """Whether heads are of one width, all of which turns, and are what the products give and take."""
+    (_, heads, _, d_head), key_heads = asked.query.shape, asked.key.shape[1]
+    widths = [attention.q_proj.out_features, attention.o_proj.in_features]
+    key_widths = [attention.k_proj.out_features, attention.v_proj.out_features]
+    return (
+        {cos.shape[-1], asked.key.shape[3], asked.value.shape[3]} == {d_head}
+        and asked.value.shape[1] == key_heads
+        and widths == 2 * [heads * d_head]
+        and key_widths == 2 * [key_heads * d_head]
+    )
+
+
 def lean_layer(layer: Any, given: dict[str, Any], plan: Plan) -> LeanLayer | None:
     """The lean form of a layer of the kind, if it adds the same to random hidden states."""
     heard = Heard(plan)
     try:
-        n, width = given["position_embeddings"][0].shape[1], layer.self_attn.q_proj.in_features
+        cos = given["position_embeddings"][0]
+        n, width = cos.shape[1], layer.self_attn.q_proj.in_features
         x = torch.randn(1, n, width, generator=torch.Generator().manual_seed(0))
         x *= torch.tensor(PROBE_SCALES).repeat(n)[:n, None]
         with torch.inference_mode(), attending(heard):
             expected = layer(x, **given) - x
+        if not turns_whole_heads(layer.self_attn, heard.calls[0], cos):
+            return None
         with torch.inference_mode(), attending(plan):
             lean = LeanLayer(layer, heard.calls[0])
             same = agrees(expected, lean(x, **given) - x)

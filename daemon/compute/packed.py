@@ -155,7 +155,7 @@ class PackedEngine:
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError, LookupError) as error:
             raise CannotPack(f"{type(error).__name__}: {first_line(error)}") from error
         slides = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None))
-        if slides and not plan.windows:
+        if slides and not plan.slides:
             raise CannotPack("a sliding window that the attention is not told of")
         return plain
 

@@ -134,11 +134,14 @@ class Packer:
 
 
 class TrieCost:
-    """The tokens that samples have in common counted once, for samples that come in order."""
+    """The tokens that samples have in common counted once, for samples that come in order.
+
+    A text costs one at least: what is made of it takes memory too, where another has all its tokens.
+    """
 
     def __init__(self) -> None:
         self.total = 0
-        self.shared = 0  # that the last sample did not add, being in those before it
+        self.shared = 0  # that the last sample would cost more without those before it
         self._before: tuple[int, ...] = ()
 
     @staticmethod
@@ -146,12 +149,12 @@ class TrieCost:
         return entry.sample.token_ids
 
     def add(self, sample: TokenizedSample) -> None:
-        self.shared = shared_length(self._before, sample.token_ids[0])
-        self.total -= self.shared
-        self._before = ()
+        before = self._before
         for text in sample.token_ids:
-            self.total += len(text) - shared_length(self._before, text)
+            self.total += max(1, len(text) - shared_length(self._before, text))
             self._before = text
+        first = sample.token_ids[0]
+        self.shared = min(shared_length(before, first), len(first) - 1)
 
 
 class PaddedCost:

@@ -13,7 +13,7 @@ from daemon.compute.linear import LEAST_STEP, filled_rows, row_chunks, works
 from daemon.compute.preorder import preorder
 from tests import tiny
 from tests.compute.engines import packed, random_texts
-from tests.families import PACKED, save_family
+from tests.families import COMMON, FAMILIES, GROUPED, PACKED, save_family
 
 LEAN = {"llama", "mistral", "qwen2"}  # with a window that counts, and with biases
 
@@ -90,6 +90,29 @@ def test_attention_of_either_kind_gives_what_the_model_gives(family, compiled, s
     (got,), (expected,) = (one.extract(texts).layers for one in (engine, packed(model, [sae])))
     error = torch.linalg.vector_norm(got.x - expected.x, dim=1) / torch.linalg.vector_norm(expected.x, dim=1)
     assert error.max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Glm4MoeConfig", {"first_k_dense_replace": 3, "n_routed_experts": 4, "use_qk_norm": False}),
+        (
+            "MiMoV2FlashConfig",
+            {"v_head_dim": 16, "mlp_layer_types": 4 * ["dense"], "partial_rotary_factor": 1.0},
+        ),
+    ],
+    ids=["of which a part turns", "with narrower values"],
+)
+def test_heads_that_the_compiled_routine_does_not_know_never_reach_it(
+    kind, settings, sae, tmp_path, monkeypatch
+):
+    shape = COMMON | GROUPED | {"head_dim": 32, "layer_types": 4 * ["full_attention"]}
+    monkeypatch.setitem(FAMILIES, "other", (kind, shape | settings))
+    reached: list[object] = []
+    monkeypatch.setattr(LeanLayer, "forward", lambda self, x, **given: reached.append(self) or x)
+    layers = layers_of(packed(save_family(tmp_path, "other"), [sae], torch.float32))
+    assert not reached
+    assert not any(isinstance(layer, LeanLayer) for layer in layers)
 
 
 class TwiceTheMlp(LlamaMLP):
