@@ -38,8 +38,7 @@ OWN_THREADS = Path("/proc/self/task")  # on Linux
 class Device:
     """Runs blocking calls one at a time on one thread, and says since when it has been at it.
 
-    `busy_since` is the clock's reading at the start of the current call, None while idle;
-    `busy_seconds` sums the time of finished calls; `last_progress` is when the last one ended.
+    `last_progress` is the clock's reading when the last call ended.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,14 +46,27 @@ class Device:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None  # from the first call on
         self._closed = False
-        self.busy_since: float | None = None
-        self.busy_seconds = 0.0
+        self._busy: tuple[float, float | None] = (
+            0.0,
+            None,
+        )  # in calls that ended, and since when in this one
         self.last_progress = clock()
 
     @property
     def alive(self) -> bool:
         """False once the thread died, and with it whatever was or will be asked of it."""
         return self._thread is None or self._closed or runs(self._thread)
+
+    @property
+    def busy_since(self) -> float | None:
+        """The clock's reading at the start of the current call, None while idle."""
+        return self._busy[1]
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long it has worked, up to now."""
+        seconds, since = self._busy
+        return seconds if since is None else seconds + self._clock() - since
 
     async def call(self, function: Callable[[], R]) -> R:
         """Run `function()` on the device thread. Raises OutOfMemory where its memory is too small.
@@ -86,7 +98,8 @@ class Device:
             future.set_result(result)
 
     def _timed(self, function: Callable[[], R]) -> R:
-        self.busy_since = began = self._clock()
+        seconds, began = self._busy[0], self._clock()
+        self._busy = seconds, began
         try:
             with torch.inference_mode():  # thread-local: it must sit here
                 return function()
@@ -98,8 +111,7 @@ class Device:
             raise OutOfMemory(str(error).partition("\n")[0]) from None
         finally:
             self.last_progress = self._clock()
-            self.busy_seconds += self.last_progress - began
-            self.busy_since = None
+            self._busy = seconds + self.last_progress - began, None
 
     def close(self) -> None:
         """Wait for the current call and end the thread."""

@@ -306,10 +306,7 @@ class Metrics:
                 self.sae_fvu.labels(str(layer)).set(known[-1])
 
     def observe_device(self, busy_seconds: float, now: float) -> None:
-        """Set the busy ratio; `busy_seconds` only grows, `now` is monotonic.
-
-        Over a window, since `busy_seconds` grows by a whole call when the call ends.
-        """
+        """Set the busy ratio of the last minute; `busy_seconds` only grows, `now` is monotonic."""
         self._looks.append((now, busy_seconds))
         while len(self._looks) > 2 and self._looks[1][0] <= now - BUSY_WINDOW_SECONDS:
             self._looks.popleft()
