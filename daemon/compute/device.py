@@ -49,7 +49,7 @@ class Device:
         self._busy: tuple[float, float | None] = (
             0.0,
             None,
-        )  # in calls that ended, and since when in this one
+        )  # in ended calls, and since when in this one
         self.last_progress = clock()
 
     @property
