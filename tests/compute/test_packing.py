@@ -57,6 +57,14 @@ def test_every_sample_runs_once_within_the_limits_or_alone(widths, budget, most)
     assert packer.tokens == 0
 
 
+def test_texts_that_add_no_token_fill_a_batch_too():
+    packer = Packer(64, shares_prefixes=True)
+    packer.add(part([5] * 500))
+    sizes = [len(batch) for batch in drain(packer)]
+    assert sum(sizes) == 500
+    assert max(sizes) <= 64
+
+
 def test_samples_of_similar_length_share_a_batch():
     packer = Packer(24, shares_prefixes=False)
     packer.add(part([2, 12, 3, 11, 2, 3]))
