@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from threading import Barrier, local
+from threading import Barrier, Lock, local
 from typing import TypeVar
 
 import torch
@@ -35,7 +35,7 @@ def side_by_side(function: Callable[[T], R], pieces: Iterable[T], threads_each: 
         with torch.inference_mode(inference):
             return function(piece)
 
-    workers = pool(threads // threads_each, threads_each)
+    workers = own.pools.get(threads // threads_each, threads_each)
     torch.set_num_threads(threads_each)  # MKL's count is one for all threads
     try:
         calls = [workers.submit(run, piece) for piece in work]
@@ -57,32 +57,41 @@ def in_ranges(function: Callable[[int, int], R], n: int, step: int) -> list[R]:
     return side_by_side(lambda piece: function(*piece), itertools.pairwise([*range(0, n, size), n]))
 
 
-class Pools(local):
-    """Threads that each thread has work for it, by how many they are and how many cores each is to use.
-
-    Its own: pieces that use several cores each would else wait for one another's.
-    """
+class Pools:
+    """Threads that wait for work, by how many they are and how many cores each is to use."""
 
     def __init__(self) -> None:
-        self.by_size: dict[tuple[int, int], ThreadPoolExecutor] = {}
+        self._by_size: dict[tuple[int, int], ThreadPoolExecutor] = {}
+        self._making = Lock()
+
+    def get(self, workers: int, threads_each: int) -> ThreadPoolExecutor:
+        size = workers, threads_each
+        with self._making:
+            if size not in self._by_size:
+                self._by_size[size] = new_pool(*size)
+            return self._by_size[size]
 
 
-pools = Pools()
+class Own(local):
+    """What each thread has: all the same pools, but those in a pool, which have their own.
+
+    Pieces that use several cores each would else wait for one another's.
+    """
+
+    pools = Pools()
 
 
-def pool(workers: int, threads_each: int) -> ThreadPoolExecutor:
-    """Threads of the one that asks, on which torch uses so many cores each."""
-    size = workers, threads_each
-    if size not in pools.by_size:
-        pools.by_size[size] = new_pool(*size)
-    return pools.by_size[size]
+own = Own()
 
 
 def new_pool(workers: int, threads_each: int) -> ThreadPoolExecutor:
+    """Threads on which torch uses so many cores each."""
     executor = ThreadPoolExecutor(workers, thread_name_prefix="core")
     everyone = Barrier(workers)
 
     def start(_: int) -> None:
+        own.pools = Pools()
+        torch.get_num_threads()  # the first time, a thread takes over what any other set last
         torch.set_num_threads(threads_each)
         everyone.wait()
 

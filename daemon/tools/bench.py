@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -107,11 +107,10 @@ def bench(
     paths = [Path(file) for file in files] or [DEMO_SAMPLES]
     rounds: list[Round] = []
     try:
-        with (
-            worker(lensd_process, config, paths, list(batch_sizes)) as lensd,
-            worker(baseline_process, config, paths, limits) as others,
-        ):
-            loaded: Loaded = lensd.receive()
+        with ExitStack() as workers:
+            lensd = workers.enter_context(worker(lensd_process, config, paths, list(batch_sizes)))
+            loaded: Loaded = lensd.receive()  # first: it may measure what auto is to be
+            others = workers.enter_context(worker(baseline_process, config, paths, limits))
             names = chosen(others.receive(), baselines)
             order = [(others, name) for name in names] + [(lensd, name) for name in loaded.variants]
             with progress_bar((repetitions + 1) * len(order)) as progress:

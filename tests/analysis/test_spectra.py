@@ -16,6 +16,7 @@ from daemon.analysis.spectra import (
     looked_up,
     spectra,
 )
+from tests.torch_threads import torch_threads
 
 COMPILED = pytest.mark.skipif(module.compiled() is None, reason="installed without a C compiler")
 
@@ -202,12 +203,11 @@ def test_without_the_routine_or_where_it_gives_up_torch_looks_up(routine, monkey
 @COMPILED
 @pytest.mark.parametrize("width", [12, 90])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_rows_looked_up_together_are_what_they_are_alone(threads, width, monkeypatch):
+def test_rows_looked_up_together_are_what_they_are_alone(threads, width):
     inner, given = clouds(70, width)
-    monkeypatch.setattr("daemon.analysis.threads.torch.get_num_threads", lambda: threads)
-    monkeypatch.setattr("daemon.analysis.threads.torch.set_num_threads", lambda _: None)
     groups = [given.rows(slice(0, 40)), given.rows(slice(40, 70))]
-    first, second = looked_up(inner, groups, SLIM_FROM)
+    with torch_threads(threads):
+        first, second = looked_up(inner, groups, SLIM_FROM)
     for row in range(len(given.counts)):
         one = slice(row, row + 1)
         (alone,) = looked_up(inner, [given.rows(one)], SLIM_FROM)

@@ -7,17 +7,15 @@ import pytest
 import torch
 
 from daemon.analysis.threads import in_ranges, side_by_side
+from tests.torch_threads import torch_threads
 
 PATIENCE = 60  # seconds until a thread that should be met is missed
 
 
 @pytest.fixture
 def threads():
-    """Torch uses eight threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(8)
-    yield 8
-    torch.set_num_threads(before)
+    with torch_threads(8) as threads:
+        yield threads
 
 
 def test_pieces_come_back_in_their_order(threads):

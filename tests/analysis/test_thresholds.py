@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from daemon.analysis.sparse import from_dense
 from daemon.analysis.stability import strongest
 from daemon.analysis.thresholds import Thresholds, routines
+from tests.torch_threads import torch_threads
 
 needs_routines = pytest.mark.skipif(routines() is None, reason="installed without a C compiler")
 
@@ -32,10 +33,8 @@ sizes = {"n": st.integers(0, 40), "d": st.integers(1, 200), "seed": st.integers(
 def test_what_is_above_its_threshold_is_kept(n, d, seed, threads):
     thresholds = torch.linspace(0, 2, d)
     dense = pre_acts(n, d, seed)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    got = Thresholds(thresholds).compact(dense)
-    torch.set_num_threads(before)
+    with torch_threads(threads):
+        got = Thresholds(thresholds).compact(dense)
     expected = from_dense(dense.where(dense > thresholds, 0))
     assert torch.equal(got.counts, expected.counts)
     assert torch.equal(got.indices, expected.indices)

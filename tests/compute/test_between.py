@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from daemon.compute.between import BLOCK, Heads, Nodes, add_norm, routines
 from daemon.compute.linear import row_chunks
 from daemon.compute.preorder import Preorder, preorder
+from tests.torch_threads import torch_threads
 
 FOUND = routines()
 EPSILON = 1e-5
@@ -86,12 +87,10 @@ def test_threads_share_the_work_and_change_no_bit():
     heads = Heads(6, 2, 4 * FOUND.width, 0.1, None, None, EPSILON)
     packed = preorder(texts_of([300, 5, 170, 64], 33))
     given = case(heads, len(packed))
-    before = torch.get_num_threads()
     results = []
     for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(attended(heads, packed, given))
-    torch.set_num_threads(before)
+        with torch_threads(threads):
+            results.append(attended(heads, packed, given))
     assert torch.equal(*results)
 
 
@@ -120,10 +119,8 @@ def test_add_norm_adds_and_norms(rows, threads):
     chance = torch.Generator().manual_seed(0)
     x, y = (torch.randn(rows, D_MODEL, generator=chance) for _ in range(2))
     added = x.double() + y.double()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    normed = add_norm(FOUND, x, y, EPSILON)
-    torch.set_num_threads(before)
+    with torch_threads(threads):
+        normed = add_norm(FOUND, x, y, EPSILON)
     assert_close(x.double(), added, rtol=1e-6, atol=1e-6)
     expected = added / (added.square().mean(1, keepdim=True) + EPSILON).sqrt()
     assert_close(normed.double(), expected, rtol=1e-5, atol=1e-6)

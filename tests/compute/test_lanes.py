@@ -36,6 +36,7 @@ from tests import tiny
 from tests.compute.engines import packed, padded, random_texts
 from tests.families import save_family
 from tests.sources import unclaimed
+from tests.torch_threads import torch_threads
 
 SETTINGS = StudySettings(seed=0, noise_sigma=0.1, noise_draws=4, stability_top_k=10, entropy_top_k=50)
 
@@ -205,7 +206,5 @@ def test_a_block_alone_is_itself(llama, saes):
 @pytest.fixture
 def cores():
     """As many threads of torch's as a machine with two cores has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield 2
-    torch.set_num_threads(before)
+    with torch_threads(2) as threads:
+        yield threads
