@@ -31,7 +31,7 @@ TRIES = 3  # of which the first finds nothing ready
 MAX_SECONDS = 12.0  # after which nothing more is tried
 MAX_TRY_SECONDS = 3.0  # of one try: a larger batch would gain little, and keep results waiting
 STEADY = 1.15  # times the best try, that the next best takes on a machine with nothing else to do
-ENOUGH = 0.97  # of the best rate: of the batches that reach it the largest shares the most, here unseen
+ENOUGH = 0.95  # of the best rate: of the batches that reach it the largest shares the most, here unseen
 
 log = structlog.get_logger()
 
