@@ -46,10 +46,8 @@ class Device:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None  # from the first call on
         self._closed = False
-        self._busy: tuple[float, float | None] = (
-            0.0,
-            None,
-        )  # in ended calls, and since when in this one
+        # Seconds in calls that ended, and since when in this one: together, for others look at both.
+        self._busy: tuple[float, float | None] = (0.0, None)
         self.last_progress = clock()
 
     @property
