@@ -17,6 +17,7 @@ import torch
 
 from daemon.analysis.study import StudySettings
 from daemon.compute.autotune import auto_batch_tokens
+from daemon.compute.buffers import lasting
 from daemon.compute.device import Study
 from daemon.compute.encoding import encoder_of
 from daemon.compute.engine import Engine
@@ -54,7 +55,9 @@ def load_compute(config: Config) -> Compute:
 
     Raises ConfigError where something can't be found or does not fit together.
     """
-    engine, model = load_engine(config)
+    with lasting():
+        engine, model = load_engine(config)
+        study = Study(engine, study_settings(config))
     if engine.info.device == "cpu" and (missing := [name for name in LIBRARIES if library(name) is None]):
         log.warning(
             "code.not_compiled", missing=missing, message="installed without a C compiler: runs slower"
@@ -64,7 +67,7 @@ def load_compute(config: Config) -> Compute:
         max_batch_tokens = auto_batch_tokens(engine, model.vocabulary, default_cache_dir())
     return Compute(
         engine=engine,
-        study=Study(engine, study_settings(config)),
+        study=study,
         tokenizer=tokenizer_of(model, config, prepend_bos=engine.prepend_bos),
         max_batch_tokens=max_batch_tokens,
     )

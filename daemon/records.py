@@ -249,7 +249,7 @@ class Block:
 
     @property
     def n_samples(self) -> int:
-        return len(self.layers[0].rows)
+        return len(next(iter(self.columns.values())))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,31 +2,28 @@
 
 On a CPU that is the C library's heap, which would else give large pieces back and have the system clear them
 anew, page by page, for the next batch; on CUDA it is torch's allocator, which keeps them by itself.
-What outlives a batch goes elsewhere (`apart`). Knows nothing about what is computed.
+What outlives a batch goes elsewhere (`daemon.mapped`). Knows nothing about what is computed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 KEPT_BYTES = (1 << 31) - 1  # free memory at a heap's end, up to which none of it is given back
 MAPPED_BYTES = 32 << 20  # from which on a piece is mapped by itself: the most that the C library allows
+LASTING_BYTES = 64 << 10  # the same for what is to stay
 STATM = Path("/proc/self/statm")  # sizes in pages: of the address space, resident, ...
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's for it
-KEPT_KERNELS = 128  # of up to a MiB, one for each shape of a product: else a thousand, met over hours
-ALIGNMENT = 64  # bytes
+KEPT_KERNELS = 384  # of up to a MiB, one for each shape of a product: else a thousand, met over hours
 ARENAS = 2  # heaps that all threads share: with one for each thread, memory grows for hours
 
 
@@ -49,31 +46,32 @@ def keep_memory() -> None:
     pa.set_memory_pool(pa.system_memory_pool())
     for variable in KERNEL_CACHES:
         os.environ.setdefault(variable, str(KEPT_KERNELS))
+    set_heap(M_ARENA_MAX, ARENAS)
+    set_heap(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    set_heap(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """What is allocated meanwhile is to stay: each larger piece is mapped by itself.
+
+    In the heap what loading a model frees would be holes between what stays, and batches would work in those.
+    """
+    set_heap(M_MMAP_THRESHOLD, LASTING_BYTES)
+    try:
+        yield
+    finally:
+        set_heap(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def set_heap(parameter: int, value: int) -> None:
+    """Where the C library's heap can be told."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_ARENA_MAX, ARENAS)
-        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def apart(arrays: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    """Copies of arrays in a piece of memory of their own, which is given back with the last of them.
-
-    For what outlives its batch: in the heap it would lie in the middle of the room that the next batch needs
-    whole, and the heap would grow by that. Raises MemoryError.
-    """
-    sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
-    try:
-        room = mmap.mmap(-1, max(1, sum(sizes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(str(error)) from None
-    copies: list[npt.NDArray[Any]] = []
-    begin = 0
-    for array, size in zip(arrays, sizes, strict=True):
-        copies.append(np.frombuffer(room, array.dtype, array.size, begin).reshape(array.shape))
-        copies[-1][...] = array
-        begin += size
-    return copies
+        mallopt(parameter, value)
 
 
 def memory_bytes(device: str) -> dict[str, int]:

@@ -18,11 +18,11 @@ from typing import TypeVar
 
 import torch
 
+from daemon import mapped
 from daemon.analysis.features import feature_rows
 from daemon.analysis.stability import Noise, noise_bank
 from daemon.analysis.study import StudySettings, analyse, layer_sums
 from daemon.analysis.threads import side_by_side
-from daemon.compute.buffers import apart
 from daemon.compute.engine import Engine
 from daemon.compute.extraction import Extraction, Started
 from daemon.compute.lanes import cut, joined
@@ -227,7 +227,7 @@ def outliving(block: Block) -> Block:
     """The same block; what outlives the batch, all but the sums of layers, is out of the next one's way."""
     numbers = {name: column for name, column in block.columns.items() if column.dtype != object}
     features = {field.name: getattr(block.features, field.name) for field in dataclasses.fields(FeatureRows)}
-    copies = apart([*numbers.values(), *features.values()])
+    copies = mapped.copies([*numbers.values(), *features.values()])
     return dataclasses.replace(
         block,
         columns=block.columns | dict(zip(numbers, copies[: len(numbers)], strict=True)),

@@ -59,7 +59,7 @@ class LeanLayer(nn.Module):
         )
         if found is not None and asked.softcap is None and heads.suit(found):
             self._routines: Routines | None = found
-            self._attention: nn.Module = CompiledAttention(found, heads, weight)
+            self._attention: CompiledAttention | TorchAttention = CompiledAttention(found, heads, weight)
         else:
             self._routines = None
             self._attention = TorchAttention(asked, weight, bias, epsilon(before))
@@ -71,6 +71,11 @@ class LeanLayer(nn.Module):
             PackedLinear(mlp.down_proj.weight, mlp.down_proj.bias),
             FUSED_ACTIVATIONS[type(mlp.act_fn).__name__],
         )
+
+    @property
+    def products(self) -> tuple[PackedLinear, PackedLinear, PackedGatedMlp]:
+        """What multiplies, some rows at a time."""
+        return self._attention.qkv, self._out, self._mlp
 
     def forward(
         self,
@@ -108,14 +113,14 @@ class CompiledAttention(nn.Module):
         """weight: ((heads + 2 key heads) x d_head, d_model)."""
         super().__init__()
         self._found, self._heads = found, heads
-        self._qkv = PackedLinear(weight, None)  # the norm comes after it, and the bias after that
+        self.qkv = PackedLinear(weight, None)  # the norm comes after it, and the bias after that
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: (n, d_model), cos and sin: (n, d_head) -> what each head attends to (n, heads * d_head)."""
         plan = current.get()
         assert isinstance(plan, BlockPlan)
         nodes = plan.nodes(self._heads.window)
-        return self._heads.attended(self._found, nodes, x, self._qkv, cos, sin)
+        return self._heads.attended(self._found, nodes, x, self.qkv, cos, sin)
 
 
 class TorchAttention(nn.Module):
@@ -129,12 +134,12 @@ class TorchAttention(nn.Module):
         self._epsilon = epsilon
         turning = paired(sum(self._heads[:2]) * self._d_head, self._d_head)
         order = torch.cat([turning, torch.arange(len(turning), len(weight))])
-        self._qkv = PackedLinear(weight[order], None if bias is None else bias[order])
+        self.qkv = PackedLinear(weight[order], None if bias is None else bias[order])
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = self._d_head // 2
         turns = torch.complex(cos[:, :half], sin[:, :half]).unsqueeze(1)  # (n, 1, half)
-        projected = [self._qkv(normalised(x[rows], self._epsilon)) for rows in row_chunks(len(x))]
+        projected = [self.qkv(normalised(x[rows], self._epsilon)) for rows in row_chunks(len(x))]
         qkv: Any = torch.cat(projected).view(len(x), -1, self._d_head)  # (n, all heads, d_head)
         turned = qkv[:, : -self._heads[2]].unflatten(2, (half, 2))
         torch.view_as_complex(turned).mul_(turns)

@@ -54,6 +54,11 @@ def row_chunks(rows: int) -> list[slice]:
     return [slice(*piece) for piece in itertools.pairwise([*bounds, rows])]
 
 
+def chunk_sizes(threads: int) -> range:
+    """The numbers of rows, whole LEAST_STEPs, that a piece of `row_chunks` may have."""
+    return range(LEAST_STEP, TYPICAL_ROWS * threads * 3 // 2, LEAST_STEP)
+
+
 def packs(weight: Tensor) -> bool:
     """Whether oneDNN has a packed product for such weights here."""
     return weight.device.type == "cpu" and weight.dtype in AGREEMENT and works(weight.dtype)
@@ -127,6 +132,11 @@ class PackedLinear(nn.Module):
         self.packed = pack(weight)
         self.bias = bias
 
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in)."""
+        return self.packed.shape
+
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return result
@@ -141,6 +151,11 @@ class PackedGatedMlp(nn.Module):
         super().__init__()
         self.gate, self.up, self.down = gate, up, down
         self._act, self._algorithm = act
+
+    @property
+    def shape(self) -> torch.Size:
+        """(d_mlp, d_model)."""
+        return self.gate.shape
 
     def forward(self, x: Tensor) -> Tensor:
         ops = torch.ops.mkldnn._linear_pointwise

@@ -7,13 +7,14 @@ about analysis, files or samples.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import structlog
 import torch
 from torch import Tensor, nn
 
+from daemon.analysis.threads import side_by_side
 from daemon.compute.attention import (
     IMPLEMENTATION,
     Plan,
@@ -26,8 +27,8 @@ from daemon.compute.encoding import Encoder, FusedEncoder
 from daemon.compute.extraction import Extraction, Started
 from daemon.compute.fused import FlexPlan, can_fuse, fuse, unfuse
 from daemon.compute.launched import Launched, moved
-from daemon.compute.lean import make_lean
-from daemon.compute.linear import filled_rows, pack_linears, prepared_rows
+from daemon.compute.lean import LeanLayer, make_lean
+from daemon.compute.linear import chunk_sizes, filled_rows, pack_linears, packs, prepared_rows
 from daemon.compute.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
 from daemon.compute.preorder import Preorder, preorder
 from daemon.compute.readings import Reader
@@ -83,6 +84,9 @@ class PackedEngine:
         plain = self._adopt(model, texts)
         if compiles:
             self._fuse(texts, plain)
+        self._trunk.settle()
+        if self._concurrent:
+            prepare(self._trunk.layers, saes, encoders)
 
     @property
     def info(self) -> ModelInfo:
@@ -205,6 +209,28 @@ class PackedEngine:
         tokens = torch.tensor([text], device=self._device)
         with torch.inference_mode():
             return self._trunk.run(tokens, torch.arange(len(text), device=self._device)[None], None, None)
+
+
+def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Sequence[Encoder]) -> None:
+    """Have oneDNN make its kernels for every number of rows that lean layers and encoders meet in a piece.
+
+    Those it makes while batches run lie in the middle of the room that batches work in, and stay there.
+    """
+    work: dict[tuple[object, ...], tuple[Callable[[Tensor], Tensor], int]] = {
+        (type(product), product.shape): (product, product.shape[1])
+        for layer in layers
+        if isinstance(layer, LeanLayer)
+        for product in layer.products
+    }
+    for entry, encoder in zip(saes, encoders, strict=True):
+        if packs(entry.W_dec):
+            work[entry.info.d_sae, entry.info.d_in] = encoder.pre_acts, entry.info.d_in
+
+    def prepare_rows(rows: int) -> None:
+        for product, width in work.values():
+            product(torch.zeros(rows, width))
+
+    side_by_side(prepare_rows, chunk_sizes(threads=1))
 
 
 def keeps_nothing(model: nn.Module, encoders: Sequence[Encoder]) -> bool:

@@ -5,6 +5,7 @@ Knows nothing about SAEs, texts or packing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from contextlib import suppress
 from contextvars import ContextVar
@@ -63,6 +64,13 @@ class Trunk:
         self._layers[number] = layer
         self._narrows |= number == self._last
         self._watch(number)
+
+    def settle(self) -> None:
+        """Let go of the layers that don't run, and of weight files, mapped whole while a part is in use."""
+        del self._layers[max(0, self._last) + 1 :]
+        for tensor in itertools.chain(self._base.parameters(), self._base.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
 
     def run(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None, keep: Tensor | None

@@ -5,7 +5,6 @@ Vectorised: no Python loop per sample. Knows nothing about files and folders.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from daemon.frozen import frozen
+from daemon.output.featurerows import in_order
 from daemon.output.finished import FinishedPart
 from daemon.output.schema import SAMPLE_FIELDS
 from daemon.output.smallfile import BoolArray, Ragged, SmallFile, SmallFiles, Values
@@ -22,7 +22,6 @@ from daemon.records import Block, FeatureRows, IntArray, ModelInfo, Recipe, Samp
 
 FEW_ROWS = 64  # of a file, up to which to encode and compress each column costs more than it saves
 DTYPES = {pa.int32(): np.int32, pa.int64(): np.int64, pa.float64(): np.float64, pa.string(): object}
-FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @frozen
@@ -41,7 +40,7 @@ def part_tables(
     The schemas are `metrics_schema`'s and `features_schema`'s. Raises AssertionError unless the pieces of
     each part cover its samples exactly once, KeyError where a block lacks a column.
     """
-    gathered = gather(parts)
+    gathered = gather(parts, features.field("values").type.value_type.to_pandas_dtype())
     samples = np.array([len(part.part.samples) for part in parts])
     rows = np.diff(np.searchsorted(gathered.feature_samples, np.cumsum(samples)), prepend=0)
     whole = np.array([part.part.part.number == 0 and part.part.part.last for part in parts])
@@ -106,8 +105,11 @@ class Gathered:
         return np.empty(0, np.int64) if self.features is None else self.features.sample_row
 
 
-def gather(parts: Sequence[FinishedPart]) -> Gathered:
-    """The samples of parts end to end. Raises AssertionError unless the pieces cover each exactly once."""
+def gather(parts: Sequence[FinishedPart], value_type: npt.DTypeLike) -> Gathered:
+    """The samples of parts end to end, their activations of the type that is stored.
+
+    Raises AssertionError unless the pieces cover each exactly once.
+    """
     samples = tuple(entry.sample for part in parts for entry in part.part.samples)
     n = np.array([len(part.part.samples) for part in parts])
     pieces = [piece for part in parts for piece in part.pieces]
@@ -123,17 +125,19 @@ def gather(parts: Sequence[FinishedPart]) -> Gathered:
     order = np.argsort((np.cumsum(n) - n)[part_of] + part_row)
     block_of = np.repeat(np.array([number_of[id(piece.block)] for piece in pieces], np.int64), rows)[order]
     row_of = end_to_end([piece.block_rows for piece in pieces])[order]
-    found = [
-        block_features(held, row_of[block_of == number], np.flatnonzero(block_of == number))
-        for number, held in enumerate(blocks.values())
-    ]
+    found = []
+    for number, held in enumerate(blocks.values()):
+        samples_of = np.flatnonzero(block_of == number)
+        numbers = np.full(held.n_samples, -1)
+        numbers[row_of[samples_of]] = samples_of
+        found.append((held.features, numbers))
     return Gathered(
         samples=samples,
         recipe=parts[0].part.part.recipe,
         blocks=tuple(blocks.values()),
         block=block_of,
         block_row=row_of,
-        features=in_order(concatenate(found)) if found else None,
+        features=in_order(found, value_type) if found else None,
     )
 
 
@@ -150,7 +154,7 @@ def covers(part: IntArray, row: IntArray, n: IntArray) -> bool:
 
 def metrics_columns(gathered: Gathered, schema: pa.Schema) -> list[Values]:
     """One row per sample; NaN where a value is undefined."""
-    sizes = [len(next(iter(block.columns.values()))) for block in gathered.blocks]
+    sizes = [block.n_samples for block in gathered.blocks]
     first = np.concatenate(([0], np.cumsum(sizes)))
     rows = (first[gathered.block] + gathered.block_row).astype(np.int64)
     columns: list[Values] = [
@@ -164,10 +168,7 @@ def metrics_columns(gathered: Gathered, schema: pa.Schema) -> list[Values]:
 
 
 def features_columns(gathered: Gathered, schema: pa.Schema, info: ModelInfo) -> list[Values]:
-    """The sparse activations, ordered by sample, text, SAE and position.
-
-    Where `schema` says float16, activations beyond 65504 are stored as 65504.
-    """
+    """The sparse activations, ordered by sample, text, SAE and position."""
     rows, samples = gathered.features, gathered.samples
     if rows is None:
         return [no_rows(field.type) for field in schema]
@@ -180,7 +181,7 @@ def features_columns(gathered: Gathered, schema: pa.Schema, info: ModelInfo) -> 
         "position": rows.position.astype(np.int32),
         "token_id": rows.token_id.astype(np.int32),
         "indices": Ragged(rows.offsets, rows.indices),
-        "values": Ragged(rows.offsets, stored_values(rows, schema.field("values").type.value_type)),
+        "values": Ragged(rows.offsets, rows.values),
     }
     return [columns[field.name] for field in schema]
 
@@ -189,56 +190,3 @@ def no_rows(kind: pa.DataType) -> Values:
     if pa.types.is_list(kind):
         return Ragged(np.zeros(1, np.int64), np.empty(0, kind.value_type.to_pandas_dtype()))
     return np.empty(0, DTYPES[kind])
-
-
-def stored_values(rows: FeatureRows, value_type: pa.DataType) -> npt.NDArray[np.generic]:
-    """The (nnz,) activations in the type they are stored in."""
-    if pa.types.is_float16(value_type):
-        return np.clip(rows.values, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
-    return rows.values.astype(np.float32, copy=False)
-
-
-def block_features(block: Block, block_rows: IntArray, samples: IntArray) -> FeatureRows:
-    """The feature rows of a block's `block_rows`, `sample_row` now the number in `samples`."""
-    sample_of = np.full(len(next(iter(block.columns.values()))), -1, np.int64)
-    sample_of[block_rows] = samples
-    sample_row = sample_of[block.features.sample_row]
-    return take(dataclasses.replace(block.features, sample_row=sample_row), np.flatnonzero(sample_row >= 0))
-
-
-def take(features: FeatureRows, rows: IntArray) -> FeatureRows:
-    """Feature rows `rows`, in that order, with what they own of `indices` and `values`."""
-    lengths = np.diff(features.offsets)[rows]
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    owned = np.repeat(features.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return FeatureRows(
-        sample_row=features.sample_row[rows],
-        text=features.text[rows],
-        layer=features.layer[rows],
-        position=features.position[rows],
-        token_id=features.token_id[rows],
-        offsets=offsets,
-        indices=features.indices[owned],
-        values=features.values[owned],
-    )
-
-
-def concatenate(parts: Sequence[FeatureRows]) -> FeatureRows:
-    """Feature rows laid end to end; each part's offsets start at 0."""
-    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-    return FeatureRows(
-        sample_row=np.concatenate([part.sample_row for part in parts]),
-        text=np.concatenate([part.text for part in parts]),
-        layer=np.concatenate([part.layer for part in parts]),
-        position=np.concatenate([part.position for part in parts]),
-        token_id=np.concatenate([part.token_id for part in parts]),
-        offsets=np.concatenate(([0], np.cumsum(lengths))),
-        indices=np.concatenate([part.indices for part in parts]),
-        values=np.concatenate([part.values for part in parts]),
-    )
-
-
-def in_order(features: FeatureRows) -> FeatureRows:
-    """Sorted by sample, text, SAE and position."""
-    keys = (features.position, features.layer, features.text, features.sample_row)  # the last is primary
-    return take(features, np.lexsort(keys))

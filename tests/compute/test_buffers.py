@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 from daemon.compute import buffers
+from daemon.compute.linear import works
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +38,36 @@ with torch.inference_mode():
             marks.append((pool_bytes("cpu"), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
 (pool, faults), (later_pool, later_faults) = marks
 print(pool, later_pool - pool, later_faults - faults)
+"""
+
+LOADED = """
+import os, sys
+from pathlib import Path
+import torch
+from daemon.build import load_compute
+from daemon.config import load_config
+from tests.compute.test_lanes import batch_of
+
+torch.set_num_threads(2)
+with torch.inference_mode():
+    compute = load_compute(load_config(Path(sys.argv[1]), {}, {}))
+    os.write(1, f"mapped: {Path('/proc/self/maps').read_text().count('model.safetensors')}\\n".encode())
+    for lengths in ([300, 290], [40] * 30, [20] * 90, [7, 400, 31, 90, 150, 210, 500]):
+        compute.study.run(batch_of([((n, *(t % 250 for t in range(1, length))),) for n, length in enumerate(lengths)]))
+"""
+
+HEAP = """
+from daemon.compute.buffers import heap_count, keep_memory, lasting
+import numpy as np
+
+keep_memory()
+with lasting():
+    before = heap_count()()
+    kept = [np.ones(100_000) for _ in range(100)][::2]
+    after = heap_count()()
+print(after.arena - before.arena, after.hblkhd - before.hblkhd)
+kept.append(np.ones(100_000))
+print(heap_count()().hblkhd - after.hblkhd)
 """
 
 ALLOCATORS = """
@@ -94,6 +124,34 @@ def test_batches_of_many_sizes_take_no_memory_for_each_size(tmp_path):
     assert grown < 100 * (1 << 20)
 
 
+@pytest.mark.skipif(not works(torch.float32), reason="needs oneDNN's packed products")
+def test_once_loaded_no_kernel_is_made_and_no_weight_file_is_mapped(tmp_path):
+    toml = tmp_path / "lensd.toml"
+    toml.write_text(tiny.make_tiny(tmp_path).toml() + "[batching]\nmax_batch_tokens = 4096\n")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, str(toml)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"ONEDNN_VERBOSE": "profile_create"},
+    )
+    loading, _, running = done.stdout.partition("mapped: ")
+    assert "create:cache_miss" in loading
+    assert running.startswith("0\n")
+    assert "create:cache_hit" in running
+    assert "create:cache_miss" not in running
+
+
+@COUNTED
+def test_what_lasts_is_mapped_by_itself_and_leaves_no_holes():
+    done = subprocess.run([sys.executable, "-c", HEAP], cwd=ROOT, capture_output=True, text=True, check=True)
+    heap, mapped, later = map(int, done.stdout.split())
+    assert heap < 800_000  # of a hundred times that
+    assert mapped == pytest.approx(50 * 800_000, rel=0.02)  # what was let go is gone
+    assert later == 0
+
+
 def test_arrows_tables_come_from_the_heap_that_is_kept():
     environment = {key: value for key, value in os.environ.items() if key != "ARROW_DEFAULT_MEMORY_POOL"}
     done = subprocess.run(
@@ -105,28 +163,3 @@ def test_arrows_tables_come_from_the_heap_that_is_kept():
         env=environment,
     )
     assert done.stdout == "system 0\n"
-
-
-def test_memory_that_is_refused_is_told_as_such(monkeypatch):
-    def refused(*_: object, **options: object) -> None:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-    monkeypatch.setattr(buffers.mmap, "mmap", refused)
-    with pytest.raises(MemoryError, match="Cannot allocate"):
-        buffers.apart([np.zeros(3)])
-
-
-def test_what_lies_apart_is_the_same():
-    arrays = [
-        np.arange(5, dtype=np.uint32),
-        np.empty((0, 3)),
-        np.random.default_rng(0).random((7, 3)).T,
-        np.array([], np.int64),
-    ]
-    copies = buffers.apart(arrays)
-    arrays[0][0] = 99
-    assert copies[0].tolist() == [0, 1, 2, 3, 4]
-    for copy, array in zip(copies[1:], arrays[1:], strict=True):
-        assert (copy.dtype, copy.shape) == (array.dtype, array.shape)
-        np.testing.assert_array_equal(copy, array)
-    assert buffers.apart([]) == []

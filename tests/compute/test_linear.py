@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from daemon.compute.linear import (
     LEAST_STEP,
     TYPICAL_ROWS,
+    chunk_sizes,
     filled_rows,
     prepared_rows,
     product,
@@ -14,6 +15,7 @@ from daemon.compute.linear import (
     split_product,
     summands_of,
 )
+from tests.torch_threads import torch_threads
 
 
 def test_any_number_of_rows_is_run_as_one_of_few():
@@ -58,3 +60,10 @@ def test_chunks_of_rows_are_all_rows_in_pieces_of_about_the_same_size():
         assert len(pieces) == 1 or max(sizes) - min(sizes) <= LEAST_STEP
         assert all(size <= 1.5 * TYPICAL_ROWS * torch.get_num_threads() for size in sizes)
         assert filled_rows(rows) - rows < LEAST_STEP
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_sizes_of_chunks_are_known_before(threads):
+    with torch_threads(threads):
+        chunks = [piece for rows in range(1, 6000) for piece in row_chunks(filled_rows(rows))]
+    assert {piece.stop - piece.start for piece in chunks} == set(chunk_sizes(threads))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import mmap
+
+import numpy as np
+import pytest
+from handmade import make_block, make_sample
+
+from daemon.output import featurerows
+from daemon.output.featurerows import FLOAT16_MAX, in_order
+from daemon.records import CONTRAST_RECIPE, FeatureRows
+from tests.output.test_outliving import room_of
+
+KEYS = ("sample_row", "text", "layer", "position", "token_id")
+
+
+def listed(rows: FeatureRows) -> list[tuple]:
+    """One row after the other: its keys, and its activations."""
+    bounds = zip(rows.offsets, rows.offsets[1:], strict=False)
+    return [
+        (*(int(getattr(rows, key)[r]) for key in KEYS), list(zip(*pair, strict=True)))
+        for r, pair in enumerate((rows.indices[a:b].tolist(), rows.values[a:b].tolist()) for a, b in bounds)
+    ]
+
+
+def blocks(sizes: list[int]) -> list[FeatureRows]:
+    bounds = np.cumsum([0, *sizes])
+    return [
+        make_block([make_sample(i, CONTRAST_RECIPE) for i in range(a, b)]).features
+        for a, b in itertools.pairwise(bounds)
+    ]
+
+
+@pytest.mark.parametrize("copied", [1, 5, 1 << 16])
+def test_rows_of_several_batches_come_in_the_order_of_storage(copied, monkeypatch):
+    monkeypatch.setattr(featurerows, "COPIED", copied)
+    given = blocks([3, 1, 6])
+    numbers = [np.array([4, -1, 0]), np.array([2]), np.array([-1, 5, 1, -1, 3, -1])]
+    expected = sorted(
+        (int(number[row[0]]), *row[1:])
+        for rows, number in zip(given, numbers, strict=True)
+        for row in listed(rows)
+        if number[row[0]] >= 0
+    )
+    got = in_order(list(zip(given, numbers, strict=True)), np.float32)
+    assert listed(got) == expected
+    assert got.indices.dtype == np.uint32
+    assert all(isinstance(room_of(array), mmap.mmap) for array in (got.indices, got.values))
+
+
+def test_nothing_wanted_is_no_row():
+    (rows,) = blocks([2])
+    assert listed(in_order([(rows, np.array([-1, -1]))], np.float32)) == []
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_activations_are_of_the_type_asked_for(kind):
+    (rows,) = blocks([4])
+    rows = dataclasses.replace(rows, values=np.linspace(1, 1e5, len(rows.values)))
+    got = in_order([(rows, np.arange(4))], kind)
+    assert got.values.dtype == kind
+    most = FLOAT16_MAX if kind == np.float16 else 1e5
+    assert got.values.max() == most
