@@ -77,6 +77,13 @@ class LeanLayer(nn.Module):
         """What multiplies, some rows at a time."""
         return self._attention.qkv, self._out, self._mlp
 
+    def multiply(self, rows: int) -> None:
+        """Run the products on so many rows of zeros, as `forward` does."""
+        qkv, out, mlp = self.products
+        qkv(torch.zeros(rows, qkv.shape[1]))
+        added = out(torch.zeros(rows, out.shape[1]))
+        mlp(added, added)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -95,14 +102,15 @@ class LeanLayer(nn.Module):
         if keep is not None:
             kept = F.pad(keep, (0, filled_rows(len(keep)) - len(keep)))
             x, attended = x.index_select(0, kept), attended.index_select(0, kept)
-        result = torch.empty_like(x)
+        results = []
         for rows in row_chunks(len(x)):
             added = self._out(attended[rows])
             if self._routines is None:
                 normed = normalised(added.add_(x[rows]), self._epsilon)
             else:
                 normed = add_norm(self._routines, added, x[rows], self._epsilon)
-            torch.add(self._mlp(normed), added, out=result[rows])
+            results.append(self._mlp(normed, added))
+        result = results[0] if len(results) == 1 else torch.cat(results)
         return result[None] if keep is None else result[None, : len(keep)]
 
 

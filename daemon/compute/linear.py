@@ -143,7 +143,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedGatedMlp(nn.Module):
-    """down(act(gate(x)) * up(x)) with the activation and the product inside the matrix products."""
+    """down(act(gate(x)) * up(x)), and more to be added, with all of that inside the matrix products."""
 
     def __init__(
         self, gate: PackedLinear, up: PackedLinear, down: PackedLinear, act: tuple[str, str]
@@ -157,11 +157,15 @@ class PackedGatedMlp(nn.Module):
         """(d_mlp, d_model)."""
         return self.gate.shape
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """x: (n, d_model), plus: the same."""
         ops = torch.ops.mkldnn._linear_pointwise
         gate = ops(x, self.gate.packed, self.gate.bias, self._act, [], self._algorithm)
         hidden = ops.binary(x, gate, self.up.packed, self.up.bias, "mul")
-        result: Tensor = ops(hidden, self.down.packed, self.down.bias, "none", [], "")
+        down = self.down
+        result: Tensor = (
+            down(hidden) if plus is None else ops.binary(hidden, plus, down.packed, down.bias, "add")
+        )
         return result
 
 

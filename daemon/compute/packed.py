@@ -216,21 +216,24 @@ def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Se
 
     Those it makes while batches run lie in the middle of the room that batches work in, and stay there.
     """
-    work: dict[tuple[object, ...], tuple[Callable[[Tensor], Tensor], int]] = {
-        (type(product), product.shape): (product, product.shape[1])
+    lean = {
+        tuple(product.shape for product in layer.products): layer
         for layer in layers
         if isinstance(layer, LeanLayer)
-        for product in layer.products
     }
-    for entry, encoder in zip(saes, encoders, strict=True):
-        if packs(entry.W_dec):
-            work[entry.info.d_sae, entry.info.d_in] = encoder.pre_acts, entry.info.d_in
+    packed = {
+        (entry.info.d_sae, entry.info.d_in): encoder
+        for entry, encoder in zip(saes, encoders, strict=True)
+        if packs(entry.W_dec)
+    }
 
-    def prepare_rows(rows: int) -> None:
-        for product, width in work.values():
-            product(torch.zeros(rows, width))
+    def multiply(rows: int) -> None:
+        for layer in lean.values():
+            layer.multiply(rows)
+        for (_, d_in), encoder in packed.items():
+            encoder.pre_acts(torch.zeros(rows, d_in))
 
-    side_by_side(prepare_rows, chunk_sizes(threads=1))
+    side_by_side(multiply, chunk_sizes(threads=1))
 
 
 def keeps_nothing(model: nn.Module, encoders: Sequence[Encoder]) -> bool:
