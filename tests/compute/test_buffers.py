@@ -53,7 +53,8 @@ with torch.inference_mode():
     compute = load_compute(load_config(Path(sys.argv[1]), {}, {}))
     os.write(1, f"mapped: {Path('/proc/self/maps').read_text().count('model.safetensors')}\\n".encode())
     for lengths in ([300, 290], [40] * 30, [20] * 90, [7, 400, 31, 90, 150, 210, 500]):
-        compute.study.run(batch_of([((n, *(t % 250 for t in range(1, length))),) for n, length in enumerate(lengths)]))
+        texts = [(n, *(token % 250 for token in range(1, length))) for n, length in enumerate(lengths)]
+        compute.study.run(batch_of([(text,) for text in texts]))
 """
 
 HEAP = """
