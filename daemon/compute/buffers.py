@@ -2,7 +2,8 @@
 
 On a CPU that is the C library's heap, which would else give large pieces back and have the system clear them
 anew, page by page, for the next batch; on CUDA it is torch's allocator, which keeps them by itself.
-What outlives a batch goes elsewhere (`daemon.mapped`). Knows nothing about what is computed.
+What is there before the first batch lies by itself (`lasting`), and what outlives its batch goes elsewhere
+(`daemon.mapped`). Knows nothing about what is computed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MAPPED_BYTES = 32 << 20  # from which on a piece is mapped by itself: the most t
 LASTING_BYTES = 64 << 10  # the same for what is to stay
 STATM = Path("/proc/self/statm")  # sizes in pages: of the address space, resident, ...
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's for it
-KEPT_KERNELS = 384  # of up to a MiB, one for each shape of a product: else a thousand, met over hours
+KEPT_KERNELS = 384  # of half a MiB or more, one for each shape of a product: else a thousand, met over hours
 ARENAS = 2  # heaps that all threads share: with one for each thread, memory grows for hours
 
 

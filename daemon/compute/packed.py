@@ -44,6 +44,9 @@ PROBE_TOLERANCE = {  # relative, of packed residuals to plain ones: of the worst
     torch.float16: (1.0, 0.01),
 }
 
+PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: half a second does for all of a small model's
+PREPARE_NUMBERS = 1 << 24  # that a product may result in to have its kernel made
+
 log = structlog.get_logger()
 
 
@@ -214,8 +217,10 @@ class PackedEngine:
 def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Sequence[Encoder]) -> None:
     """Have oneDNN make its kernels for every number of rows that lean layers and encoders meet in a piece.
 
-    Those it makes while batches run lie in the middle of the room that batches work in, and stay there.
+    Those it makes while batches run lie in the middle of the room that batches work in, and stay there. It
+    only makes them by multiplying, which for a large model takes long: then some are left for later.
     """
+    deadline = time.perf_counter() + PREPARE_SECONDS
     lean = {
         tuple(product.shape for product in layer.products): layer
         for layer in layers
@@ -228,10 +233,13 @@ def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Se
     }
 
     def multiply(rows: int) -> None:
+        if time.perf_counter() > deadline:
+            return
         for layer in lean.values():
             layer.multiply(rows)
-        for (_, d_in), encoder in packed.items():
-            encoder.pre_acts(torch.zeros(rows, d_in))
+        for (d_sae, d_in), encoder in packed.items():
+            if rows * d_sae <= PREPARE_NUMBERS:
+                encoder.pre_acts(torch.zeros(rows, d_in))
 
     side_by_side(multiply, chunk_sizes(threads=1))
 
