@@ -17,7 +17,7 @@ import torch
 
 from daemon.analysis.study import StudySettings
 from daemon.compute.autotune import auto_batch_tokens
-from daemon.compute.buffers import lasting
+from daemon.compute.buffers import keep_memory, lasting
 from daemon.compute.device import Study
 from daemon.compute.encoding import encoder_of
 from daemon.compute.engine import Engine
@@ -55,6 +55,7 @@ def load_compute(config: Config) -> Compute:
 
     Raises ConfigError where something can't be found or does not fit together.
     """
+    keep_memory()
     with lasting():
         engine, model = load_engine(config)
         study = Study(engine, study_settings(config))
@@ -84,9 +85,11 @@ def tokenizer_of(model: LoadedModel, config: Config, *, prepend_bos: bool) -> To
 
 def with_settings(compute: Compute, config: Config) -> Compute:
     """The same model and SAEs under changed settings; call it on the device thread."""
+    with lasting():
+        study = Study(compute.engine, study_settings(config))
     return dataclasses.replace(
         compute,
-        study=Study(compute.engine, study_settings(config)),
+        study=study,
         tokenizer=compute.tokenizer.limited(config.batching.max_text_tokens),
     )
 

@@ -24,7 +24,7 @@ MAPPED_BYTES = 32 << 20  # from which on a piece is mapped by itself: the most t
 LASTING_BYTES = 64 << 10  # the same for what is to stay
 STATM = Path("/proc/self/statm")  # sizes in pages: of the address space, resident, ...
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's for it
-KEPT_KERNELS = 384  # of half a MiB or more, one for each shape of a product: else a thousand, met over hours
+KEPT_KERNELS = 768  # by oneDNN, which counts two for each shape of a product; they take half a MiB
 ARENAS = 2  # heaps that all threads share: with one for each thread, memory grows for hours
 
 
@@ -38,7 +38,7 @@ class MallInfo(ctypes.Structure):
 
 
 def keep_memory() -> None:
-    """Have the C library keep and share what it was given, where it can, and oneDNN keep few kernels.
+    """Have the C library keep and share what it was given, where it can, and bound the kernels of oneDNN.
 
     Arrow's tables then come from the same heap, which has room once batches are done, not from one of
     Arrow's own (what Arrow needs besides asks its environment: see `daemon.cli.share_heap`). Best before any
@@ -54,7 +54,7 @@ def keep_memory() -> None:
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """What is allocated meanwhile is to stay: each larger piece is mapped by itself.
+    """What is allocated meanwhile is to stay: each larger piece is mapped by itself. After `keep_memory`.
 
     In the heap what loading a model frees would be holes between what stays, and batches would work in those.
     """
@@ -63,9 +63,14 @@ def lasting() -> Iterator[None]:
         yield
     finally:
         set_heap(M_MMAP_THRESHOLD, MAPPED_BYTES)
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        trim()
+
+
+def trim() -> None:
+    """Give what is free in the heap back to the system, where it can."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def set_heap(parameter: int, value: int) -> None:

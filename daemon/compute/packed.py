@@ -28,7 +28,14 @@ from daemon.compute.extraction import Extraction, Started
 from daemon.compute.fused import FlexPlan, can_fuse, fuse, unfuse
 from daemon.compute.launched import Launched, moved
 from daemon.compute.lean import LeanLayer, make_lean
-from daemon.compute.linear import chunk_sizes, filled_rows, pack_linears, packs, prepared_rows
+from daemon.compute.linear import (
+    TYPICAL_ROWS,
+    chunk_sizes,
+    filled_rows,
+    pack_linears,
+    packs,
+    prepared_rows,
+)
 from daemon.compute.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
 from daemon.compute.preorder import Preorder, preorder
 from daemon.compute.readings import Reader
@@ -44,8 +51,8 @@ PROBE_TOLERANCE = {  # relative, of packed residuals to plain ones: of the worst
     torch.float16: (1.0, 0.01),
 }
 
-PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: half a second does for all of a small model's
-PREPARE_NUMBERS = 1 << 24  # that a product may result in to have its kernel made
+PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: a second does for all of a small model's
+PREPARE_NUMBERS = 1 << 22  # in the result of an encoder's product, up to which its kernel is made ahead
 
 log = structlog.get_logger()
 
@@ -87,7 +94,9 @@ class PackedEngine:
         plain = self._adopt(model, texts)
         if compiles:
             self._fuse(texts, plain)
-        self._trunk.settle()
+        self._trunk.drop_idle()
+        if self._rows is not int:  # weights are packed, and elsewhere
+            self._trunk.leave_files()
         if self._concurrent:
             prepare(self._trunk.layers, saes, encoders)
 
@@ -162,7 +171,7 @@ class PackedEngine:
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError, LookupError) as error:
             raise CannotPack(f"{type(error).__name__}: {first_line(error)}") from error
         slides = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None))
-        if slides and not plan.slides:
+        if slides and self._trunk.layers and not plan.slides:
             raise CannotPack("a sliding window that the attention is not told of")
         return plain
 
@@ -215,7 +224,7 @@ class PackedEngine:
 
 
 def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Sequence[Encoder]) -> None:
-    """Have oneDNN make its kernels for every number of rows that lean layers and encoders meet in a piece.
+    """Have oneDNN make its kernels for the numbers of rows that lean layers and encoders meet in a piece.
 
     Those it makes while batches run lie in the middle of the room that batches work in, and stay there. It
     only makes them by multiplying, which for a large model takes long: then some are left for later.
@@ -226,7 +235,7 @@ def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Se
         for layer in layers
         if isinstance(layer, LeanLayer)
     }
-    packed = {
+    dictionaries = {
         (entry.info.d_sae, entry.info.d_in): encoder
         for entry, encoder in zip(saes, encoders, strict=True)
         if packs(entry.W_dec)
@@ -237,11 +246,11 @@ def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Se
             return
         for layer in lean.values():
             layer.multiply(rows)
-        for (d_sae, d_in), encoder in packed.items():
+        for (d_sae, d_in), encoder in dictionaries.items():
             if rows * d_sae <= PREPARE_NUMBERS:
                 encoder.pre_acts(torch.zeros(rows, d_in))
 
-    side_by_side(multiply, chunk_sizes(threads=1))
+    side_by_side(multiply, sorted(chunk_sizes(threads=1), key=lambda rows: abs(rows - TYPICAL_ROWS)))
 
 
 def keeps_nothing(model: nn.Module, encoders: Sequence[Encoder]) -> bool:

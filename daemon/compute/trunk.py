@@ -65,9 +65,12 @@ class Trunk:
         self._narrows |= number == self._last
         self._watch(number)
 
-    def settle(self) -> None:
-        """Let go of the layers that don't run, and of weight files, mapped whole while a part is in use."""
+    def drop_idle(self) -> None:
+        """Let go of the layers that don't run."""
         del self._layers[max(0, self._last) + 1 :]
+
+    def leave_files(self) -> None:
+        """Let go of weight files, which stay mapped whole while any part of them is in use."""
         for tensor in itertools.chain(self._base.parameters(), self._base.buffers()):
             if tensor.device.type == "cpu":
                 tensor.data = tensor.data.clone()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daemon import mapped
-from daemon.output.smallfile import spread
+from daemon.output.ragged import spread
 from daemon.records import FeatureRows, FloatArray, IntArray
 
 COPIED = 1 << 16  # activations at a time

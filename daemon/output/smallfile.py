@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from daemon.frozen import frozen
 from daemon.output.footer import file_metadata, page_header
+from daemon.output.ragged import Ragged, spread
 from daemon.output.thrift import HOLE_BYTES, Bytes, Template, wide_varint
 from daemon.records import IntArray
 
@@ -28,19 +29,6 @@ LEVELS_HEAD = 4 + HOLE_BYTES  # bytes before levels: how many bytes they are, an
 LONG_BYTES = 256  # from which a piece is copied faster by itself than by an index for each of its bytes
 
 BoolArray = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class Ragged:
-    """A column of lists: row r has `values[offsets[r]:offsets[r + 1]]`."""
-
-    offsets: IntArray  # (N + 1,) from 0 on
-    values: npt.NDArray[Any]
-
-    def __getitem__(self, rows: IntArray) -> Ragged:
-        lengths = np.diff(self.offsets)[rows]
-        offsets = np.concatenate(([0], np.cumsum(lengths)))
-        return Ragged(offsets, self.values[spread(self.offsets[:-1][rows], lengths)])
 
 
 Values = npt.NDArray[Any] | Ragged  # numbers, NaN where a nullable one is null; str or None; or lists
@@ -243,12 +231,6 @@ class Placement:
             each = values if values.shape == places.shape else values[..., None]
             zigzag = wide_varint(2 * each)
             self.each(places, np.broadcast_to(zigzag, (*places.shape, HOLE_BYTES)))
-
-
-def spread(starts: IntArray, lengths: IntArray) -> IntArray:
-    """The numbers from each start on, so many of each, one after the other."""
-    first = np.cumsum(lengths) - lengths
-    return np.repeat(starts - first, lengths) + np.arange(lengths.sum())
 
 
 def groups_of_8(n: IntArray) -> IntArray:

@@ -16,8 +16,9 @@ import pyarrow as pa
 from daemon.frozen import frozen
 from daemon.output.featurerows import in_order
 from daemon.output.finished import FinishedPart
+from daemon.output.ragged import Ragged
 from daemon.output.schema import SAMPLE_FIELDS
-from daemon.output.smallfile import BoolArray, Ragged, SmallFile, SmallFiles, Values
+from daemon.output.smallfile import BoolArray, SmallFile, SmallFiles, Values
 from daemon.records import Block, FeatureRows, IntArray, ModelInfo, Recipe, Sample
 
 FEW_ROWS = 64  # of a file, up to which to encode and compress each column costs more than it saves

@@ -7,7 +7,6 @@ other's figures. Knows nothing about repetitions and reports.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import functools
 import gc
 import logging
@@ -25,6 +24,7 @@ from typing import TypeVar
 import torch
 
 from daemon.build import Compute, load_compute, load_parts, tokenizer_of
+from daemon.compute.buffers import trim
 from daemon.compute.packing import Batch, Packer
 from daemon.compute.preorder import preorder
 from daemon.config import Config
@@ -219,9 +219,7 @@ def evenly(samples: Sequence[TokenizedSample], n: int) -> list[TokenizedSample]:
 
 def forget_peak() -> None:
     """Give free memory back and start the kernel's high-water mark anew."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim()
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -52,7 +52,7 @@ torch.set_num_threads(2)
 with torch.inference_mode():
     compute = load_compute(load_config(Path(sys.argv[1]), {}, {}))
     os.write(1, f"mapped: {Path('/proc/self/maps').read_text().count('model.safetensors')}\\n".encode())
-    for lengths in ([300, 290], [40] * 30, [20] * 90, [7, 400, 31, 90, 150, 210, 500]):
+    for lengths in ([300, 290], [40] * 30, [9] * 250, [20] * 90, [7, 400, 31, 90, 150, 210, 500]):
         texts = [(n, *(token % 250 for token in range(1, length))) for n, length in enumerate(lengths)]
         compute.study.run(batch_of([(text,) for text in texts]))
 """
@@ -126,6 +126,7 @@ def test_batches_of_many_sizes_take_no_memory_for_each_size(tmp_path):
 
 
 @pytest.mark.skipif(not works(torch.float32), reason="needs oneDNN's packed products")
+@pytest.mark.skipif(not buffers.STATM.exists(), reason="needs Linux's /proc")
 def test_once_loaded_no_kernel_is_made_and_no_weight_file_is_mapped(tmp_path):
     toml = tmp_path / "lensd.toml"
     toml.write_text(tiny.make_tiny(tmp_path).toml() + "[batching]\nmax_batch_tokens = 4096\n")
@@ -149,7 +150,7 @@ def test_what_lasts_is_mapped_by_itself_and_leaves_no_holes():
     done = subprocess.run([sys.executable, "-c", HEAP], cwd=ROOT, capture_output=True, text=True, check=True)
     heap, mapped, later = map(int, done.stdout.split())
     assert heap < 800_000  # of a hundred times that
-    assert mapped == pytest.approx(50 * 800_000, rel=0.02)  # what was let go is gone
+    assert mapped == pytest.approx(50 * 800_000, rel=0.1)  # what was let go is gone
     assert later == 0
 
 

@@ -8,8 +8,9 @@ from structlog.testing import capture_logs
 from torch.testing import assert_close
 
 from daemon.compute.packed import CannotPack
+from daemon.compute.trunk import Trunk
 from tests import tiny
-from tests.compute.engines import dense, packed, padded, random_texts
+from tests.compute.engines import dense, loaded, packed, padded, random_texts
 from tests.families import PACKED, save_family
 
 HOOKS = ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
@@ -74,12 +75,24 @@ def test_a_family_whose_attention_has_biases_of_its_own_is_not_packed(saes, tmp_
 
 
 def test_layers_after_the_last_dictionary_do_not_run(llama, tmp_path):
-    engine = packed(llama, [tiny.save_sae(tmp_path / "sae", "blocks.1.hook_resid_post")])
+    hf, _ = loaded(llama, [], torch.float32)
+    layers = hf.model.model.layers
+    trunk = Trunk(hf.model, [(1, "post")])
     ran: list[int] = []
-    for number, layer in enumerate(engine._trunk._layers):
+    for number, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number), prepend=True)
-    engine.extract(random_texts([5]))
+    trunk.run(torch.tensor([[1, 2, 3]]), torch.arange(3)[None], None, None)
     assert ran == [0, 1]
+    trunk.drop_idle()
+    assert len(layers) == 2
+
+
+def test_where_only_the_first_layers_input_is_read_a_sliding_window_does_not_matter(tmp_path):
+    model = save_family(tmp_path / "gemma2", "gemma2")
+    sae = tiny.save_sae(tmp_path / "sae", "blocks.0.hook_resid_pre")
+    (got,) = packed(model, [sae]).extract(random_texts([9, 5])).layers
+    (expected,) = padded(model, [sae]).extract(random_texts([9, 5])).layers
+    assert_close(got.x, expected.x)
 
 
 @pytest.mark.parametrize("make", [packed, padded])

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from handmade import finish, make_part, open_writer
 
-from daemon.output.smallfile import Ragged, SmallFiles
+from daemon.output.ragged import Ragged
+from daemon.output.smallfile import SmallFiles
 from daemon.output.tables import FEW_ROWS, arrow
 
 SCHEMA = pa.schema(
