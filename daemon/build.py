@@ -16,6 +16,7 @@ import structlog
 import torch
 
 from daemon.analysis.study import StudySettings
+from daemon.columns import ANALYSIS_VERSION
 from daemon.compute.autotune import auto_batch_tokens
 from daemon.compute.buffers import keep_memory, lasting
 from daemon.compute.device import Study
@@ -144,6 +145,7 @@ def results_key(config: Config, engine: Engine) -> str:
     """Stands for everything besides the input's content that changes results."""
     info = engine.info
     identity = {
+        "analysis": ANALYSIS_VERSION,
         "config": config.results_fingerprint(),
         "model": info.weights_sha256 or info.name,
         "saes": [dataclasses.astuple(sae) for sae in info.saes],

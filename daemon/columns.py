@@ -13,6 +13,11 @@ from daemon.records import Recipe
 
 Kind = Literal["int", "float", "class"]
 
+# Raised when the meaning of a column, or of a text, changes: it is part of a unit's identity, so that content
+# that was published before is computed again. 1: before the number was recorded. 2: where the built-in contrast
+# recipe puts a space, one BOS token for texts that bring theirs, no numbers of what is not finite.
+ANALYSIS_VERSION = 2
+
 
 class Column(NamedTuple):
     name: str

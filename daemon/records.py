@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import string
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,10 +33,15 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a record becomes texts: `(name, template)` pairs, and the contrast between them, if any."""
+    """How a record becomes texts: `(name, template)` pairs, and the contrast between them, if any.
+
+    A template is literal, unless the recipe `joins`: then it names fields with a space between each two, and
+    `join` says where that space is left out.
+    """
 
     templates: tuple[tuple[str, str], ...]
     contrast: Contrast | None
+    joins: bool = False
 
     @property
     def text_names(self) -> tuple[str, ...]:
@@ -48,15 +54,39 @@ class Recipe:
 
     def render(self, values: dict[str, str]) -> tuple[str, ...]:
         """The texts of one record, in the order of the templates."""
-        return tuple(template.format_map(values) for _, template in self.templates)
+        if not self.joins:
+            return tuple(template.format_map(values) for _, template in self.templates)
+        return tuple(
+            functools.reduce(join, (values[field] for field in named_fields(template)))
+            for _, template in self.templates
+        )
 
 
 @functools.lru_cache(maxsize=64)
 def fields_of(templates: tuple[tuple[str, str], ...]) -> frozenset[str]:
-    formatter = string.Formatter()
-    return frozenset(
-        field for _, template in templates for _, field, _, _ in formatter.parse(template) if field
-    )
+    return frozenset(field for _, template in templates for field in named_fields(template))
+
+
+@functools.lru_cache(maxsize=64)
+def named_fields(template: str) -> tuple[str, ...]:
+    """The fields that a template names, in its order."""
+    return tuple(field for _, field, _, _ in string.Formatter().parse(template) if field)
+
+
+def join(prompt: str, completion: str) -> str:
+    """Prompt and completion as one text, with a space between them where neither brings its own.
+
+    No space where the completion is empty or begins with white space (as `str.isspace` has it) or with
+    punctuation (Unicode category P*), nor where the prompt is empty or ends with white space.
+    """
+    if not prompt or not completion or prompt[-1].isspace() or brings_its_own(completion[0]):
+        return prompt + completion
+    return f"{prompt} {completion}"
+
+
+def brings_its_own(first: str) -> bool:
+    """Whether no space is put before a text that begins with this character."""
+    return first.isspace() or unicodedata.category(first).startswith("P")
 
 
 CONTRAST_RECIPE = Recipe(
@@ -66,6 +96,7 @@ CONTRAST_RECIPE = Recipe(
         ("hall", "{prompt} {hallucination}"),
     ),
     contrast=Contrast(reference="prompt", positive="fact", negative="hall"),
+    joins=True,
 )
 PLAIN_RECIPE = Recipe(templates=(("text", "{text}"),), contrast=None)
 BUILT_IN_RECIPES = (CONTRAST_RECIPE, PLAIN_RECIPE)

@@ -7,10 +7,11 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from daemon.columns import analysis_columns
+from daemon.columns import ANALYSIS_VERSION, analysis_columns
 from daemon.compute.device import Begun, Study
 from daemon.compute.packing import Batch
 from daemon.config import Config, load_config
@@ -129,6 +130,37 @@ def test_another_seed_is_another_unit(tiny_toml, inbox):
         tiny.write_json(inbox / "study.json", tiny.contrast_records(3))
         tally, _ = drain(configured(tiny_toml, inbox, analysis__seed=seed))
         assert tally.committed == 1
+
+
+def test_content_published_under_an_older_analysis_is_new_work(tiny_toml, inbox, monkeypatch):
+    records = tiny.contrast_records(3)
+    config = configured(tiny_toml, inbox)
+    folders = []
+    for version in (ANALYSIS_VERSION - 1, ANALYSIS_VERSION, ANALYSIS_VERSION):
+        monkeypatch.setattr("daemon.build.ANALYSIS_VERSION", version)
+        tiny.write_json(inbox / "study.json", records)
+        tally, (outcome,) = drain(config)
+        folders.append((outcome.kind, outcome.folder))
+    assert [kind for kind, _ in folders] == ["committed", "committed", "duplicate"]
+    assert folders[0][1] != folders[1][1] == folders[2][1]
+    assert manifest_of(folders[1][1])["analysis_version"] == ANALYSIS_VERSION == 2
+
+
+def test_a_rendered_text_counts_its_bos_once(tiny_toml, inbox):
+    texts = ("hello there", "<bos>hello there")
+    for positions in ("last", "all", "mean"):
+        (inbox / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        _, (outcome,) = drain(configured(tiny_toml, inbox, analysis__positions=positions))
+        plain, rendered = pq.read_table(outcome.folder / "metrics.parquet").to_pylist()
+        assert plain["n_tokens_text"] == rendered["n_tokens_text"] == len("hello there") + 1
+        for name in plain.keys() - {"sample_id", "record_index"}:
+            assert plain[name] == rendered[name], name
+        features = pq.read_table(outcome.folder / "features.parquet").drop_columns(["sample_id"])
+        of_each = [
+            features.filter(pc.equal(features["record_index"], i)).drop_columns(["record_index"]).to_pylist()
+            for i in (0, 1)
+        ]
+        assert of_each[0] == of_each[1]
 
 
 def test_plain_records_have_no_contrast_columns(tiny_toml, inbox):

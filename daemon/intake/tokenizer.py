@@ -15,8 +15,9 @@ from daemon.records import Part, Reject, Sample, TokenizedPart, TokenizedSample
 class Tokenizer:
     """A fast Hugging Face tokenizer of its own; `tokenize` blocks and releases the GIL while it works.
 
-    With `prepend_bos`, every text starts with the BOS token, or with EOS where the model has no BOS, as in
-    TransformerLens. No other special token is added.
+    With `prepend_bos`, every text starts with one BOS token, or with EOS where the model has no BOS, as in
+    TransformerLens. It is added where the text does not begin with it: a rendered chat often does. A text's
+    special tokens are tokens, however they came into it. No other special token is added.
     """
 
     def __init__(
@@ -33,7 +34,8 @@ class Tokenizer:
             raise ConfigError(
                 "the SAEs expect a BOS token, but the model's tokenizer has neither BOS nor EOS"
             )
-        self._prefix: tuple[int, ...] = (bos,) if prepend_bos else ()
+        self._bos: list[int] = [bos] if prepend_bos else []
+        self._prefix = tuple(self._bos)
 
     def limited(self, max_text_tokens: int) -> Tokenizer:
         """The same with another limit."""
@@ -42,9 +44,13 @@ class Tokenizer:
         return other
 
     def encode(self, texts: list[str]) -> list[tuple[int, ...]]:
-        """Token ids of each text, BOS included."""
+        """Token ids of each text, BOS included, once."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [(*self._prefix, *encoding.ids) for encoding in encodings]
+        n = len(self._prefix)
+        return [
+            (*ids,) if (ids := encoding.ids)[:n] == self._bos else (*self._prefix, *ids)
+            for encoding in encodings
+        ]
 
     def tokenize(self, parts: Sequence[Part]) -> list[TokenizedPart]:
         """Parts with their samples tokenized, all at one go, since each call costs more than a small file.

@@ -12,6 +12,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from daemon.columns import ANALYSIS_VERSION
 from daemon.output.jsontext import Constant, Extended, fields_of, readable_name
 from daemon.output.totals import StageSeconds, UnitTotals
 from daemon.records import ModelInfo, Recipe, SaeInfo, Source
@@ -52,6 +53,7 @@ def manifest(
             Extended(describe_dictionary(sae), fvu=fvu, mean_l0=layer.mean_l0())
             for sae, layer, fvu in zip(info.saes, totals.layers, totals.fvu, strict=True)
         ],
+        "analysis_version": ANALYSIS_VERSION,
         "recipe": describe_recipe(recipe),
         "config": settings,
         "versions": versions(),
@@ -88,7 +90,9 @@ def describe_dictionary(sae: SaeInfo) -> Constant:
 @functools.cache
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     return Constant(
-        texts=dict(recipe.templates), contrast=asdict(recipe.contrast) if recipe.contrast else None
+        texts=dict(recipe.templates),
+        contrast=asdict(recipe.contrast) if recipe.contrast else None,
+        joins=recipe.joins,
     )
 
 

@@ -34,6 +34,26 @@ def test_without_bos_nothing_is_added():
     assert len(part.samples[0].token_ids[0]) == 2
 
 
+def test_a_text_that_brings_its_bos_gets_no_other():
+    (part,) = tokenizer().tokenize([part_of("<bos>ab", "ab", "a<bos>b", "<bos><bos>a", "<bos", "<bos>")])
+    ids = [sample.token_ids[0] for sample in part.samples]
+    a, b = ids[1][1:]
+    assert ids[0] == ids[1] == (tiny.BOS, a, b)
+    assert ids[2] == (tiny.BOS, a, tiny.BOS, b)  # further on it is a token like others
+    assert ids[3] == (tiny.BOS, tiny.BOS, a)  # the text's own two
+    assert len(ids[4]) == 1 + len("<bos")
+    assert [reject.reason for reject in part.part.rejects] == ["empty_text"]  # nothing but BOS
+    (part,) = tokenizer(prepend_bos=False).tokenize([part_of("<bos>ab", "<bos>")])
+    assert [sample.token_ids[0] for sample in part.samples] == [(tiny.BOS, a, b), (tiny.BOS,)]
+
+
+def test_eos_stands_for_a_bos_that_the_model_lacks_once():
+    bare = tiny.byte_tokenizer()
+    bare.bos_token = None
+    ids = Tokenizer(bare, prepend_bos=True, max_text_tokens=9).encode(["<bos>a", "a"])
+    assert ids[0] == ids[1]
+
+
 def test_empty_and_overlong_texts_become_rejects_in_order():
     earlier = Reject(1, None, 2, 5, "malformed_json", "m")
     (part,) = tokenizer().tokenize([part_of("x" * 10, "fine", "", rejects=(earlier,))])
