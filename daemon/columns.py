@@ -13,9 +13,9 @@ from daemon.records import Recipe
 
 Kind = Literal["int", "float", "class"]
 
-# Raised when the meaning of a column, or of a text, changes: it is part of a unit's identity, so that content
-# that was published before is computed again. 1: before the number was recorded. 2: where the built-in contrast
-# recipe puts a space, one BOS token for texts that bring theirs, no numbers of what is not finite.
+# Raised when the meaning of a column or of a text changes. It is part of a unit's identity, so that content
+# published under an older one is computed again. 1: before the number was recorded. 2: the space that the
+# built-in contrast recipe puts, one BOS token for texts that bring theirs, no numbers of what is not finite.
 ANALYSIS_VERSION = 2
 
 

@@ -139,7 +139,7 @@ def test_content_published_under_an_older_analysis_is_new_work(tiny_toml, inbox,
     for version in (ANALYSIS_VERSION - 1, ANALYSIS_VERSION, ANALYSIS_VERSION):
         monkeypatch.setattr("daemon.build.ANALYSIS_VERSION", version)
         tiny.write_json(inbox / "study.json", records)
-        tally, (outcome,) = drain(config)
+        _, (outcome,) = drain(config)
         folders.append((outcome.kind, outcome.folder))
     assert [kind for kind, _ in folders] == ["committed", "committed", "duplicate"]
     assert folders[0][1] != folders[1][1] == folders[2][1]
