@@ -6,6 +6,7 @@ They hold plain Python and NumPy values only: no tensors, no open files, no conf
 from __future__ import annotations
 
 import functools
+import re
 import string
 import unicodedata
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from daemon.frozen import frozen
+
+SIGNED_NUMBER = re.compile(r"-?\.?\d")  # its sign or point is no punctuation of the sentence
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -77,16 +80,20 @@ def join(prompt: str, completion: str) -> str:
     """Prompt and completion as one text, with a space between them where neither brings its own.
 
     No space where the completion is empty or begins with white space (as `str.isspace` has it) or with
-    punctuation (Unicode category P*), nor where the prompt is empty or ends with white space.
+    punctuation (Unicode category P*, but for the sign or point of a number such as -5), nor where the prompt
+    is empty or ends with white space.
     """
-    if not prompt or not completion or prompt[-1].isspace() or brings_its_own(completion[0]):
+    if not prompt or not completion or prompt[-1].isspace() or brings_its_own(completion):
         return prompt + completion
     return f"{prompt} {completion}"
 
 
-def brings_its_own(first: str) -> bool:
-    """Whether no space is put before a text that begins with this character."""
-    return first.isspace() or unicodedata.category(first).startswith("P")
+def brings_its_own(completion: str) -> bool:
+    """Whether a text that is not empty stands after another one without a space."""
+    first = completion[0]
+    if first.isspace():
+        return True
+    return unicodedata.category(first).startswith("P") and SIGNED_NUMBER.match(completion) is None
 
 
 CONTRAST_RECIPE = Recipe(
