@@ -6,16 +6,21 @@ import re
 import shlex
 import subprocess
 import tomllib
+from glob import glob
 from pathlib import Path
 
 import duckdb
+import numpy as np
+import pandas as pd
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from daemon.cli import parser
 from daemon.config import Config, load_config
 from daemon.service import serve
 from tests import tiny
+from tests.spark import ask, needs_spark
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,22 +30,63 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def inline(start: str) -> str:
+    """The one expression between backticks that starts so."""
+    (line,) = re.findall(rf"`({re.escape(start)}[^`]*)`", README)
+    return line
+
+
 def commands(program: str) -> list[list[str]]:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{program} ")]
 
 
+KINDS = {
+    "contrast": tiny.contrast_records(5),
+    "text": [{"text": f"text {i}", "domain": "entity"} for i in range(3)],
+    "rejected": [{"prompt": "p", "fact": 1, "hallucination": "h", "domain": "logical"}],
+}
+MIXES = {  # what lies in the outbox, by names that sort in this order
+    "alike": ["contrast", "contrast", "contrast"],
+    "texts first": ["text", "contrast", "contrast"],
+    "texts last": ["contrast", "contrast", "text"],
+    "texts between": ["rejected", "contrast", "text", "contrast", "text"],
+}
+
+
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory) -> Path:
-    """A folder whose outbox/ holds several outputs."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "inbox").mkdir()
-    for number in range(3):
-        tiny.write_json(folder / "inbox" / f"{number}.json", tiny.contrast_records(4 + number))
-    (folder / "lensd.toml").write_text(tiny.make_tiny(folder).toml())
-    settings = {"inbox.path": folder / "inbox", "outbox.path": folder / "outbox", "inbox.settle_seconds": 0}
-    serve(load_config(folder / "lensd.toml", {}, {**settings, "http.enabled": False}), once=True)
-    return folder
+def mixes(tmp_path_factory) -> Path:
+    """Folders, named as in MIXES, whose outbox/ each holds outputs of several recipes."""
+    root = tmp_path_factory.mktemp("readme")
+    (root / "lensd.toml").write_text(tiny.make_tiny(root).toml())
+    for mix, kinds in MIXES.items():
+        folder = root / mix
+        (folder / "inbox").mkdir(parents=True)
+        for number, kind in enumerate(kinds):
+            records = [record | {"id": f"{number}-{i}"} for i, record in enumerate(KINDS[kind])]
+            tiny.write_json(folder / "inbox" / f"{number}.json", records)
+        settings = {f"{box}.path": folder / box for box in ("inbox", "outbox")}
+        settings |= {"inbox.settle_seconds": 0, "http.enabled": False}
+        serve(load_config(root / "lensd.toml", {}, settings), once=True)
+        assert len(list(folder.glob("outbox/*/metrics.parquet"))) == len(kinds)
+    return root
+
+
+@pytest.fixture(params=MIXES)
+def outputs(request, mixes, monkeypatch) -> Path:
+    monkeypatch.chdir(mixes / request.param)
+    return mixes / request.param
+
+
+def means(outputs: Path) -> dict[str, float]:
+    """The mean of stability_diff by domain, row by row over the files."""
+    found: dict[str, list[float]] = {}
+    for path in outputs.glob("outbox/*/metrics.parquet"):
+        for row in pq.read_table(path).to_pylist():
+            if row.get("stability_diff") is not None:
+                found.setdefault(row["domain"], []).append(row["stability_diff"])
+    assert set(found) == {"entity", "logical"}
+    return {domain: float(np.mean(values)) for domain, values in found.items()}
 
 
 @pytest.mark.parametrize("arguments", commands("lensd"), ids=" ".join)
@@ -55,20 +101,29 @@ def test_every_make_target_exists():
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_the_query_aggregates_over_every_output(outputs, monkeypatch):
-    monkeypatch.chdir(outputs)
+def test_the_query_aggregates_over_every_output(outputs):
     (query,) = blocks("sql")
-    rows = dict(duckdb.sql(query).fetchall())
-    assert set(rows) == {"entity", "logical"}
-    assert all(-1 <= value <= 1 for value in rows.values())
+    assert dict(duckdb.sql(query).fetchall()) == pytest.approx(means(outputs))
 
 
-def test_the_polars_line_gives_the_same(outputs, monkeypatch):
-    monkeypatch.chdir(outputs)
-    (line,) = blocks("python")
-    frame = eval(line, {"pl": pl})
-    (query,) = blocks("sql")
-    assert dict(frame.iter_rows()) == pytest.approx(dict(duckdb.sql(query).fetchall()))
+def test_the_polars_lines_give_the_same(outputs):
+    (lines,) = blocks("python")
+    assert dict(eval(lines, {"pl": pl}).iter_rows()) == pytest.approx(means(outputs))
+
+
+def test_the_pandas_line_gives_the_same(outputs):
+    frame = eval(inline("pd.concat("), {"pd": pd, "glob": glob})
+    assert frame.groupby("domain")["stability_diff"].mean().to_dict() == pytest.approx(means(outputs))
+
+
+@needs_spark
+@pytest.mark.slow
+def test_the_spark_line_gives_the_same(mixes):
+    line = f"{inline('spark.read')}.groupBy('domain').avg('stability_diff')"
+    answers = ask(*[line.replace("outbox/", f"{mix}/outbox/") for mix in MIXES], cwd=mixes)
+    for mix, answer in zip(MIXES, answers, strict=True):
+        found = {row["domain"]: row["avg(stability_diff)"] for row in answer["rows"]}
+        assert found == pytest.approx(means(mixes / mix)), mix
 
 
 def test_the_configuration_shown_is_valid_and_shows_the_defaults():

@@ -1,8 +1,8 @@
 """The columns of both Parquet files and how they are encoded on disk.
 
-Types are plain ones that every reader knows; dictionaries and byte streams are encodings, not types.
-Every field carries its unit and meaning as metadata, which only files of a few rows do without.
-Knows nothing about samples and results.
+Types and encodings are those that every reader of the last years knows: plain values and dictionaries under
+Zstandard. What that costs in bytes is in `daemon/README.md`. Every field carries its unit and meaning as
+metadata, which only files of a few rows do without. Knows nothing about samples and results.
 """
 
 from __future__ import annotations
@@ -127,31 +127,24 @@ def features_schema(values: ValueType) -> pa.Schema:
     )
 
 
-INDICES = "indices.list.element"
-VALUES = "values.list.element"
-FEATURE_KEYS = ["sample_id", "record_index", "text", "layer", "hook_name", "position", "token_id"]
-
-COMMON_OPTIONS: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "write_statistics": True}
+COMMON_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 3,
+    "write_statistics": True,
+    "data_page_version": "1.0",
+}
 
 
 @functools.lru_cache(maxsize=64)
 def metrics_options(layers: tuple[int, ...], recipe: Recipe) -> dict[str, Any]:
-    """How `metrics.parquet` is encoded: dictionaries for what repeats, byte streams for floats."""
+    """How `metrics.parquet` is encoded: dictionaries for what repeats, floats plain."""
     schema = metrics_schema(layers, recipe)
-    floats = [field.name for field in schema if pa.types.is_float64(field.type)]
-    return COMMON_OPTIONS | {
-        "use_dictionary": [field.name for field in schema if field.name not in floats],
-        "column_encoding": dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
-    }
+    repeats = [field.name for field in schema if not pa.types.is_float64(field.type)]
+    return COMMON_OPTIONS | {"use_dictionary": repeats}
 
 
 @functools.lru_cache
 def features_options(values: ValueType) -> dict[str, Any]:
-    """How `features.parquet` is encoded. DuckDB reads no byte stream of float16, so these stay plain."""
-    return COMMON_OPTIONS | {
-        "use_dictionary": FEATURE_KEYS,
-        "column_encoding": {
-            INDICES: "DELTA_BINARY_PACKED",
-            VALUES: "BYTE_STREAM_SPLIT" if values == "float32" else "PLAIN",
-        },
-    }
+    """How `features.parquet` is encoded: dictionaries for the keys, indices and values plain."""
+    keys = [field.name for field in features_schema(values) if not pa.types.is_list(field.type)]
+    return COMMON_OPTIONS | {"use_dictionary": keys}

@@ -50,24 +50,42 @@ def test_every_field_says_what_it_is():
     assert schema.field("stability_diff").metadata[b"description"] == b"stability_fact - stability_hall"
 
 
-@pytest.mark.parametrize("values, split", [("float32", True), ("float16", False)])
-def test_columns_are_encoded_as_meant(tmp_path, values, split):
-    writer = open_writer(tmp_path / "unit", values=values)
-    writer.write_part(finish(make_part(0, 0, FEW_ROWS + 1, last=True)))
-    writer.write()
-    features = encodings(tmp_path / "unit/features.parquet")
-    assert "DELTA_BINARY_PACKED" in features["indices.list.element"]
-    assert ("BYTE_STREAM_SPLIT" in features["values.list.element"]) == split
+@pytest.mark.parametrize("values", ["float32", "float16"])
+def test_columns_are_encoded_as_meant(tmp_path, values):
+    features, metrics = both(tmp_path / "unit", FEW_ROWS + 1, values)
+    assert features["indices.list.element"] == features["values.list.element"] == {"PLAIN", "RLE"}
     assert "RLE_DICTIONARY" in features["sample_id"]
-    metrics = encodings(tmp_path / "unit/metrics.parquet")
     assert "RLE_DICTIONARY" in metrics["l5_hall_shape_class"]
-    assert "BYTE_STREAM_SPLIT" in metrics["l5_hall_gini"]
+    assert "RLE_DICTIONARY" not in metrics["l5_hall_gini"]
+    for path in ("features", "metrics"):
+        columns = columns_of(tmp_path / f"unit/{path}.parquet")
+        assert {column.compression for column in columns} == {"ZSTD"}
+        assert all(column.is_stats_set for column in columns)
 
 
-def encodings(path) -> dict[str, tuple[str, ...]]:
-    """Of each leaf column; every one compressed with zstd and with statistics."""
-    group = pq.read_metadata(path).row_group(0)
-    columns = [group.column(i) for i in range(group.num_columns)]
-    assert {column.compression for column in columns} == {"ZSTD"}
-    assert all(column.is_stats_set for column in columns)
-    return {column.path_in_schema: column.encodings for column in columns}
+@pytest.mark.parametrize("values", ["float32", "float16"])
+@pytest.mark.parametrize("recipe", [CONTRAST_RECIPE, PLAIN_RECIPE], ids=["contrast", "plain"])
+@pytest.mark.parametrize("rows", [0, 1, FEW_ROWS, FEW_ROWS + 1, 3000])
+def test_only_encodings_that_every_reader_knows_are_used(tmp_path, rows, recipe, values):
+    """Byte streams, deltas and pages of the second version are beyond readers of the last years."""
+    for encodings in both(tmp_path / "unit", rows, values, recipe):
+        assert set().union(*encodings.values()) <= {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY"}
+
+
+def both(folder, rows, values, recipe=CONTRAST_RECIPE) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """The encodings of each leaf column of an output's features and metrics."""
+    rejected = () if rows else (0,)
+    writer = open_writer(folder, recipe, values=values)
+    writer.write_part(finish(make_part(0, 0, rows or 1, rejected=rejected, last=True, recipe=recipe)))
+    writer.write()
+    return encodings(folder / "features.parquet"), encodings(folder / "metrics.parquet")
+
+
+def encodings(path) -> dict[str, set[str]]:
+    return {column.path_in_schema: set(column.encodings) for column in columns_of(path)}
+
+
+def columns_of(path) -> list[pq.ColumnChunkMetaData]:
+    metadata = pq.read_metadata(path)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    return [group.column(number) for group in groups for number in range(group.num_columns)]
