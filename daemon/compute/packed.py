@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import structlog
 import torch
 from torch import Tensor, nn
@@ -37,20 +36,16 @@ from daemon.compute.linear import (
     prepared_rows,
 )
 from daemon.compute.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
+from daemon.compute.plain_hooks import PlainHooks
+from daemon.compute.plain_layer import Unreachable
 from daemon.compute.preorder import Preorder, preorder
+from daemon.compute.probe import Difference, packed_texts
 from daemon.compute.readings import Reader
 from daemon.compute.sae import LoadedSae, hook_point
 from daemon.compute.trunk import Trunk, UnknownModel
 from daemon.records import ModelInfo, Positions
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # that packed attention knows
-PROBE_TOLERANCE = {  # relative, of packed residuals to plain ones: of the worst, of the median
-    torch.float64: (1e-9, 1e-9),
-    torch.float32: (1e-4, 1e-4),
-    torch.bfloat16: (1.0, 0.05),  # rounding alone moves a few tokens, such as attention sinks, by half
-    torch.float16: (1.0, 0.01),
-}
-
 PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: a second does for all of a small model's
 PREPARE_NUMBERS = 1 << 22  # in the result of an encoder's product, up to which its kernel is made ahead
 
@@ -90,7 +85,7 @@ class PackedEngine:
             raise CannotPack(str(error)) from None
         self._concurrent = model.device == "cpu" and keeps_nothing(model.model, encoders)
         self._fused = False  # whether attention is one kernel
-        texts = [text[: model.context] for text in probe_texts(model.vocabulary)]
+        texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
         plain = self._adopt(model, texts)
         if compiles:
             self._fuse(texts, plain)
@@ -151,10 +146,10 @@ class PackedEngine:
         with torch.inference_mode(), attending(plan):
             return self._trunk.run(tokens, depth, self._no_mask, keep)
 
-    def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+    def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Give the model packed attention and packed weights, and compare with how it ran before.
 
-        Returns how that was: per text, and SAE, (length, d_model).
+        Returns how that was, by forward hooks, text by text: per hook name (tokens, d_model).
         """
         config = model.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -162,13 +157,20 @@ class PackedEngine:
             raise CannotPack(f"layers of type {', '.join(sorted(unknown))}")
         register()
         try:
-            plain = [self._plain(text) for text in texts]
+            plain = self._plain(model, texts)
             model.model.config._attn_implementation = IMPLEMENTATION
             if config is not model.model.config:
                 config._attn_implementation = IMPLEMENTATION
             self._rows = self._pack(texts)
             plan = self._probe(texts, plain)
-        except (UnsupportedAttention, TypeError, ValueError, RuntimeError, LookupError) as error:
+        except (
+            UnsupportedAttention,
+            Unreachable,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            LookupError,
+        ) as error:
             raise CannotPack(f"{type(error).__name__}: {first_line(error)}") from error
         slides = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None))
         if slides and self._trunk.layers and not plan.slides:
@@ -184,7 +186,7 @@ class PackedEngine:
             return filled_rows
         return prepared_rows if pack_linears(self._trunk.layers) or lean else int
 
-    def _fuse(self, texts: Sequence[Sequence[int]], plain: list[list[Tensor]]) -> None:
+    def _fuse(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
         """Compile the layers, and on an accelerator the attention; leave them where that does not work."""
         began = time.perf_counter()
         try:
@@ -198,29 +200,25 @@ class PackedEngine:
             return
         log.info("engine.compiled", seconds=round(time.perf_counter() - began, 1))
 
-    def _probe(self, texts: Sequence[Sequence[int]], plain: list[list[Tensor]]) -> Plan:
+    def _probe(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> Plan:
         """Run texts packed; how they were attended to. Raises CannotPack where it differs from `plain`."""
         packed = preorder(texts)
         plan = self._plan(packed)
         got = self._run(packed, plan, torch.from_numpy(packed.path).to(self._device))
-        for number, entry in enumerate(self._reader.saes):
-            expected = torch.cat([residuals[number] for residuals in plain])
-            errors = relative_errors(expected, got[number])
-            worst, median = float(errors.max()), float(errors.median())
-            log.debug("engine.probe", hook_name=entry.info.hook_name, worst=worst, median=median)
-            most, typical = PROBE_TOLERANCE[self._dtype]
-            if not (worst <= most and median <= typical):  # NaN too
-                raise CannotPack(
-                    f"{entry.info.hook_name}: packed and plain runs differ by {worst:.1e} of the residual"
-                    f" at worst, {median:.1e} in the median"
-                )
+        for entry, residuals in zip(self._reader.saes, got, strict=True):
+            hook_name = entry.info.hook_name
+            difference = Difference.of(plain[hook_name], residuals)
+            log.debug("engine.probe", hook_name=hook_name, worst=difference.worst, median=difference.median)
+            if not difference.within(self._dtype):
+                raise CannotPack(f"{hook_name}: packed and plain runs differ by {difference}")
         return plan
 
-    def _plain(self, text: Sequence[int]) -> list[Tensor]:
-        """One text as the model runs it by itself: per SAE (length, d_model)."""
-        tokens = torch.tensor([text], device=self._device)
-        with torch.inference_mode():
-            return self._trunk.run(tokens, torch.arange(len(text), device=self._device)[None], None, None)
+    def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Each text as the model runs it by itself."""
+        names = [name for entry in self._reader.saes for name in entry.hook_names]
+        plain = PlainHooks(model.model, names, model.vocabulary)
+        read = [plain.read(text) for text in texts]
+        return {name: torch.cat([values[name] for values in read]) for name in names}
 
 
 def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Sequence[Encoder]) -> None:
@@ -267,18 +265,3 @@ def rope_types(module: nn.Module) -> set[str]:
 
 def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
-
-
-def probe_texts(vocabulary: int) -> list[list[int]]:
-    """Random token sequences that share beginnings, contain one another, and span blocks of queries."""
-    generator = np.random.Generator(np.random.PCG64(0))
-    ids: list[int] = generator.integers(0, vocabulary, 400).tolist()
-    return [ids[:150], ids[:7], ids[:90] + ids[200:300], ids[:90] + ids[300:310], ids[350:400], ids[:90]]
-
-
-def relative_errors(expected: Tensor, got: Tensor) -> Tensor:
-    """(N,) the difference of each two rows (N, d), relative to the length of the first."""
-    expected, got = expected.double(), got.double()
-    relative: Tensor = torch.linalg.vector_norm(got - expected, dim=-1)
-    relative /= torch.linalg.vector_norm(expected, dim=-1)
-    return relative

@@ -1,7 +1,8 @@
-"""The reference engine: TransformerLens on right-padded batches, one forward pass for all SAEs.
+"""The general engine: TransformerLens on right-padded batches, one forward pass for all SAEs.
 
 Slower than it could be, and simple: causal attention never looks right, so padding on the right needs no
-mask and changes no result. Knows nothing about analysis, files or samples.
+mask and changes no result. At the start this is tried: a padded batch against plain Hugging Face modules, one
+text at a time, at the hook points that are read. Knows nothing about analysis, files or samples.
 """
 
 from __future__ import annotations
@@ -9,18 +10,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
+import structlog
 import torch
 from torch import Tensor
 
 from daemon.compute.encoding import Encoder
 from daemon.compute.extraction import Extraction, Started
 from daemon.compute.float64 import full_precision
+from daemon.compute.hook_points import canonical, hook_points_of
 from daemon.compute.launched import Launched, moved
 from daemon.compute.loading import LoadedModel, bridge_of, model_info
+from daemon.compute.plain_hooks import PlainHooks
+from daemon.compute.plain_layer import Unreachable
+from daemon.compute.probe import Difference, padded_texts
 from daemon.compute.readings import Reader
-from daemon.compute.sae import LoadedSae, layer_of
+from daemon.compute.sae import LoadedSae, first_line, layer_of
 from daemon.errors import ConfigError
-from daemon.records import ModelInfo, Positions
+from daemon.records import IntArray, ModelInfo, Positions
+
+BoolArray = npt.NDArray[np.bool_]
+RUN_ERRORS = (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+log = structlog.get_logger()
 
 
 class PaddedEngine:
@@ -33,18 +46,26 @@ class PaddedEngine:
         encoders: Sequence[Encoder],
         positions: Positions,
     ) -> None:
-        """Raises ConfigError where the model lacks a hook point that an SAE names."""
-        self._bridge = bridge_of(model)
+        """Takes the model's modules over.
+
+        Raises ConfigError where the model lacks a hook point that an SAE names, where TransformerLens gives
+        other values there than the model by itself, or where plain modules can't tell.
+        """
+        points = [hook_points_of(entry) for entry in saes]
         self._reader = Reader(tuple(saes), tuple(encoders), positions, model.device)
         self._info = model_info(model, [entry.info for entry in saes], "padded")
-        self._dtype = model.dtype
-        self._device = model.device
-        self._hook_points = {name: canonical(name) for entry in saes for name in entry.hook_names}
-        self._stop_at_layer = max(map(layer_of, self._hook_points)) + 1
-        for name, point in self._hook_points.items():
-            if point not in self._bridge.hook_dict:
-                raise ConfigError(f"model {model.location.name} has no hook point {name}")
-        self._check_widths()
+        self._name, self._dtype, self._device = model.location.name, model.dtype, model.device
+        self._read = [read for read, _ in points]
+        self._written = [written for _, written in points]
+        self._points = tuple(dict.fromkeys([*self._read, *self._written]))
+        self._stop_at_layer = max(map(layer_of, self._points)) + 1
+        texts = [text[: model.context] for text in padded_texts(model.vocabulary, special_tokens(model))]
+        plain = plain_values(model, self._points, texts)  # before the modules change hands
+        self._bridge = bridge_of(model)
+        for point in self._points:
+            if canonical(point) not in self._bridge.hook_dict:
+                raise ConfigError(f"model {self._name} has no hook point {point}")
+        self._try(texts, plain)
 
     @property
     def info(self) -> ModelInfo:
@@ -70,32 +91,78 @@ class PaddedEngine:
     def saes(self) -> tuple[LoadedSae, ...]:
         return self._reader.saes
 
-    def _check_widths(self) -> None:
+    def _try(self, texts: Sequence[Sequence[int]], plain: Sequence[dict[str, Tensor]] | Unreachable) -> None:
+        """Run texts as one padded batch. Raises ConfigError where values are not those of `plain`."""
+        tokens, _ = padded_tokens(texts)
+        try:
+            values = self._values(torch.from_numpy(tokens).to(self._device))
+        except RUN_ERRORS as error:
+            raise ConfigError(
+                f"model {self._name}: TransformerLens can't run it ({type(error).__name__}:"
+                f" {first_line(error)}): use dictionaries at hook_resid_pre or hook_resid_post, or another"
+                " model"
+            ) from error
+        self._check_widths(values)
+        if isinstance(plain, Unreachable):
+            raise ConfigError(
+                f"model {self._name}: what TransformerLens gives at {', '.join(self._points)} can't be"
+                f" checked against plain modules ({plain}): use a dictionary at another hook point"
+            )
+        for row, (text, expected) in enumerate(zip(texts, plain, strict=True)):
+            for point in self._points:
+                difference = Difference.of(expected[point], values[point][row, : len(text)])
+                log.debug("engine.probe", hook_name=point, worst=difference.worst, median=difference.median)
+                if not difference.within(self._dtype):
+                    raise ConfigError(self._refusal(point, text, expected[point], difference))
+
+    def _refusal(self, point: str, text: Sequence[int], expected: Tensor, difference: Difference) -> str:
+        """Why values differ: by what stands beside a text, or already where it is alone."""
+        alone = self._values(torch.tensor([text], device=self._device))[point][0]
+        if Difference.of(expected, alone).within(self._dtype):
+            return (
+                f"model {self._name}: at {point} a text's values change with what stands after it, by"
+                f" {difference}: it reads texts in both directions, and lensd reads causal models only"
+            )
+        return (
+            f"model {self._name}: at {point} TransformerLens gives other values than the model by itself,"
+            f" different by {difference}: use dictionaries at hook_resid_pre or hook_resid_post, or another"
+            " version of transformer-lens"
+        )
+
+    def _check_widths(self, values: dict[str, Tensor]) -> None:
         """Raises ConfigError where a dictionary does not fit the places it reads and predicts."""
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self._device)
-        for entry, read, written in zip(self._reader.saes, *self.residuals(tokens), strict=True):
+        for entry, read, written in zip(self._reader.saes, self._read, self._written, strict=True):
             info = entry.info
-            check_width(info.source, info.hook_name, info.d_in, read)
-            check_width(info.source, info.hook_name_out, info.d_out, written)
+            check_width(info.source, info.hook_name, info.d_in, values[read])
+            check_width(info.source, info.hook_name_out, info.d_out, values[written])
 
     def residuals(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """tokens: (rows, width) on the device -> the raw values (rows, width, d) that each SAE reads, and
         those that it reconstructs."""
+        values = self._values(tokens)
+        return [values[point] for point in self._read], [values[point] for point in self._written]
+
+    def _values(self, tokens: Tensor) -> dict[str, Tensor]:
+        """tokens: (rows, width) on the device -> per hook point (rows, width, d), heads side by side.
+
+        Raises LookupError for a hook point that does not fire, or has not one row for each token.
+        """
         captured: dict[str, Tensor] = {}
 
         def capture(activation: Tensor, hook: object, name: str) -> None:
-            captured[name] = activation.flatten(2)  # heads side by side
+            captured[name] = by_token(activation, tokens, name)
 
         fwd_hooks = [
-            (point, lambda activation, hook, name=name: capture(activation, hook, name))
-            for name, point in self._hook_points.items()
+            (canonical(point), lambda activation, hook, name=point: capture(activation, hook, name))
+            for point in self._points
         ]
         with torch.inference_mode(), full_precision(self._dtype):
             self._bridge.run_with_hooks(
                 tokens, return_type=None, stop_at_layer=self._stop_at_layer, fwd_hooks=fwd_hooks
             )
-        infos = [entry.info for entry in self._reader.saes]
-        return [captured[info.hook_name] for info in infos], [captured[info.hook_name_out] for info in infos]
+        if silent := [point for point in self._points if point not in captured]:
+            raise LookupError(f"its hook point {silent[0]} does not fire")
+        return captured
 
     def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
         """See `Engine.extract`."""
@@ -104,11 +171,8 @@ class PaddedEngine:
     def start(self, texts: Sequence[Sequence[int]]) -> Started:
         """See `Engine.start`."""
         with Launched(self._device) as forward:
-            lengths = np.array([len(text) for text in texts])
-            width = int(lengths.max())
-            tokens = np.zeros((len(texts), width), np.int64)
-            inside = np.arange(width) < lengths[:, None]
-            tokens[inside] = np.concatenate(texts)
+            tokens, inside = padded_tokens(texts)
+            lengths = inside.sum(1)
             readings = self._reader.choose(
                 path=np.flatnonzero(inside),
                 offsets=np.concatenate(([0], np.cumsum(lengths))),
@@ -131,14 +195,51 @@ class PaddedEngine:
         return kept, targets
 
 
+def padded_tokens(texts: Sequence[Sequence[int]]) -> tuple[IntArray, BoolArray]:
+    """Texts as rows of one array, zeros on the right; and where they are."""
+    lengths = np.array([len(text) for text in texts])
+    inside = np.arange(int(lengths.max())) < lengths[:, None]
+    tokens = np.zeros(inside.shape, np.int64)
+    tokens[inside] = np.concatenate(texts)
+    return tokens, inside
+
+
+def by_token(activation: Tensor, tokens: Tensor, name: str) -> Tensor:
+    """What a hook point gives, as (rows, width, d). Some modules work on all rows as one."""
+    rows, width = tokens.shape
+    if activation.ndim == 2 and len(activation) == rows * width:
+        activation = activation.view(rows, width, -1)
+    if activation.ndim < 3 or activation.shape[:2] != (rows, width):
+        raise LookupError(f"its hook point {name} has no row for each token: {tuple(activation.shape)}")
+    return activation.flatten(2)
+
+
+def plain_values(
+    model: LoadedModel, points: Sequence[str], texts: Sequence[Sequence[int]]
+) -> list[dict[str, Tensor]] | Unreachable:
+    """What plain modules give: of each text, per hook point (length, d); or why they can't tell.
+
+    Raises ConfigError where the model does not run.
+    """
+    try:
+        plain = PlainHooks(model.model, points, model.vocabulary)
+        return [plain.read(text) for text in texts]
+    except Unreachable as error:
+        return error
+    except RUN_ERRORS as error:
+        raise ConfigError(
+            f"model {model.location.name}: can't be run in {str(model.dtype).removeprefix('torch.')} on"
+            f" {model.device} ({type(error).__name__}: {first_line(error)}): try another model.dtype"
+        ) from error
+
+
+def special_tokens(model: LoadedModel) -> list[int]:
+    return [int(token) for token in model.tokenizer.all_special_ids]
+
+
 def check_width(source: str, hook_name: str, width: int, got: Tensor) -> None:
     if got.shape[-1] != width:
         raise ConfigError(
             f"SAE {source}: expects {width} values at {hook_name}, where the model has {got.shape[-1]}:"
             " it belongs to another model"
         )
-
-
-def canonical(hook_name: str) -> str:
-    """A residual hook's name as the bridge's list of hooks has it."""
-    return hook_name.replace("hook_resid_post", "hook_out").replace("hook_resid_pre", "hook_in")
