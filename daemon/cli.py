@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     share_heap()
     never_refuse(sys.stdout, sys.stderr)
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
         code: int = args.command(args)
     except (LensdError, OSError) as error:
         return complain(error, exit_code(error))
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     verify = add_command(
         commands, "verify", run_verify, "compare with one-at-a-time TransformerLens + SAELens"
     )
-    verify.add_argument("file", nargs="?", type=Path, metavar="FILE", help="input file (default: the demo's)")
+    verify.add_argument("file", nargs="?", type=path, metavar="FILE", help="input file (default: the demo's)")
     verify.add_argument("--samples", type=positive, metavar="N", help="only the first N samples")
     verify.add_argument(
         "--batch-sizes",
@@ -110,10 +110,10 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print the report as JSON")
     bench = add_command(commands, "bench", run_bench, "speed and memory, beside what people run instead")
     bench.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="input files (default: the demo's)"
+        "files", nargs="*", type=path, metavar="FILE", help="input files (default: the demo's)"
     )
     bench.add_argument("--json", action="store_true", help="print the report as JSON")
-    bench.add_argument("--plot", type=Path, metavar="PNG", help="draw speed and memory by batch size")
+    bench.add_argument("--plot", type=path, metavar="PNG", help="draw speed and memory by batch size")
     bench.add_argument("--repetitions", type=positive, default=5, metavar="N", help="default 5")
     bench.add_argument("--batch-sizes", type=sizes, metavar="N,N", help="samples per batch (1,4,8,16,32)")
     bench.add_argument(
@@ -125,12 +125,12 @@ def parser() -> argparse.ArgumentParser:
     retry.set_defaults(command=run_retry)
     retry.add_argument("names", nargs="*", metavar="NAME", help="files in failed/ (default: all)")
     retry.add_argument("--list", action="store_true", help="show them and their reasons, move nothing")
-    retry.add_argument("--config", type=Path, metavar="FILE", help="TOML settings")
+    retry.add_argument("--config", type=path, metavar="FILE", help="TOML settings")
     retry.add_argument("--inbox", metavar="DIR", dest="inbox.path")
     check = add_command(commands, "check-config", check_config, "validate settings, folders, model and SAEs")
     status = commands.add_parser("status", help="what a running daemon does", description=STATUS)
     status.set_defaults(command=show_status)
-    status.add_argument("--config", type=Path, metavar="FILE", help="TOML settings of the daemon")
+    status.add_argument("--config", type=path, metavar="FILE", help="TOML settings of the daemon")
     status.add_argument("--url", metavar="URL", help="of the daemon (default: http.address)")
     status.add_argument("--json", action="store_true", help="print it as JSON")
     for command in (run, demo, check):
@@ -143,7 +143,7 @@ def add_command(commands: Any, name: str, function: Any, summary: str) -> argpar
     """A subcommand with the options that all share; dotted `dest`s are configuration keys."""
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
     command.set_defaults(command=function)
-    command.add_argument("--config", type=Path, metavar="FILE", help="TOML settings")
+    command.add_argument("--config", type=path, metavar="FILE", help="TOML settings")
     command.add_argument("--model", metavar="NAME", dest="model.name", help="preset, folder or hub name")
     command.add_argument("--device", metavar="DEV", dest="model.device", help="auto, cpu, cuda, cuda:N")
     command.add_argument(
@@ -152,6 +152,13 @@ def add_command(commands: Any, name: str, function: Any, summary: str) -> argpar
     command.add_argument("--max-batch-tokens", metavar="N", dest="batching.max_batch_tokens")
     command.add_argument("--log-format", metavar="F", dest="log.format", help="auto, console, json")
     return command
+
+
+def path(text: str) -> Path:
+    """A path given on the command line. Raises ConfigError where it is empty."""
+    if not text.strip():
+        raise ConfigError("an empty path is no path: name one, or leave the argument out")
+    return Path(text)
 
 
 def positive(text: str) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -44,14 +45,55 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 LOG_FORMATS = ("auto", "console", "json")
 
 
+def check_path(value: Any) -> Any:
+    """Raises ValueError for a text that names no place: `Path("")` would be the working folder."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("an empty path is no path: name one, or leave the setting out")
+        if "\0" in value:
+            raise ValueError("a path can't hold a NUL character")
+        if value == "~" or value.startswith("~/"):
+            raise ValueError("~ is not expanded in settings: write the whole path")
+    return value
+
+
+def check_name(value: Any) -> Any:
+    """Raises ValueError for a text that names nothing."""
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        raise ValueError("an empty name is no name: give one, or leave the setting out")
+    return value
+
+
+SettingPath = Annotated[Path, BeforeValidator(check_path)]
+SettingName = Annotated[str, BeforeValidator(check_name)]
+
+
+def check_pattern(value: str) -> str:
+    """Raises ValueError for a pattern that no file name can match."""
+    if not value.strip() or "/" in value or "\0" in value:
+        raise ValueError("expected a pattern of file names, such as *.bak.json, without a folder")
+    return value
+
+
+def check_list(value: Any) -> Any:
+    """Raises ValueError for one text where a list of them is due."""
+    if isinstance(value, str):
+        raise ValueError('expected a list of patterns, such as ["*.bak.json"]')
+    return value
+
+
+NamePattern = Annotated[str, AfterValidator(check_pattern)]
+NamePatterns = Annotated[tuple[NamePattern, ...], BeforeValidator(check_list)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
-    name: str = DEFAULT_MODEL  # bundled preset, local folder, TransformerLens or Hugging Face name
+    name: SettingName = DEFAULT_MODEL  # bundled preset, local folder, TransformerLens or Hugging Face name
     dtype: Dtype = "float32"
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    device: SettingName = "auto"  # auto, cpu, cuda, cuda:N
     quantization: Literal["none"] = "none"
     compile: Literal["auto", "off"] = "auto"  # layers and attention by torch.compile: on CUDA, where it pays
 
@@ -59,9 +101,9 @@ class ModelSection(Section):
 class SaeSection(Section):
     """One dictionary: `release` and `id` as SAELens names them, or `path` to a SAELens folder."""
 
-    release: str | None = None
-    id: str | None = None
-    path: Path | None = None
+    release: SettingName | None = None
+    id: SettingName | None = None
+    path: SettingPath | None = None
 
     @model_validator(mode="after")
     def check_one_source(self) -> SaeSection:
@@ -107,7 +149,8 @@ class BatchingSection(Section):
 
 
 class InboxSection(Section):
-    path: Path = Path("inbox")
+    path: SettingPath = Path("inbox")
+    ignore: NamePatterns = ()  # glob patterns of names that are somebody else's
     settle_seconds: NonNegativeFloat = 1.0  # a file must be unchanged this long
     rescan_seconds: PositiveFloat = 5.0
     max_attempts: PositiveInt = 3
@@ -120,7 +163,7 @@ class InboxSection(Section):
 
 
 class OutboxSection(Section):
-    path: Path = Path("outbox")
+    path: SettingPath = Path("outbox")
     values: Literal["float32", "float16"] = "float32"  # type of stored activations
     min_free_bytes: NonNegativeInt = 256 << 20  # of the disk; with less, no file is taken up
 
@@ -134,7 +177,7 @@ class HttpSection(Section):
     @classmethod
     def check_address(cls, value: str) -> str:
         host, _, port = value.rpartition(":")
-        if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        if not host.strip() or not (port.isascii() and port.isdigit()) or int(port) > 65535:
             raise ValueError("expected HOST:PORT, e.g. 127.0.0.1:9478")
         return value
 
@@ -319,6 +362,8 @@ def apply_preset(values: dict[str, Any], origins: dict[str, str]) -> None:
     """Fill in what the preset named by `model.name` says and no stronger layer does."""
     model = values.get("model", {})
     name = model.get("name", DEFAULT_MODEL) if isinstance(model, dict) else DEFAULT_MODEL
+    if not isinstance(name, str) or not name.strip():
+        return  # the check of the whole says so
     if name not in preset_names():
         if "sae" not in values:
             raise ConfigError(

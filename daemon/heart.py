@@ -18,6 +18,7 @@ from daemon.compute.buffers import memory_bytes, pool_bytes
 from daemon.compute.device import Device
 from daemon.errors import MachineError
 from daemon.intake.inbox import Inbox
+from daemon.intake.inputs import InputNames
 from daemon.intake.scan import InboxLoad, count_waiting
 from daemon.machine import Machine
 from daemon.observe.board import DRAINING, PAUSED, StatusBoard
@@ -64,6 +65,7 @@ class Heart:
         self.board = board
         self.notify = notify
         self.end = end
+        self.names: InputNames | None = None  # what of the inbox is counted; None: by the built-in ones
         self.inbox: Inbox | None = None
         self.pipeline: Pipeline | None = None
         self.load: InboxLoad | None = None  # what waits in the inbox, as last counted by anyone
@@ -116,7 +118,7 @@ class Heart:
     def count_inbox(self) -> None:
         """Count what waits where nobody else did lately: in a pause, or while all hands are full."""
         if time.monotonic() - self._counted_at >= COUNT_SECONDS:
-            self._take_load(count_waiting(self.folders["inbox"]))
+            self._take_load(count_waiting(self.folders["inbox"], self.names))
 
     def _take_load(self, load: InboxLoad) -> None:
         self._counted_at = time.monotonic()

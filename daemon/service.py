@@ -35,6 +35,7 @@ from daemon.config import Config
 from daemon.errors import ConfigError, MachineError, SyncFailed
 from daemon.heart import Heart
 from daemon.intake.inbox import Inbox
+from daemon.intake.inputs import InputNames
 from daemon.machine import Machine, check_folders
 from daemon.observe import logs
 from daemon.observe.apart import apart
@@ -100,6 +101,13 @@ def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return error
 
 
+def input_names(config: Config) -> InputNames:
+    """Which names in the inbox are inputs, and which sub-folders lensd made there."""
+    inbox, outbox = config.inbox.path.absolute(), config.outbox.path.absolute()
+    nested = {outbox.relative_to(inbox).parts[0]} if outbox.is_relative_to(inbox) else ()
+    return InputNames(config.inbox.ignore, folders=nested)
+
+
 class Service:
     """One run of the daemon."""
 
@@ -150,6 +158,7 @@ class Service:
             notify=self.notify,
             end=self.end,
         )
+        self.heart.names = input_names(config)
         self.fatal: BaseException | None = None  # what ends the run from outside the pipeline
         self.main_task: asyncio.Task[object] | None = None
         self.tally = Tally()
@@ -226,8 +235,10 @@ class Service:
 
     async def drain(self, compute: Compute, config: Config) -> None:
         """Open inbox and outbox and run a pipeline to its end."""
+        self.heart.names = names = input_names(config)
         inbox = Inbox(
             config.inbox.path,
+            names=names,
             settle_seconds=config.inbox.settle_seconds,
             rescan_seconds=config.inbox.rescan_seconds,
             on_success=config.inbox.on_success,

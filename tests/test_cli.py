@@ -142,6 +142,38 @@ def test_bad_usage_and_bad_settings_exit_2(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+EMPTY_PATHS = {
+    "environment": ((), {"LENSD_INBOX__PATH": ""}, None),
+    "a space in the environment": ((), {"LENSD_INBOX__PATH": " "}, None),
+    "flag": (("--inbox", ""), {}, None),
+    "outbox": (("--outbox", ""), {}, None),
+    "model": (("--model", ""), {}, None),
+    "settings": ((), {}, '[inbox]\npath = ""\n'),
+    "settings of the outbox": ((), {}, '[outbox]\npath = ""\n'),
+    "settings file": (("--config", ""), {}, None),
+    "address": (("--http", ""), {}, None),
+}
+
+
+@pytest.mark.parametrize("given", EMPTY_PATHS.values(), ids=EMPTY_PATHS)
+@pytest.mark.parametrize("command", [("run", "--once"), ("check-config",)], ids=["run", "check-config"])
+def test_an_empty_path_is_refused_and_the_working_folder_left_alone(tmp_path, command, given):
+    args, env, settings = given
+    if args[:1] == ("--http",) and command[0] != "run":
+        pytest.skip("no flag of this command")
+    mine = {"data.json": "[]", "table.csv": "a,b", "notes.txt": "mine"}
+    for name, content in mine.items():
+        (tmp_path / name).write_text(content)
+    if settings is not None:
+        args = ("--config", tmp_path.parent / f"{tmp_path.name}.toml")
+        args[1].write_text(settings)
+    elsewhere = () if "--outbox" in args or settings else ("--outbox", tmp_path.parent / "elsewhere")
+    result = lensd(*command, *elsewhere, *args, cwd=tmp_path, **env)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == mine
+
+
 def test_check_config_names_what_it_loaded(tiny_toml, tmp_path):
     result = lensd("check-config", "--config", tiny_toml, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,11 @@ def test_own_saes_replace_those_of_the_preset(tmp_path):
             "[texts]\na = '{x}'\n[contrast]\nreference = 'a'\npositive = 'b'\nnegative = 'a'",
             "contrast.positive = 'b' is not in [texts]: use one of a",
         ),
+        ("[inbox]\nignore = '*.bak'", "inbox.ignore: expected a list of patterns"),
+        ("[inbox]\nignore = ['']", "inbox.ignore.0: expected a pattern of file names"),
+        ("[inbox]\nignore = ['old/*.json']", "inbox.ignore.0: expected a pattern of file names"),
+        ("[inbox]\npath = 'in\\u0000box'".replace("'", '"'), "inbox.path: a path can't hold a NUL"),
+        ("[outbox]\npath = '~/out'", "outbox.path: ~ is not expanded in settings"),
         ("model = 3", "model: Input should be a valid dictionary"),
         ("[model\n", "not valid TOML"),
     ],
@@ -118,3 +124,58 @@ def test_only_settings_that_change_results_change_the_fingerprint(tmp_path):
     assert load(tmp_path, "[analysis]\nseed = 7").results_fingerprint() != base
     assert load(tmp_path, "[model]\ndtype = 'float64'").results_fingerprint() != base
     assert load(tmp_path, "[texts]\na = '{x}'").results_fingerprint() != base
+
+
+EMPTY = "an empty path is no path"
+NAMELESS = "an empty name is no name"
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\n"], ids=["empty", "a space", "a tab and a newline"])
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("inbox.path", EMPTY),
+        ("outbox.path", EMPTY),
+        ("model.name", NAMELESS),
+        ("model.device", NAMELESS),
+        ("http.address", "expected HOST:PORT"),
+    ],
+)
+@pytest.mark.parametrize("origin", ["file", "environment", "flag"])
+def test_an_empty_path_or_name_is_refused_with_its_origin(tmp_path, origin, key, said, blank):
+    section, _, field = key.partition(".")
+    variable = f"LENSD_{section.upper()}__{field.upper()}"
+    text = f"[{section}]\n{field} = {blank!r}\n" if origin == "file" else ""
+    text = text.replace("'", '"')
+    env = {variable: blank} if origin == "environment" else {}
+    flags = {key.replace(".", "__"): blank} if origin == "flag" else {}
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, env, **flags)
+    where = {"file": str(tmp_path / "lensd.toml"), "environment": f"environment {variable}", "flag": "flag"}
+    assert str(caught.value).startswith(f"{where[origin]}: {key}: {said}")
+
+
+@pytest.mark.parametrize(
+    "entry", [{"path": ""}, {"path": " "}, {"release": "", "id": ""}, {"release": "a", "id": " "}]
+)
+def test_an_empty_dictionary_is_refused_from_file_and_environment(tmp_path, entry):
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in entry.items())
+    with pytest.raises(ConfigError, match=r"lensd\.toml: sae\.0\.\w+: an empty (path|name)"):
+        load(tmp_path, f"[[sae]]\n{lines}")
+    with pytest.raises(ConfigError, match=r"environment LENSD_SAE: sae\.0\.\w+: an empty (path|name)"):
+        load(tmp_path, env={"LENSD_SAE": json.dumps([entry])})
+
+
+def test_an_empty_model_is_refused_beside_own_dictionaries(tmp_path):
+    with pytest.raises(ConfigError, match=NAMELESS):
+        load(tmp_path, "[model]\nname = ''\n[[sae]]\npath = 'mine'")
+
+
+def test_patterns_of_names_come_from_file_and_environment(tmp_path):
+    assert load(tmp_path, "[inbox]\nignore = ['*.bak.json', 'draft-*']").inbox.ignore == (
+        "*.bak.json",
+        "draft-*",
+    )
+    assert load(tmp_path, env={"LENSD_INBOX__IGNORE": '["x*"]'}).inbox.ignore == ("x*",)
+    base = load(tmp_path)
+    assert load(tmp_path, "[inbox]\nignore = ['x*']").results_fingerprint() == base.results_fingerprint()

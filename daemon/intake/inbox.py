@@ -22,6 +22,7 @@ from daemon.errors import SyncFailed
 from daemon.intake.claimed import Presence, claimed_files, presences
 from daemon.intake.filestatus import identities_of, identity_of, stamp_of
 from daemon.intake.holdings import CLAIMED, DRAFTS, Holdings
+from daemon.intake.inputs import InputNames, is_input
 from daemon.intake.names import printable
 from daemon.intake.scan import Candidate, InboxLoad, Scanner
 from daemon.intake.watch import watching
@@ -48,16 +49,17 @@ class Inbox:
         settle_seconds: float,
         rescan_seconds: float,
         on_success: Literal["move", "delete"],
+        names: InputNames | None = None,
         pause: Pause | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing is claimed while `pause` has reasons."""
+        """Only files that have `names` of inputs are claimed, and nothing while `pause` has reasons."""
         self.path = path
         self._rescan_seconds = rescan_seconds
         self._pause = Pause() if pause is None else pause
         self._clock = clock
         self._wake = asyncio.Event()  # something may have changed
-        self._scanner = Scanner(path, settle_seconds=settle_seconds, clock=clock)
+        self._scanner = Scanner(path, settle_seconds=settle_seconds, clock=clock, names=names)
         self._ready: deque[Candidate] = deque()  # of the last look, not yet claimed, of no name under way
         self._looked_at = float("-inf")
         self._waiting: deque[Claim] = deque()  # taken over, not begun again yet
@@ -98,6 +100,9 @@ class Inbox:
         left = False
         for lease in dead_leases(self.path / CLAIMED, self._holdings.lease):
             for path, attempt in claimed_files(lease):
+                if not is_input(path.name):  # of a version that took any name
+                    self._holdings.put_back(path)
+                    continue
                 claim = self._take_back(path, attempt)
                 if claim is None:  # its name is taken for now
                     left = True
@@ -145,6 +150,7 @@ class Inbox:
 
         Ends at `stop`, with `once` when all is taken. A file on which work has begun before comes alone.
         """
+        self._scanner.tells_at_once = once
         async with watching(self.path, self._wake, retry_seconds=self._rescan_seconds):
             while True:
                 await self._pause.over()

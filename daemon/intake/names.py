@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from daemon.errors import MachineError
 
 NAME_BYTES = 255  # of a file name, on every Linux file system
+ENDING = re.compile(r"(\.\w{1,8}){1,2}\Z", re.ASCII)  # of a name: what says the format, as in .jsonl.gz
 MAX_NUMBER = 1_000_000  # of names tried for one file
 
 
@@ -22,6 +24,9 @@ def numbered_stem(name: str, number: int) -> str:
     stem, dot, rest = name.partition(".")
     suffix = f".{number}{dot}{rest}"
     room = NAME_BYTES - len(os.fsencode(suffix))
+    if number and room < 1 and (ending := ENDING.search(name)):
+        stem, suffix = name[: ending.start()], f".{number}{ending[0]}"
+        room = NAME_BYTES - len(os.fsencode(suffix))
     if not number or room < 1:
         return numbered(name, number)
     return cut(stem, room) + suffix

@@ -6,6 +6,7 @@ Functions block.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,11 @@ from daemon import durable
 from daemon.errors import ConfigError
 from daemon.intake.failed import reason_of
 from daemon.intake.holdings import CLAIMED, FAILED, FAILING
-from daemon.intake.names import MAX_NUMBER, no_free_name, numbered_stem
+from daemon.intake.inputs import is_input
+from daemon.intake.names import ENDING, MAX_NUMBER, NAME_BYTES, cut, no_free_name, numbered_stem
 from daemon.shown import visible_name
+
+NUMBER = re.compile(r"\.[0-9]+\Z")  # that keeps files of one name apart in `failed/`
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +54,20 @@ def described(path: Path) -> FailedFile:
     except (OSError, ValueError):
         content = None
     fields: dict[str, Any] = content if isinstance(content, dict) else {}
-    dropped_as = fields.get("name")
-    if not isinstance(dropped_as, str) or not is_file_name(dropped_as):
-        dropped_as = path.name
+    dropped_as = old_name(path, str(fields.get("name", "")))
     texts = (str(fields.get(key, "")) for key in ("reason", "message", "failed_at"))
     return FailedFile(path, dropped_as, *texts)
+
+
+def old_name(path: Path, noted: str) -> str:
+    """The name in the inbox of a file in `failed/`, of which its reason says that it was `noted`."""
+    if is_file_name(noted):
+        return noted
+    name = path.name if is_input(path.name) else NUMBER.sub("", path.name)
+    ending = ENDING.search(noted)
+    if ending is None or is_input(name) or not is_input(noted):
+        return name
+    return cut(name, NAME_BYTES - len(ending[0])) + ending[0]  # it was cut to make room for the reason's
 
 
 def is_file_name(name: str) -> bool:
@@ -69,6 +82,7 @@ def retry(inbox: Path, names: Sequence[str]) -> list[tuple[FailedFile, Path]]:
     """
     if not chosen(inbox, names):
         return []
+    durable.make_folder(inbox / CLAIMED)
     with durable.locked(inbox / CLAIMED / FAILING):
         done = [(failed, put_back(failed, inbox)) for failed in chosen(inbox, names)]
         durable.fsync_folder(inbox)

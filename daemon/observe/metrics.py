@@ -137,6 +137,9 @@ class Metrics:
         gauge = self._gauge
         self.inbox_files = gauge("inbox_files", "Files waiting in the inbox.")
         self.inbox_bytes = gauge("inbox_bytes", "Bytes of the files waiting in the inbox.")
+        self.inbox_left_files = gauge(
+            "inbox_left_files", "Files in the inbox that are left alone: by their names they are no inputs."
+        )
         self.oldest_pending_seconds = gauge(
             "oldest_pending_seconds", "Age of the oldest waiting file, 0 where none waits."
         )
@@ -318,6 +321,7 @@ class Metrics:
         """What waits."""
         self.inbox_files.set(load.files)
         self.inbox_bytes.set(load.bytes)
+        self.inbox_left_files.set(load.left)
         self.oldest_pending_seconds.set(load.oldest_seconds(time.time()))
 
     def observe_inbox(self, recovered: int, found: int) -> None:

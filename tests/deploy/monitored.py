@@ -31,7 +31,7 @@ PROMETHEUS = DEPLOY / "prometheus"
 
 FILES, FILE_RECORDS = 250, 8
 BAD_RECORDS = 12
-UNUSABLE = {"broken.json": b'[{"prompt": "cut', "picture.png": b"\x89PNG"}
+UNUSABLE = {"broken.json": b'[{"prompt": "cut', "picture.json": b"\x89PNG\0"}
 
 
 def free_port() -> int:

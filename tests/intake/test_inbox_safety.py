@@ -102,6 +102,16 @@ async def test_what_a_process_held_when_it_died_is_taken_over_while_others_run(t
         await claims.aclose()
 
 
+async def test_what_an_earlier_version_claimed_and_lensd_does_not_read_goes_back(tmp_path):
+    leave_in_dead_lease(tmp_path, "host-1-aa", 2, "notes.txt", "mine")
+    leave_in_dead_lease(tmp_path, "host-1-bb", 1, "a.json", "[1]")
+    (tmp_path / "notes.txt").write_text("newer")
+    async with opened(tmp_path) as inbox:
+        assert [claim.name for claim in await all_claims(inbox)] == ["a.json"]
+        await inbox.release_all()
+    assert contents(tmp_path) == {"notes.txt": "newer", "notes.1.txt": "mine", "a.json": "[1]"}
+
+
 async def test_what_is_no_file_in_a_dead_lease_is_kept_where_it_is(tmp_path):
     path = leave_in_dead_lease(tmp_path, "host-1-aa", 1, "a.json", "[1]")
     (path.parent / "folder.json").mkdir()

@@ -23,6 +23,7 @@ def test_every_numbered_name_fits(name, number, room):
         ("a.b.jsonl.gz", "a.2.b.jsonl.gz"),
         ("plain", "plain.2"),
         ("x" * 250 + ".json", "x" * 248 + ".2.json"),
+        ("a." + "x" * 244 + ".jsonl.gz", "a." + "x" * 242 + ".2.jsonl.gz"),
         ("a." + "x" * 253, "a." + "x" * 251 + ".2"),
     ],
 )

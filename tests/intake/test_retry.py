@@ -22,6 +22,7 @@ HOSTILE = [
     "ünï😀.json",
     "x" * 250 + ".json",
     "raw\udcff.json",
+    "raw\udcff" + "x" * 245 + ".json",
 ]
 
 
@@ -64,6 +65,14 @@ async def test_a_file_with_a_number_gets_its_name_back(tmp_path):
     assert target == tmp_path / "a.json"
     assert target.read_text() == "[2]"
     assert [failed.name for failed in failed_files(tmp_path)] == ["a.json"]
+
+
+async def test_a_file_without_a_legible_reason_gets_an_inputs_name(tmp_path):
+    (tmp_path / "failed").mkdir()
+    for name in ("a.json.1", "b.jsonl.gz", "notes.txt.2"):
+        (tmp_path / "failed" / name).write_text("[1]")
+        (tmp_path / "failed" / f"{name}.reason.json").write_text("cut o")
+    assert [target.name for _, target in retry(tmp_path, [])] == ["a.json", "b.jsonl.gz", "notes.txt"]
 
 
 async def test_a_name_that_is_taken_is_left_alone(tmp_path):

@@ -51,6 +51,7 @@ DESIGN = [  # name, type, label
     ("config_reloads_total", "counter", "outcome"),
     ("inbox_files", "gauge"),
     ("inbox_bytes", "gauge"),
+    ("inbox_left_files", "gauge"),
     ("oldest_pending_seconds", "gauge"),
     ("queue_items", "gauge", "stage"),
     ("queue_tokens", "gauge"),
@@ -213,8 +214,9 @@ def test_what_is_told_once_about_the_inbox_adds_up(metrics):
 
 
 def test_what_waits_is_told_with_its_age_by_now(metrics):
-    metrics.observe_load(InboxLoad(files=4, bytes=9, oldest_at=time.time() - 1e6, counted_at=0.0))
+    metrics.observe_load(InboxLoad(files=4, bytes=9, oldest_at=time.time() - 1e6, counted_at=0.0, left=3))
     assert (value(metrics, "inbox_files"), value(metrics, "inbox_bytes")) == (4, 9)
+    assert value(metrics, "inbox_left_files") == 3
     assert value(metrics, "oldest_pending_seconds") >= 1e6
     metrics.observe_load(InboxLoad(files=0, bytes=0, oldest_at=None, counted_at=0.0))
     assert value(metrics, "oldest_pending_seconds") == 0

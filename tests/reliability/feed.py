@@ -116,7 +116,7 @@ class Feed:
             broken = [
                 (".json", f"[{', '.join(lines)}".encode()),
                 (".jsonl.gz", whole[:-20]),  # fails when some of it is read
-                (".png", f"picture {serial}".encode()),
+                (".jsonl", b"\x89PNG\0" + f"picture {serial}".encode()),
             ]
             return Content(*rng.choice(broken), None)
         if kind == "single":

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.reliability.daemons import Daemons, Job
-from tests.reliability.ledger import REASON_SUFFIX
+from tests.reliability.ledger import REASON_SUFFIX, is_input
 
 HUNG_SECONDS = 60  # after which a daemon told to end is killed
 
@@ -79,12 +79,10 @@ def ended(pid: int) -> bool:
 
 
 def waiting(inbox: Path) -> list[str]:
-    """Names of the files that nobody works on yet."""
+    """Names of the input files that nobody works on yet."""
     with os.scandir(inbox) as entries:
         return [
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False)
+            entry.name for entry in entries if is_input(entry.name) and entry.is_file(follow_symlinks=False)
         ]
 
 

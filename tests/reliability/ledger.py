@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 REASON_SUFFIX = ".reason.json"
-UNFINISHED_SUFFIXES = ("~", ".tmp", ".part")  # names that the daemon leaves to their writers
+INPUT = re.compile(r".*\.(json|jsonl|ndjson)(\.(gz|zst))?", re.IGNORECASE | re.DOTALL)  # of names taken up
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
 
@@ -222,8 +223,7 @@ def miscounted(
 def leftovers(inbox: Path, outbox: Path) -> Iterator[str]:
     """What a drain should have taken up or taken away."""
     for path in sorted(inbox.iterdir()):
-        taken_up = path.name.startswith(".") or path.name.endswith(UNFINISHED_SUFFIXES)
-        if not taken_up and path.is_file() and not path.is_symlink():
+        if is_input(path.name) and path.is_file() and not path.is_symlink():
             yield f"inbox/{path.name}: not taken up"
     for folder in (inbox / ".claimed", outbox / ".staging"):
         for path in sorted(folder.rglob("*")):
@@ -232,6 +232,11 @@ def leftovers(inbox: Path, outbox: Path) -> Iterator[str]:
     for path in sorted(outbox.glob(".*")):
         if path.name not in (".staging", ".units") and not is_lock(path):
             yield f"outbox/{path.name}: left over"
+
+
+def is_input(name: str) -> bool:
+    """Whether the daemon is to take up a file of this name; it leaves every other to its owner."""
+    return not name.startswith(".") and INPUT.fullmatch(name) is not None
 
 
 def is_lock(path: Path) -> bool:

@@ -152,6 +152,59 @@ def test_unfinished_names_wait_for_their_writer(daemons, place):
     assert place.violations() == []
 
 
+OTHERS = [
+    *("table.csv", "notes.txt", "photo.png", "README", "x.jsonl.926A3cE2", "x.jsonl.926A3cE2.partial"),
+    *(".x.jsonl.AbCdEf", "x.json.crdownload", "x.json.filepart", "#x.json#", "4913", "~$x.json", "Thumbs.db"),
+    *(".DS_Store", "._x.json", ".syncthing.x.json.tmp", "x.json.swp", "x.json.1", "x.json.gz.txt"),
+]
+
+
+def test_files_of_others_are_left_where_they_are_and_told_once(daemons, place):
+    contents = {name: as_json(1, number) for number, name in enumerate(OTHERS)}
+    for name, content in contents.items():
+        (place.inbox / name).write_text(content)
+    (place.inbox / "sub").mkdir()
+    (place.inbox / "sub" / "x.jsonl").write_text(as_json(2, 0))
+    place.drop_good("good (copy).json")
+    assert daemons.run(place.job()) == 0
+    assert place.violations() == []
+    assert {name: (place.inbox / name).read_text() for name in OTHERS} == contents
+    assert (place.inbox / "sub" / "x.jsonl").read_text() == as_json(2, 0)
+    assert list((place.inbox / "failed").iterdir()) == []
+    told = [event["file"] for event in events(place.log, "inbox.left")]
+    assert sorted(told) == sorted(name for name in OTHERS if not name.startswith("."))
+    assert [event["folders"] for event in events(place.log, "inbox.subfolders_ignored")] == [["sub"]]
+
+
+def test_a_download_that_stalls_keeps_its_temporary_file(daemons, place):
+    draft = place.inbox / "upload.jsonl.926A3cE2"
+    with running(daemons, place.job(once=False)) as pid, draft.open("w") as writer:
+        writer.write(as_json(0, 0) + "\n")
+        writer.flush()
+        told = lambda: [event["file"] for event in events(place.log, "inbox.left")]  # noqa: E731
+        wait_until(told, "the daemon to see it", pid)
+        place.drop_good("other.json", 1)
+        wait_until(lambda: place.outcomes() == ["committed"] and place.settled(), "another file done", pid)
+        writer.write(as_json(0, 1) + "\n")
+        writer.close()
+        place.dropped["upload.jsonl"] = Dropped(2, sha256_of(draft))
+        draft.rename(place.inbox / "upload.jsonl")
+        wait_until(lambda: len(place.outcomes()) == 2 and place.settled(), "the download done", pid)
+        assert told() == [draft.name]
+    assert place.violations() == []
+    assert place.outcomes() == ["committed", "committed"]
+
+
+def test_files_that_the_settings_ignore_are_left_and_not_told(daemons, place):
+    (place.inbox / "draft-1.json").write_text(as_json(1, 1))
+    (place.inbox / "old").mkdir()
+    place.drop_good("good.json")
+    assert daemons.run(place.job(inbox__ignore=["draft-*", "ol?"])) == 0
+    assert (place.inbox / "draft-1.json").read_text() == as_json(1, 1)
+    assert events(place.log, "inbox.left") == events(place.log, "inbox.subfolders_ignored") == []
+    assert {path.name for path in (place.inbox / "done").iterdir()} == {"good.json"}
+
+
 def test_a_sparse_file_fails_or_rejects_and_its_neighbours_go_through(daemons, place):
     place.drop_good("before.json", 1)
     place.drop_good("middle.jsonl", 2)
