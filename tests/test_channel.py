@@ -24,6 +24,28 @@ async def test_put_waits_until_the_weight_fits():
     assert channel.weight == 6
 
 
+async def test_a_channel_can_be_filled_exactly_to_its_capacity():
+    channel: Channel[str] = Channel(10)
+    await channel.put("a", 6)
+    exactly = asyncio.create_task(channel.put("b", 4))
+    assert await settled(exactly)
+    assert channel.weight == 10
+    over = asyncio.create_task(channel.put("c", 1))
+    assert not await settled(over)
+    assert await channel.get() == "a"
+    assert await settled(over)
+
+
+async def test_an_item_weighs_one_unless_told():
+    channel: Channel[str] = Channel(2)
+    await channel.put("a")
+    assert await settled(asyncio.create_task(channel.put("b")))
+    assert channel.weight == 2
+    over = asyncio.create_task(channel.put("c"))
+    assert not await settled(over)
+    over.cancel()
+
+
 async def test_an_item_over_the_capacity_passes_alone():
     channel: Channel[str] = Channel(10)
     await channel.put("huge", 100)
@@ -57,6 +79,20 @@ async def test_get_nowait_never_waits():
     assert await channel.get_nowait() is None
     await channel.put(7)
     assert await channel.get_nowait() == 7
+
+
+async def test_one_item_is_a_batch_unless_told():
+    channel: Channel[int] = Channel(10)
+    await channel.put(1)
+    async with asyncio.timeout(5):
+        assert await anext(channel.batches(wait_seconds=60)) == [1]
+
+
+async def test_a_batch_leaves_all_its_room():
+    channel: Channel[int] = Channel(10)
+    await channel.put_all([(1, 3), (2, 4)])
+    assert await anext(channel.batches()) == [1, 2]
+    assert channel.weight == 0
 
 
 async def test_a_batch_waits_for_company_until_it_is_enough():

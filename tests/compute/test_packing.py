@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.compute.packing import Packer, shared_length
+from daemon.compute.packing import Entry, Packer, TrieCost, sample_cost, shared_length
 from daemon.compute.preorder import preorder
 from daemon.records import (
     CONTRAST_RECIPE,
@@ -77,6 +77,21 @@ def test_the_budget_counts_every_text_and_its_padding():
     assert drain(packer) == [[5, 5], [5]]
 
 
+@pytest.mark.parametrize("shares_prefixes", [False, True])
+def test_a_batch_may_have_exactly_the_tokens_of_the_budget(shares_prefixes):
+    texts = [[(n,) * 5] for n in range(4)]
+    for budget, sizes in ((20, [4]), (19, [3, 1])):
+        packer = Packer(budget, shares_prefixes=shares_prefixes)
+        packer.add(part_of(texts))
+        assert [len(batch) for batch in drain(packer)] == sizes
+
+
+def test_a_batch_may_have_exactly_the_samples_of_the_limit():
+    packer = Packer(1000, 3, shares_prefixes=False)
+    packer.add(part([4] * 8))
+    assert [len(batch) for batch in drain(packer)] == [3, 3, 2]
+
+
 def test_recipes_never_share_a_batch_but_files_do():
     packer = Packer(1000, shares_prefixes=False)
     packer.add(part([4], PLAIN_RECIPE, 0))
@@ -122,6 +137,13 @@ def test_batches_are_as_few_as_it_takes_and_of_about_the_same_cost():
     assert not packer
 
 
+def test_batches_of_samples_unlike_in_cost_are_of_about_the_same_cost():
+    packer = Packer(100, shares_prefixes=False)
+    packer.add(part([10] * 8 + [20] * 6))
+    costs = [len(batch) * max(batch) for batch in drain(packer)]
+    assert costs == [80, 80, 40]
+
+
 def test_a_beginning_that_all_share_counts_once():
     packer = Packer(130, shares_prefixes=True)
     packer.add(part_of([[(*range(100), 200 + n)] for n in (3, 1, 2)] + [[(7,) * 100]]))
@@ -134,6 +156,54 @@ def test_a_packed_batch_that_was_too_much_comes_back_in_halves():
     packer.shrink(packer.take())
     assert packer.max_batch_tokens == 8
     assert len(packer) == 6
+
+
+def test_a_batch_of_two_that_was_too_much_comes_back_one_by_one():
+    packer = Packer(1000, shares_prefixes=True)
+    packer.add(part_of([[(1,)], [(2,)]]))
+    packer.shrink(packer.take())
+    assert packer.max_batch_tokens == 1
+    assert [len(batch) for batch in drain(packer)] == [1, 1]
+
+
+@pytest.mark.parametrize("give_back", [Packer.put_back, Packer.shrink])
+def test_what_is_given_back_waits_again(give_back):
+    packer = Packer(10, shares_prefixes=False)
+    packer.add(part([5, 5, 4]))
+    batch = packer.take()
+    left = packer.tokens
+    give_back(packer, batch)
+    assert packer.tokens == left + sum(sample.width for sample in batch.samples) == 14
+    assert len(packer) == 3
+    drain(packer)
+    assert packer.tokens == 0
+
+
+def test_the_next_batch_is_a_full_one_from_the_budget_on():
+    packer = Packer(10, shares_prefixes=False)
+    assert packer.thin
+    packer.add(part([5, 4]))
+    assert packer.thin
+    packer.add(part([1]))
+    assert not packer.thin  # exactly the budget
+
+
+def test_a_batch_that_is_planned_waits_for_no_company():
+    packer = Packer(10, shares_prefixes=False)
+    packer.add(part([6, 6]))
+    packer.take()
+    assert packer.tokens < packer.max_batch_tokens
+    assert not packer.thin
+
+
+@given(st.lists(st.lists(tokens, min_size=1, max_size=3), min_size=1, max_size=10))
+def test_what_a_sample_shares_is_what_it_costs_more_alone(token_ids):
+    entries = [Entry(part_of(token_ids), row) for row in range(len(token_ids))]
+    cost = TrieCost()
+    for entry in sorted(entries, key=TrieCost.order):
+        before = cost.total
+        cost.add(entry.sample)
+        assert cost.total - before + cost.shared == sample_cost(TrieCost, entry)
 
 
 @given(tokens, tokens)
