@@ -10,7 +10,7 @@ NEWEST_PIP := .venv-newest/bin/python -m pip --disable-pip-version-check --quiet
 # Options of the tests: make test-newest PYTEST='-m "not slow"'
 PYTEST ?=
 
-.PHONY: help demo test test-newest check bench format clean
+.PHONY: help demo test test-newest check bench sweep format clean
 
 help:
 	@echo "make demo    the bundled 200 samples through the bundled model, into outbox/"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-newest   every test with the newest versions that pyproject.toml allows, in .venv-newest"
 	@echo "make check   format, lint, types and the fast tests"
 	@echo "make bench   speed and memory beside what people run instead: deploy/bench/"
+	@echo "make sweep   every family, hook point and dictionary class against plain modules and SAELens"
 	@echo "make format  rewrite the code in the house format"
 	@echo "make torture several small-files fuzz crash-points soak flat-memory"
 	@echo "             the reliability tools; KILLS=200 FILES=10000 RECORDS=1000000 MINUTES=30 SEED=0"
@@ -50,6 +51,9 @@ check: $(READY)
 bench: $(READY)
 	@mkdir -p deploy/bench
 	@.venv/bin/lensd bench --plot deploy/bench/bench.png $(BENCH)
+
+sweep: $(READY)
+	@.venv/bin/python -m tests.sweep $(SWEEP)
 
 format: $(READY)
 	@.venv/bin/ruff check --fix-only .

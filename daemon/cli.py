@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--no-http", action="store_true", help="serve no metrics and health")
     demo = add_command(commands, "demo", run_demo, "the bundled 200 samples through the bundled model")
     verify = add_command(
-        commands, "verify", run_verify, "compare with one-at-a-time TransformerLens + SAELens"
+        commands, "verify", run_verify, "compare with one text at a time, plain Hugging Face + SAELens"
     )
     verify.add_argument("file", nargs="?", type=path, metavar="FILE", help="input file (default: the demo's)")
     verify.add_argument("--samples", type=positive, metavar="N", help="only the first N samples")

@@ -77,10 +77,10 @@ class PackedEngine:
         self._device, self._dtype = model.device, model.dtype
         # A mask of four dimensions reaches the attention as it is, which then does not look at it.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
+        if elsewhere := [entry.info for entry in saes if len(entry.hook_names) > 1]:
+            raise CannotPack(f"{elsewhere[0].source} predicts another place than it reads")
         try:
-            self._trunk = Trunk(
-                model.model, [hook_point(name) for entry in saes for name in entry.hook_names]
-            )
+            self._trunk = Trunk(model.model, [hook_point(entry.info.hook_name) for entry in saes])
         except (UnknownModel, ValueError) as error:
             raise CannotPack(str(error)) from None
         self._concurrent = model.device == "cpu" and keeps_nothing(model.model, encoders)
@@ -215,7 +215,7 @@ class PackedEngine:
 
     def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Each text as the model runs it by itself."""
-        names = [name for entry in self._reader.saes for name in entry.hook_names]
+        names = [entry.info.hook_name for entry in self._reader.saes]
         plain = PlainHooks(model.model, names, model.vocabulary)
         read = [plain.read(text) for text in texts]
         return {name: torch.cat([values[name] for values in read]) for name in names}

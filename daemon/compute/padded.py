@@ -145,12 +145,14 @@ class PaddedEngine:
     def _values(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens: (rows, width) on the device -> per hook point (rows, width, d), heads side by side.
 
-        Raises LookupError for a hook point that does not fire, or has not one row for each token.
+        Raises ConfigError for a hook point that does not fire, or has not one row for each token.
         """
         captured: dict[str, Tensor] = {}
 
         def capture(activation: Tensor, hook: object, name: str) -> None:
-            captured[name] = by_token(activation, tokens, name)
+            rows = by_token(activation, tokens)
+            if rows is not None:
+                captured[name] = rows
 
         fwd_hooks = [
             (canonical(point), lambda activation, hook, name=point: capture(activation, hook, name))
@@ -160,8 +162,12 @@ class PaddedEngine:
             self._bridge.run_with_hooks(
                 tokens, return_type=None, stop_at_layer=self._stop_at_layer, fwd_hooks=fwd_hooks
             )
-        if silent := [point for point in self._points if point not in captured]:
-            raise LookupError(f"its hook point {silent[0]} does not fire")
+        for point in self._points:
+            if point not in captured:
+                raise ConfigError(
+                    f"model {self._name}: hook point {point} gives no row of values for each token: use a"
+                    " dictionary at another hook point"
+                )
         return captured
 
     def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
@@ -204,13 +210,16 @@ def padded_tokens(texts: Sequence[Sequence[int]]) -> tuple[IntArray, BoolArray]:
     return tokens, inside
 
 
-def by_token(activation: Tensor, tokens: Tensor, name: str) -> Tensor:
-    """What a hook point gives, as (rows, width, d). Some modules work on all rows as one."""
+def by_token(activation: Tensor, tokens: Tensor) -> Tensor | None:
+    """What a hook point gives, as (rows, width, d); None where it is of another shape.
+
+    Some modules work on all rows as one.
+    """
     rows, width = tokens.shape
     if activation.ndim == 2 and len(activation) == rows * width:
         activation = activation.view(rows, width, -1)
     if activation.ndim < 3 or activation.shape[:2] != (rows, width):
-        raise LookupError(f"its hook point {name} has no row for each token: {tuple(activation.shape)}")
+        return None
     return activation.flatten(2)
 
 

@@ -1,9 +1,9 @@
 """`lensd verify`: the daemon's batched path against one text at a time, on the same samples.
 
-The reference runs TransformerLens and SAELens on single unpadded texts and the plain definitions of
-`daemon.tools.reference`; the batched path is the daemon's own. Where floating point moves a
-pre-activation across a threshold, a feature flips: flips are counted and reported, and in float32 the rows
-they touch are left out of the column differences.
+The reference runs plain Hugging Face modules and SAELens on single unpadded texts (`daemon.tools.oracle`) and
+the plain definitions of `daemon.tools.reference`; the batched path is the daemon's own. Where floating point
+moves a pre-activation across a threshold, a feature flips: flips are counted and reported, and in float32 the
+rows they touch are left out of the column differences.
 """
 
 from __future__ import annotations
@@ -19,12 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from daemon.analysis.geometry import DecoderRows
-from daemon.build import Compute, load_compute, load_parts, read_limits, study_settings
+from daemon.build import Compute, load_compute, read_limits, study_settings
 from daemon.columns import Column, analysis_columns
-from daemon.compute.encoding import PlainEncoder
 from daemon.compute.packing import Packer
-from daemon.compute.padded import PaddedEngine
 from daemon.config import Config
 from daemon.errors import ConfigError
 from daemon.intake.reader import read_parts
@@ -33,7 +30,6 @@ from daemon.observe.progress import Progress
 from daemon.records import (
     Claim,
     FileIdentity,
-    FloatArray,
     Part,
     PartExtent,
     Recipe,
@@ -41,7 +37,8 @@ from daemon.records import (
     TokenizedPart,
     TokenizedSample,
 )
-from daemon.tools.reference import ReferenceLayer, reference_columns
+from daemon.tools.oracle import Oracle
+from daemon.tools.reference import reference_columns
 
 DEMO_SAMPLES = Path(__file__).parents[1] / "presets" / "demo.jsonl"
 UNLIMITED = 1 << 40
@@ -141,13 +138,13 @@ def verify(
     if config.analysis.positions != "last":
         raise ConfigError('verify reads last tokens: set analysis.positions = "last"')
     compute = load_compute(config)
-    plain = load_reference(config)
+    oracle = load_oracle(config)
     parts = asyncio.run(tokenized_parts(config, compute.tokenizer, file or DEMO_SAMPLES))
     recipe = parts[0].part.recipe
     chosen = [sample for part in parts for sample in part.samples][:samples]
     with torch.inference_mode():
         with Progress() as progress:
-            reference = run_reference(config, plain, recipe, chosen, progress)
+            reference = run_reference(config, oracle, recipe, chosen, progress)
         reports = tuple(
             compare(
                 size,
@@ -170,17 +167,11 @@ def verify(
     )
 
 
-def load_reference(config: Config) -> PaddedEngine:
-    """TransformerLens and SAELens as they come; for a reduced precision the reference is float32."""
+def load_oracle(config: Config) -> Oracle:
+    """For a reduced precision the reference is float32."""
     if config.model.dtype not in MAX_FLIP_RATE:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
-    model, saes = load_parts(config)
-    return PaddedEngine(
-        model,
-        saes,
-        [PlainEncoder(entry, DecoderRows(entry.W_dec, None, entry.W_dec)) for entry in saes],
-        "last",
-    )
+    return Oracle(config)
 
 
 async def tokenized_parts(config: Config, tokenizer: Tokenizer, file: Path) -> list[TokenizedPart]:
@@ -197,29 +188,27 @@ def source_of(file: Path) -> Source:
 
 def run_reference(
     config: Config,
-    engine: PaddedEngine,
+    oracle: Oracle,
     recipe: Recipe,
     samples: Sequence[TokenizedSample],
     progress: Progress,
 ) -> Reference:
     """Each sample alone, text by text."""
     settings = study_settings(config)
-    first = engine.saes[0]
-    columns: dict[str, list[Value]] = {
-        column.name: [] for column in analysis_columns(engine.info.layers, recipe)
-    }
+    layer_numbers = [dictionary.layer for dictionary in oracle.dictionaries]
+    columns: dict[str, list[Value]] = {column.name: [] for column in analysis_columns(layer_numbers, recipe)}
     active: list[dict[tuple[int, int], frozenset[int]]] = []
     progress.add_total(len(samples))
     for sample in samples:
         progress.advance(1)
-        layers = single_text_layers(engine, sample)
+        layers = oracle.layers(sample.token_ids)
         values = reference_columns(
             sample_id=sample.sample.sample_id,
             recipe=recipe,
             settings=settings,
             layers=layers,
             n_tokens=[len(ids) for ids in sample.token_ids],
-            encode_first=lambda x: to_array(first.encode(torch.from_numpy(x).to(first.W_dec))),
+            encode_first=oracle.dictionaries[0].encode,
         )
         for name, value in values.items():
             columns[name].append(value)
@@ -231,29 +220,6 @@ def run_reference(
             }
         )
     return Reference(columns, active)
-
-
-def single_text_layers(engine: PaddedEngine, sample: TokenizedSample) -> list[ReferenceLayer]:
-    """Each text of a sample alone through TransformerLens, then through each SAE as SAELens has it."""
-    per_text = [engine.residuals(torch.tensor([ids], device=engine.info.device)) for ids in sample.token_ids]
-    layers = []
-    for number, entry in enumerate(engine.saes):
-        x, target, feature_acts, reconstruction = [], [], [], []
-        for read, written in per_text:
-            last = entry.residual(read[number][0, -1:])
-            acts = entry.encode(last)
-            reconstruction.append(to_array(entry.decode(acts, last)[0]))
-            x.append(to_array(last[0]))
-            target.append(to_array(entry.residual(written[number][0, -1:])[0]))
-            feature_acts.append(to_array(acts[0]))
-        W_dec = to_array(entry.W_dec)
-        layers.append(ReferenceLayer(entry.info.layer, x, target, feature_acts, reconstruction, W_dec))
-    return layers
-
-
-def to_array(tensor: torch.Tensor) -> FloatArray:
-    array: FloatArray = tensor.double().cpu().numpy()
-    return array
 
 
 @dataclass(frozen=True, slots=True)

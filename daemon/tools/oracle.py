@@ -1,0 +1,135 @@
+"""The model and the dictionaries as Transformers and SAELens load them: one text at a time, nothing shared.
+
+What `lensd verify` compares with. Plain Hugging Face modules are read by forward hooks, SAELens encodes and
+decodes; no engine, no loader and no encoder of the daemon has a part in it. Knows nothing about batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daemon.compute.loading import locate_model, resolve_device
+from daemon.compute.pickles import refused_pickles
+from daemon.compute.plain_hooks import PlainHooks
+from daemon.compute.plain_layer import Unreachable
+from daemon.compute.smollm2 import default_cache_dir
+from daemon.config import Config, SaeSection
+from daemon.errors import ConfigError
+from daemon.records import FloatArray
+from daemon.tools.reference import ReferenceLayer
+
+LAYER = re.compile(r"blocks\.(\d+)\.")
+WRITES = re.compile(r".*\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
+
+
+@dataclass(frozen=True, slots=True)
+class PlainDictionary:
+    """A dictionary of SAELens, and the plain places that it reads and reconstructs."""
+
+    sae: Any
+    read: str
+    written: str
+
+    @property
+    def layer(self) -> int:
+        match = LAYER.match(self.read)
+        assert match is not None, self.read
+        return int(match[1])
+
+    @property
+    def centred(self) -> bool:
+        """Whether it was trained on a model whose writes to the residual stream have no mean."""
+        return bool((self.sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"))
+
+    def of_model(self, value: Tensor, place: str) -> Tensor:
+        """What the model has at a place (1, d), as the dictionary was trained on it."""
+        value = value.to(self.sae.dtype)
+        return value - value.mean() if self.centred and WRITES.fullmatch(place) else value
+
+    def encode(self, x: FloatArray) -> FloatArray:
+        """(M, d_in) -> (M, d_sae), dense."""
+        with torch.inference_mode():
+            return to_array(self.sae.encode(torch.from_numpy(x).to(self.sae.W_dec)))
+
+
+class Oracle:
+    """Each text by itself."""
+
+    def __init__(self, config: Config) -> None:
+        """Load all anew. Raises ConfigError where plain modules do not give what a dictionary reads."""
+        device, dtype = resolve_device(config.model.device), getattr(torch, config.model.dtype)
+        sae_dtype = "float64" if dtype == torch.float64 else "float32"
+        dictionaries = [plain_dictionary(source, device, sae_dtype) for source in config.sae]
+        self.dictionaries = sorted(dictionaries, key=lambda each: each.layer)
+        name = config.model.name
+        model = plain_model(locate_model(name, default_cache_dir()).target, device, dtype)
+        places = [place for each in self.dictionaries for place in (each.read, each.written)]
+        try:
+            self._plain = PlainHooks(model, dict.fromkeys(places), model.config.get_text_config().vocab_size)
+        except Unreachable as error:
+            raise ConfigError(f"model {name}: plain modules can't tell what is there: {error}") from None
+
+    def layers(self, texts: Sequence[Sequence[int]]) -> list[ReferenceLayer]:
+        """Texts as token ids, each alone -> per dictionary what it makes of their last tokens."""
+        values = [self._plain.read(text) for text in texts]
+        return [self._layer(each, values) for each in self.dictionaries]
+
+    def _layer(self, dictionary: PlainDictionary, values: Sequence[dict[str, Tensor]]) -> ReferenceLayer:
+        xs, targets, feature_acts, reconstructions = [], [], [], []
+        for at in values:
+            x = dictionary.of_model(at[dictionary.read][-1:], dictionary.read)
+            target = dictionary.of_model(at[dictionary.written][-1:], dictionary.written)
+            with torch.inference_mode():
+                feature_acts.append(to_array(dictionary.sae.encode(x)[0]))
+                reconstructions.append(to_array(dictionary.sae(x)[0]))
+            xs.append(to_array(x[0]))
+            targets.append(to_array(target[0]))
+        W_dec = to_array(dictionary.sae.W_dec)
+        return ReferenceLayer(dictionary.layer, xs, targets, feature_acts, reconstructions, W_dec)
+
+
+def plain_model(target: str, device: str, dtype: torch.dtype) -> Any:
+    """A causal language model as Transformers has it, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "use_safetensors": True}
+    if dtype == torch.float64:  # of experts, which know no other way in it
+        options["experts_implementation"] = "eager"
+    with warnings.catch_warnings(), refused_pickles("the model"):
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False, **options)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def plain_dictionary(source: SaeSection, device: str, dtype: str) -> PlainDictionary:
+    """A dictionary as SAELens has it."""
+    from sae_lens import SAE
+
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), refused_pickles("the dictionary"):
+        warnings.simplefilter("ignore")
+        if source.path is not None:
+            sae = SAE.load_from_disk(Path(source.path), device=device, dtype=dtype)
+        else:
+            sae = SAE.from_pretrained(source.release, source.id, device=device, dtype=dtype)
+    sae.requires_grad_(False)
+    sae.turn_off_forward_pass_hook_z_reshaping()  # plain values have heads side by side
+    read = sae.cfg.metadata.hook_name
+    written = getattr(sae.cfg.metadata, "hook_name_out", None) or read
+    if read.endswith(".hook_mlp_in"):  # of Gemma Scope 2: after the MLP's norm
+        read = read.replace("hook_mlp_in", "mlp.hook_in")
+    return PlainDictionary(sae, read, written)
+
+
+def to_array(tensor: Tensor) -> FloatArray:
+    array: FloatArray = tensor.double().cpu().numpy()
+    return array

@@ -1,0 +1,114 @@
+"""`lensd verify` against engines that are wrong, and with every kind of dictionary."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+from daemon.compute.packed import PackedEngine
+from daemon.compute.padded import PaddedEngine
+from daemon.config import Config, load_config
+from daemon.tools import oracle
+from daemon.tools.verify import Verification, verify
+from tests import tiny
+from tests.families import save_family
+
+
+def configured(folder: Path, model: Path, *saes: Path) -> Config:
+    toml = folder / "lensd.toml"
+    toml.write_text(tiny.Tiny(model, saes).toml())
+    return load_config(toml, {}, {"model.dtype": "float64", "batching.max_batch_tokens": 512})
+
+
+def verified(folder: Path, config: Config) -> Verification:
+    return verify(
+        config,
+        tiny.write_json(folder / "in.json", tiny.contrast_records(5)),
+        samples=None,
+        batch_sizes=(1, 4),
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "hook"), [(PaddedEngine, "hook_mlp_out"), (PackedEngine, "hook_resid_post")]
+)
+def test_an_engine_that_is_wrong_for_every_text_alike_is_found_out(engine, hook, tmp_path, monkeypatch):
+    """Also where its batches agree with its single texts."""
+    config = configured(
+        tmp_path, tiny.save_llama(tmp_path / "m"), tiny.save_sae(tmp_path / "s", f"blocks.1.{hook}")
+    )
+    assert verified(tmp_path, config).passed
+    right = engine.residuals
+
+    def wrong(*args):
+        result = right(*args)
+        if isinstance(result, tuple):
+            return tuple([x * 1.01 for x in values] for values in result)
+        return [x * 1.01 for x in result]
+
+    monkeypatch.setattr(engine, "residuals", wrong)
+    assert not verified(tmp_path, config).passed
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gptj", "bloom", "granite"])
+def test_what_families_add_to_the_residual_stream(family, tmp_path):
+    saes = [
+        tiny.save_sae(tmp_path / "a", "blocks.0.hook_attn_out", architecture="topk"),
+        tiny.save_transcoder(
+            tmp_path / "b", "blocks.1.ln1.hook_normalized", "blocks.1.hook_mlp_out", d_out=tiny.D_MODEL
+        ),
+        tiny.save_sae(tmp_path / "c", "blocks.2.attn.hook_z", architecture="standard"),
+    ]
+    assert verified(tmp_path, configured(tmp_path, save_family(tmp_path / "m", family), *saes)).passed
+
+
+@pytest.mark.parametrize(
+    "architecture", ["transcoder", "jumprelu_transcoder", "skip_transcoder", "jumprelu_skip_transcoder"]
+)
+def test_transcoders_between_residual_streams(architecture, tmp_path):
+    """They read one place and predict another, both of which the packed engine has."""
+    sae = tiny.save_transcoder(
+        tmp_path / "s",
+        "blocks.1.hook_resid_pre",
+        "blocks.2.hook_resid_post",
+        architecture=architecture,
+        d_out=tiny.D_MODEL,
+    )
+    other = tiny.save_sae(tmp_path / "t", "blocks.2.hook_resid_post")
+    assert verified(tmp_path, configured(tmp_path, tiny.save_llama(tmp_path / "m"), sae, other)).passed
+
+
+@pytest.mark.parametrize("hook", ["hook_resid_pre", "hook_attn_out"])
+def test_centred_dictionaries(hook, tmp_path):
+    centred = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    sae = tiny.save_sae(tmp_path / "s", f"blocks.1.{hook}", **centred)
+    assert verified(tmp_path, configured(tmp_path, tiny.save_gpt2(tmp_path / "m"), sae)).passed
+
+
+@pytest.mark.parametrize("normalisation", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("hook", ["hook_resid_post", "hook_mlp_out"])
+def test_dictionaries_that_normalise_as_they_run(hook, normalisation, tmp_path):
+    sae = tiny.save_sae(tmp_path / "s", f"blocks.1.{hook}")
+    tiny.overwrite_sae_config(sae, normalize_activations=normalisation)
+    assert verified(tmp_path, configured(tmp_path, tiny.save_llama(tmp_path / "m"), sae)).passed
+
+
+def test_the_oracle_runs_no_engine_no_encoder_and_no_loader_of_the_daemon():
+    tree = ast.parse(inspect.getsource(oracle))
+    ours = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("daemon.compute")
+        for alias in node.names
+    }
+    assert ours == {
+        "daemon.compute.loading.locate_model",
+        "daemon.compute.loading.resolve_device",
+        "daemon.compute.pickles.refused_pickles",
+        "daemon.compute.plain_hooks.PlainHooks",
+        "daemon.compute.plain_layer.Unreachable",
+        "daemon.compute.smollm2.default_cache_dir",
+    }
