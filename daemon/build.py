@@ -122,7 +122,10 @@ def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
         return PackedEngine(model, saes, encoders, positions, compiles=compiles), model
     except CannotPack as error:
         log.warning("engine.padded", model=model.location.name, reason=str(error))
-    model, saes = load_parts(config)  # the attempt changed the first
+        changed = error.model_changed
+    if changed:
+        del model  # before there is a second one
+        model, saes = load_parts(config)
     return PaddedEngine(model, saes, encoders, positions), model
 
 

@@ -58,6 +58,8 @@ HOOKS = (
     "mlp.hook_post",
     "ln1.hook_normalized",
     "ln2.hook_normalized",
+)
+REFUSED_HOOKS = (  # of every family, with a reason
     "hook_mlp_in",
     "hook_attn_in",
     "hook_q_input",
@@ -244,7 +246,8 @@ def feature_difference(acts: Tensor, reference: ReferenceLayer) -> tuple[float, 
 def family_cases() -> list[Case]:
     """Every hook point at every layer, with the classes of dictionaries in turn."""
     kinds = itertools.cycle(CLASSES)
-    return [Case(f"blocks.{layer}.{hook}", next(kinds)) for hook in HOOKS for layer in LAYERS]
+    cases = [Case(f"blocks.{layer}.{hook}", next(kinds)) for hook in HOOKS for layer in LAYERS]
+    return cases + [Case(f"blocks.1.{hook}", "jumprelu_transcoder") for hook in REFUSED_HOOKS]
 
 
 def class_cases() -> list[Case]:

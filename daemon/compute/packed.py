@@ -55,6 +55,10 @@ log = structlog.get_logger()
 class CannotPack(Exception):
     """Packed runs of this model are not possible, or differ from plain ones."""
 
+    def __init__(self, reason: str, *, model_changed: bool = True) -> None:
+        super().__init__(reason)
+        self.model_changed = model_changed  # so that it must be loaded again
+
 
 class PackedEngine:
     """Implements `daemon.compute.engine.Engine` on packed tries."""
@@ -78,11 +82,13 @@ class PackedEngine:
         # A mask of four dimensions reaches the attention as it is, which then does not look at it.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
         if elsewhere := [entry.info for entry in saes if len(entry.hook_names) > 1]:
-            raise CannotPack(f"{elsewhere[0].source} predicts another place than it reads")
+            raise CannotPack(
+                f"{elsewhere[0].source} predicts another place than it reads", model_changed=False
+            )
         try:
             self._trunk = Trunk(model.model, [hook_point(entry.info.hook_name) for entry in saes])
         except (UnknownModel, ValueError) as error:
-            raise CannotPack(str(error)) from None
+            raise CannotPack(str(error), model_changed=False) from None
         self._concurrent = model.device == "cpu" and keeps_nothing(model.model, encoders)
         self._fused = False  # whether attention is one kernel
         texts = [text[: model.context] for text in packed_texts(model.vocabulary)]

@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from daemon import build
 from daemon.build import load_engine
 from daemon.config import load_config
 from daemon.errors import ConfigError
@@ -172,3 +173,28 @@ def test_families_that_transformer_lens_lacks_run_or_are_one_line(family, hook, 
     (layer,) = engine.extract(TEXTS).layers
     alone = torch.cat([engine.extract([text]).layers[0].x for text in TEXTS])
     assert_close(layer.x, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_is_loaded_once_where_it_is_clear_that_it_can_not_be_packed(tmp_path, monkeypatch):
+    loads = []
+    load_model = build.load_model
+
+    def counted(*args, **options):
+        loads.append(args)
+        return load_model(*args, **options)
+
+    monkeypatch.setattr(build, "load_model", counted)
+    model = tiny.save_llama(tmp_path / "model")
+    engine = chosen_engine(tmp_path, model, tiny.save_sae(tmp_path / "sae", "blocks.1.hook_mlp_out"))
+    assert (engine.info.engine, len(loads)) == ("padded", 1)
+    model = save_family(tmp_path / "bloom", "bloom")  # of which packing was tried, on the model itself
+    engine = chosen_engine(tmp_path, model, tiny.save_sae(tmp_path / "s", "blocks.1.hook_resid_post"))
+    assert (engine.info.engine, len(loads)) == ("padded", 3)
+
+
+def test_a_decoder_that_is_told_to_read_in_both_directions_is_refused(tmp_path):
+    """As models that embed texts are, in either engine."""
+    model = save_family(tmp_path / "gemma3", "gemma3", use_bidirectional_attention=True)
+    for hook in ("hook_resid_post", "hook_mlp_out"):
+        message = refusal(tmp_path, model, tiny.save_sae(tmp_path / hook, f"blocks.2.{hook}"))
+        assert f"blocks.2.{hook}" in message
