@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import (
+    GatedSAE,
+    GatedSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import (
     JumpReLUSkipTranscoder,
@@ -105,6 +114,8 @@ def random_sae(
         sae = JumpReLUSAE(JumpReLUSAEConfig(**settings))
     elif architecture == "topk":
         sae = TopKSAE(TopKSAEConfig(**settings, k=12))
+    elif architecture == "gated":
+        sae = GatedSAE(GatedSAEConfig(**settings))
     else:
         sae = StandardSAE(StandardSAEConfig(**settings))
     for key, value in metadata.items():

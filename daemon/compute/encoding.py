@@ -17,6 +17,7 @@ from daemon.analysis.geometry import DecoderRows, weighted_sum
 from daemon.analysis.sparse import SparseActs, from_dense
 from daemon.analysis.thresholds import Thresholds
 from daemon.compute.linear import Product, product, split_product
+from daemon.compute.overflow import NORMALISING, Bounds
 from daemon.compute.sae import TRANSCODERS, LoadedSae
 
 PROBE_ROWS = 64
@@ -30,6 +31,12 @@ class Encoder(Protocol):
     """One SAE. x: (N, d_in), in its dtype."""
 
     decoder: DecoderRows
+    bounds: Bounds
+
+    @property
+    def affine(self) -> bool:
+        """Whether the decoding of a mean is the mean of decodings."""
+        ...
 
     @property
     def activate(self) -> Callable[[Tensor], Tensor]:
@@ -44,10 +51,19 @@ class Encoder(Protocol):
         """What adding `noise` (M, d_in) to x adds to `pre_acts` (M, d_pre)."""
         ...
 
+    def trusts_noise(self, projected: Tensor) -> Tensor:
+        """(M,) bool: the rows of projected noise (M, d_pre) that overflow beside no trusted x."""
+        ...
+
+    def finite(self, x: Tensor) -> Tensor:
+        """(N,) bool: the rows that are finite, and have finite pre-activations and activations."""
+        ...
+
     def encode(self, x: Tensor) -> SparseActs: ...
 
     def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
-        """The reconstruction (N, d_out); a skip transcoder's takes a share of x itself."""
+        """The reconstruction (N, d_out) by what x was encoded to, row by row. It depends on x itself where the
+        dictionary normalises by statistics of x, or is a skip transcoder."""
         ...
 
 
@@ -84,12 +100,20 @@ def can_split(entry: LoadedSae, model_dtype: torch.dtype) -> bool:
 
 
 class PlainEncoder:
-    """SAELens's own encode and decode; noise is added to x itself."""
+    """SAELens's own encode and decode; noise is added to x itself.
+
+    SAELens keeps what it normalised by on the module, so one thread at a time may use it.
+    """
 
     def __init__(self, entry: LoadedSae, decoder: DecoderRows) -> None:
         self.decoder = decoder
+        self.bounds = Bounds.of(entry.sae)
         self._entry = entry
         self._d_sae = entry.info.d_sae
+
+    @property
+    def affine(self) -> bool:
+        return self._entry.sae.cfg.normalize_activations not in NORMALISING
 
     def pre_acts(self, x: Tensor) -> Tensor:
         return x
@@ -100,15 +124,29 @@ class PlainEncoder:
     def activate(self, pre_acts: Tensor) -> Tensor:
         return self._entry.encode(pre_acts)
 
+    def trusts_noise(self, projected: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(projected, dim=-1) < self.bounds.longest
+
+    def finite(self, x: Tensor) -> Tensor:
+        return self.bounds.finite(x, self._steps)
+
+    def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
+        sae = self._entry.sae
+        there_and_back = sae.run_time_activation_norm_fn_out(sae.run_time_activation_norm_fn_in(x))
+        return there_and_back, sae.process_sae_in(x) @ sae.W_enc, self._entry.encode(x)
+
     def encode(self, x: Tensor) -> SparseActs:
         return from_dense(self._entry.encode(x))
 
     def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
+        self._entry.sae.run_time_activation_norm_fn_in(x)  # has the module keep the statistics of these rows
         return self._entry.decode(acts.to_dense(self._d_sae), x)
 
 
 class FusedEncoder:
     """One product with every bias folded in, and the activation on its result."""
+
+    affine = True
 
     def __init__(
         self,
@@ -124,6 +162,7 @@ class FusedEncoder:
         if sae.cfg.apply_b_dec_to_input and entry.info.architecture not in TRANSCODERS:
             bias = bias - W_enc.double() @ sae.b_dec.double()
         self.decoder = decoder
+        self.bounds = Bounds.of(sae)
         self._product = multiply(W_enc, bias.to(W_enc.dtype))
         self._project = product(W_enc, None)
         self.activate = activate
@@ -138,6 +177,16 @@ class FusedEncoder:
 
     def project(self, noise: Tensor) -> Tensor:
         return self._project(noise)
+
+    def trusts_noise(self, projected: Tensor) -> Tensor:
+        return projected.abs().amax(-1) < self.bounds.pre_act
+
+    def finite(self, x: Tensor) -> Tensor:
+        return self.bounds.finite(x, self._steps)
+
+    def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
+        pre_acts = self._product(x)
+        return pre_acts, self.activate(pre_acts)
 
     def encode(self, x: Tensor) -> SparseActs:
         pre_acts = self._product(x)

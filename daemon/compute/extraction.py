@@ -33,6 +33,7 @@ class Readings:
 class Started:
     """A forward pass over N texts that the device may still be at."""
 
+    texts: Sequence[Sequence[int]]
     readings: Readings
     read: Sequence[Tensor]  # per SAE what it reads (K, d_in), as the model has it
     written: Sequence[Tensor]  # per SAE what it is to reconstruct (K, d_out): the same but for transcoders
@@ -42,11 +43,21 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class NotFinite:
+    """A text of whose readings at an SAE one holds NaN or infinity."""
+
+    text: int
+    sae: int
+    in_model: bool  # what the model gives the SAE; else what the SAE makes of it
+
+
+@dataclass(frozen=True, slots=True)
 class Extraction:
     """What N texts gave: one reading of each to analyse, and the features to store."""
 
     layers: tuple[LayerActivations, ...]  # one per SAE, N rows in the order of the texts
     stored: StoredFeatures
+    not_finite: tuple[NotFinite, ...]  # texts whose rows mean nothing, each with its first SAE, in their order
     computed_tokens: int
     padding_tokens: int
     forward_seconds: float

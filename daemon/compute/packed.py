@@ -132,11 +132,11 @@ class PackedEngine:
             run = packed.filled(self._rows(len(packed)))
             readings = self._reader.choose(packed.path, packed.offsets, packed.tokens[packed.path])
             residuals = self.residuals(run, moved(readings.keep, self._device))
-        return Started(readings, residuals, residuals, forward, len(run), len(run) - len(packed))
+        return Started(texts, readings, residuals, residuals, forward, len(run), len(run) - len(packed))
 
     def finish(self, started: Started) -> Extraction:
         """See `Engine.finish`."""
-        return self._reader.finish(started)
+        return self._reader.finish(started, self.start)
 
     def residuals(self, packed: Preorder, keep: Tensor) -> list[Tensor]:
         """Per SAE the raw residuals (K, d_model) at the nodes `keep` (K,)."""

@@ -185,11 +185,11 @@ class PaddedEngine:
                 token_ids=tokens[inside],
             )
             read, written = self._kept(moved(tokens, self._device), moved(readings.keep, self._device))
-        return Started(readings, read, written, forward, tokens.size, tokens.size - int(lengths.sum()))
+        return Started(texts, readings, read, written, forward, tokens.size, tokens.size - int(lengths.sum()))
 
     def finish(self, started: Started) -> Extraction:
         """See `Engine.finish`."""
-        return self._reader.finish(started)
+        return self._reader.finish(started, self.start)
 
     def _kept(self, padded: Tensor, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         read, written = self.residuals(padded)

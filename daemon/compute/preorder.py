@@ -30,11 +30,14 @@ class Preorder:
         return len(self.tokens)
 
     def filled(self, n: int) -> Preorder:
-        """With nodes up to `n` of them that no text has, each of them all by itself."""
+        """With nodes up to `n` of them that no text has, each of them all by itself.
+
+        Their token is that with which the first text begins, so that they are no worse than a text.
+        """
         more = n - len(self)
         return replace(
             self,
-            tokens=np.pad(self.tokens, (0, more)),
+            tokens=np.concatenate((self.tokens, np.full(more, self.tokens[0]))),
             depth=np.pad(self.depth, (0, more)),
             end=np.concatenate((self.end, np.arange(len(self), n) + 1)),
         )

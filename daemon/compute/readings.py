@@ -8,7 +8,7 @@ with `all`, `mean` and `max` it is left out. Knows no model.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,10 @@ from daemon.analysis.features import StoredFeatures
 from daemon.analysis.sparse import SparseActs, from_dense
 from daemon.analysis.study import LayerActivations
 from daemon.compute.encoding import Encoder
-from daemon.compute.extraction import Extraction, Readings, Started
+from daemon.compute.extraction import Extraction, NotFinite, Readings, Started
 from daemon.compute.launched import finish
+from daemon.compute.overflow import all_finite
+from daemon.compute.rereading import of_texts, reread
 from daemon.compute.sae import LoadedSae
 from daemon.records import IntArray, Positions
 
@@ -45,23 +47,30 @@ class Reader:
         """See `choose_readings`."""
         return choose_readings(path, offsets, token_ids, self.positions, skip=int(self.prepend_bos))
 
-    def finish(self, started: Started) -> Extraction:
-        """Encode what was read, once it is."""
+    def finish(self, started: Started, start: Callable[[Sequence[Sequence[int]]], Started]) -> Extraction:
+        """Encode what was read, once it is; `start` reads texts again where that is not finite."""
         forward_seconds = started.forward.seconds()
         began = time.perf_counter()
         with torch.inference_mode():
-            layers, stored = encode_readings(
-                self.saes, self.encoders, started.read, started.written, started.readings, self.positions
-            )
+            given = self._given(started)
+            if any(one.finite is not None for one in given):
+                started = reread(started, start)
+                given = self._given(started)
+            layers, stored = encode_readings(given, started.readings, self.positions)
+            not_finite = texts_not_finite(given, layers, started.readings)
             finish(self.device)
         return Extraction(
             layers=layers,
             stored=stored,
+            not_finite=not_finite,
             computed_tokens=started.computed_tokens,
             padding_tokens=started.padding_tokens,
             forward_seconds=forward_seconds,
             sae_seconds=time.perf_counter() - began,
         )
+
+    def _given(self, started: Started) -> list[Given]:
+        return list(map(Given.of, self.saes, self.encoders, started.read, started.written))
 
 
 def choose_readings(
@@ -83,6 +92,37 @@ def choose_readings(
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """What a model gives one SAE at K tokens."""
+
+    entry: LoadedSae
+    encoder: Encoder
+    x: Tensor  # (K, d_in) what it reads
+    target: Tensor  # (K, d_out) what its reconstruction is to equal: x, but of a transcoder
+    finite: Tensor | None  # (K,) bool: whether these, and what it makes of x, are; None where all are
+
+    @classmethod
+    def of(cls, entry: LoadedSae, encoder: Encoder, read: Tensor, written: Tensor) -> Given:
+        """`read` (K, d_in) and `written` (K, d_out) as the model has them."""
+        x = entry.residual(read)
+        finite = encoder.finite(x)
+        if written is read:
+            target = x
+        else:
+            target = entry.residual(written)
+            finite &= all_finite(target)
+        return cls(entry, encoder, x, target, None if finite.all() else finite)
+
+    def encoded(self) -> Encoded:
+        """Rows that are not finite are replaced: nothing that is made of them is kept."""
+        x, target = self.x, self.target
+        if self.finite is not None:
+            x = x.where(self.finite.unsqueeze(1), 1)
+            target = x if self.target is self.x else target.where(self.finite.unsqueeze(1), 1)
+        return Encoded(self.entry, self.encoder, x, target, self.encoder.encode(x))
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """What one SAE made of K readings."""
 
@@ -91,13 +131,6 @@ class Encoded:
     x: Tensor  # (K, d_in) what it read
     target: Tensor  # (K, d_out) what its reconstruction is to equal: x, but of a transcoder
     acts: SparseActs
-
-    @classmethod
-    def of(cls, entry: LoadedSae, encoder: Encoder, read: Tensor, written: Tensor) -> Encoded:
-        """`read` (K, d_in) and `written` (K, d_out) as the model has them."""
-        x = entry.residual(read)
-        target = x if written is read else entry.residual(written)
-        return cls(entry, encoder, x, target, encoder.encode(x))
 
     def select(self, rows: Tensor) -> Encoded:
         x = self.x[rows]
@@ -130,7 +163,10 @@ class Encoded:
         acts = from_dense(dense / counts.unsqueeze(1))
         x = mean_of(self.x, rows, text, counts)
         target = x if self.target is self.x else mean_of(self.target, rows, text, counts)
-        return self._layer(acts, x, target, self.encoder.decode(acts, x))
+        if self.encoder.affine:
+            return self._layer(acts, x, target, self.encoder.decode(acts, x))
+        reconstruction = mean_of(self.encoder.decode(self.acts, self.x), rows, text, counts)
+        return self._layer(acts, x, target, reconstruction)
 
     def _layer(
         self, acts: SparseActs, x: Tensor | None, target: Tensor | None, reconstruction: Tensor | None
@@ -156,15 +192,10 @@ def mean_of(values: Tensor, rows: Tensor, text: Tensor, counts: Tensor) -> Tenso
 
 
 def encode_readings(
-    saes: Sequence[LoadedSae],
-    encoders: Sequence[Encoder],
-    read: Sequence[Tensor],
-    written: Sequence[Tensor],
-    readings: Readings,
-    positions: Positions,
+    given: Sequence[Given], readings: Readings, positions: Positions
 ) -> tuple[tuple[LayerActivations, ...], StoredFeatures]:
-    """Per SAE what it reads (K, d_in) and what it reconstructs (K, d_out), at the tokens `readings.keep`."""
-    encoded = list(map(Encoded.of, saes, encoders, read, written))
+    """What SAEs make of the tokens `readings.keep`."""
+    encoded = [one.encoded() for one in given]
     if positions in ("mean", "max"):
         pooled = tuple(one.pooled(readings, positions) for one in encoded)
         n = len(readings.offsets) - 1
@@ -182,3 +213,21 @@ def encode_readings(
         last = torch.from_numpy(readings.last).to(encoded[0].x.device)
         encoded = [one.select(last) for one in encoded]
     return tuple(one.analysed() for one in encoded), stored
+
+
+def texts_not_finite(
+    given: Sequence[Given], layers: Sequence[LayerActivations], readings: Readings
+) -> tuple[NotFinite, ...]:
+    """Each text of whose readings one is not finite, or of which pooling made such."""
+    found: dict[int, NotFinite] = {}
+    for sae, (one, layer) in enumerate(zip(given, layers, strict=True)):
+        if one.finite is not None:
+            in_model = ~(all_finite(one.x) & all_finite(one.target))
+            for rows, whose in ((in_model, True), (~one.finite, False)):
+                for text in of_texts(rows.cpu().numpy(), readings).tolist():
+                    found.setdefault(text, NotFinite(text, sae, whose))
+        pooled = layer.acts.values.amax(-1).isfinite()  # (N,)
+        if not pooled.all():
+            for text in (~pooled).nonzero().squeeze(1).tolist():
+                found.setdefault(text, NotFinite(text, sae, in_model=False))
+    return tuple(found[text] for text in sorted(found))

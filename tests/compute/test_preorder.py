@@ -63,7 +63,7 @@ def test_nodes_to_fill_up_with_are_by_themselves(given_texts, more, block):
     packed = preorder(given_texts)
     filled = packed.filled(len(packed) + more)
     assert filled.path.tolist() == packed.path.tolist()
-    assert filled.tokens.tolist() == packed.tokens.tolist() + more * [0]
+    assert filled.tokens.tolist() == packed.tokens.tolist() + more * [packed.tokens[0]]
     assert filled.depth.tolist() == packed.depth.tolist() + more * [0]
     expected = np.eye(len(filled), dtype=bool)
     expected[: len(packed), : len(packed)] = attended(packed, block)
