@@ -277,6 +277,9 @@ class Pipeline:
             return []
         batch, block = done
         self.metrics.observe_block(batch, block, self.study.engine.info, pack_seconds)
+        if block.not_finite:
+            message = block.not_finite[0].message
+            log.warning("samples.not_finite", samples=len(block.not_finite), message=message)
         self.progress.advance(len(batch.entries))
         return assembly.scatter(batch, block, pack_seconds)
 

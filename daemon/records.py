@@ -11,7 +11,7 @@ import string
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -269,6 +269,13 @@ class LayerSums:
     total: FloatArray  # (n, d_out) sum of x
 
 
+class RowMessage(NamedTuple):
+    """Why a row of a block is none."""
+
+    row: int
+    message: str
+
+
 @frozen
 class Block:
     """The results of one device batch of n samples, on the host.
@@ -284,6 +291,7 @@ class Block:
     analysis_seconds: float
     computed_tokens: int = 0  # token positions that the model ran, padding included
     padding_tokens: int = 0
+    not_finite: tuple[RowMessage, ...] = ()  # samples without numbers: their rows mean nothing
 
     @property
     def n_samples(self) -> int:

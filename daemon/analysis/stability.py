@@ -30,6 +30,15 @@ class Noise:
     pre_acts: Callable[[Tensor], Tensor]  # (N, d_in) -> (N, d_pre)
     activate: Callable[[Tensor], Tensor]  # (M, d_pre) -> dense feature activations (M, d_sae)
     projected: Tensor  # (NOISE_BANK_SIZE, d_pre) what sigma times each row of the bank adds to pre_acts
+    trusts: Callable[[Tensor], Tensor] | None = (
+        None  # (N, d_in) -> (N,) bool: rows where no sound noise overflows
+    )
+    sound: Tensor | None = None  # (NOISE_BANK_SIZE,) bool: noise that overflows in no such row
+
+    def defined(self, x: Tensor, draws: Tensor) -> Tensor:
+        """(N,) bool: the rows of x (N, d_in) that stay finite under their draws (N, K) of noise."""
+        rows = torch.ones_like(draws[:, 0], dtype=torch.bool) if self.trusts is None else self.trusts(x)
+        return rows if self.sound is None else rows & self.sound[draws].all(-1)
 
 
 def noise_bank(seed: int, d_in: int, dtype: torch.dtype) -> Tensor:
@@ -60,7 +69,7 @@ def stability(noise: Noise, x: Tensor, draws: Tensor, top_k: int) -> tuple[Tenso
     `top_k` strongest active features of x and of x + sigma * noise.
 
     x: (N, d_in); draws: (N, K) int64 rows of the bank. Returns two (N,) float64 tensors. Two empty sets are
-    alike: 1.
+    alike: 1. NaN where noise takes a row out of the numbers that its dtype holds.
     """
     n, k = draws.shape
     pre_acts = noise.pre_acts(x)
@@ -71,7 +80,7 @@ def stability(noise: Noise, x: Tensor, draws: Tensor, top_k: int) -> tuple[Tenso
         rows = max(1, MAX_ACTIVATED[x.device.type] // (k + 1))
         pieces = [slice(start, start + rows) for start in range(0, max(1, n), rows)]
         sets = torch.cat([_sets(noise, pre_acts[piece], draws[piece], top_k) for piece in pieces])
-    jaccard = _similarity(sets)
+    jaccard = _similarity(sets).where(noise.defined(x, draws).unsqueeze(1), torch.nan)
     return jaccard.mean(-1), jaccard.std(-1, correction=0)
 
 

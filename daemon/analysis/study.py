@@ -66,7 +66,7 @@ def analyse(
     """Each of `daemon.columns.analysis_columns` as an (n,) array, in that order.
 
     `token_counts` is (n, T), of tokens fed to the model. Counts are int64, classes objects of type str, all
-    else float64 with NaN where undefined. The contrast reads the first SAE, but for
+    else float64, never infinite, with NaN where undefined. The contrast reads the first SAE, but for
     `cross_layer_consistency`: the last two, NaN with only one. Without `noise` stability is undefined.
     """
     names = recipe.text_names
@@ -191,7 +191,7 @@ def _undefined(rows: Tensor) -> Tensor:
 
 def _as_kind(values: FloatArray, kind: Kind) -> npt.NDArray[np.generic]:
     if kind == "float":
-        return values
+        return np.where(np.isfinite(values), values, np.nan)
     whole = values.astype(np.int64)
     return whole if kind == "int" else np.array(SHAPE_CLASSES, dtype=object)[whole]
 

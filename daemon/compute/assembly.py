@@ -76,17 +76,25 @@ class Assembly:
         return None
 
     def scatter(self, batch: Batch, block: Block, pack_seconds: float = 0.0) -> list[FinishedPart]:
-        """Hand a block's rows to their parts; the parts that this finishes."""
+        """Hand a block's rows to their parts, rejects for those that mean nothing; what that finishes."""
+        finished = [
+            part
+            for row, message in block.not_finite
+            for part in self.set_aside(batch.entries[row], "not_finite_activation", message)
+        ]
+        none = {row for row, _ in block.not_finite}
         rows: dict[Key, list[int]] = defaultdict(list)
         for row, entry in enumerate(batch.entries):
-            rows[key_of(entry.part)].append(row)
+            if row not in none:
+                rows[key_of(entry.part)].append(row)
+        if not rows:
+            return finished
         order = np.concatenate([np.array(block_rows) for block_rows in rows.values()])
         starts = np.cumsum([0, *map(len, rows.values())])[:-1]
         totals = zip(*(LayerTotals.of_groups(sums, order, starts) for sums in block.layers), strict=True)
         rest = dataclasses.replace(block, layers=())  # which weigh more than all else, and are summed up
         weight = block.features.indices.nbytes + block.features.values.nbytes
         row_bytes = weight // len(batch.entries) + 8 * len(block.columns)
-        finished = []
         for (key, block_rows), layers in zip(rows.items(), totals, strict=True):
             opened = self._open[key]
             opened.layers = tuple(map(LayerTotals.plus, opened.layers, layers)) if opened.pieces else layers

@@ -9,13 +9,15 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from daemon import mapped
@@ -24,12 +26,12 @@ from daemon.analysis.stability import Noise, noise_bank
 from daemon.analysis.study import StudySettings, analyse, layer_sums
 from daemon.analysis.threads import side_by_side
 from daemon.compute.engine import Engine
-from daemon.compute.extraction import Extraction, Started
+from daemon.compute.extraction import Extraction, NotFinite, Started
 from daemon.compute.lanes import cut, joined
 from daemon.compute.launched import finish, on_cuda
 from daemon.compute.packing import Batch
 from daemon.errors import OutOfMemory
-from daemon.records import Block, FeatureRows
+from daemon.records import Block, FeatureRows, ModelInfo, RowMessage
 
 R = TypeVar("R")
 OWN_THREADS = Path("/proc/self/task")  # on Linux
@@ -211,6 +213,8 @@ class Study:
             noise=self._noise,
         )
         n_texts = len(batch.recipe.templates)
+        not_finite = self._messages(extraction.not_finite, batch.recipe.text_names)
+        empty_rows(columns, [row for row, _ in not_finite])
         return Block(
             columns=columns,
             features=feature_rows(extraction.stored, n_texts),
@@ -220,7 +224,40 @@ class Study:
             analysis_seconds=time.perf_counter() - began,
             computed_tokens=extraction.computed_tokens,
             padding_tokens=extraction.padding_tokens,
+            not_finite=not_finite,
         )
+
+    def _messages(self, found: Sequence[NotFinite], names: Sequence[str]) -> tuple[RowMessage, ...]:
+        """One for each sample that has such a text: where it is not finite, and what helps."""
+        messages: dict[int, str] = {}
+        for text in found:
+            row, number = divmod(text.text, len(names))
+            if row not in messages:
+                messages[row] = not_finite_message(names[number], text, self.engine.info)
+        return tuple(RowMessage(*item) for item in sorted(messages.items()))
+
+
+def not_finite_message(name: str, found: NotFinite, info: ModelInfo) -> str:
+    sae = info.saes[found.sae]
+    wider = {"float16": "bfloat16 or float32", "bfloat16": "float64", "float32": "float64"}.get(info.dtype)
+    remedy = f"set model.dtype to {wider}" if wider else "leave it out"
+    if found.in_model:
+        where = (
+            sae.hook_name if sae.hook_name == sae.hook_name_out else f"{sae.hook_name} or {sae.hook_name_out}"
+        )
+        return f"text {name!r}: the model's values at {where} are not finite in {info.dtype}: {remedy}"
+    dtype = "float64" if info.dtype == "float64" else "float32"
+    return (
+        f"text {name!r}: what the SAE at {sae.hook_name} makes of it is not finite in {dtype}: {remedy},"
+        " or look whether the SAE belongs to this model"
+    )
+
+
+def empty_rows(columns: dict[str, npt.NDArray[np.generic]], rows: Sequence[int]) -> None:
+    """Leave no number in these rows of the float columns."""
+    for column in columns.values() if rows else ():
+        if column.dtype == np.float64:
+            column[rows] = np.nan
 
 
 def outliving(block: Block) -> Block:
@@ -242,4 +279,5 @@ def noise_of(engine: Engine, settings: StudySettings) -> Noise:
     bank = noise_bank(settings.seed, info.saes[0].d_in, dtype).to(info.device)
     with torch.inference_mode():
         projected = encoder.project(settings.noise_sigma * bank)
-    return Noise(encoder.pre_acts, encoder.activate, projected)
+        sound = encoder.trusts_noise(projected)
+    return Noise(encoder.pre_acts, encoder.activate, projected, encoder.bounds.trusts, sound)

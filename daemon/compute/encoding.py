@@ -62,8 +62,8 @@ class Encoder(Protocol):
     def encode(self, x: Tensor) -> SparseActs: ...
 
     def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
-        """The reconstruction (N, d_out) by what x was encoded to, row by row. It depends on x itself where the
-        dictionary normalises by statistics of x, or is a skip transcoder."""
+        """The reconstruction (N, d_out), row by row, by the features that x has. It depends on x itself where
+        the dictionary normalises by statistics of x, or is a skip transcoder."""
         ...
 
 
@@ -125,7 +125,8 @@ class PlainEncoder:
         return self._entry.encode(pre_acts)
 
     def trusts_noise(self, projected: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(projected, dim=-1) < self.bounds.longest
+        lengths: Tensor = torch.linalg.vector_norm(projected, dim=-1)
+        return lengths < self.bounds.longest
 
     def finite(self, x: Tensor) -> Tensor:
         return self.bounds.finite(x, self._steps)

@@ -57,7 +57,9 @@ class Extraction:
 
     layers: tuple[LayerActivations, ...]  # one per SAE, N rows in the order of the texts
     stored: StoredFeatures
-    not_finite: tuple[NotFinite, ...]  # texts whose rows mean nothing, each with its first SAE, in their order
+    not_finite: tuple[
+        NotFinite, ...
+    ]  # texts whose rows mean nothing, each with its first SAE, in their order
     computed_tokens: int
     padding_tokens: int
     forward_seconds: float

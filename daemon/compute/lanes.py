@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from daemon.compute.packing import Batch, TrieCost
-from daemon.records import Block, FeatureRows, IntArray, LayerSums
+from daemon.records import Block, FeatureRows, IntArray, LayerSums, RowMessage
 
 PIECE_TOKENS = 256  # at least, of a piece: with fewer, products take longer for each
 PIECE_WORK = 16  # what a piece costs besides, in the time that a token takes
@@ -114,6 +114,16 @@ def joined(blocks: Sequence[Block], at_a_time: int = 1) -> Block:
         analysis_seconds=seconds([block.analysis_seconds for block in blocks]),
         computed_tokens=sum(block.computed_tokens for block in blocks),
         padding_tokens=sum(block.padding_tokens for block in blocks),
+        not_finite=joined_messages(blocks),
+    )
+
+
+def joined_messages(blocks: Sequence[Block]) -> tuple[RowMessage, ...]:
+    before = np.cumsum([0, *(block.n_samples for block in blocks[:-1])]).tolist()
+    return tuple(
+        RowMessage(first + row, message)
+        for first, block in zip(before, blocks, strict=True)
+        for row, message in block.not_finite
     )
 
 

@@ -1,8 +1,8 @@
 """Which rows an SAE can read without leaving the numbers that its dtype holds.
 
-NaN and infinity compare false, so that where a product overflows "nothing fired" is all that is left of it. The
-length of what is read bounds every sum in the product, by Cauchy and Schwarz: below that bound nothing needs
-to be looked at. Knows no model and no texts.
+NaN and infinity compare false: where a product overflows, it looks as if nothing fired. The length of what is
+read bounds every sum in the product, by Cauchy and Schwarz; only rows beyond that bound are looked at.
+Knows no model and no texts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Bounds:
 
     def trusts(self, x: Tensor) -> Tensor:
         """(N,) bool, for rows x (N, d_in); what is not finite is not trusted."""
-        lengths = torch.linalg.vector_norm(x, dim=-1)
+        lengths: Tensor = torch.linalg.vector_norm(x, dim=-1)
         return (lengths > self.shortest) & (lengths < self.longest)
 
     def finite(self, x: Tensor, steps: Callable[[Tensor], Sequence[Tensor]]) -> Tensor:
@@ -59,7 +59,9 @@ class Bounds:
         finite = self.trusts(x)
         if finite.all():
             return finite
-        for rows in (~finite).nonzero().squeeze(1).split(LOOKED_AT):
+        distrusted = (~finite).nonzero().squeeze(1)
+        for start in range(0, len(distrusted), LOOKED_AT):
+            rows = distrusted[start : start + LOOKED_AT]
             made = x[rows], *steps(x[rows])
             finite[rows] = torch.stack([all_finite(values) for values in made]).all(0)
         return finite
@@ -67,7 +69,8 @@ class Bounds:
 
 def all_finite(values: Tensor) -> Tensor:
     """(N,) bool: the rows (N, d) of finite numbers whose squares have a sum in float64."""
-    return torch.linalg.vector_norm(values.double(), dim=-1).isfinite()
+    lengths: Tensor = torch.linalg.vector_norm(values.double(), dim=-1)
+    return lengths.isfinite()
 
 
 def activation_bounds(sae: Any) -> tuple[float, float]:

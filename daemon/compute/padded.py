@@ -202,10 +202,13 @@ class PaddedEngine:
 
 
 def padded_tokens(texts: Sequence[Sequence[int]]) -> tuple[IntArray, BoolArray]:
-    """Texts as rows of one array, zeros on the right; and where they are."""
+    """Texts as rows of one array, each filled up with its own last token; and where they are.
+
+    What is not finite after a text reaches into it, by shares of 0: a token of its own is no worse than itself.
+    """
     lengths = np.array([len(text) for text in texts])
     inside = np.arange(int(lengths.max())) < lengths[:, None]
-    tokens = np.zeros(inside.shape, np.int64)
+    tokens = np.repeat([text[-1] for text in texts], inside.shape[1]).reshape(inside.shape)
     tokens[inside] = np.concatenate(texts)
     return tokens, inside
 

@@ -39,9 +39,7 @@ def reread(started: Started, start: Callable[[Sequence[Sequence[int]]], Started]
         source, target = paired_rows(again.readings, started.readings, group)
         healed = finite[source] & left[target]
         source, target = source[healed], target[healed]
-        for old, new in zip(
-            (*started.read, *started.written), (*again.read, *again.written), strict=True
-        ):
+        for old, new in zip((*started.read, *started.written), (*again.read, *again.written), strict=True):
             copies[id(old)][on(old, target)] = new[on(old, source)]
         left[target] = False
         if len(group) > 1:

@@ -30,6 +30,7 @@ REJECT_REASONS = (
     "text_too_long",
     "empty_text",
     "out_of_memory",
+    "not_finite_activation",
 )
 
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8

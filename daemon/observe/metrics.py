@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from daemon.intake.reader import REJECT_REASONS
@@ -281,9 +282,13 @@ class Metrics:
         self.stage_duration_seconds.observe([block.forward_seconds], "forward")
         self.stage_duration_seconds.observe([block.sae_seconds], "sae")
         self.stage_duration_seconds.observe([block.analysis_seconds], "analysis")
+        rows = [row for row, _ in block.not_finite]
+        if rows:
+            self.rejects_total.labels("not_finite_activation").inc(len(rows))
         counts = block.features.offsets[1:] - block.features.offsets[:-1]
+        counted = ~np.isin(block.features.sample_row, rows)
         for number, sae in enumerate(info.saes):
-            self.feature_l0.observe(counts[block.features.layer == number], str(sae.layer))
+            self.feature_l0.observe(counts[(block.features.layer == number) & counted], str(sae.layer))
 
     def observe_outcomes(self, outcomes: Sequence[Outcome], layers: tuple[int, ...]) -> None:
         """Files came to their ends; `layers` are the SAEs'."""

@@ -61,7 +61,8 @@ class LayerTotals:
         """
         if not self.rows:
             return None
-        variance = self.squared_norm - float(self.total @ self.total) / self.rows
+        with np.errstate(over="ignore", invalid="ignore"):
+            variance = self.squared_norm - float(self.total @ self.total) / self.rows
         if not variance > NEGLIGIBLE_VARIANCE * self.squared_norm:
             return None
         ratio = self.squared_error / variance
