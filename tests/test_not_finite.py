@@ -14,7 +14,7 @@ import torch
 from sae_lens import SAE
 from transformers import AutoModelForCausalLM
 
-from daemon.compute.packed import probe_texts
+from daemon.compute.probe import packed_texts
 from daemon.config import Config, load_config
 from daemon.output.delivery import Outcome
 from daemon.service import serve
@@ -24,7 +24,7 @@ TOKENIZER = tiny.byte_tokenizer()
 LAYERS = (0, 1, 2)
 HOOKS = tuple(f"blocks.{layer}.hook_resid_post" for layer in LAYERS)
 # A letter that the probe of the packed engine does not read, and the token that batches are padded with.
-PROBED = {token for text in probe_texts(tiny.BOS + 1) for token in text}
+PROBED = {token for text in packed_texts(tiny.BOS + 1) for token in text}
 UNPROBED = next(letter for letter in ascii_uppercase if TOKENIZER(letter)["input_ids"][0] not in PROBED)
 PADDING = TOKENIZER.decode([0])
 

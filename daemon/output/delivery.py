@@ -47,6 +47,9 @@ class Outcome:
     output_bytes: int = 0
     seconds: float = 0.0  # first read to commit
     fvu: tuple[float | None, ...] = ()  # per SAE
+    mean_l0: tuple[float | None, ...] = ()  # the same
+    readings: int = 0  # that each SAE made, of which these are means
+    clipped: int = 0  # activations that the stored type does not hold
     stages: StageSeconds | None = None
     reason: str | None = None
     message: str | None = None
@@ -58,6 +61,7 @@ class Outcome:
             "unit": self.unit,
             "rows": self.rows,
             "rejects": self.rejects,
+            "clipped": self.clipped or None,
             "seconds": round(self.seconds, 2),
             "folder": str(self.folder) if self.folder else None,
             "reason": self.reason,
@@ -300,5 +304,8 @@ def published(unit: Unit, staged: Staged) -> Outcome:
         output_bytes=totals.bytes,
         seconds=unit.seconds,
         fvu=totals.fvu,
+        mean_l0=tuple([layer.mean_l0() for layer in totals.layers]),
+        readings=totals.layers[0].rows,
+        clipped=totals.clipped,
         stages=totals.seconds,
     )

@@ -17,14 +17,13 @@ from daemon.output.ragged import spread
 from daemon.records import FeatureRows, FloatArray, IntArray
 
 COPIED = 1 << 16  # activations at a time
-FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 def in_order(found: Sequence[tuple[FeatureRows, IntArray]], value_type: npt.DTypeLike) -> FeatureRows:
     """Feature rows of several batches, sorted by sample, text, SAE and position.
 
     With those of each come numbers (n,): by which each sample of the batch is to be known, -1 for one whose
-    rows are not wanted. Stored as float16, activations beyond 65504 become 65504.
+    rows are not wanted. Activations are stored as the nearest number that the type holds: see `clipped`.
     """
     by_batch = [heads(*one) for one in found]
     sample, text, layer, position, token_id, begins, lengths = np.concatenate(by_batch, axis=1)
@@ -67,6 +66,34 @@ def pieces(moves: IntArray) -> list[IntArray]:
     return np.split(moves, np.flatnonzero(np.diff(number)) + 1, axis=1)
 
 
+def clipped(found: Sequence[tuple[FeatureRows, IntArray]], value_type: npt.DTypeLike, n: int) -> IntArray:
+    """(n,) how many activations of each sample the type does not hold: too large, or too small to be above 0.
+
+    `found` is what `in_order` takes, the numbers below n.
+    """
+    counts = np.zeros(n, np.int64)
+    for features, numbers in found:
+        if not narrows(features.values, np.dtype(value_type)):
+            continue
+        least, most = limits(np.dtype(value_type))
+        outside = np.flatnonzero((features.values < least) | (features.values > most))
+        row = np.searchsorted(features.offsets, outside, side="right") - 1
+        sample = numbers[features.sample_row[row]]
+        counts += np.bincount(sample[sample >= 0], minlength=n)
+    return counts
+
+
 def storable(values: npt.NDArray[np.float32] | FloatArray, kind: np.dtype[Any]) -> npt.NDArray[Any]:
-    limited = np.clip(values, -FLOAT16_MAX, FLOAT16_MAX) if kind == np.float16 else values
+    limited = np.clip(values, *limits(kind)) if narrows(values, kind) else values
     return limited.astype(kind, copy=False)
+
+
+def narrows(values: npt.NDArray[Any], kind: np.dtype[Any]) -> bool:
+    """Whether a type holds less than that of the values."""
+    return kind.itemsize < values.dtype.itemsize
+
+
+def limits(kind: np.dtype[Any]) -> tuple[float, float]:
+    """The smallest and the largest positive number of a type."""
+    info = np.finfo(kind)
+    return float(info.smallest_subnormal), float(info.max)

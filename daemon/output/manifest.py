@@ -46,6 +46,7 @@ def manifest(
         "records": totals.records,
         "rows": totals.rows,
         "rejects": totals.rejects,
+        "clipped": totals.clipped,
         "seconds": round(seconds, 6),
         "stage_seconds": describe_stages(totals.seconds),
         "model": describe_model(info),

@@ -23,7 +23,7 @@ from daemon.output.totals import LayerTotals, StageSeconds
 from daemon.records import PartExtent, Reject
 
 PARTS_SUFFIX = ".parts"  # of the folders that hold them
-FORMAT = 1  # of part files; another one is not read
+FORMAT = 2  # of part files; another one is not read
 HEADER = b"lensd"
 OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 BUFFER_BYTES = 1 << 20
@@ -39,6 +39,7 @@ class StoredPart:
     rejects: tuple[Reject, ...]  # in record order
     layers: tuple[LayerTotals, ...]  # one per SAE
     seconds: StageSeconds
+    clipped: int = 0  # activations that the stored type does not hold
 
 
 def parts_of(staging: str) -> Path:
@@ -86,6 +87,7 @@ def read_part(folder: Path, number: int) -> StoredPart:
         rejects=tuple(Reject(**reject) for reject in header["rejects"]),
         layers=tuple(layer_of(layer) for layer in header["layers"]),
         seconds=StageSeconds(**header["seconds"]),
+        clipped=header["clipped"],
     )
 
 
@@ -114,6 +116,7 @@ def header_of(part: StoredPart) -> dict[str, Any]:
         "rejects": [fields_of(reject) for reject in part.rejects],
         "layers": [{**fields_of(layer), "total": layer.total.tolist()} for layer in part.layers],
         "seconds": fields_of(part.seconds),
+        "clipped": part.clipped,
     }
 
 

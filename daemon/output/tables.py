@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from daemon.frozen import frozen
-from daemon.output.featurerows import in_order
+from daemon.output.featurerows import clipped, in_order
 from daemon.output.finished import FinishedPart
 from daemon.output.ragged import Ragged
 from daemon.output.schema import SAMPLE_FIELDS
@@ -31,6 +31,7 @@ class PartTables:
 
     metrics: pa.Table | SmallFile
     features: pa.Table | SmallFile
+    clipped: int  # activations that the stored type does not hold
 
 
 def part_tables(
@@ -50,7 +51,9 @@ def part_tables(
         cut_up(features_columns(gathered, features, info), features, rows, whole),
         strict=True,
     )
-    return [PartTables(*pair) for pair in both]
+    ends = np.cumsum(samples)
+    unheld = np.diff(np.concatenate(([0], np.cumsum(gathered.clipped)))[np.concatenate(([0], ends))])
+    return [PartTables(*pair, number) for pair, number in zip(both, unheld.tolist(), strict=True)]
 
 
 def cut_up(
@@ -100,6 +103,7 @@ class Gathered:
     block: IntArray  # (N,) index into blocks
     block_row: IntArray  # (N,)
     features: FeatureRows | None  # in order, `sample_row` counting the N samples; None without any
+    clipped: IntArray  # (N,) activations that the stored type does not hold
 
     @property
     def feature_samples(self) -> IntArray:
@@ -139,6 +143,7 @@ def gather(parts: Sequence[FinishedPart], value_type: npt.DTypeLike) -> Gathered
         block=block_of,
         block_row=row_of,
         features=in_order(found, value_type) if found else None,
+        clipped=clipped(found, value_type, len(samples)),
     )
 
 

@@ -114,6 +114,7 @@ class UnitTotals:
     layers: tuple[LayerTotals, ...]  # one per SAE
     fvu: tuple[float | None, ...]  # of each
     seconds: StageSeconds
+    clipped: int  # activations that the stored type does not hold
     files: tuple[FileTotals, ...]
 
     @property

@@ -151,6 +151,7 @@ class UnitWriter:
             layers=part.layers,
             fvu=tuple([layer.fvu() for layer in part.layers]),
             seconds=self._timed(part.seconds, seconds),
+            clipped=part.clipped,
             files=tuple(
                 FileTotals(name, file.rows, len(file.content), hashlib.sha256(file.content).hexdigest())
                 for name, file in files.items()
@@ -160,7 +161,7 @@ class UnitWriter:
     def _write_parts(self, began: float) -> UnitTotals:
         """The files of a unit, from its stored parts."""
         layers = tuple(LayerTotals.zero(sae.d_out) for sae in self.info.saes)
-        seconds = StageSeconds()
+        seconds, clipped = StageSeconds(), 0
         staging = Path(self.staging)
         with contextlib.ExitStack() as files:
             metrics = ParquetFile(
@@ -185,6 +186,7 @@ class UnitWriter:
                 rejects.append(part.rejects)
                 layers = tuple(sum_.plus(more) for sum_, more in zip(layers, part.layers, strict=True))
                 seconds += part.seconds
+                clipped += part.clipped
             written = (metrics.close(), features.close(), *rejects.close())
         return UnitTotals(
             records=sum(extent.records for extent in self._extents.values()),
@@ -193,6 +195,7 @@ class UnitWriter:
             layers=layers,
             fvu=tuple([layer.fvu() for layer in layers]),
             seconds=self._timed(seconds, self._clock() - began),
+            clipped=clipped,
             files=written,
         )
 
@@ -276,6 +279,7 @@ def stored_part(finished: FinishedPart, tables: PartTables) -> StoredPart:
         rejects=tuple(sorted(finished.rejects, key=lambda reject: reject.record_index)),
         layers=finished.layers,
         seconds=finished.seconds,
+        clipped=tables.clipped,
     )
 
 

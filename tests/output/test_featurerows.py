@@ -9,7 +9,7 @@ import pytest
 from handmade import make_block, make_sample
 
 from daemon.output import featurerows
-from daemon.output.featurerows import FLOAT16_MAX, in_order
+from daemon.output.featurerows import clipped, in_order
 from daemon.records import CONTRAST_RECIPE, FeatureRows
 from tests.output.test_outliving import room_of
 
@@ -61,5 +61,27 @@ def test_activations_are_of_the_type_asked_for(kind):
     rows = dataclasses.replace(rows, values=np.linspace(1, 1e5, len(rows.values)))
     got = in_order([(rows, np.arange(4))], kind)
     assert got.values.dtype == kind
-    most = FLOAT16_MAX if kind == np.float16 else 1e5
-    assert got.values.max() == most
+    assert got.values.max() == (65504 if kind == np.float16 else 1e5)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_activations_beyond_a_type_become_the_nearest_it_holds_and_are_counted(kind):
+    info = np.finfo(kind)
+    least, most = float(info.smallest_subnormal), float(info.max)
+    one = np.zeros(4, np.int64)
+    rows = FeatureRows(
+        sample_row=np.array([2, 0, 1, 2]),
+        text=one,
+        layer=one,
+        position=np.arange(4),
+        token_id=one,
+        offsets=np.array([0, 3, 3, 5, 8]),
+        indices=np.arange(8, dtype=np.uint32),
+        values=np.array([1.5, most * 2, least / 3, 2.0, most, most * 1e3, least, least / 2]),
+    )
+    found = [(rows, np.array([1, 0, 2])), (rows, np.array([-1, 3, -1]))]
+    assert clipped(found, kind, 4).tolist() == [0, 0, 4, 0]
+    assert clipped([(rows, np.array([-1, 0, 1]))], kind, 2).tolist() == [0, 4]
+    assert clipped(found, np.float64, 4).tolist() == [0] * 4
+    stored = in_order(found[:1], kind).values
+    assert stored.tolist() == [2, most, 1.5, most, least, most, least, least]

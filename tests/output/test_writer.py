@@ -319,5 +319,5 @@ def test_parts_of_an_earlier_attempt_are_the_same_as_new_ones(tmp_path):
 def test_a_part_file_of_another_version_is_not_used(tmp_path, monkeypatch):
     writer = open_writer(tmp_path / "unit")
     writer.write_part(finish(parts_of_a_file()[0]))
-    monkeypatch.setattr(parts_module, "FORMAT", 2)
+    monkeypatch.setattr(parts_module, "FORMAT", parts_module.FORMAT + 1)
     assert stored_extents(writer.parts) == {}

@@ -60,7 +60,8 @@ FILE_REASONS = {
     "no_recipe",
     "no_usable_record",
 }
-OF_LATER_STAGES = {"text_too_long", "empty_text", "out_of_memory", "not_finite_activation"}  # which reject records too
+# These reject records too.
+OF_LATER_STAGES = {"text_too_long", "empty_text", "out_of_memory", "not_finite_activation"}
 BOMB = gzip.compress(b" " * (17 << 20))
 LARGE = gzip.compress(b'["' + b"".join(b"%d%4000d" % (n**5, n) for n in range(5000)))  # ratio below 500
 
