@@ -7,16 +7,16 @@ Heavy imports come inside the commands, so that `--help` and a bad setting answe
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from daemon.errors import ConfigError, LensdError, MachineError
 from daemon.shown import visible, visible_lines
+from daemon.streams import open_standard_streams
 
 if TYPE_CHECKING:
     from daemon.config import Config
@@ -37,7 +37,18 @@ def share_heap() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     share_heap()
-    never_refuse(sys.stdout, sys.stderr)
+    output = open_standard_streams()
+    try:
+        code = command(argv)
+    finally:
+        sys.stdout.flush()
+        refusal = None if output is None else output.refusal
+    if refusal is not None:
+        return complain(MachineError(f"standard output: {refusal.strerror}"), MACHINE_FAILED)
+    return code
+
+
+def command(argv: list[str] | None) -> int:
     try:
         args = parser().parse_args(argv)
         code: int = args.command(args)
@@ -49,13 +60,6 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(visible_lines(traceback.format_exc()))
         return exit_code(error)
     return code
-
-
-def never_refuse(*streams: TextIO) -> None:
-    """File names and texts may hold what a stream's encoding can't: escapes then, and no failure."""
-    for stream in streams:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def exit_code(error: Exception) -> int:
@@ -288,9 +292,9 @@ def show_status(args: argparse.Namespace) -> int:
 
     from daemon.config import load_config
     from daemon.observe.status import to_json
-    from daemon.tools.status import fetch, healthy, print_status, url_of
+    from daemon.tools.status import fetch_first, healthy, print_status, urls_of
 
-    status = fetch(args.url or url_of(load_config(args.config)))
+    status = fetch_first([args.url] if args.url is not None else urls_of(load_config(args.config)))
     if args.json:
         sys.stdout.write(json.dumps(json.loads(to_json(status))) + "\n")
     else:

@@ -343,7 +343,9 @@ def env_layer(env: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
             try:
                 value = json.loads(text)
             except ValueError as error:
-                raise ConfigError(f"environment {name}: not valid JSON: {error}") from None
+                if "." not in key:
+                    raise ConfigError(f"environment {name}: not valid JSON: {error}") from None
+                # else text that begins so, such as the address [::]:9478
         yield key, value, f"environment {name}"
 
 

@@ -6,18 +6,22 @@ Knows nothing about what is observed.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, metrics
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 
 class ArrayHistogram(Collector):
-    """Registers itself as `name`, with at most one label. Safe to observe and to scrape from any thread."""
+    """Registers itself as `name`, with at most one label. Safe to observe and to scrape from any thread.
+
+    Each series tells when it began, as prometheus_client's own do, unless that was told not to.
+    """
 
     def __init__(
         self,
@@ -27,6 +31,7 @@ class ArrayHistogram(Collector):
         label: str | None = None,
         *,
         registry: CollectorRegistry,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._name = name
         self._text = text
@@ -35,6 +40,8 @@ class ArrayHistogram(Collector):
         self._lock = threading.Lock()
         self._counts: dict[str, npt.NDArray[np.int64]] = {}  # by value of the label, a count per bucket
         self._sums: dict[str, float] = {}
+        self._created: dict[str, float] = {}  # Unix time
+        self._clock = clock
         if label is None:
             self.observe([])  # a series that starts at 0 has a rate from its first event on
         registry.register(self)
@@ -47,6 +54,7 @@ class ArrayHistogram(Collector):
         with self._lock:
             self._counts[label] = counts + self._counts.get(label, 0)
             self._sums[label] = float(numbers.sum()) + self._sums.get(label, 0.0)
+            self._created.setdefault(label, self._clock())
 
     def describe(self) -> Iterator[HistogramMetricFamily]:
         yield HistogramMetricFamily(self._name, self._text, labels=self._labels)
@@ -55,11 +63,15 @@ class ArrayHistogram(Collector):
         """What was observed so far, in the exposition's terms: cumulative counts by upper bound."""
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         with self._lock:
-            counts, sums = dict(self._counts), dict(self._sums)
+            counts, sums, created = dict(self._counts), dict(self._sums), dict(self._created)
         for label, count in counts.items():
+            labels = [label] if self._label else []
             bounds = map(floatToGoString, self._bounds)
             buckets = list(zip(bounds, np.cumsum(count).tolist(), strict=True))
-            family.add_metric([label] if self._label else [], buckets, sums[label])
+            family.add_metric(labels, buckets, sums[label])
+            if getattr(metrics, "_use_created", True):
+                named = dict(zip(self._labels, labels, strict=True))
+                family.add_sample(f"{self._name}_created", named, created[label])
         yield family
 
     @property

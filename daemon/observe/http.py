@@ -5,23 +5,27 @@ Knows nothing about files or models; health is told to it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gzip
 import json
 from collections.abc import AsyncIterator, Iterable
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import choose_encoder, gzip_accepted
 
-from daemon.errors import ConfigError
 from daemon.observe.health import Health
+from daemon.observe.listening import listen
+
+SHUTDOWN_SECONDS = 1.0  # for requests under way to end, and then for their handlers: twice at most
 
 
 def application(
     registry: CollectorRegistry, health: Health, routes: Iterable[web.RouteDef] = ()
 ) -> web.Application:
-    async def metrics(_: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    async def metrics(request: web.Request) -> web.Response:
+        return exposition(request, registry)
 
     async def livez(_: web.Request) -> web.Response:
         return verdict(health.stalled())
@@ -37,6 +41,21 @@ def application(
     return app
 
 
+def exposition(request: web.Request, registry: CollectorRegistry) -> web.Response:
+    """The metrics as prometheus_client gives them: format, compression and choice by the request."""
+    try:
+        encode, content_type = choose_encoder(",".join(request.headers.getall("Accept", [])))
+    except (TypeError, ValueError):  # a version that is no number
+        encode, content_type = choose_encoder("")
+    names = request.query.getall("name[]", [])
+    body = encode(registry.restricted_registry(names) if names else registry)
+    headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
+    if gzip_accepted(",".join(request.headers.getall("Accept-Encoding", []))):
+        headers["Content-Encoding"] = "gzip"
+        body = gzip.compress(body, compresslevel=6)
+    return web.Response(body=body, headers=headers)
+
+
 def verdict(reasons: list[str]) -> web.Response:
     """200 without reasons, else 503 with them."""
     body = json.dumps({"ok": not reasons, "reasons": reasons}) + "\n"
@@ -49,23 +68,32 @@ async def serve_http(
 ) -> AsyncIterator[str]:
     """Serve on `address` (HOST:PORT; port 0 takes a free one) within the context; gives the base URL.
 
-    `routes` come besides `/metrics`, `/livez` and `/readyz`.
+    `routes` come besides `/metrics`, `/livez` and `/readyz`. At the end connections are closed, whatever
+    their clients do; answers under way have SHUTDOWN_SECONDS.
 
-    Raises ConfigError where the address can't be had.
+    Raises ConfigError or MachineError where the address can't be had.
     """
-    host, _, port = address.rpartition(":")
-    runner = web.AppRunner(application(registry, health, routes), access_log=None)
+    host = address.rpartition(":")[0]
+    app = application(registry, health, routes)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host.strip("[]"), int(port))
-        try:
-            await site.start()
-        except OSError as error:
-            raise ConfigError(
-                f"http.address = {address}: can't listen there ({error.strerror}):"
-                " choose another with --http HOST:PORT, or --no-http"
-            ) from None
-        bound = runner.addresses[0][1]
-        yield f"http://{host}:{bound}"
+        sockets = await listen(address)
+        for listening in sockets:
+            await web.SockSite(runner, listening).start()
+        yield f"http://{host}:{sockets[0].getsockname()[1]}"
     finally:
-        await runner.cleanup()
+        await close(runner)
+
+
+async def close(runner: web.AppRunner) -> None:
+    """End every connection, those too whose client does not read what it asked for."""
+    for site in runner.sites:
+        await site.stop()
+    await asyncio.sleep(0)  # what was accepted last becomes a connection
+    server = runner.server
+    transports = [] if server is None else [connection.transport for connection in server.connections]
+    await runner.cleanup()
+    for transport in transports:
+        if transport is not None:
+            transport.abort()

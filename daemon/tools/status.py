@@ -22,7 +22,8 @@ from daemon.observe.wording import ago, count, duration, rate
 from daemon.shown import visible, visible_name
 
 TIMEOUT_SECONDS = 5.0
-ANYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # listened on: asked at
+STATUS_BYTES = 16 << 20  # what answers more is no daemon
+ANYWHERE = {"0.0.0.0": ("127.0.0.1",), "[::]": ("[::1]", "127.0.0.1")}  # listened on: asked at
 BARS = " ▁▂▃▄▅▆▇█"
 BARS_SHOWN = 24
 STYLES = {
@@ -37,39 +38,68 @@ STYLES = {
 }
 
 
-def url_of(config: Config) -> str:
-    """Where the daemon with this configuration answers. Raises ConfigError where it does not."""
+def urls_of(config: Config) -> list[str]:
+    """Where the daemon with this configuration may answer. Raises ConfigError where it does not."""
     if not config.http.enabled:
         raise ConfigError("http.enabled is false in the configuration: such a daemon can't be asked")
     host, _, port = config.http.address.rpartition(":")
     if port == "0":
         raise ConfigError("http.address has port 0, any free one: give --url, which the daemon's log names")
-    return f"http://{ANYWHERE.get(host, host)}:{port}"
+    return [f"http://{asked}:{port}" for asked in ANYWHERE.get(host, (host,))]
+
+
+def url_of(config: Config) -> str:
+    """The first of `urls_of`."""
+    return urls_of(config)[0]
+
+
+class NoAnswer(MachineError):
+    """Nobody answers at an address."""
+
+
+def fetch_first(urls: Sequence[str]) -> Status:
+    """Ask at each base URL until somebody answers. Raises as `fetch` does, of the first where nobody does."""
+    silent: list[NoAnswer] = []
+    for url in urls:
+        try:
+            return fetch(url)
+        except NoAnswer as error:
+            silent.append(error)
+    raise silent[0]
 
 
 def fetch(url: str) -> Status:
     """Ask the daemon at a base URL, without a proxy.
 
-    Raises ConfigError for what is no URL, MachineError where no status comes.
+    Raises ConfigError for what is no URL, NoAnswer where nobody answers, MachineError where no status comes.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    if not is_url(url):
         raise ConfigError(f"--url {visible(url)}: expected http://HOST:PORT")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{url.rstrip('/')}/status.json", timeout=TIMEOUT_SECONDS) as response:
-            body: bytes = response.read()
+            body: bytes = response.read(STATUS_BYTES + 1)
     except urllib.error.HTTPError as error:
         with error:
             raise MachineError(f"{url}: answered {error.code}: is that lensd, of this version?") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         why = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-        raise MachineError(f"{url}: no answer ({why}): is lensd running there?") from None
+        raise NoAnswer(f"{url}: no answer ({why}): is lensd running there?") from None
     try:
+        if len(body) > STATUS_BYTES:
+            raise ValueError("no status is that large")
         return from_json(json.dumps(visible_texts(json.loads(body))).encode())
     except (ValueError, RecursionError):
         raise MachineError(f"{url}: the answer is no status: is that lensd, of this version?") from None
+
+
+def is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
 
 
 def visible_texts(value: Any) -> Any:
