@@ -104,7 +104,7 @@ def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
 def input_names(config: Config) -> InputNames:
     """Which names in the inbox are inputs, and which sub-folders lensd made there."""
     inbox, outbox = config.inbox.path.absolute(), config.outbox.path.absolute()
-    nested = {outbox.relative_to(inbox).parts[0]} if outbox.is_relative_to(inbox) else ()
+    nested = outbox.relative_to(inbox).parts[:1] if outbox.is_relative_to(inbox) else ()
     return InputNames(config.inbox.ignore, folders=nested)
 
 
