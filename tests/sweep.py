@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from daemon.build import load_engine
 from daemon.compute.engine import Engine
 from daemon.compute.plain_hooks import PlainHooks
-from daemon.compute.plain_layer import Unreachable
+from daemon.compute.plain_trace import Unreachable
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError
 from daemon.tools.oracle import Oracle

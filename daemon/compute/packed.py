@@ -37,7 +37,7 @@ from daemon.compute.linear import (
 )
 from daemon.compute.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
 from daemon.compute.plain_hooks import PlainHooks
-from daemon.compute.plain_layer import Unreachable
+from daemon.compute.plain_trace import Unreachable
 from daemon.compute.preorder import Preorder, preorder
 from daemon.compute.probe import Difference, packed_texts
 from daemon.compute.readings import Reader

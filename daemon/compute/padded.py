@@ -22,7 +22,7 @@ from daemon.compute.hook_points import canonical, hook_points_of
 from daemon.compute.launched import Launched, moved
 from daemon.compute.loading import LoadedModel, bridge_of, model_info
 from daemon.compute.plain_hooks import PlainHooks
-from daemon.compute.plain_layer import Unreachable
+from daemon.compute.plain_trace import Unreachable
 from daemon.compute.probe import Difference, padded_texts
 from daemon.compute.readings import Reader
 from daemon.compute.sae import LoadedSae, first_line, layer_of

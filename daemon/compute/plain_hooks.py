@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from daemon.compute.float64 import full_precision
-from daemon.compute.plain_layer import LayerTrace, Tap, Unreachable, find_tap
+from daemon.compute.plain_layer import find_tap
+from daemon.compute.plain_trace import LayerTrace, Tap, Unreachable
 
 HOOK_NAME = re.compile(r"blocks\.(\d+)\.(\S+)")
 LAYER_ENDS = {"hook_resid_pre": "in", "hook_in": "in", "hook_resid_post": "out", "hook_out": "out"}

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ATTENTION = ("self_attn", "attn", "self_attention", "attention", "multi_head_attention")
-MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block")
+from daemon.compute.plain_trace import ATTENTION, Change, LayerTrace, Tap, Unreachable, is_linear, same
+
 EXPERTS = ("experts", "router")  # modules of a mixture, which has no one inner layer
 EPSILONS = ("eps", "variance_epsilon", "epsilon")
 USUAL_EPSILONS = (1e-5, 1e-6)  # of norms that keep theirs to themselves
@@ -24,120 +22,11 @@ ADDED_TOLERANCE = 1e-3  # of a sum, as a share of what is added
 ROUNDINGS = 8.0  # of a sum, in units of its dtype's epsilon
 
 
-class Unreachable(Exception):
-    """No plain module gives the value at a hook point."""
-
-
-Change = Callable[[Tensor], Tensor]  # (length, d) -> (length, d')
-
-
-@dataclass(frozen=True, slots=True)
-class Tap:
-    """A place where a value is read: what a module is given, or what it gives."""
-
-    module: nn.Module
-    side: str  # "in" or "out"
-    change: Change | None = None  # what is made of it
-
-    def value(self, tensor: Tensor, length: int) -> Tensor:
-        """The tensor there, of one text -> (length, d), heads side by side. Raises Unreachable."""
-        rows = token_rows(tensor, length)
-        if rows is None:
-            raise Unreachable(f"a tensor of shape {tuple(tensor.shape)} is not one row for each token")
-        return rows.clone() if self.change is None else self.change(rows)
-
-
-@dataclass(slots=True)
-class LayerTrace:
-    """What went into and came out of the modules of a layer for one text, by path and side, in order."""
-
-    block: nn.Module
-    config: Any  # of the language model
-    length: int  # tokens
-    values: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (length, d)
-
-    def note(self, path: str, side: str, tensor: Tensor | None) -> None:
-        rows = None if tensor is None else token_rows(tensor, self.length)
-        if rows is not None and (path, side) not in self.values:
-            self.values[path, side] = rows.clone()  # modules change some tensors in place
-
-    def get(self, path: str, side: str) -> Tensor:
-        """Raises Unreachable where the module did not run."""
-        if (path, side) not in self.values:
-            raise Unreachable(f"no module {path or 'at all'} of the layer has one row for each token")
-        return self.values[path, side]
-
-    def tap(self, path: str, side: str, change: Change | None = None) -> Tap:
-        self.get(path, side)
-        return Tap(self.block.get_submodule(path), side, change)
-
-    def at(self, tap: Tap) -> Tensor:
-        """The value at a tap."""
-        path = next(path for path, module in self.block.named_modules() if module is tap.module)
-        return tap.value(self.get(path, tap.side), self.length)
-
-    def paths(self, keep: Callable[[nn.Module], bool], parent: str = "") -> list[str]:
-        """The modules of a kind that ran inside another, in the order in which they ended."""
-        return [
-            path
-            for path, side in self.values
-            if side == "out"
-            and path.startswith(f"{parent}." if parent else "")
-            and path != parent
-            and keep(self.block.get_submodule(path))
-        ]
-
-    @property
-    def norms(self) -> list[str]:
-        return [path for path in self.paths(is_norm) if "." not in path]
-
-    @property
-    def attention(self) -> str:
-        return self._child(ATTENTION, "attention")
-
-    @property
-    def mlp(self) -> tuple[str, str]:
-        """The modules that the MLP begins and ends with: twice the same, where it is one."""
-        if ("fc1", "in") in self.values and ("fc2", "out") in self.values:
-            return "fc1", "fc2"
-        mlp = self._child(MLP, "MLP")
-        return mlp, mlp
-
-    def _child(self, names: tuple[str, ...], kind: str) -> str:
-        found = [name for name in names if (name, "out") in self.values]
-        if not found:
-            raise Unreachable(f"the layer has no {kind}")
-        return found[0]
-
-
-def token_rows(tensor: Tensor, length: int) -> Tensor | None:
-    """(1, length, ...) or (length, ...) -> (length, d); None for another shape."""
-    if tensor.ndim > 2 and len(tensor) == 1:
-        tensor = tensor[0]
-    return tensor.flatten(1) if tensor.ndim > 1 and len(tensor) == length else None
-
-
-def is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
-
-
-def is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2 and not is_norm(module)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
-
-
 def find_tap(name: str, trace: LayerTrace) -> Tap:
     """`name` is a hook's inside a layer, such as `attn.hook_z`. Raises Unreachable."""
     if name not in PLACES:
         raise Unreachable(f"{name} is none of the places that plain modules are read at")
     return PLACES[name](trace)
-
-
-# The residual stream
 
 
 def branch_outputs(trace: LayerTrace, path: str) -> Iterator[Tap]:
@@ -236,12 +125,9 @@ def resid_mid(trace: LayerTrace) -> Tap:
     return trace.tap(sequential[2], "in")
 
 
-# Norms
-
-
 def attention_norm(trace: LayerTrace) -> str:
     """ln1: the norm that attention reads; where there is none, the one of what it gives."""
-    return branch_norm(trace, trace.get(trace.attention, "in"), trace.get(trace.attention, "out"))
+    return branch_norm(trace, trace.get(trace.mixer, "in"), trace.get(trace.mixer, "out"))
 
 
 def mlp_norm(trace: LayerTrace) -> str:
@@ -302,9 +188,6 @@ def normalise(x: Tensor, epsilon: float, centres: bool) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
-# Inside attention and MLP
-
-
 def output_product(trace: LayerTrace, path: str) -> str:
     """The last product of attention or of an MLP, which gives what the residual stream takes."""
     linears = trace.paths(is_linear, path)
@@ -316,10 +199,46 @@ def output_product(trace: LayerTrace, path: str) -> str:
 def attention_input(trace: LayerTrace, which: str) -> Tap:
     """hook_q, hook_k or hook_v: products before norms and rotation."""
     attention = trace.attention
+    last = output_product(trace, attention)
     for path in trace.paths(is_linear, attention):
         if path.rpartition(".")[2] in (f"{which}_proj", {"q": "query", "k": "key", "v": "value"}[which]):
             return trace.tap(path, "out")
-    raise Unreachable(f"{attention} has no product of its own for {which}")
+    z = trace.get(last, "in")
+    for path in trace.paths(is_linear, attention):
+        if path != last and trace.get(path, "out").shape[1] > z.shape[1]:
+            return trace.tap(
+                path, "out", part_of_product(trace, trace.get(path, "out"), z, "qkv".index(which))
+            )
+    raise Unreachable(f"{attention} has no product for {which}")
+
+
+def part_of_product(trace: LayerTrace, qkv: Tensor, z: Tensor, part: int) -> Change:
+    """What takes queries (0), keys (1) or values (2) out of one product of all three.
+
+    They lie one after the other, or so within each head. A first token attends to itself alone, so that the
+    right way is the one by which its values are what attention gives. Raises Unreachable.
+    """
+    heads, width = int(trace.config.num_attention_heads), z.shape[1]
+    for cut in (functools.partial(in_turn, width=width), functools.partial(by_head, heads=heads)):
+        try:
+            values = cut(qkv, part=2).reshape(len(qkv), -1, width // heads)
+            repeated = values.repeat_interleave(heads // values.shape[1], dim=1).flatten(1)
+        except (RuntimeError, ZeroDivisionError):  # it does not come out even
+            continue
+        if repeated.shape == z.shape and sum_error(repeated[:1], repeated[:1], z[:1]) < 1:
+            return functools.partial(cut, part=part)
+    raise Unreachable("queries, keys and values are one product of unknown order")
+
+
+def in_turn(qkv: Tensor, width: int, part: int) -> Tensor:
+    """Queries of so many values, then keys and values, which share the rest."""
+    rest = (qkv.shape[1] - width) // 2
+    begins = [0, width, width + rest, width + 2 * rest]
+    return qkv[:, begins[part] : begins[part + 1]]
+
+
+def by_head(qkv: Tensor, heads: int, part: int) -> Tensor:
+    return qkv.view(len(qkv), heads, 3, -1)[:, :, part].flatten(1)
 
 
 def mlp_products(trace: LayerTrace) -> tuple[str, str | None, str]:

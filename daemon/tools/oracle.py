@@ -20,7 +20,7 @@ from torch import Tensor
 from daemon.compute.loading import locate_model, resolve_device
 from daemon.compute.pickles import refused_pickles
 from daemon.compute.plain_hooks import PlainHooks
-from daemon.compute.plain_layer import Unreachable
+from daemon.compute.plain_trace import Unreachable
 from daemon.compute.smollm2 import default_cache_dir
 from daemon.config import Config, SaeSection
 from daemon.errors import ConfigError

@@ -10,9 +10,9 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from daemon.compute import plain_hooks, plain_layer
+from daemon.compute import plain_hooks, plain_layer, plain_trace
 from daemon.compute.plain_hooks import PlainHooks
-from daemon.compute.plain_layer import Unreachable
+from daemon.compute.plain_trace import Unreachable
 from tests import tiny
 from tests.compute.engines import random_texts
 from tests.families import FAMILIES, save_family
@@ -133,6 +133,35 @@ def test_the_sums_of_the_residual_stream_hold_wherever_its_parts_are_read(family
     assert_close(post, pre + attn_out + mlp_out, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "phi3", "mpt", "gpt_neox", "bloom", "falcon"])
+def test_queries_keys_and_values_of_one_product(family, tmp_path):
+    """They lie one after the other, or so within each of the four heads."""
+    model = plain_model(tmp_path / "m", family)
+    product = {
+        "gpt2": lambda: model.transformer.h[1].attn.c_attn,
+        "gpt_bigcode": lambda: model.transformer.h[1].attn.c_attn,
+        "phi3": lambda: model.model.layers[1].self_attn.qkv_proj,
+        "mpt": lambda: model.transformer.blocks[1].attn.Wqkv,
+        "gpt_neox": lambda: model.gpt_neox.layers[1].attention.query_key_value,
+        "bloom": lambda: model.transformer.h[1].self_attention.query_key_value,
+        "falcon": lambda: model.transformer.h[1].self_attention.query_key_value,
+    }[family]()
+    (qkv,) = by_hand(model, (product, "out"))
+    if family in ("gpt_neox", "bloom"):
+        expected = list(qkv.view(len(TEXT), 4, 3, 8).unbind(2))
+    else:
+        rest = {"gpt_bigcode": 8, "falcon": 8, "phi3": 16}.get(family, 32)  # of keys, and of values
+        expected = list(qkv.split([32, rest, rest], dim=1))
+    for got, other in zip(read(model, "attn.hook_q", "attn.hook_k", "attn.hook_v"), expected, strict=True):
+        assert_close(got, other.reshape(len(TEXT), -1), rtol=0, atol=0)
+
+
+def test_queries_keys_and_values_in_an_order_of_their_own_are_out_of_reach(tmp_path):
+    """CodeGen has values before keys."""
+    with pytest.raises(Unreachable, match="unknown order"):
+        read(plain_model(tmp_path / "m", "codegen"), "attn.hook_k")
+
+
 def test_normalized_is_what_a_norm_gives_before_its_weight(tmp_path):
     """Of RMSNorm, with and without an offset of its weight, and of LayerNorm."""
     for family in ("llama", "gemma2", "gpt2", "nemotron", "cohere", "olmo"):
@@ -156,12 +185,12 @@ def test_a_place_that_no_module_gives_is_said_to_be_out_of_reach(tmp_path):
 
 def test_the_oracle_shares_nothing_with_what_it_checks():
     imported: set[str] = set()
-    for module in (plain_hooks, plain_layer):
+    for module in (plain_hooks, plain_layer, plain_trace):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.ImportFrom):
                 imported.add(str(node.module))
             elif isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
     ours = {name for name in imported if name.startswith("daemon")}
-    assert ours == {"daemon.compute.float64", "daemon.compute.plain_layer"}
+    assert ours == {"daemon.compute.float64", "daemon.compute.plain_layer", "daemon.compute.plain_trace"}
     assert not any(name.startswith(("transformer_lens", "sae_lens", "transformers")) for name in imported)

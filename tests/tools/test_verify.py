@@ -109,6 +109,6 @@ def test_the_oracle_runs_no_engine_no_encoder_and_no_loader_of_the_daemon():
         "daemon.compute.loading.resolve_device",
         "daemon.compute.pickles.refused_pickles",
         "daemon.compute.plain_hooks.PlainHooks",
-        "daemon.compute.plain_layer.Unreachable",
+        "daemon.compute.plain_trace.Unreachable",
         "daemon.compute.smollm2.default_cache_dir",
     }
