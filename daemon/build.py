@@ -22,11 +22,12 @@ from daemon.compute.buffers import keep_memory, lasting
 from daemon.compute.device import Study
 from daemon.compute.encoding import encoder_of
 from daemon.compute.engine import Engine
+from daemon.compute.failures import explained
 from daemon.compute.fused import can_fuse
-from daemon.compute.loading import LoadedModel, load_model, locate_model, resolve_device
+from daemon.compute.loading import LoadedModel, check_weights, load_model, locate_model, resolve_device
 from daemon.compute.packed import CannotPack, PackedEngine
 from daemon.compute.padded import PaddedEngine
-from daemon.compute.sae import LoadedSae, load_saes
+from daemon.compute.sae import LoadedSae, last_layer_read, load_saes
 from daemon.compute.smollm2 import default_cache_dir
 from daemon.config import Config
 from daemon.intake.reader import ReadLimits
@@ -81,6 +82,7 @@ def tokenizer_of(model: LoadedModel, config: Config, *, prepend_bos: bool) -> To
         prepend_bos=prepend_bos,
         max_text_tokens=config.batching.max_text_tokens,
         context=model.context,
+        vocabulary=model.vocabulary,
     )
 
 
@@ -96,7 +98,7 @@ def with_settings(compute: Compute, config: Config) -> Compute:
 
 
 def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
-    """The model and its dictionaries. Raises ConfigError."""
+    """The model and its dictionaries, their weights accepted. Raises ConfigError or MachineError."""
     device = resolve_device(config.model.device)
     dtype = getattr(torch, config.model.dtype)
     model = load_model(locate_model(config.model.name, default_cache_dir()), device=device, dtype=dtype)
@@ -107,11 +109,20 @@ def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
         device=device,
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
     )
+    check_weights(model, last_layer_read(saes))
     return model, saes
 
 
 def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
-    """The packed engine; the padded one where the model can't be packed. With the model that it runs."""
+    """The packed engine; the padded one where the model can't be packed. With the model that it runs.
+
+    Raises ConfigError or MachineError.
+    """
+    with explained(f"model {config.model.name}"):
+        return try_engines(config)
+
+
+def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
     model, saes = load_parts(config)
     encoders = [encoder_of(entry, model.dtype) for entry in saes]
     positions = config.analysis.positions

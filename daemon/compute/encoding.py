@@ -18,7 +18,8 @@ from daemon.analysis.sparse import SparseActs, from_dense
 from daemon.analysis.thresholds import Thresholds
 from daemon.compute.linear import Product, product, split_product
 from daemon.compute.overflow import NORMALISING, Bounds
-from daemon.compute.sae import TRANSCODERS, LoadedSae
+from daemon.compute.sae import LoadedSae
+from daemon.compute.saeformat import TRANSCODERS
 
 PROBE_ROWS = 64
 PROBE_SCALES = (0.1, 1.0, 10.0, 100.0)  # of the residuals it is tried on

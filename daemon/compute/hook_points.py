@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from daemon.compute.sae import TRANSCODERS, LoadedSae, layer_of
+from daemon.compute.sae import LoadedSae, layer_of
+from daemon.compute.saeformat import TRANSCODERS
 from daemon.errors import ConfigError
 
 MLP_IN = re.compile(r"blocks\.\d+\.hook_mlp_in")

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from daemon.compute.completeness import DERIVED, LoadReport, check_complete, check_model_finite
+from daemon.compute.failures import explain, explained, sense
 from daemon.compute.pickles import refused_pickles
-from daemon.compute.sae import first_line
+from daemon.compute.quantized import check_packages
 from daemon.compute.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
-from daemon.errors import ConfigError
+from daemon.compute.weightfiles import check_floating, model_tensors, read_object
+from daemon.errors import ConfigError, MachineError
 from daemon.records import ModelInfo, SaeInfo
 
 BUNDLED = "smollm2-135m"
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # rotary embeddings that turn by the longest text
+MOST_PARTS = 100_000  # layers, heads or experts that a configuration may ask for: building more takes hours
+COUNTS = re.compile(r"n_layers?|n_heads?|(?:num|n)_\w*(?:layers|heads|experts|blocks)")
+PROBE = "One text, 2 words\n"  # that every tokenizer is to encode
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,7 @@ class LoadedModel:
     context: int | None  # tokens of a text, at most; None where it reads any number
     dtype: torch.dtype
     device: str
+    report: LoadReport = field(default_factory=LoadReport)  # how its checkpoint fits: see `check_weights`
 
 
 def locate_model(name: str, cache_dir: Path) -> ModelLocation:
@@ -54,20 +63,49 @@ def locate_model(name: str, cache_dir: Path) -> ModelLocation:
     """
     if name == BUNDLED:
         return ModelLocation(name, str(smollm2_folder(cache_dir)), WEIGHTS_SHA256)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model {name}: no config.json there: give a folder in Hugging Face format")
-        return ModelLocation(folder.resolve().name, str(folder), folder_sha256(folder))
-    if name.startswith((".", "/", "~")):
-        raise ConfigError(f"model {name}: no such folder")
-    from transformer_lens.loading_from_pretrained import get_official_model_name
+    if not name.strip():
+        raise ConfigError("model.name is empty: name a preset, a folder or a model of the hub")
+    with explained(f"model {name}"):
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            check_folder(folder, f"model {name}")
+            return ModelLocation(folder.resolve().name, str(folder), folder_sha256(folder))
+        if folder.exists():
+            raise ConfigError(
+                f"model {name}: a file: give the folder that it lies in, in Hugging Face format"
+            )
+        if name.startswith((".", "/", "~")):
+            raise ConfigError(f"model {name}: no such folder")
+        from transformer_lens.loading_from_pretrained import get_official_model_name
 
-    try:
-        official = get_official_model_name(name)
-    except ValueError:  # not one of TransformerLens's names: take it as Hugging Face's
-        official = name
-    return ModelLocation(name, official, None)
+        try:
+            official = get_official_model_name(name)
+        except ValueError:  # not one of TransformerLens's names: take it as Hugging Face's
+            official = name
+        return ModelLocation(name, official, None)
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Look at a local model's files, their headers only. Raises ConfigError."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{what}: a PEFT adapter without its model: merge it into one (merge_and_unload), save that,"
+                " and give its folder"
+            )
+        raise ConfigError(f"{what}: no config.json there: give a folder in Hugging Face format")
+    config = read_object(folder / "config.json", what)
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            read_object(folder / name, what)
+    tensors = model_tensors(folder, what)
+    if config.get("quantization_config") is None:
+        check_floating({name: entry for name, entry in tensors.items() if not DERIVED.search(name)}, what)
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{what}: has an adapter_config.json beside the weights, and lensd applies no adapters: merge it"
+            " (merge_and_unload), or remove it if the weights are to be read without"
+        )
 
 
 def folder_sha256(folder: Path) -> str:
@@ -91,56 +129,126 @@ def resolve_device(device: str) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ConfigError(f"model.device = {device!r}: {first_line(error)}") from None
+        raise ConfigError(f"model.device = {device!r}: {sense(error)}") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"model.device = {device!r}: no CUDA device here: use auto or cpu")
     return device
 
 
 def load_tokenizer(location: ModelLocation) -> Any:
-    """A fast Hugging Face tokenizer. Raises ConfigError."""
+    """A fast Hugging Face tokenizer. Raises ConfigError, or MachineError where the hub fails."""
     from transformers import AutoTokenizer
 
-    try:
+    what = f"model {location.name}: its tokenizer"
+    with explained(what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         tokenizer = AutoTokenizer.from_pretrained(location.target, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(unreachable(location, error)) from error
-    if not tokenizer.is_fast:
-        raise ConfigError(f"model {location.name}: has no fast tokenizer")
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"model {location.name}: has no fast tokenizer: add a tokenizer.json (convert it by"
+                " transformers.convert_slow_tokenizer, then save_pretrained)"
+            )
+        special = set(tokenizer.all_special_tokens)
+        if not any(token not in special for token in tokenizer.get_vocab()):
+            raise ConfigError(
+                f"model {location.name}: its tokenizer has no vocabulary: add the tokenizer.json that"
+                " belongs to it"
+            )
+        tokenizer.backend_tokenizer.encode_batch_fast([PROBE], add_special_tokens=False)
     return tokenizer
 
 
 def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> LoadedModel:
-    """The model as Hugging Face has it, in evaluation mode. Raises ConfigError where it can't be had."""
-    from transformers import AutoModelForCausalLM
+    """The model as Hugging Face has it, in evaluation mode, its weights not yet accepted: see
+    `check_weights`.
+
+    Raises ConfigError where it can't be had, MachineError where the hub or the memory does not allow it for
+    now.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet_libraries()
-    try:
-        with warnings.catch_warnings(), refused_pickles(f"model {location.name}"):
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_pretrained(
-                location.target,
-                dtype=dtype,
-                attn_implementation="eager",
-                use_safetensors=True,
-                trust_remote_code=False,
-            ).to(device)
-    except (OSError, ValueError) as error:
-        raise ConfigError(unreachable(location, error)) from error
-    model.requires_grad_(False).eval()
-    config = model.config.get_text_config()
-    return LoadedModel(
-        model=model,
-        tokenizer=load_tokenizer(location),
-        location=location,
-        architecture=type(model).__name__,
-        d_model=int(config.hidden_size),
-        n_layers=int(config.num_hidden_layers),
-        vocabulary=int(config.vocab_size),
-        context=context_of(config),
-        dtype=dtype,
-        device=device,
+    what = f"model {location.name}"
+    with explained(what), warnings.catch_warnings(), refused_pickles(what):
+        warnings.simplefilter("ignore")
+        config = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
+        check_config(config, what)
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "attn_implementation": "eager",
+            "use_safetensors": True,
+            "trust_remote_code": False,
+        }
+        if dtype == torch.float64:  # grouped products of experts know no float64
+            options["experts_implementation"] = "eager"
+        if getattr(config, "quantization_config", None) is None:
+            check_shapes(location, options, what)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            location.target, output_loading_info=True, **options
+        )
+        model = model.to(device)
+        model.requires_grad_(False).eval()
+        config = model.config.get_text_config()
+        return LoadedModel(
+            model=model,
+            tokenizer=load_tokenizer(location),
+            location=location,
+            architecture=type(model).__name__,
+            d_model=int(config.hidden_size),
+            n_layers=int(config.num_hidden_layers),
+            vocabulary=int(model.get_input_embeddings().weight.shape[0]),
+            context=context_of(config),
+            dtype=dtype,
+            device=device,
+            report=LoadReport.of(info),
+        )
+
+
+def check_config(config: Any, what: str) -> None:
+    """Raises ConfigError for a configuration that can't be built here, before much is spent on it."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        check_packages(quantization, what)
+    text = config.get_text_config()
+    for name, value in vars(text).items():
+        if COUNTS.fullmatch(name) and isinstance(value, int) and not 0 <= value <= MOST_PARTS:
+            raise ConfigError(
+                f"{what}: {name} = {value} in its config.json: no model has as many: correct it"
+            )
+    if int(getattr(text, "num_hidden_layers", 1)) < 1:
+        raise ConfigError(
+            f"{what}: num_hidden_layers = {text.num_hidden_layers} in its config.json: nothing to read"
+        )
+    if (context := context_of(text)) is not None and context < 1:
+        raise ConfigError(f"{what}: max_position_embeddings = {context} in its config.json: correct it")
+
+
+def check_shapes(location: ModelLocation, options: dict[str, Any], what: str) -> None:
+    """Raises ConfigError where a tensor's shape is not the model's; without memory for either."""
+    from transformers import AutoModelForCausalLM
+
+    _, info = AutoModelForCausalLM.from_pretrained(
+        location.target, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
     )
+    if wrong := {name: (tuple(has), tuple(wants)) for name, has, wants in info["mismatched_keys"]}:
+        name, (has, wants) = sorted(wrong.items())[0]
+        raise ConfigError(
+            f"{what}: config.json and weights do not belong together: {name} is {has}, where the"
+            " configuration asks"
+            f" for {wants}{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}: use the config.json"
+            " that was saved with the weights"
+        )
+
+
+def check_weights(model: LoadedModel, last_layer: int) -> None:
+    """Accept the weights of the embeddings and of the layers up to `last_layer` (-1: of the embeddings
+    alone).
+
+    Raises ConfigError where some are missing, left over or not finite. Those beyond are not read.
+    """
+    what = f"model {model.location.name}"
+    check_complete(what, model.model, model.report, last_layer)
+    check_model_finite(what, model.model, last_layer)
 
 
 def context_of(config: Any) -> int | None:
@@ -175,19 +283,33 @@ def model_info(model: LoadedModel, saes: Sequence[SaeInfo], engine: str) -> Mode
 def bridge_of(model: LoadedModel) -> Any:
     """The model behind TransformerLens's hook names. It takes the module's parts over: use one or the other.
 
-    Raises ConfigError for a family that TransformerLens does not know.
+    Raises ConfigError for a family that TransformerLens does not know or can't build.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    what = f"model {model.location.name}"
+    with explained(what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
             bridge = TransformerBridge.boot_transformers(
                 model.location.target, hf_model=model.model, tokenizer=model.tokenizer, dtype=model.dtype
             )
-    except (OSError, ValueError) as error:
-        raise ConfigError(unreachable(model.location, error)) from error
-    return bridge.requires_grad_(False).eval()
+        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            if isinstance(found := explain(what, error), MachineError):
+                raise found from error
+            raise ConfigError(
+                f"{what}: TransformerLens can't take {model.architecture} apart ({reason_of(error)}), and"
+                " its layers"
+                " can't be read packed either: use a model of another family"
+            ) from error
+        return bridge.requires_grad_(False).eval()
+
+
+def reason_of(error: BaseException) -> str:
+    """Why TransformerLens refused: of a family that it lacks it names all those that it has."""
+    if "Could not determine supported architecture" in str(error):
+        return "a family that it does not know"
+    return sense(error)
 
 
 def quiet_libraries() -> None:
@@ -199,10 +321,3 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
-
-
-def unreachable(location: ModelLocation, error: BaseException) -> str:
-    return (
-        f"model {location.name}: can't be loaded ({first_line(error)}): check model.name and the network,"
-        " or give a local folder in Hugging Face format"
-    )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from daemon.compute.encoding import Encoder
 from daemon.compute.extraction import Extraction, Started
+from daemon.compute.failures import sense
 from daemon.compute.float64 import full_precision
 from daemon.compute.hook_points import canonical, hook_points_of
 from daemon.compute.launched import Launched, moved
@@ -25,7 +26,7 @@ from daemon.compute.plain_hooks import PlainHooks
 from daemon.compute.plain_trace import Unreachable
 from daemon.compute.probe import Difference, padded_texts
 from daemon.compute.readings import Reader
-from daemon.compute.sae import LoadedSae, first_line, layer_of
+from daemon.compute.sae import LoadedSae, layer_of
 from daemon.errors import ConfigError
 from daemon.records import IntArray, ModelInfo, Positions
 
@@ -99,7 +100,7 @@ class PaddedEngine:
         except RUN_ERRORS as error:
             raise ConfigError(
                 f"model {self._name}: TransformerLens can't run it ({type(error).__name__}:"
-                f" {first_line(error)}): use dictionaries at hook_resid_pre or hook_resid_post, or another"
+                f" {sense(error)}): use dictionaries at hook_resid_pre or hook_resid_post, or another"
                 " model"
             ) from error
         self._check_widths(values)
@@ -204,7 +205,8 @@ class PaddedEngine:
 def padded_tokens(texts: Sequence[Sequence[int]]) -> tuple[IntArray, BoolArray]:
     """Texts as rows of one array, each filled up with its own last token; and where they are.
 
-    What is not finite after a text reaches into it, by shares of 0: a token of its own is no worse than itself.
+    What is not finite after a text reaches into it, by shares of 0: a token of its own is no worse than
+    itself.
     """
     lengths = np.array([len(text) for text in texts])
     inside = np.arange(int(lengths.max())) < lengths[:, None]
@@ -241,7 +243,7 @@ def plain_values(
     except RUN_ERRORS as error:
         raise ConfigError(
             f"model {model.location.name}: can't be run in {str(model.dtype).removeprefix('torch.')} on"
-            f" {model.device} ({type(error).__name__}: {first_line(error)}): try another model.dtype"
+            f" {model.device} ({type(error).__name__}: {sense(error)}): try another model.dtype"
         ) from error
 
 

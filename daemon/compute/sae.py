@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import re
@@ -14,8 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from daemon.compute.completeness import check_finite
+from daemon.compute.failures import explained
 from daemon.compute.pickles import refused_pickles
+from daemon.compute.saeformat import ARCHITECTURES, TRANSCODERS, check_dictionary, check_folded, judged
 from daemon.compute.smollm2 import sha256_of
+from daemon.compute.weightfiles import check_floating, read_object, tensor_headers
 from daemon.errors import ConfigError
 from daemon.records import SaeInfo
 
@@ -23,8 +28,6 @@ HOOK_NAME = re.compile(r"blocks\.(\d+)\.\S+")
 RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 # Places whose raw values, less their mean, are what TransformerLens gives with centred writing weights.
 CENTRED = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
-TRANSCODERS = ("transcoder", "jumprelu_transcoder", "skip_transcoder", "jumprelu_skip_transcoder")
-ARCHITECTURES = ("standard", "jumprelu", "topk", "gated", *TRANSCODERS)
 WEIGHTS_NAME = "sae_weights.safetensors"
 
 
@@ -123,18 +126,24 @@ def load_saes(
 
 
 def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae:
-    """One dictionary from a SAELens folder or release. Raises ConfigError."""
+    """One dictionary from a SAELens folder or release.
+
+    Raises ConfigError, or MachineError where the hub fails.
+    """
     name = source.path.name if source.path is not None else f"{source.release}/{source.id}"
     if source.path is not None:
         sae = load_from_folder(source.path, device, dtype)
     else:
         sae = load_from_hub(source, device, dtype)
     sae.requires_grad_(False)
+    sae.turn_off_forward_pass_hook_z_reshaping()  # engines give the heads side by side already
     architecture = sae.cfg.architecture()
     if architecture not in ARCHITECTURES:
         raise ConfigError(
             f"SAE {name}: architecture {architecture} is not supported: use one of {', '.join(ARCHITECTURES)}"
         )
+    check_folded(sae.cfg.normalize_activations or "none", f"SAE {name}")
+    check_finite(f"SAE {name}", sae.state_dict().items())
     hook_name, hook_name_out = hooks_of(sae, name)
     kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
     centred = bool(kwargs.get("center_writing_weights", False))
@@ -188,45 +197,93 @@ def layer_of(hook_name: str) -> int:
     return int(match[1])
 
 
+def last_layer_read(saes: Sequence[LoadedSae]) -> int:
+    """The last layer that dictionaries need computed; -1 where only the input of the first is read."""
+    hooks = [hook for entry in saes for hook in entry.hook_names]
+    return max(layer_of(hook) - hook.endswith("hook_resid_pre") for hook in hooks)
+
+
 def load_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
     from sae_lens import SAE
 
-    for needed in ("cfg.json", WEIGHTS_NAME):
-        if not (path / needed).is_file():
-            pickled = [file.name for file in sorted(path.glob("*")) if file.suffix in (".pt", ".pth", ".bin")]
-            instead = f" (pickled weights, {pickled[0]}, are not loaded)" if pickled else ""
-            raise ConfigError(f"SAE {path}: no {needed} there{instead}: give a folder in SAELens format")
-    try:
-        sae = quietly(SAE.load_from_disk, path, device=device, dtype=str(dtype).removeprefix("torch."))
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise ConfigError(f"SAE {path}: can't be loaded: {first_line(error)}") from error
-    if sae.cfg.normalize_activations == "expected_average_only_in":
-        raise ConfigError(
-            f"SAE {path}: SAELens ignores normalize_activations = expected_average_only_in in a folder:"
-            " fold it first (fold_activation_norm_scaling_factor) and save again"
-        )
-    return sae
+    what = f"SAE {path}"
+    with explained(what):
+        if path.is_file():
+            raise ConfigError(f"{what}: a file: give the folder that it lies in, in SAELens format")
+        for needed in ("cfg.json", WEIGHTS_NAME):
+            if not (path / needed).is_file():
+                pickled = [
+                    file.name for file in sorted(path.glob("*")) if file.suffix in (".pt", ".pth", ".bin")
+                ]
+                instead = f" (pickled weights, {pickled[0]}, are not loaded)" if pickled else ""
+                raise ConfigError(f"{what}: no {needed} there{instead}: give a folder in SAELens format")
+        tensors = tensor_headers(path / WEIGHTS_NAME, what)
+        check_floating(tensors, what)
+        shapes = {name: entry.shape for name, entry in tensors.items()}
+        cfg = read_object(path / "cfg.json", what)
+        if cfg.get("finetuning_scaling_factor") is True and "scaling_factor" not in shapes:
+            raise ConfigError(
+                f"{what}: its cfg.json says finetuning_scaling_factor, but its weights have no"
+                " scaling_factor: use"
+                " complete weights, or set it to false"
+            )
+        if "scaling_factor" in shapes and is_neutral(path / WEIGHTS_NAME, "scaling_factor"):
+            del shapes["scaling_factor"]
+        check_dictionary(cfg, shapes, what)
+        return quietly(SAE.load_from_disk, path, device=device, dtype=str(dtype).removeprefix("torch."))
+
+
+def is_neutral(path: Path, name: str) -> bool:
+    """Whether a tensor of a file is all ones, as SAELens judges it."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(name).float()
+    return torch.allclose(tensor, torch.ones_like(tensor))
 
 
 def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype) -> Any:
     from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import (
+        NAMED_PRETRAINED_SAE_LOADERS,
+        get_conversion_loader_name,
+    )
 
-    try:
-        with refused_pickles(f"SAE {source.release}/{source.id}"):
-            return quietly(
-                SAE.from_pretrained,
-                release=source.release,
-                sae_id=source.id,
-                device=device,
-                dtype=str(dtype).removeprefix("torch."),
+    what = f"SAE {source.release}/{source.id}"
+    with explained(what), refused_pickles(what):
+        check_known(source, what)
+        load = NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(source.release)]
+        return quietly(
+            SAE.from_pretrained,
+            release=source.release,
+            sae_id=source.id,
+            device=device,
+            dtype=str(dtype).removeprefix("torch."),
+            converter=judged(load, what),
+        )
+
+
+def check_known(source: SaeSource, what: str) -> None:
+    """Raises ConfigError for a release or an id that SAELens's list does not have.
+
+    A repository of the hub may go by its own name.
+    """
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    releases = get_pretrained_saes_directory()
+    release, sae_id = source.release or "", source.id or ""
+    if release not in releases:
+        if release.count("/") != 1:
+            hint = difflib.get_close_matches(release, releases, n=3)
+            raise ConfigError(
+                f"{what}: Release {release} not found in SAELens's list, and no OWNER/NAME of the hub:"
+                f" {'did you mean ' + ' or '.join(hint) + '?' if hint else 'check the name'}"
             )
-    except ValueError as error:  # an unknown release or id, with SAELens's list of the known
-        raise ConfigError(f"SAE {source.release}/{source.id}: {first_line(error)}") from error
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"SAE {source.release}/{source.id}: can't be fetched from the hub ({first_line(error)}):"
-            " check the network, or give path = a local SAELens folder"
-        ) from error
+        return
+    ids = releases[release].saes_map
+    if sae_id not in ids:
+        hint = difflib.get_close_matches(sae_id, ids, n=3, cutoff=0.3) or list(ids)[:3]
+        raise ConfigError(f"{what}: that release has no such id: it has {', '.join(hint)} and more")
 
 
 def quietly(load: Any, *args: Any, **kwargs: Any) -> Any:
@@ -244,8 +301,3 @@ def tensors_sha256(sae: Any) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().to(torch.float32).numpy().tobytes())
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from daemon.compute import encoding
 from daemon.compute.encoding import FusedEncoder, PlainEncoder, encoder_of
 from daemon.compute.linear import PackedGatedMlp, PackedLinear, agrees, pack_linears, product
-from daemon.compute.sae import TRANSCODERS, LoadedSae
+from daemon.compute.sae import LoadedSae
+from daemon.compute.saeformat import TRANSCODERS
 from daemon.records import SaeInfo
 from tests import tiny
 

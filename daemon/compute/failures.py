@@ -1,0 +1,306 @@
+"""Turns an exception of a loader, a hub or a library into one line: the cause and the remedy.
+
+`ConfigError` is the user's to mend, `MachineError` the machine's or the hub's for now, so that a supervisor
+tries
+again. Exceptions are told apart by class name and status: the HTTP library below the hub's client is not
+always
+the same. Imports none of these libraries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator
+
+import structlog
+
+from daemon.errors import ConfigError, LensdError, MachineError
+
+SENSE_CHARACTERS = 240  # of a library's own words, at most
+PASSING_STATUS = {408, 409, 423, 425, 429}  # and all from 500 on: the hub may answer later
+PASSING_NAMES = {  # of classes of httpx, requests, urllib3, aiohttp, huggingface_hub and Python
+    "TimeoutException",
+    "NetworkError",
+    "ProxyError",
+    "RemoteProtocolError",
+    "Timeout",
+    "ConnectionError",
+    "ChunkedEncodingError",
+    "ContentDecodingError",
+    "TimeoutError",
+    "SSLError",
+    "gaierror",
+    "herror",
+    "MaxRetryError",
+    "IncompleteRead",
+    "ProtocolError",
+    "XetDownloadError",
+    "RevisionResolutionError",
+}
+BAD_ADDRESS_NAMES = {"UnsupportedProtocol", "InvalidURL", "InvalidSchema", "MissingSchema"}
+MACHINE_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.ENODEV,
+}
+DISK_FULL = re.compile(r"no space left|disk quota exceeded|not enough (?:free )?disk space", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|bad_alloc|std::bad_alloc",
+    re.IGNORECASE,
+)
+TRANSIENT_WORDS = re.compile(
+    r"cas service error|data processing error|consistency check failed|connection reset|timed out",
+    re.IGNORECASE,
+)
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+LOCATION = re.compile(r"(?:https?://\S+)")
+
+log = structlog.get_logger()
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Within it every exception of a library becomes a ConfigError or a MachineError of one line about
+    `what`.
+
+    Those written for the user already pass as they are.
+    """
+    try:
+        yield
+    except LensdError:
+        raise
+    except Exception as error:
+        log.debug("load.failed", what=what, exc_info=error)
+        raise explain(what, error) from error
+
+
+def explain(what: str, error: BaseException) -> ConfigError | MachineError:
+    """The cause of `error` and its remedy, about `what`, such as "model gpt2".
+
+    The whole chain of causes is looked through, for libraries hide a refused token behind a missing file.
+    """
+    chain = causes(error)
+    for link in chain:
+        if isinstance(link, ConfigError | MachineError):
+            return link
+    looks = [(of_the_machine, chain), (of_the_hub, chain[::-1]), (of_the_files, chain)]
+    for look, links in looks:
+        for link in links:
+            if (found := look(what, link)) is not None:
+                return found
+    return ConfigError(
+        f"{what}: can't be loaded: {sense(error)}: see to its configuration and weights, or use another"
+    )
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The exception and those it comes from, the outermost first."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain and len(chain) < 16:
+        chain.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return chain
+
+
+def of_the_machine(what: str, error: BaseException) -> MachineError | None:
+    """Memory, disk and descriptors."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names(error) or OUT_OF_MEMORY.search(text):
+        return MachineError(
+            f"{what}: not enough memory to load it: free some, or use a smaller one ({sense(error)})"
+        )
+    if DISK_FULL.search(text) or number(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return MachineError(
+            f"{what}: no room on the disk for its files ({sense(error)}): free some, or set HF_HOME to"
+            " another disk"
+        )
+    if number(error) in MACHINE_ERRNOS:
+        return MachineError(f"{what}: the machine can't read or store its files: {sense(error)}")
+    return None
+
+
+def of_the_hub(what: str, error: BaseException) -> ConfigError | MachineError | None:
+    """What the hub, or the way to it, said."""
+    known = names(error)
+    if "GatedRepoError" in known:
+        return ConfigError(
+            f"{what}: gated on the hub{repository(error)}: accept its licence there with your account, then"
+            " set HF_TOKEN"
+            " to a token of that account (or hf auth login)"
+        )
+    offline = "OfflineModeIsEnabled" in known or "outgoing traffic has been disabled" in str(error)
+    if offline:
+        return ConfigError(
+            f"{what}: not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or give a"
+            " local folder"
+        )
+    if "DisabledRepoError" in known:
+        return ConfigError(f"{what}: disabled on the hub: use another")
+    if "RevisionNotFoundError" in known:
+        return ConfigError(f"{what}: the hub has no such revision: check it")
+    if known >= {"EntryNotFoundError", "HfHubHTTPError"}:
+        return ConfigError(
+            f"{what}: the hub has the repository, but not the file{repository(error)}: check the name"
+        )
+    status = status_of(error)
+    if "RepositoryNotFoundError" in known:
+        if status == 401 and re.search(
+            r"invalid (?:user ?name|credential|user token|token)", str(error), re.I
+        ):
+            return refused_token(what)
+        return ConfigError(
+            f"{what}: no such repository on the hub, or a private one: check the name; for a private one"
+            " set HF_TOKEN"
+            " (or hf auth login); or give a local folder"
+        )
+    if status is not None:
+        return of_status(what, status)
+    if known & BAD_ADDRESS_NAMES:
+        return ConfigError(f"{what}: the hub's address is no URL ({sense(error)}): check HF_ENDPOINT")
+    if known & (PASSING_NAMES | {"LocalEntryNotFoundError"}) or TRANSIENT_WORDS.search(str(error)):
+        return MachineError(
+            f"{what}: the hub can't be reached ({sense(error)}): check the network, or give a local folder"
+        )
+    if "HFValidationError" in known:
+        return ConfigError(
+            f"{what}: no such folder, and no name that a hub has: write OWNER/NAME, or give a local folder"
+        )
+    return None
+
+
+def of_status(what: str, status: int) -> ConfigError | MachineError | None:
+    """What an HTTP status of the hub means."""
+    if status in PASSING_STATUS or status >= 500:
+        meaning = "too many requests" if status == 429 else "trouble of its own"
+        return MachineError(f"{what}: the hub answers {status}, {meaning}: try again later")
+    if status == 401:
+        return refused_token(what)
+    if status == 403:
+        return ConfigError(
+            f"{what}: the hub denies access (403): give the token in HF_TOKEN the right to read this"
+            " repository"
+        )
+    if status == 404:
+        return ConfigError(f"{what}: the hub has no such repository or file (404): check the name")
+    if status >= 400:
+        return ConfigError(f"{what}: the hub refuses the request ({status}): check the name and HF_ENDPOINT")
+    return None
+
+
+def refused_token(what: str) -> ConfigError:
+    return ConfigError(
+        f"{what}: the hub refuses the token (401): renew the one in HF_TOKEN (or hf auth login), or unset it"
+    )
+
+
+def of_the_files(what: str, error: BaseException) -> ConfigError | MachineError | None:
+    """Files that lie here and can't be used, and packages that are not installed."""
+    text = str(error)
+    if isinstance(error, ImportError):
+        return ConfigError(f"{what}: needs a package that is not installed: {sense(error)}")
+    if "SafetensorError" in names(error) or "HeaderTooLarge" in text:
+        return ConfigError(
+            f"{what}: its weights are damaged or cut off ({sense(error)}): fetch them again, or save them"
+            " again"
+        )
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return ConfigError(
+            f"{what}: a JSON file of it is damaged ({sense(error)}): fetch it again, or correct it"
+        )
+    if isinstance(error, PermissionError):
+        return ConfigError(
+            f"{what}: {error.filename or 'a file of it'} can't be read by this user: see to its mode"
+        )
+    if (
+        isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        and error.filename is not None
+    ):
+        return ConfigError(f"{what}: {os.fspath(error.filename)!r}: {error.strerror}: complete the folder")
+    if "does not recognize this architecture" in text:
+        kind = re.search(r"model type `([^`]{1,60})`", text)
+        return ConfigError(
+            f"{what}: can't be loaded: Transformers knows no model_type"
+            f" {kind[1] if kind else 'of its kind'}: upgrade"
+            " transformers, or use another model (lensd runs no code out of a repository)"
+        )
+    if "trust_remote_code" in text or "custom code" in text:
+        return ConfigError(
+            f"{what}: can't be loaded: it needs code out of its repository, which lensd does not run: use a"
+            " version"
+            " whose model_type Transformers knows"
+        )
+    if "Unrecognized configuration class" in text:
+        kind = re.search(r"configuration_\w+\.(\w+)Config'", text)
+        return ConfigError(
+            f"{what}: can't be loaded: {kind[1] if kind else 'its kind'} is no causal language model: use"
+            " one that"
+            " Transformers loads by AutoModelForCausalLM"
+        )
+    return None
+
+
+def repository(error: BaseException) -> str:
+    """The address in an error of the hub, without a file's path; the hub's own words are paragraphs."""
+    found = LOCATION.search(str(error))
+    if found is None:
+        return ""
+    address = found[0].rstrip(".,;:)")
+    return (
+        f" ({re.sub(r'/(?:resolve|api|raw|blob)/.*', '', address) if len(address) < 200 else 'see its page'})"
+    )
+
+
+def names(error: BaseException) -> set[str]:
+    """The class names of an exception, its bases' included."""
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def number(error: BaseException) -> int | None:
+    return error.errno if isinstance(error, OSError) else None
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an exception tells of."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def sense(error: BaseException) -> str:
+    """What a library's message says, on one line and not long: its first line that is not a heading."""
+    text = COLOUR.sub("", str(error))
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    said = ""
+    for line in lines:
+        said = f"{said} {line}".strip()
+        if not said.endswith(":"):
+            break
+    said = said.rstrip(":")
+    kind = type(error).__name__
+    if not said:
+        return kind
+    if isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError | AssertionError):
+        said = f"{kind}: {said}"  # a bare name, or words about the library's own code
+    return shortened(said)
+
+
+def shortened(text: str, most: int = SENSE_CHARACTERS) -> str:
+    """Not longer than `most` characters, cut between words."""
+    if len(text) <= most:
+        return text
+    return (
+        text[: most - 4].rpartition(" ")[0].rstrip(",;:") + " ..."
+        if " " in text[: most - 4]
+        else text[: most - 4] + " ..."
+    )

@@ -1,0 +1,156 @@
+"""Looks at weight files before a library does: pointers, empty and cut-off files, what a shard index
+promises.
+
+Reads headers only. Knows the safetensors format, no model and no dictionary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from daemon.errors import ConfigError
+
+POINTER = b"version https://git-lfs"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+HEADER_BYTES = 100_000_000  # as the format allows at most
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """What a file says of one of its tensors."""
+
+    dtype: str  # as the format names it, such as F32
+    shape: tuple[int, ...]
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype in FLOATS
+
+
+def check_no_pointer(path: Path, what: str) -> None:
+    """Raises ConfigError where a file is empty or a pointer of Git LFS."""
+    with path.open("rb") as file:
+        begins = file.read(len(POINTER))
+    if begins == POINTER:
+        raise ConfigError(
+            f"{what}: {path.name} is a Git LFS pointer, not the file itself: run git lfs pull there"
+            " (git lfs install before, where it is new)"
+        )
+    if not begins:
+        raise ConfigError(f"{what}: {path.name} is empty: fetch it again, or save it again")
+
+
+def tensor_headers(path: Path, what: str) -> dict[str, TensorHeader]:
+    """Every tensor of a safetensors file by name, once its size is found to be what its header says.
+
+    Raises ConfigError for a file that is none, is damaged or is cut off.
+    """
+    check_no_pointer(path, what)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        begins = file.read(8)
+        length = int.from_bytes(begins, "little")
+        if len(begins) < 8 or length > min(HEADER_BYTES, max(0, size - 8)):
+            if begins[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+                raise ConfigError(
+                    f"{what}: {path.name} holds pickled weights under a safetensors name, and loading them"
+                    " could run"
+                    " code: convert them where that does no harm"
+                )
+            raise ConfigError(
+                f"{what}: {path.name} ({size} bytes) is no safetensors file, or cut off: fetch it again,"
+                " or save it again"
+            )
+        header = parsed_object(file.read(length), f"{what}: {path.name}: its header")
+    header.pop("__metadata__", None)
+    found, end = {}, 0
+    for name, entry in header.items():
+        try:
+            found[name] = TensorHeader(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
+            end = max(end, int(entry["data_offsets"][1]))
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise ConfigError(
+                f"{what}: {path.name}: its header is damaged at {name!r}: fetch it again"
+            ) from None
+    if 8 + length + end != size:
+        trouble = "cut off" if size < 8 + length + end else "longer than its header says"
+        raise ConfigError(
+            f"{what}: {path.name} is {trouble}: {size} bytes, where its header promises {8 + length + end}:"
+            " fetch it again, or save it again"
+        )
+    return found
+
+
+def parsed_object(raw: bytes, what: str) -> dict[str, Any]:
+    """The JSON object that `raw` is. Raises ConfigError naming `what`."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        place = (
+            f" ({error.msg} at its character {error.pos + 1})"
+            if isinstance(error, json.JSONDecodeError)
+            else ""
+        )
+        raise ConfigError(f"{what} is no JSON{place}: fetch it again, or correct it") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{what} is JSON, but no object: fetch it again, or correct it")
+    return value
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises ConfigError."""
+    check_no_pointer(path, what)
+    return parsed_object(path.read_bytes(), f"{what}: {path.name}")
+
+
+def model_tensors(folder: Path, what: str) -> dict[str, TensorHeader]:
+    """The tensors of a model's folder as Transformers will read them: one file, or the shards of an index.
+
+    Raises ConfigError, naming the file, where one is missing, damaged, or lacks a tensor that the index
+    promises.
+    Returns none where the weights go by another name, which is the library's to judge.
+    """
+    if (folder / SINGLE_NAME).is_file():
+        return tensor_headers(folder / SINGLE_NAME, what)
+    if not (folder / INDEX_NAME).is_file():
+        return {}
+    weight_map = read_object(folder / INDEX_NAME, what).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ConfigError(f"{what}: {INDEX_NAME} has no weight_map: fetch it again")
+    found: dict[str, TensorHeader] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise ConfigError(f"{what}: the shard {shard} is missing: complete the folder")
+        headers = tensor_headers(folder / shard, what)
+        lost = [name for name, where in weight_map.items() if where == shard and name not in headers]
+        if lost:
+            raise ConfigError(
+                f"{what}: {shard} lacks {named(lost)}, which {INDEX_NAME} promises: fetch it again"
+            )
+        found |= headers
+    return found
+
+
+def check_floating(tensors: Mapping[str, TensorHeader], what: str) -> None:
+    """Raises ConfigError for numbers that are not floating-point: libraries cast them without a word."""
+    wrong = {name: header.dtype for name, header in tensors.items() if not header.floating}
+    if wrong:
+        name, dtype = next(iter(wrong.items()))
+        raise ConfigError(
+            f"{what}: {named(wrong)} of type {dtype}, not floating-point: quantised by a tool that left no"
+            " quantization_config, or damaged: use the weights in float32, float16 or bfloat16 (first:"
+            f" {name})"
+        )
+
+
+def named(names: Iterable[str], most: int = 3) -> str:
+    """A few of many names, and how many there are."""
+    listed = sorted(names)
+    shown = ", ".join(name if len(name) <= 80 else name[:77] + "..." for name in listed[:most])
+    return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"

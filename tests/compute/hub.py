@@ -1,0 +1,135 @@
+"""A hub on loopback that fails as the real one does, and a process that loads from it."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+GATED = "Access to model x/y is restricted. You must have access to it and be authenticated to access it."
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Answers each request with one status, or serves a folder and fails for some of its files."""
+
+    daemon_threads = True
+
+    def __init__(self, status: int, headers: dict[str, str], folder: Path | None, only: str | None) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.status = status
+        self.headers = headers
+        self.folder = folder
+        self.only = only  # the files that fail, by what their name holds
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.respond(with_body=False)
+
+    def do_GET(self) -> None:
+        self.respond(with_body=True)
+
+    def respond(self, with_body: bool) -> None:
+        hub = self.server
+        name = self.path.partition("?")[0].rpartition("/")[2]
+        file = hub.folder / name if hub.folder is not None else None
+        if file is not None and (hub.only is None or hub.only not in name):
+            if not file.is_file():
+                self.send(404, {"X-Error-Code": "EntryNotFound"}, b"", with_body)
+            else:
+                self.send(200, {"ETag": '"1"', "X-Repo-Commit": "a" * 40}, file.read_bytes(), with_body)
+            return
+        if hub.status == 200:  # of a file that breaks off
+            raw = file.read_bytes() if file is not None else b"x" * 1000
+            self.send(200, {"ETag": '"1"', "X-Repo-Commit": "a" * 40}, raw, with_body, cut=len(raw) // 2)
+            return
+        self.send(hub.status, hub.headers, json.dumps({"error": GATED}).encode(), with_body)
+
+    def send(self, status: int, headers: dict[str, str], body: bytes, with_body: bool, cut: int = 0) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body[: len(body) - cut])
+            if cut:
+                self.close_connection = True
+
+
+@contextmanager
+def hub_that_says(
+    status: int, headers: dict[str, str] | None = None, folder: Path | None = None, only: str | None = None
+) -> Iterator[Hub]:
+    hub = Hub(status, headers or {}, folder, only)
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        hub.server_close()
+        thread.join()
+
+
+PROGRAM = """
+import sys
+import huggingface_hub.utils._http as http
+http.time.sleep = lambda seconds: None  # between its own tries
+from pathlib import Path
+from daemon.cli import complain, exit_code
+import torch
+from daemon.compute.loading import load_model, locate_model
+from daemon.compute.sae import load_sae
+from daemon.config import SaeSection
+name, release, sae_id = sys.argv[1:]
+try:
+    if release:
+        load_sae(SaeSection(release=release, id=sae_id), device="cpu", dtype=torch.float32)
+    else:
+        load_model(locate_model(name, Path.cwd()), device="cpu", dtype=torch.float32)
+except Exception as error:
+    sys.exit(complain(error, exit_code(error)))
+"""
+
+
+def load_from(
+    url: str, folder: Path, *, name: str = "x/y", release: str = "", sae_id: str = ""
+) -> tuple[int, str]:
+    """Exit code and stderr of a process that loads a model, or a dictionary, from a hub at `url`."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_ETAG_TIMEOUT": "5",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("HF_TOKEN", None)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, name, release, sae_id],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        timeout=110,
+    )
+    return done.returncode, done.stderr
