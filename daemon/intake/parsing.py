@@ -31,6 +31,7 @@ REJECT_REASONS = (
     "empty_text",
     "out_of_memory",
     "not_finite_activation",
+    "unknown_token",
 )
 
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8

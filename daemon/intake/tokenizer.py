@@ -21,9 +21,20 @@ class Tokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, *, prepend_bos: bool, max_text_tokens: int, context: int | None = None
+        self,
+        tokenizer: Any,
+        *,
+        prepend_bos: bool,
+        max_text_tokens: int,
+        context: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
-        """`context` is how many tokens of a text the model reads at most, where it has a limit."""
+        """`context` is how many tokens of a text the model reads at most, where it has a limit; `vocabulary`
+        how
+        many embeddings it has, where token ids from that number on may occur.
+
+        Raises ConfigError where the BOS token is needed and missing, or beyond the embeddings.
+        """
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -36,6 +47,15 @@ class Tokenizer:
             )
         self._bos: list[int] = [bos] if prepend_bos else []
         self._prefix = tuple(self._bos)
+        self._vocabulary = (
+            vocabulary if vocabulary is not None and vocabulary < size_of(self._backend) else None
+        )
+        if prepend_bos and vocabulary is not None and not 0 <= bos < vocabulary:
+            raise ConfigError(
+                f"the tokenizer's BOS token has the id {bos}, but the model has {vocabulary} embeddings:"
+                " use the"
+                " tokenizer that belongs to the model"
+            )
 
     def limited(self, max_text_tokens: int) -> Tokenizer:
         """The same with another limit."""
@@ -55,22 +75,43 @@ class Tokenizer:
     def tokenize(self, parts: Sequence[Part]) -> list[TokenizedPart]:
         """Parts with their samples tokenized, all at one go, since each call costs more than a small file.
 
-        Samples with an empty or over-long text become rejects.
+        Samples with an empty or over-long text, or with one that the tokenizer or the model has no token for,
+        become rejects.
         """
         began = time.perf_counter()
         texts = [text for part in parts for sample in part.samples for text in sample.texts]
-        encoded = iter(self.encode(texts))
+        encoded = iter(self._encoded(texts))
         seconds = (time.perf_counter() - began) / max(1, len(texts))
         return [self._tokenized(part, encoded, seconds) for part in parts]
 
+    def _encoded(self, texts: list[str]) -> Sequence[tuple[int, ...] | None]:
+        """Token ids of each text; None for one that the tokenizer can't encode, having no token for it."""
+        try:
+            return self.encode(texts)
+        except Exception:  # tokenizers raises no other kind
+            if len(texts) <= 1:
+                return [None] * len(texts)
+            half = len(texts) // 2
+            return [*self._encoded(texts[:half]), *self._encoded(texts[half:])]
+
     def _tokenized(
-        self, part: Part, encoded: Iterator[tuple[int, ...]], seconds_per_text: float
+        self, part: Part, encoded: Iterator[tuple[int, ...] | None], seconds_per_text: float
     ) -> TokenizedPart:
         kept: list[TokenizedSample] = []
         rejects = list(part.rejects)
         for sample in part.samples:
-            token_ids = tuple(next(encoded) for _ in sample.texts)
-            reject = self._check(sample, token_ids, part.recipe.text_names)
+            found = [next(encoded) for _ in sample.texts]
+            token_ids = tuple(ids for ids in found if ids is not None)
+            if len(token_ids) < len(found):
+                name = part.recipe.text_names[found.index(None)]
+                reject: Reject | None = rejected(
+                    sample,
+                    "unknown_token",
+                    f"text {name!r} has characters that the model's tokenizer has no token for: leave them"
+                    " out",
+                )
+            else:
+                reject = self._check(sample, token_ids, part.recipe.text_names)
             if reject is None:
                 kept.append(TokenizedSample(sample, token_ids))
             else:
@@ -87,6 +128,14 @@ class Tokenizer:
         self, sample: Sample, token_ids: tuple[tuple[int, ...], ...], names: tuple[str, ...]
     ) -> Reject | None:
         for name, ids in zip(names, token_ids, strict=True):
+            if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
+                return rejected(
+                    sample,
+                    "unknown_token",
+                    f"text {name!r} has a token of id {max(ids)}, but the model has {self._vocabulary}"
+                    " embeddings:"
+                    " leave it out, or use the tokenizer that belongs to the model",
+                )
             if len(ids) == len(self._prefix):
                 return rejected(sample, "empty_text", f"text {name!r} has no tokens: give it some content")
             if self._context is not None and len(ids) > self._context:
@@ -104,6 +153,11 @@ class Tokenizer:
                     f" = {self._max_text_tokens}: shorten it or raise the limit",
                 )
         return None
+
+
+def size_of(backend: Any) -> int:
+    """One more than the highest token id, added tokens included: ids may leave gaps."""
+    return 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def rejected(sample: Sample, reason: str, message: str) -> Reject:
