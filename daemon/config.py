@@ -6,6 +6,7 @@ Layers, weakest first: the defaults below, the preset that `model.name` names, t
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import os
@@ -310,11 +311,7 @@ def toml_layer(path: Path | None) -> Iterator[tuple[str, Any, str]]:
     if path is None:
         return
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {error}") from None
+        table = tomllib.loads(toml_text(path))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except RecursionError:
@@ -327,6 +324,24 @@ def toml_layer(path: Path | None) -> Iterator[tuple[str, Any, str]]:
                 yield f"{section}.{field}", inner, str(path)
         else:
             yield section, value, str(path)
+
+
+def toml_text(path: Path) -> str:
+    """What a TOML file says, whatever editor saved it. Raises ConfigError."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error}") from None
+    if b"\0" in content or content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(f"{path}: it is UTF-16, or no text: save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}: line {line} is not UTF-8: save the file as UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def env_layer(env: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:

@@ -90,6 +90,36 @@ def test_a_bad_file_is_one_line_naming_the_file_the_key_and_what_is_allowed(tmp_
     assert "\n" not in message
 
 
+SAVED = '[model]\ndtype = "float64"\n[texts]\nt = "{größe}"\n'
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_file_is_read_however_an_editor_saved_it(tmp_path, encoding, newline):
+    path = tmp_path / "lensd.toml"
+    path.write_bytes(SAVED.replace("\n", newline).encode(encoding))
+    config = load_config(path, {})
+    assert (config.model.dtype, config.texts) == ("float64", {"t": "{größe}"})
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("utf-16", "it is UTF-16"),
+        ("utf-16-le", "it is UTF-16"),
+        ("utf-16-be", "it is UTF-16"),
+        ("utf-32", "it is UTF-16"),
+        ("latin-1", "line 4 is not UTF-8"),
+    ],
+)
+def test_a_file_in_another_encoding_is_one_line_that_says_so(tmp_path, encoding, expected):
+    path = tmp_path / "lensd.toml"
+    path.write_bytes(SAVED.encode(encoding))
+    with pytest.raises(ConfigError, match=rf"lensd\.toml: {expected}.*UTF-8$") as caught:
+        load_config(path, {})
+    assert "\n" not in str(caught.value)
+
+
 def test_a_bad_variable_is_named():
     with pytest.raises(ConfigError, match=r"^environment LENSD_MODEL__DTYPE: model\.dtype"):
         load_config(None, {"LENSD_MODEL__DTYPE": "x"})

@@ -36,6 +36,7 @@ REJECT_REASONS = (
 
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 SURROGATE = re.compile("[\ud800-\udfff]")
+MARK = "\ud800"  # around a Number
 # A string or a bracket; possessive, so that no text makes it slow; `close` is empty if a string never ends.
 TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+|)*+(?P<close>"?)|[\[{]|[\]}]', re.DOTALL)
 BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
@@ -68,11 +69,29 @@ def refuse_constant(name: str) -> NoReturn:
     raise SampleError("not_finite", f"has {name}, which is not JSON: use null or a number")
 
 
-def finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
+class Number(str):
+    """A number with a fraction or an exponent, as it was written: nothing is rounded on its way through.
+
+    It stands between two lone surrogates, which no text of a usable record has: the encoder writes it as a
+    string, and `extra_of` takes the quotes away together with them.
+    """
+
+    __slots__ = ()
+
+    @property
+    def written(self) -> str:
+        return self[1:-1]
+
+
+def exact_number(text: str) -> Number:
+    """Raises SampleError where float64, which every reader takes it for, has no finite number for it."""
+    if ("e" in text or "E" in text or len(text) > 300) and not math.isfinite(float(text)):
         raise SampleError("not_finite", "has a number beyond the range of float64: use a smaller one")
-    return value
+    return Number(f"{MARK}{text}{MARK}")
+
+
+def exact_integer(text: str) -> int | Number:
+    return Number(f"{MARK}-0{MARK}") if text == "-0" else int(text)
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -85,8 +104,16 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 EXTRA = json.JSONEncoder(ensure_ascii=False)
 DECODER = json.JSONDecoder(
-    object_pairs_hook=unique_object, parse_constant=refuse_constant, parse_float=finite_float
+    object_pairs_hook=unique_object, parse_constant=refuse_constant, parse_float=exact_number
 )
+# Slower, since it calls Python for every integer: only -0 is another number as an int of Python.
+DECODER_OF_MINUS_ZERO = json.JSONDecoder(
+    object_pairs_hook=unique_object,
+    parse_constant=refuse_constant,
+    parse_float=exact_number,
+    parse_int=exact_integer,
+)
+MINUS_ZERO = re.compile(r"(?:^|[\[:,\s])-0(?![.\deE])")
 
 
 def parse_value(raw: str, max_nesting: int) -> Any:
@@ -96,8 +123,9 @@ def parse_value(raw: str, max_nesting: int) -> Any:
         raise SampleError(
             "nesting_too_deep", f"nests deeper than inbox.max_nesting = {max_nesting}: flatten it"
         )
+    decoder = DECODER_OF_MINUS_ZERO if "-0" in raw and MINUS_ZERO.search(raw) else DECODER
     try:
-        return DECODER.decode(raw)
+        return decoder.decode(raw)
     except json.JSONDecodeError as error:
         raise SampleError(
             "malformed_json", f"is not JSON: {error.msg} at its character {error.pos + 1}: correct it"
@@ -135,8 +163,8 @@ def choose_recipe(values: Iterable[Any]) -> Recipe | None:
 def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
     """Raises SampleError where the record lacks what the recipe needs.
 
-    Strings are used as they are; numbers and booleans as JSON writes them. What neither a text nor a column
-    uses goes into `extra`, in the record's order.
+    Strings are used as they are, numbers as they were written, booleans as JSON writes them. What neither a
+    text nor a column uses goes into `extra`, in the record's order.
     """
     if not isinstance(value, dict):
         raise SampleError(
@@ -156,30 +184,33 @@ def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
         sample_id=sample_id if sample_id is not None else str(place.record_index),
         domain=domain,
         complexity=complexity,
-        extra=EXTRA.encode(extra) if extra else None,
+        extra=extra_of(extra) if extra else None,
         texts=texts,
         line=place.line,
         byte_offset=place.byte_offset,
     )
 
 
+def extra_of(fields: dict[str, Any]) -> str:
+    """The fields as one JSON object, numbers as they were written."""
+    return EXTRA.encode(fields).replace(f'"{MARK}', "").replace(f'{MARK}"', "")
+
+
 def domain_of(record: dict[str, Any]) -> str | None:
     """The domain as text; None where it is absent, null, or an object or array."""
     domain = record.get("domain")
-    return as_text(domain) if isinstance(domain, str | int | float | bool) else None
+    return as_text(domain) if isinstance(domain, str | int) else None
 
 
 def complexity_of(record: dict[str, Any]) -> float | None:
     """The complexity; None where it is no number."""
     complexity = record.get("complexity")
-    if isinstance(complexity, bool) or not isinstance(complexity, int | float):
+    if isinstance(complexity, Number):
+        return float(complexity.written)
+    if isinstance(complexity, bool) or not isinstance(complexity, int):
         return None
-    return to_float(complexity)
-
-
-def to_float(number: int | float) -> float:
     try:
-        return float(number)
+        return float(complexity)
     except OverflowError:
         raise SampleError(
             "not_finite", "field 'complexity' is beyond the range of float64: use a smaller number"
@@ -189,13 +220,14 @@ def to_float(number: int | float) -> float:
 def check_surrogates(value: Any) -> None:
     """Raises SampleError where a string holds a lone surrogate, which no UTF-8 file can store."""
     if isinstance(value, str):
-        if not value.isascii() and SURROGATE.search(value):
+        if not value.isascii() and not isinstance(value, Number) and SURROGATE.search(value):
             raise SampleError(
                 "lone_surrogate", r"has an unpaired \ud800-\udfff escape, which is no character: drop it"
             )
     elif isinstance(value, dict):
         for key, item in value.items():
-            check_surrogates(key)
+            if not key.isascii():
+                check_surrogates(key)
             check_surrogates(item)
     elif isinstance(value, list):
         for item in value:
@@ -206,18 +238,21 @@ def field_text(record: dict[str, Any], field: str) -> str:
     if field not in record:
         raise SampleError("missing_field", f"has no field {field!r}, which the texts need: add it")
     value = record[field]
-    if not isinstance(value, str | int | float | bool):
+    if not isinstance(value, str | int):
         raise SampleError("bad_field", f"field {field!r} is a JSON {json_type(value)}: make it a string")
     return as_text(value)
 
 
-def as_text(value: str | int | float | bool) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def as_text(value: str | int) -> str:
+    """A string as it is, a number as it was written, a boolean as JSON writes it."""
+    if isinstance(value, str):
+        return value.written if isinstance(value, Number) else value
+    return json.dumps(value)
 
 
 def json_type(value: Any) -> str:
     names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+    return names.get(type(value), "number")  # an int, or a Number
 
 
 def sample_id_of(value: Any) -> str | None:
@@ -225,7 +260,7 @@ def sample_id_of(value: Any) -> str | None:
     if not isinstance(value, dict):
         return None
     found = value.get("id")
-    if isinstance(found, bool) or not isinstance(found, str | int | float) or found == "":
+    if isinstance(found, bool) or not isinstance(found, str | int) or found == "":
         return None
     text = as_text(found)
     return None if SURROGATE.search(text) else text
