@@ -150,6 +150,7 @@ def read_limits(config: Config) -> ReadLimits:
         max_nesting=config.inbox.max_nesting,
         max_decompressed_bytes=config.inbox.max_decompressed_bytes,
         max_compression_ratio=config.inbox.max_compression_ratio,
+        max_zstd_window_bytes=config.inbox.max_zstd_window_bytes,
         part_records=config.inbox.part_records,
         part_bytes=PART_BYTES_OF_ALL if config.analysis.positions == "all" else PART_BYTES,
     )

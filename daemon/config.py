@@ -160,6 +160,7 @@ class InboxSection(Section):
     max_nesting: PositiveInt = 32
     max_decompressed_bytes: PositiveInt = 64 << 30  # of a compressed file's content
     max_compression_ratio: PositiveInt = 1000  # of a compressed file's content to the file
+    max_zstd_window_bytes: Annotated[int, Field(ge=1 << 10, le=1 << 31)] = 128 << 20  # held of a .zst stream
     part_records: PositiveInt = 1024
 
 

@@ -6,6 +6,9 @@ with exit code 2 and a `MachineError` with 3. Any other exception is a bug: it f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class LensdError(Exception):
     """Base of every error whose message is written for the person who runs lensd."""
@@ -30,12 +33,14 @@ class OutOfMemory(LensdError):
 class FileError(LensdError):
     """An input file as a whole can't be used; it moves to `failed/` with this message.
 
-    `reason` is a short stable word for metrics and `reason.json`; the message is for people.
+    `reason` is a short stable word for metrics and `reason.json`; the message is for people; `details` are
+    more members of `reason.json`.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.details = details or {}
 
 
 class SampleError(LensdError):

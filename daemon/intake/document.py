@@ -1,6 +1,6 @@
-"""Finds the records inside one JSON document: an array, an object with `samples`, or one object.
+"""Finds the records inside JSON documents: an array, an object with a list of them, or objects in a row.
 
-Reads it in chunks and in flat memory, and follows brackets and quotes alone: what a record means is left to
+Reads them in chunks and in flat memory, and follows brackets and quotes alone: what a record means is left to
 `daemon.intake.parsing`, so that a bad record costs itself and not its file. No streaming parser, ijson among
 them, goes on after a bad record or says at which byte a record begins.
 """
@@ -8,96 +8,18 @@ them, goes on after a bad record or says at which byte a record begins.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from typing import Literal
 
 from daemon.errors import FileError
-from daemon.intake.parsing import Place, RawRecord
+from daemon.intake.kinds import BOM
+from daemon.intake.parsing import Place, RawRecord, is_record, parsed_object, printable
+from daemon.intake.values import PLAIN_ELEMENT, SPACES, WORD, ValueEnd
 
-BOM = b"\xef\xbb\xbf"
-BINARY_PROBE_BYTES = 8192
-KEY_BYTES = 64  # `"samples"` written with escapes only is shorter
+KEY_BYTES = 4096  # a longer key names no list of records
+SAMPLES = "samples"  # the key whose list holds the records, whatever else an object has
 DECODER = json.JSONDecoder(strict=False)
 CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
-
-
-def nested(levels: int) -> bytes:
-    """The pattern of what stands between two brackets, where brackets nest no deeper than that."""
-    items = [ATOM, rb"[\[{]" + nested(levels - 1) + rb"[\]}]"] if levels else [ATOM]
-    return rb"(?:" + rb"|".join(items) + rb"|)*+"
-
-
-# All possessive, so that no bytes make them slow. A repeated group ends in an empty alternative: in Debian's
-# Python 3.11.2 a possessive repetition that fails halfway through its group leaves the match where it failed.
-SPACE = rb"[ \t\r\n]*+"
-STRING_BODY = rb'[^"\\]*+(?:\\.[^"\\]*+|)*+'
-STRING = rb'"' + STRING_BODY + rb'"'
-ATOM = rb'[^"\[\]{}]*+' + STRING + rb'|[^"\[\]{}]++'
-WORD_BYTE = rb'[^,\[\]{}" \t\r\n]'
-SPACES = re.compile(SPACE)
-WORD = re.compile(WORD_BYTE + rb"*+")
-IN_STRING = re.compile(STRING_BODY, re.DOTALL)
-BALANCED = re.compile(nested(3), re.DOTALL)
-BRACKET_RUN = re.compile(rb"[\[{]++|[\]}]++")
-PLAIN_VALUE = rb"[\[{]" + nested(3) + rb"[\]}]|" + STRING + rb"|" + WORD_BYTE + rb"++"
-PLAIN_ELEMENT = re.compile(SPACE + rb"(" + PLAIN_VALUE + rb")" + SPACE + rb"([,\]])", re.DOTALL)
-
-
-def check_text(head: bytes) -> None:
-    """Raises FileError where the first bytes of a file are no text."""
-    if b"\0" in head[:BINARY_PROBE_BYTES]:
-        raise FileError("binary", "the file is binary, not JSON text: save it as UTF-8 JSON")
-
-
-class ValueEnd:
-    """Finds where a value ends, in chunks, given that it begins with a quote or a bracket."""
-
-    __slots__ = ("_depth", "_escaped", "_in_string")
-
-    def __init__(self, *, depth: int = 0) -> None:
-        self._depth = depth  # of brackets open; 0 before the first, and in a value that is a string
-        self._in_string = False
-        self._escaped = False  # by a backslash that ended the last chunk
-
-    def find(self, chunk: bytes, at: int) -> int:
-        """The position after the value's last byte; -1 where the chunk ends first."""
-        while at < len(chunk):
-            if self._in_string:
-                at = self._pass_string(chunk, at)
-                if not self._in_string and self._depth == 0:
-                    return at
-                continue
-            if self._depth:
-                found = BALANCED.match(chunk, at)
-                assert found is not None
-                at = found.end()
-            run = BRACKET_RUN.match(chunk, at)
-            if run is None:  # a quote, or the end
-                self._in_string = at < len(chunk)
-                at += 1
-            elif chunk[at] in b"[{":
-                self._depth += run.end() - at
-                at = run.end()
-            elif run.end() - at >= self._depth:
-                return at + self._depth
-            else:
-                self._depth -= run.end() - at
-                at = run.end()
-        return -1
-
-    def _pass_string(self, chunk: bytes, at: int) -> int:
-        """To after the quote that ends the string, or to the chunk's end."""
-        if self._escaped:
-            self._escaped = False
-            at += 1
-        found = IN_STRING.match(chunk, at)
-        assert found is not None
-        at = found.end()
-        if at < len(chunk):
-            self._in_string = chunk[at] != ord('"')
-            self._escaped = self._in_string
-            at += 1
-        return at
 
 
 class Span:
@@ -124,20 +46,33 @@ class Span:
         return None if self._held is None else bytes(self._held)
 
 
+Held = Literal["list", "record"]  # what a document holds: records in a list, or itself as one
 Steps = Generator[None, None, None]  # pauses where the chunk ends
 Records = Generator[RawRecord | None, None, None]  # the same; None is the pause
 
 
 class DocumentFramer:
-    """Records out of chunks of one document; those over the limit keep no text.
+    """Records out of chunks of documents, one after the other; those over the limit keep no text.
 
-    The reading is one generator, written as if the whole document were there; it yields None where it needs
-    the next chunk. Holds a chunk and, of a record that began before it, at most `max_record_bytes`.
+    An array's elements are records. An object is one, unless it holds them in a list: under `list_key`, or
+    with `search` under `samples` or in the first list of objects that it has, and then in no other. The
+    reading is one generator, written as if the whole were there; it yields None where it needs the next
+    chunk. Holds a chunk and, of a record that began before it, at most `max_record_bytes`.
     """
 
-    def __init__(self, max_record_bytes: int) -> None:
+    def __init__(
+        self,
+        max_record_bytes: int,
+        *,
+        list_key: str | None = None,
+        search: bool = False,
+        recipes: Sequence[frozenset[str]] = (),
+    ) -> None:
+        """`recipes` are the fields of which a record has all of one."""
         self._max = max_record_bytes
-        self._head: bytearray | None = bytearray()  # of the file, until it can be told from a binary one
+        self._recipes = recipes
+        self._list_key = list_key
+        self._search = search
         self._chunk = b""
         self._at = 0
         self._ended = False
@@ -145,32 +80,19 @@ class DocumentFramer:
         self._line = 1  # at `_counted`
         self._counted = 0
         self._column = 0  # characters of the current line before the chunk
+        self._marks = (0, 0)  # a line, and the byte-order marks on it, which count as no characters
         self._index = 0
         self._spans: list[Span] = []  # that the cursor is within
-        self._records = self._document()
+        self._records = self._documents()
 
     def feed(self, chunk: bytes) -> Iterator[RawRecord]:
         """The records that are known to have ended. Raises FileError where the frame is damaged."""
-        if self._head is None:
-            self._advance(chunk)
-            yield from self._ready()
-            return
-        self._head += chunk
-        if len(self._head) >= BINARY_PROBE_BYTES:
-            yield from self._begin()
+        self._advance(chunk)
+        yield from self._ready()
 
     def finish(self) -> Iterator[RawRecord]:
         """The records that the end of the file ends. Raises FileError where it comes too early."""
         self._ended = True
-        if self._head is not None:
-            yield from self._begin()
-        yield from self._ready()
-
-    def _begin(self) -> Iterator[RawRecord]:
-        head, self._head = bytes(self._head or b""), None
-        check_text(head)
-        self._chunk = head.removeprefix(BOM)
-        self._offset = len(head) - len(self._chunk)
         yield from self._ready()
 
     def _ready(self) -> Iterator[RawRecord]:
@@ -191,19 +113,52 @@ class DocumentFramer:
         self._offset += done
         self._chunk, self._at, self._counted = chunk, 0, 0
 
-    def _document(self) -> Records:
+    def _documents(self) -> Records:
+        before: Held | None = None  # what the document before was
+        while opening := (yield from self._next_document(before)):
+            if opening == b"[":
+                self._at += 1
+                yield from self._elements()
+                before = "list"
+            elif opening == b"{":
+                before = yield from self._object()
+            elif before == "record" and opening not in b"]}:,":
+                span = self._open(self._max)
+                yield from self._value()
+                yield self._record(span)
+            elif before is None:
+                raise self._malformed("expected an array of records, or an object")
+            else:
+                raise self._malformed("expected nothing after the end")
+
+    def _next_document(self, before: Held | None) -> Generator[None, None, bytes]:
+        """Skip what may stand between documents; the byte after it, or nothing at the end of the file."""
         opening = yield from self._peek()
-        if opening == b"[":
-            yield from self._elements()
-            yield from self._expect_end()
-        elif opening == b"{":
-            yield from self._object()
-        elif opening:
-            raise self._malformed("expected an array of records, or an object")
+        if opening == b"," and before == "record":
+            self._at += 1
+            opening = yield from self._peek()
+        while opening == BOM[:1]:
+            yield from self._skip_mark()
+            opening = yield from self._peek()
+        return opening
+
+    def _skip_mark(self) -> Steps:
+        """Move past a byte-order mark, which may lie over the end of a chunk."""
+        span = self._open(0)
+        for byte in BOM:
+            while self._at == len(self._chunk) and not self._ended:
+                yield None
+            if self._chunk[self._at : self._at + 1] != bytes([byte]):
+                raise malformed(
+                    span.line, self._column_of(span), "expected an array of records, or an object"
+                )
+            self._at += 1
+        self._close(span)
+        line, marks = self._marks
+        self._marks = (span.line, marks + 1 if line == span.line else 1)
 
     def _elements(self) -> Records:
-        """From the opening bracket of an array to after its closing one."""
-        self._at += 1
+        """From after the opening bracket of an array to after its closing one."""
         if (yield from self._peek()) == b"]":
             self._at += 1
             return
@@ -240,44 +195,78 @@ class DocumentFramer:
         self._line, self._counted = line, counted
         return last
 
-    def _object(self) -> Records:
-        """A whole document that is an object: the array under `samples`, or one record."""
+    def _object(self) -> Generator[RawRecord | None, None, Held]:
+        """An object at the top: the records of its list, or one record. Which of them it was."""
         whole = self._open(self._max)
         self._at += 1
-        if (yield from self._enter_samples()):
+        if (self._search or self._list_key is not None) and (yield from self._enter_list()):
             self._spans.clear()
             yield from self._elements()
             yield from self._leave_object()
-        else:
-            yield from self._pass(ValueEnd(depth=1), whole)
-            yield self._record(whole)
-        yield from self._expect_end()
+            return "list"
+        yield from self._pass(ValueEnd(depth=1), whole)
+        yield self._record(whole)
+        return "record"
 
-    def _enter_samples(self) -> Generator[None, None, bool]:
-        """Move to the array under the key `samples` of an object; False where there is none."""
+    def _enter_list(self) -> Generator[None, None, bool]:
+        """Move into the list of records of an object; False, and somewhere in the object, if it has none."""
         while (yield from self._peek()) == b'"':
             key = yield from self._key()
-            if (yield from self._peek()) == b"[" and key == "samples":
+            if (yield from self._peek()) != b"[":
+                yield from self._skip_value()
+            elif key == self._list_key or (self._search and key == SAMPLES):
+                self._list_key = key
+                self._at += 1
                 return True
-            yield from self._skip_value()
+            elif not self._search or self._list_key is not None:
+                yield from self._skip_value()
+            elif (yield from self._enter_list_of_objects()):
+                self._list_key = key
+                return True
             if (yield from self._peek()) != b",":
                 break
             self._at += 1
         return False
 
+    def _enter_list_of_objects(self) -> Generator[None, None, bool]:
+        """Move into the list at the cursor; False, and past it, where it does not begin with an object."""
+        span = self._open(0)
+        self._at += 1
+        found = (yield from self._peek()) == b"{"
+        if not found:
+            yield from self._pass(ValueEnd(depth=1), span)
+        self._close(span)
+        return found
+
     def _leave_object(self) -> Steps:
-        """From after the array to after the object's closing bracket."""
+        """From after the list to after the object's closing bracket."""
         while (yield from self._peek()) == b",":
             self._at += 1
             if (yield from self._peek()) != b'"':
                 raise self._malformed("expected a key")
-            if (yield from self._key()) == "samples":
-                raise self._malformed("the key samples comes twice")
-            yield from self._peek()
-            yield from self._skip_value()
+            key = yield from self._key()
+            if key == self._list_key:
+                raise self._malformed(f"the key {printable(key)} comes twice")
+            if (yield from self._peek()) == b"[" and self._search and self._list_key != SAMPLES:
+                yield from self._check_list(key)
+            else:
+                yield from self._skip_value()
         if (yield from self._peek()) != b"}":
             raise self._malformed("expected a comma or the end of the object")
         self._at += 1
+
+    def _check_list(self, key: str) -> Steps:
+        """Move past a list after the records. Raises FileError where it holds records too."""
+        list_span = self._open(0)
+        self._at += 1
+        if (yield from self._peek()) == b"{":
+            span = self._open(self._max)
+            yield from self._value()
+            first = parsed_object(self._close(span) or b"")
+            if first is not None and is_record(first, self._recipes):
+                raise several_lists(self._list_key or "", key)
+        yield from self._pass(ValueEnd(depth=1), list_span)
+        self._close(list_span)
 
     def _key(self) -> Generator[None, None, str]:
         """Move past the key at the cursor and its colon; its text, or nothing where that can't matter."""
@@ -335,10 +324,6 @@ class DocumentFramer:
                 return self._chunk[self._at : self._at + 1]
             yield None
 
-    def _expect_end(self) -> Steps:
-        if (yield from self._peek()):
-            raise self._malformed("expected nothing after the end")
-
     def _open(self, limit: int) -> Span:
         span = Span(limit, self._at, self._offset + self._at, self._line_at(self._at))
         self._spans.append(span)
@@ -368,12 +353,28 @@ class DocumentFramer:
         before = self._column if newline < 0 else 0
         return before + n_characters(self._chunk[newline + 1 : position]) + 1
 
+    def _column_of(self, span: Span) -> int:
+        return self._unmarked(span.line, self._column_at(span.start) if span.column is None else span.column)
+
+    def _unmarked(self, line: int, column: int) -> int:
+        """The column, less the byte-order marks before it."""
+        return column - self._marks[1] if line == self._marks[0] else column
+
     def _truncated(self, span: Span) -> FileError:
-        column = self._column_at(span.start) if span.column is None else span.column
-        return malformed(span.line, column, "the file ends in the middle: it may be truncated")
+        why = "the file ends in the middle: it may be truncated"
+        return malformed(span.line, self._column_of(span), why)
 
     def _malformed(self, why: str) -> FileError:
-        return malformed(self._line_at(self._at), self._column_at(self._at), why)
+        line = self._line_at(self._at)
+        return malformed(line, self._unmarked(line, self._column_at(self._at)), why)
+
+
+def several_lists(one: str, other: str) -> FileError:
+    return FileError(
+        "no_usable_record",
+        f"the object has lists of objects under {printable(one)} and {printable(other)}: keep the one with"
+        f" the records, or name it {SAMPLES}",
+    )
 
 
 def as_text(raw: bytes) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from daemon import durable
 from daemon.durable import Step, StepKind
@@ -115,7 +115,14 @@ class Holdings:
                 raise
             self.check_lost()  # else its user took it away, or an earlier try moved it
 
-    def fail(self, claim: Claim, reason: str, message: str, sha256: str | None) -> None:
+    def fail(
+        self,
+        claim: Claim,
+        reason: str,
+        message: str,
+        sha256: str | None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         """It can't be used: move it to `failed/`, its reason beside it. Replaces no file. Safe to repeat."""
         content = {
             "name": printable(claim.name),
@@ -124,6 +131,7 @@ class Holdings:
             "attempt": claim.attempt,
             "sha256": sha256,
             "failed_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            **(details or {}),
         }
         folder = self.path / FAILED
         if claim.at in self._held:  # no earlier try came so far

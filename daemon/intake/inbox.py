@@ -9,10 +9,10 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import structlog
 
@@ -310,9 +310,19 @@ class Inbox:
         await self._call(self._holdings.retire, claims)
         self._wake.set()
 
-    async def fail(self, claim: Claim, reason: str, message: str, sha256: str | None) -> None:
-        """It can't be used: move it to `failed/`, its reason beside it. Replaces no file. Safe to repeat."""
-        await self._call(self._holdings.fail, claim, reason, message, sha256)
+    async def fail(
+        self,
+        claim: Claim,
+        reason: str,
+        message: str,
+        sha256: str | None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """It can't be used: move it to `failed/`, its reason beside it. Replaces no file. Safe to repeat.
+
+        `details` are more members of `reason.json`.
+        """
+        await self._call(self._holdings.fail, claim, reason, message, sha256, details)
         self._wake.set()
 
     async def release(self, claims: Sequence[Claim]) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from daemon.errors import SampleError
@@ -103,6 +103,7 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 EXTRA = json.JSONEncoder(ensure_ascii=False)
+LENIENT = json.JSONDecoder(strict=False)
 DECODER = json.JSONDecoder(
     object_pairs_hook=unique_object, parse_constant=refuse_constant, parse_float=exact_number
 )
@@ -150,6 +151,20 @@ def depth_of(raw: str) -> int:
     return deepest
 
 
+def parsed_object(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object that the bytes are, checked no further; None where they are none, or damaged."""
+    try:
+        value = LENIENT.decode(raw.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def is_record(value: Mapping[str, Any], recipes: Sequence[frozenset[str]]) -> bool:
+    """Whether the object has all the fields of one of the recipes."""
+    return any(fields <= value.keys() for fields in recipes)
+
+
 def choose_recipe(values: Iterable[Any]) -> Recipe | None:
     """The built-in recipe of the first object that has all the fields of one."""
     for value in values:
@@ -167,9 +182,7 @@ def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
     text nor a column uses goes into `extra`, in the record's order.
     """
     if not isinstance(value, dict):
-        raise SampleError(
-            "not_an_object", f"is a JSON {json_type(value)}, not an object: write one as {{...}}"
-        )
+        raise not_an_object(value)
     check_surrogates(value)
     fields = recipe.fields
     texts = recipe.render({field: field_text(value, field) for field in sorted(fields)})
@@ -189,6 +202,10 @@ def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
         line=place.line,
         byte_offset=place.byte_offset,
     )
+
+
+def not_an_object(value: Any) -> SampleError:
+    return SampleError("not_an_object", f"is a JSON {json_type(value)}, not an object: write one as {{...}}")
 
 
 def extra_of(fields: dict[str, Any]) -> str:

@@ -5,25 +5,28 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import Any, BinaryIO, Literal, NoReturn
 
 from daemon.errors import FileError, SampleError
-from daemon.intake.document import DocumentFramer, check_text
-from daemon.intake.lines import LineSplitter
+from daemon.intake.framing import RecordFramer
+from daemon.intake.kinds import Compression
+from daemon.intake.orientation import explain
 from daemon.intake.parsing import (
     REJECT_REASONS,
     RawRecord,
     choose_recipe,
+    not_an_object,
     parse_value,
     rejected,
     sample_id_of,
     to_sample,
     too_deep,
 )
-from daemon.intake.source import chunks
+from daemon.intake.source import ZSTD_WINDOW_BYTES, chunks
 from daemon.records import BUILT_IN_RECIPES, KeptPart, Part, PartExtent, Recipe, Reject, Sample, Source
+from daemon.rejects import RejectSummary
 
 __all__ = ["REJECT_REASONS", "PartReader", "ReadLimits", "read_parts"]
 
@@ -38,24 +41,23 @@ class ReadLimits:
     max_compression_ratio: int
     part_records: int
     part_bytes: int = 4 << 20  # of raw records, after which a part ends early
+    max_zstd_window_bytes: int = ZSTD_WINDOW_BYTES
 
 
-class Framer(Protocol):
-    """Finds the records in a stream of bytes."""
+def format_of(name: str) -> tuple[Literal["json", "jsonl"], Compression | None]:
+    """`json` or `jsonl`, and the compression's suffix if any: what a name says, which content may overrule.
 
-    def feed(self, chunk: bytes) -> Iterator[RawRecord]: ...
-
-    def finish(self) -> Iterator[RawRecord]: ...
-
-
-def format_of(name: str) -> tuple[str, str | None]:
-    """`json` or `jsonl`, and the compression's suffix if any. Raises FileError for another name."""
+    Raises FileError for another name.
+    """
     match = NAME.search(name)
     if match is None:
         raise FileError(
             "unsupported_format", "the name must end in .json, .jsonl or .ndjson, optionally .gz or .zst"
         )
-    return "json" if match[1].lower() == "json" else "jsonl", match[2].lower() if match[2] else None
+    compression: Compression | None = None
+    if match[2]:
+        compression = ".gz" if match[2].lower() == ".gz" else ".zst"
+    return "json" if match[1].lower() == "json" else "jsonl", compression
 
 
 async def read_parts(
@@ -76,6 +78,7 @@ async def read_parts(
         format_of(source.claim.name)[1],
         max_bytes=limits.max_decompressed_bytes,
         max_ratio=limits.max_compression_ratio,
+        max_window_bytes=limits.max_zstd_window_bytes,
     )
     async for chunk in content:
         for part in await asyncio.to_thread(reader.feed, chunk):
@@ -105,21 +108,24 @@ class PartReader:
         self._recipe = recipe
         self._limits = limits
         self._stored = stored or {}
-        framer = DocumentFramer if format_of(source.claim.name)[0] == "json" else LineSplitter
-        self._framer: Framer = framer(limits.max_record_bytes)
+        recipes = BUILT_IN_RECIPES if recipe is None else (recipe,)
+        self._fields = [one.fields for one in recipes]
+        self._framer = RecordFramer(
+            limits.max_record_bytes,
+            named_lines=format_of(source.claim.name)[0] == "jsonl",
+            recipes=self._fields,
+        )
         self._group: list[RawRecord] = []
         self._weight = 0
         self._whole: list[RawRecord] = []  # a part's worth, held back until it is known not to be the last
         self._number = 0
-        self._started = False
+        self._usable = False  # some record is
+        self._rejected = RejectSummary()  # as long as none is
         self._seconds = 0.0  # of work since the last part
 
     def feed(self, chunk: bytes) -> list[Part | KeptPart]:
         """The parts that are sure to be whole with this chunk, none of them the last. Raises FileError."""
         began = time.perf_counter()
-        if not self._started:
-            check_text(chunk)
-            self._started = True
         parts: list[Part | KeptPart] = []
         for record in self._framer.feed(chunk):
             if self._whole:
@@ -131,7 +137,7 @@ class PartReader:
         return parts
 
     def finish(self) -> list[Part | KeptPart]:
-        """The remaining parts. Raises FileError where the content ended too early, or held nothing."""
+        """The remaining parts. Raises FileError where the content ended too early, or held nothing usable."""
         began = time.perf_counter()
         parts: list[Part | KeptPart] = []
         for record in self._framer.finish():
@@ -142,7 +148,9 @@ class PartReader:
         rest = self._whole or self._group
         if not rest:
             raise FileError("empty", "the file holds no records")
-        return [*parts, self._part(rest, last=True, began=began)]
+        parts.append(self._part(rest, last=True, began=began))
+        self._check_usable()
+        return parts
 
     def _take(self, record: RawRecord) -> None:
         self._group.append(record)
@@ -155,8 +163,9 @@ class PartReader:
         extent = PartExtent(self._number, first.record_index, len(group), first.byte_offset)
         self._number += 1
         if self._recipe is not None and self._stored.get(extent.number) == extent:
+            self._usable = True  # for all that is known here
             return KeptPart(self._source, extent, last, self._recipe)
-        self._recipe, samples, rejects = interpret(group, self._recipe, self._limits)
+        self._recipe, samples, rejects = self._interpret(group)
         if self._stored.get(extent.number) == extent:  # the first part: it had to say what the recipe is
             return KeptPart(self._source, extent, last, self._recipe)
         seconds = self._seconds + time.perf_counter() - began
@@ -170,6 +179,26 @@ class PartReader:
             rejects=rejects,
             read_seconds=seconds,
         )
+
+    def _interpret(self, group: list[RawRecord]) -> tuple[Recipe, tuple[Sample, ...], tuple[Reject, ...]]:
+        """`interpret`, and what it says of the file as a whole. Raises FileError where no recipe fits."""
+        try:
+            recipe, samples, rejects = interpret(group, self._recipe, self._limits)
+        except FileError as error:
+            raise self._explained(len(group)) or error from None
+        self._usable = self._usable or bool(samples)
+        if not self._usable:
+            self._rejected.add(rejects)
+        return recipe, samples, rejects
+
+    def _check_usable(self) -> None:
+        """Raises FileError where every record was rejected; what later stages reject is not known yet."""
+        if not self._usable:
+            records = self._rejected.records
+            raise self._explained(records) or self._rejected.error()
+
+    def _explained(self, records: int) -> FileError | None:
+        return explain(self._framer.beginning, records, self._fields)
 
 
 def interpret(
@@ -220,8 +249,8 @@ def complain_of(group: list[RawRecord], values: list[Any]) -> NoReturn:
             f"the records have neither {wanted} among their fields:"
             " name your own in [texts] of the configuration",
         )
-    first = values[0] if isinstance(values[0], SampleError) else "is not an object"
-    raise FileError(
-        "no_usable_record",
-        f"none of its first records can be used; line {group[0].place.line}: the record {first}",
-    )
+    summary = RejectSummary()
+    for raw, value in zip(group, values, strict=True):
+        error = value if isinstance(value, SampleError) else not_an_object(value)
+        summary.add([rejected(raw.place, error)])
+    raise summary.error("first ")

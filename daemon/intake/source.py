@@ -1,10 +1,14 @@
-"""Bytes of an input file: hashed, read in chunks, decompressed. Knows nothing about records."""
+"""Bytes of an input file: hashed, read in chunks, decompressed. Knows nothing about records.
+
+What is compressed is known by its first bytes, whatever its name says.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import hashlib
+import io
 import os
 import stat
 import zlib
@@ -18,17 +22,19 @@ from aiofiles.threadpool.binary import AsyncBufferedReader
 
 from daemon.errors import FileError
 from daemon.frozen import frozen
+from daemon.intake.kinds import Compression, compression_of, known_kind, opens_json
 
 CHUNK_BYTES = 1 << 20
-COMPRESSED = (".gz", ".zst")
+COMPRESSED: tuple[Compression, ...] = (".gz", ".zst")
 SLICE_BYTES = 1 << 10  # of compressed input at a time: a slice of a bomb is at most some 32 MiB
 BOMB_BYTES = 16 << 20  # of content, below which no ratio is suspicious
-MAX_WINDOW_BYTES = 128 << 20  # of zstandard: what `zstd --long` writes, and all that is held of a stream
+ZSTD_WINDOW_BYTES = 128 << 20  # what `zstd --long` writes; a stream's last bytes, which are held
+ZSTD_HEADER_BYTES = 18  # of a frame, at most
 
 
 @frozen
 class Content:
-    """What a file holds: all of it where it is small, else the open file, at its start."""
+    """What a file holds: all of it where it is small and plain, else a stream of it, at its start."""
 
     sha256: str  # of the file as it lies there, compressed or not
     size: int  # bytes
@@ -45,12 +51,13 @@ def is_compressed(name: str) -> bool:
 
 
 def small_content(data: bytes) -> Content:
-    """Of a file that was read at one go."""
-    return Content(hashlib.sha256(data).hexdigest(), len(data), data, None)
+    """Of a file that was read at one go; where it is compressed, as a stream."""
+    file = None if compression_of(data) is None else io.BytesIO(data)
+    return Content(hashlib.sha256(data).hexdigest(), len(data), data if file is None else None, file)
 
 
 def open_content(path: Path, small_bytes: int) -> Content:
-    """Open, hash and, up to `small_bytes`, read a file. A compressed one is never small.
+    """Open, hash and, up to `small_bytes`, read a file. One named as compressed is never small.
 
     Blocks. Raises FileError where the file is gone, is no regular file or can't be read.
     """
@@ -113,31 +120,49 @@ class Decompressor(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
-def new_decompressor(suffix: str) -> Decompressor:
-    if suffix == ".gz":
-        return zlib.decompressobj(wbits=31)
-    return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
-
-
 async def chunks(
-    file: BinaryIO, compression: str | None, *, max_bytes: int, max_ratio: int
+    file: BinaryIO,
+    suffix: Compression | None,
+    *,
+    max_bytes: int,
+    max_ratio: int,
+    max_window_bytes: int = ZSTD_WINDOW_BYTES,
 ) -> AsyncIterator[bytes]:
-    """A file's content, uncompressed, in chunks; `compression` is `.gz`, `.zst` or None.
+    """A file's content, uncompressed, in chunks; `suffix` is what the name says of its compression.
 
     The limits are those of `Decompression`. Raises FileError where the compressed stream is damaged, ends
     early or is over a limit, or where the file can't be read.
     """
     content = aiofiles.threadpool.wrap(file)
+    chunk = await read_chunk(content, CHUNK_BYTES // 4)
+    compression = compression_by(chunk, suffix)
     if compression is None:
-        while chunk := await read_chunk(content, CHUNK_BYTES):
+        while chunk:
             yield chunk
+            chunk = await read_chunk(content, CHUNK_BYTES)
         return
-    stream = Decompression(compression, max_bytes=max_bytes, max_ratio=max_ratio)
-    while chunk := await read_chunk(content, CHUNK_BYTES // 4):
+    stream = Decompression(
+        compression, max_bytes=max_bytes, max_ratio=max_ratio, max_window_bytes=max_window_bytes
+    )
+    while chunk:
         pieces = stream.feed(chunk)
         while piece := await asyncio.to_thread(next_chunk, pieces):
             yield piece
+        chunk = await read_chunk(content, CHUNK_BYTES // 4)
     stream.finish()
+
+
+def compression_by(head: bytes, suffix: Compression | None) -> Compression | None:
+    """How a file that begins so is compressed: its content counts, its name only where that says nothing.
+
+    Raises FileError where the name says that it is compressed and it is something else that has a name.
+    """
+    found = compression_of(head)
+    if found is not None or suffix is None or opens_json(head):
+        return found
+    if (known := known_kind(head)) is not None:
+        raise FileError("binary", f"the file is {known[0]}, not {suffix[1:]}: {known[1]}")
+    return suffix
 
 
 async def read_chunk(content: AsyncBufferedReader, size: int) -> bytes:
@@ -161,14 +186,23 @@ class Decompression:
     """A gzip or zstandard stream of one or more members, fed in pieces.
 
     Raises FileError where it unpacks to more than `max_bytes`, or to more than `max_ratio` times the input so
-    far and over 16 MiB.
+    far and over 16 MiB, or where a zstandard frame needs a window of more than `max_window_bytes`.
     """
 
-    def __init__(self, suffix: str, *, max_bytes: int = 64 << 30, max_ratio: int = 1000) -> None:
+    def __init__(
+        self,
+        suffix: Compression,
+        *,
+        max_bytes: int = 64 << 30,
+        max_ratio: int = 1000,
+        max_window_bytes: int = ZSTD_WINDOW_BYTES,
+    ) -> None:
         self._suffix = suffix
         self._max_bytes = max_bytes
         self._max_ratio = max_ratio
+        self._max_window_bytes = max_window_bytes
         self._member: Decompressor | None = None
+        self._header = b""  # of the member, what has come of it
         self._ended = False  # a member did
         self._taken = 0  # bytes of input
         self._made = 0  # bytes of content
@@ -180,11 +214,13 @@ class Decompression:
             self._taken += len(rest)
             while rest := self._between_members(rest):
                 if self._member is None:
-                    self._member = new_decompressor(self._suffix)
+                    self._member = self._new_member()
+                if len(self._header) < ZSTD_HEADER_BYTES:
+                    self._header += rest[: ZSTD_HEADER_BYTES - len(self._header)]
                 try:
                     piece = self._member.decompress(rest)
                 except (zlib.error, zstandard.ZstdError) as error:
-                    raise self._damaged(str(error)) from None
+                    raise self._refused() or self._damaged(str(error)) from None
                 self._made += len(piece)
                 self._check_size()
                 yield piece
@@ -193,6 +229,35 @@ class Decompression:
                     rest = self._member.unused_data
                     self._member = None
                     self._ended = True
+
+    def _new_member(self) -> Decompressor:
+        self._header = b""
+        if self._suffix == ".gz":
+            return zlib.decompressobj(wbits=31)
+        return zstandard.ZstdDecompressor(max_window_size=self._max_window_bytes).decompressobj()
+
+    def _refused(self) -> FileError | None:
+        """What a sound zstandard frame asks for and does not get, by its header; None where it is damaged."""
+        if self._suffix != ".zst":
+            return None
+        try:
+            frame = zstandard.get_frame_parameters(self._header)
+        except zstandard.ZstdError:
+            return None
+        if frame.window_size > self._max_window_bytes:
+            return FileError(
+                "zstd_window_too_large",
+                f"the .zst stream needs a window of {frame.window_size} bytes, more than"
+                f" inbox.max_zstd_window_bytes = {self._max_window_bytes}: raise the limit, or compress it"
+                " with a smaller --long",
+            )
+        if frame.dict_id:
+            return FileError(
+                "zstd_dictionary",
+                f"the .zst stream needs the dictionary {frame.dict_id}, which lensd does not have:"
+                " compress it without one",
+            )
+        return None
 
     def _check_size(self) -> None:
         if self._made > self._max_bytes:

@@ -129,6 +129,9 @@ class Delivery:
         touched = {self._arrive(arrival).source.unit: None for arrival in arrivals}
         await self._call(self._store, [item for item in arrivals if isinstance(item, FinishedPart)])
         units = [self._units[name] for name in touched]
+        suspect = [unit for unit in units if unit.complete and not unit.writer.has_rows]
+        if suspect:
+            await self._call(self._fail_unusable, suspect)
         complete = [unit for unit in units if unit.complete]
         if complete:
             await self._call(self.staging.write, complete)
@@ -176,6 +179,13 @@ class Delivery:
             schemas = metrics_schema(self.info.layers, recipe), features_schema(self.values)
             for item, tables in zip(items, part_tables(items, *schemas, self.info), strict=True):
                 self._units[item.part.part.source.unit].writer.write_part(item, tables)
+
+    def _fail_unusable(self, complete: Sequence[Unit]) -> None:
+        """Have complete units fail that have no row: every record was rejected, at whatever stage."""
+        for unit in complete:
+            summary = unit.writer.rejected_whole()
+            if summary is not None:
+                unit.failed = FileFailed(unit.source, summary.error(), unit.arrived)
 
     async def _commit(self, units: Sequence[Unit]) -> list[Outcome]:
         staged = await self._publisher(self.staging.flush, units)
@@ -247,7 +257,9 @@ class Delivery:
         if await self._changed(claim):
             return await self._requeue(claim, source.unit if source else None)
         sha256 = source.sha256 if source else None
-        await self.pause.outlast(lambda: self.inbox.fail(claim, error.reason, str(error), sha256), "settle")
+        await self.pause.outlast(
+            lambda: self.inbox.fail(claim, error.reason, str(error), sha256, error.details), "settle"
+        )
         return Outcome(
             "failed",
             claim.name,

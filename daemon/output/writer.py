@@ -33,6 +33,7 @@ from daemon.output.smallfile import SmallFile
 from daemon.output.tables import PartTables, part_tables
 from daemon.output.totals import FileTotals, LayerTotals, StageSeconds, UnitTotals
 from daemon.records import ModelInfo, PartExtent, Recipe, Reject, Source
+from daemon.rejects import RejectSummary
 
 METRICS = "metrics.parquet"
 FEATURES = "features.parquet"
@@ -68,6 +69,7 @@ class UnitWriter:
         self._extents: dict[int, PartExtent] = {}  # of what is stored
         self._only: StoredPart | None = None  # the part of a file that has one, kept in memory
         self._n_parts: int | None = None  # known from the last one on
+        self.has_rows = False  # for sure; what earlier attempts stored is not looked into
         self._write_seconds = 0.0
 
     @property
@@ -101,12 +103,22 @@ class UnitWriter:
         else:
             write_part(self.parts, stored)
         self._add(part.extent, part.last)
+        self.has_rows = self.has_rows or bool(part.samples)
         self._write_seconds += self._clock() - began
 
     def keep_part(self, source: Source, extent: PartExtent, last: bool) -> None:
         """Count in a part that an earlier attempt stored in `parts`."""
         self._check_expected(source, extent.number)
         self._add(extent, last)
+
+    def rejected_whole(self) -> RejectSummary | None:
+        """The rejects of a complete file that has no rows; None where it has some."""
+        summary = RejectSummary()
+        for part in self._stored_parts():  # some may be of an earlier attempt
+            if part.extent.records > len(part.rejects):
+                return None
+            summary.add(part.rejects)
+        return summary
 
     @property
     def small(self) -> bool:

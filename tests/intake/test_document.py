@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from daemon.errors import FileError
-from daemon.intake import document
+from daemon.intake import framing
 from daemon.intake.document import DocumentFramer
+from daemon.intake.framing import RecordFramer
+from daemon.intake.lines import RECORD_SEPARATOR, LineSplitter
 from daemon.intake.parsing import BRACKETS, TOKEN, Place, RawRecord
 
 MANY = 1 << 30
@@ -42,8 +44,11 @@ def reading(records: Iterable[RawRecord]) -> Reading:
     return Reading(tuple(found), None, None)
 
 
-def framed(chunks: Iterable[bytes], max_record_bytes: int = MANY) -> Iterator[RawRecord]:
-    framer = DocumentFramer(max_record_bytes)
+def framed(
+    chunks: Iterable[bytes], max_record_bytes: int = MANY, framer: framing.Framer | None = None
+) -> Iterator[RawRecord]:
+    """The records that a framer finds, by default one of documents whose lists are under `samples`."""
+    framer = DocumentFramer(max_record_bytes, list_key="samples") if framer is None else framer
     for chunk in chunks:
         yield from framer.feed(chunk)
     yield from framer.finish()
@@ -56,30 +61,45 @@ def pieces(content: bytes, cuts: Iterable[int]) -> list[bytes]:
 
 
 class WholeDocument:
-    """The oracle: a cursor over a whole document as text, which asks `json` where values end."""
+    """The oracle: a cursor over whole documents as text, which asks `json` where values end."""
 
     def __init__(self, content: bytes, max_record_bytes: int) -> None:
-        self._bom = 3 if content.startswith(b"\xef\xbb\xbf") else 0
-        self._text = content[self._bom :].decode("utf-8", "surrogateescape")
+        self._text = content.decode("utf-8", "surrogateescape")
         self._max = max_record_bytes
+        self._marks: list[int] = []  # places of byte-order marks between documents
         self._at = 0
         self._index = 0
 
     def records(self) -> Iterator[RawRecord]:
-        opening = self._peek()
-        if opening == "[":
-            yield from self._elements()
-            self._expect_end()
-        elif opening == "{" and self._enter_samples():
-            yield from self._elements()
-            self._leave_object()
-        elif opening == "{":
-            self._at = 0
-            self._peek()
-            yield self._record(self._end_of_value())
-            self._expect_end()
-        elif opening:
-            raise self._malformed("expected an array of records, or an object")
+        before = ""
+        while opening := self._next(before):
+            start = self._at
+            if opening == "[":
+                yield from self._elements()
+                before = "list"
+            elif opening == "{" and self._enter_samples():
+                yield from self._elements()
+                self._leave_object()
+                before = "list"
+            elif opening == "{" or (before == "record" and opening not in "]}:,"):
+                self._at = start
+                yield self._record(self._end_of_value())
+                before = "record"
+            elif before:
+                raise self._malformed("expected nothing after the end")
+            else:
+                raise self._malformed("expected an array of records, or an object")
+
+    def _next(self, before: str) -> str:
+        """Skip what may stand between documents; what the next one begins with."""
+        if self._peek() == "," and before == "record":
+            self._at += 1
+        while self._peek() in ("\ufeff", "\udcef"):
+            if self._text[self._at] == "\udcef":  # the beginning of a mark, or of nothing
+                raise self._malformed("expected an array of records, or an object")
+            self._marks.append(self._at)
+            self._at += 1
+        return self._peek()
 
     def _elements(self) -> Iterator[RawRecord]:
         self._at += 1
@@ -125,18 +145,17 @@ class WholeDocument:
             if self._peek() != '"':
                 raise self._malformed("expected a key")
             if self._key() == "samples":
-                raise self._malformed("the key samples comes twice")
+                raise self._malformed("the key 'samples' comes twice")
             self._peek()
             self._at = self._end_of_value()
         if self._peek() != "}":
             raise self._malformed("expected a comma or the end of the object")
         self._at += 1
-        self._expect_end()
 
     def _record(self, end: int) -> RawRecord:
         before = self._text[: self._at]
         text = self._text[self._at : end]
-        place = Place(self._index, before.count("\n") + 1, self._bom + len(as_bytes(before)))
+        place = Place(self._index, before.count("\n") + 1, len(as_bytes(before)))
         self._index += 1
         self._at = end
         return RawRecord(place, text if len(as_bytes(text)) <= self._max else None)
@@ -170,14 +189,11 @@ class WholeDocument:
         self._at = match.end()
         return self._text[self._at : self._at + 1]
 
-    def _expect_end(self) -> None:
-        if self._peek():
-            raise self._malformed("expected nothing after the end")
-
     def _malformed(self, why: str) -> FileError:
         before = self._text[: self._at]
-        in_line = as_bytes(before[before.rfind("\n") + 1 :])
-        column = sum(byte & 0xC0 != 0x80 for byte in in_line) + 1
+        start = before.rfind("\n") + 1
+        column = sum(byte & 0xC0 != 0x80 for byte in as_bytes(before[start:])) + 1
+        column -= sum(start <= mark < self._at for mark in self._marks)
         line = before.count("\n") + 1
         return FileError(
             "malformed_json", f"not valid JSON at line {line}, column {column}: {why}: export it again"
@@ -190,8 +206,8 @@ def as_bytes(text: str) -> bytes:
 
 @pytest.fixture
 def every_cut_counts(monkeypatch):
-    """Lets the framer begin with the first bytes, as it does not while it may be a binary file."""
-    monkeypatch.setattr(document, "BINARY_PROBE_BYTES", 3)
+    """Lets the layout be told by a few bytes, so that chunks end within and after them."""
+    monkeypatch.setattr(framing, "PROBE_BYTES", 3)
 
 
 SCALARS = st.one_of(
@@ -216,16 +232,18 @@ DOCUMENTS = st.one_of(
               st.dictionaries(st.sampled_from("cd"), VALUES)),
 )  # fmt: skip
 WRITTEN = st.builds(
-    lambda value, ascii_only, indent, bom: (
-        b"\xef\xbb\xbf" * bom
-        + json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
+    lambda values, ascii_only, indent, mark, between: between.join(
+        mark + json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
+        for value in values
     ),
-    DOCUMENTS,
+    st.lists(DOCUMENTS, min_size=1, max_size=3),
     st.booleans(),
     st.sampled_from([None, 0, 2]),
-    st.booleans(),
+    st.sampled_from([b"", b"", b"\xef\xbb\xbf", b"\x1e"]),
+    st.sampled_from([b"", b"\n", b"\r\n", b",\n", b" , ", b"\n\n", b"\r"]),
 )
 PIECES = [b'"', b"\\", b"[", b"]", b"{", b"}", b",", b":", b"\n", b" ", b"1", b"nul", b"\xc3", b"\xa9", b"\0"]
+PIECES += [b"\xef\xbb\xbf", b"\xef", b"\xef\xbb", b"\x1e", b'{"a":1}\n', b'{"a":1}', b"[{", b"}{", b"},"]
 PIECES += [b'"a"', b'"samples"', b'"samples":[', b'\\"', b'[{"a":[1]},']
 JSONISH = st.lists(st.sampled_from(PIECES), max_size=40).map(b"".join)
 
@@ -254,15 +272,65 @@ def damaged(draw: st.DrawFn) -> bytes:
 @example(content=b'["\\\\", "\\""]', cuts=[3, 9], max_record_bytes=MANY)
 @example(content=b"[12", cuts=[2], max_record_bytes=MANY)
 @example(content=b"[[[[[[[1]]]]]],[2]]]", cuts=[6, 12], max_record_bytes=MANY)
-def test_every_cut_of_every_document_reads_as_the_whole_one(
-    every_cut_counts, content, cuts, max_record_bytes
-):
+@example(content=b'\xef\xbb\xbf{"a": 1}\xef\xbb\xbf[1', cuts=[10, 12], max_record_bytes=MANY)
+@example(content=b'{"a": 1}, {"b": 2},\n"c" null ,', cuts=[8, 9], max_record_bytes=MANY)
+def test_every_cut_of_every_document_reads_as_the_whole_one(content, cuts, max_record_bytes):
     expected = reading(WholeDocument(content, max_record_bytes).records())
-    if b"\0" in content[:3]:
-        expected = Reading((), "binary", "the file is binary, not JSON text: save it as UTF-8 JSON")
     chunks = pieces(content, (cut for cut in cuts if cut < len(content)))
     for way in (chunks, [content], [bytes([byte]) for byte in content]):
         assert reading(framed(way, max_record_bytes)) == expected
+
+
+@settings(deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.one_of(WRITTEN, damaged(), JSONISH),
+    cuts=st.lists(st.integers(0, 400), max_size=30),
+    max_record_bytes=st.one_of(st.just(MANY), st.integers(0, 40)),
+    named_lines=st.booleans(),
+    recipe=st.sampled_from([{"a"}, {"text"}, {"samples", "c"}]),
+)
+@example(b'{"a":1}{"a":1}\n{"a":1},\r\n', [8, 9, 17], MANY, True, {"a"})
+@example(b'\x1e{"a":\n1}\n\x1e\n\n{"a":1}', [1, 12], MANY, True, {"a"})
+def test_every_cut_of_every_content_reads_as_the_whole_one(
+    every_cut_counts, content, cuts, max_record_bytes, named_lines, recipe
+):
+    def read(chunks: list[bytes]) -> Reading:
+        framer = RecordFramer(max_record_bytes, named_lines=named_lines, recipes=[frozenset(recipe)])
+        return reading(framed(chunks, framer=framer))
+
+    expected = read([content])
+    assert expected.reason in (None, "malformed_json", "no_usable_record", "binary", "unsupported_encoding")
+    chunks = pieces(content, (cut for cut in cuts if cut < len(content)))
+    for way in (chunks, [bytes([byte]) for byte in content]):
+        assert read(way) == expected
+    places = [record.place for record in expected.records]
+    assert [place.record_index for place in places] == list(range(len(places)))
+    assert [place.byte_offset for place in places] == sorted({place.byte_offset for place in places})
+    for record in expected.records:
+        assert record.place.line == content.count(b"\n", 0, record.place.byte_offset) + 1
+        if record.text is not None:
+            assert content[record.place.byte_offset :].startswith(as_bytes(record.text))
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    content=st.one_of(JSONISH, WRITTEN),
+    cuts=st.lists(st.integers(0, 400), max_size=30),
+    max_record_bytes=st.one_of(st.just(MANY), st.integers(0, 40)),
+    separator=st.sampled_from([b"\n", RECORD_SEPARATOR]),
+)
+def test_every_line_is_a_record_wherever_the_cut(content, cuts, max_record_bytes, separator):
+    chunks = pieces(content, (cut for cut in cuts if cut < len(content)))
+    found = reading(framed(chunks, framer=LineSplitter(max_record_bytes, separator)))
+    assert found == reading(framed([content], framer=LineSplitter(max_record_bytes, separator)))
+    at = 0
+    for line in content.split(separator):
+        inside = [one for one in found.records if at <= one.place.byte_offset <= at + len(line)]
+        if len(line) > max_record_bytes:
+            assert [one.text for one in inside] == [None]
+        elif line.strip(b" \t\r\n\v\f\xef\xbb\xbf"):
+            assert inside
+        at += len(line) + 1
 
 
 @settings(deadline=None)
@@ -291,13 +359,13 @@ def test_the_records_of_a_valid_array_are_its_elements(records, indent):
         ('{"a": "b"', "line 1, column 1: the file ends in the middle"),
         ('{"a" 1}', "line 1, column 6: expected a colon"),
         ('{"samples": [1] 2}', "line 1, column 17: expected a comma or the end of the object"),
-        ('{"samples": [1], "samples": [2]}', "line 1, column 28: the key samples comes twice"),
+        ('{"samples": [1], "samples": [2]}', "line 1, column 28: the key 'samples' comes twice"),
         ('{"samples": [1], 2}', "line 1, column 18: expected a key"),
         ('{"samples": [1], "x": [', "line 1, column 23: the file ends in the middle"),
         ("hello", "line 1, column 1: expected an array of records, or an object"),
     ],
 )  # fmt: skip
-def test_damage_is_named_with_its_place_wherever_the_cut(every_cut_counts, content, why):
+def test_damage_is_named_with_its_place_wherever_the_cut(content, why):
     raw = content.encode()
     for cut in range(len(raw)):
         result = reading(framed(pieces(raw, [cut])))
@@ -317,7 +385,8 @@ def test_records_come_before_the_document_ends():
 def test_a_binary_file_is_recognised_before_any_record(step):
     content = b'["a",' * 1000 + b"\0" + b'"b",' * 2000
     chunks = pieces(content, range(step, len(content), step))
-    assert reading(framed(chunks)) == Reading(
+    framer = RecordFramer(MANY, named_lines=False, recipes=[frozenset({"text"})])
+    assert reading(framed(chunks, framer=framer)) == Reading(
         (), "binary", "the file is binary, not JSON text: save it as UTF-8 JSON"
     )
 
@@ -391,4 +460,8 @@ def test_no_input_takes_longer_than_its_length(unit):
     for opening in (b"[", b"{", b'{"a":', b'{"samples":[', b'["'):
         content = opening + unit * (200_000 // len(unit))
         for step in (len(content), 997):
-            reading(framed(pieces(content, range(step, len(content), step)), 1 << 20))
+            chunks = pieces(content, range(step, len(content), step))
+            reading(framed(chunks, 1 << 20))
+        for named_lines in (True, False):
+            framer = RecordFramer(1 << 20, named_lines=named_lines, recipes=[frozenset({"text"})])
+            reading(framed(chunks, framer=framer))

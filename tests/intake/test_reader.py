@@ -41,7 +41,8 @@ async def only_reject(tmp_path: Path, line: bytes | str, **options: object) -> R
     ("line", "reason"),
     [
         ("{oops", "malformed_json"),
-        ('{"text": "a"} {"text": "b"}', "malformed_json"),
+        ('{"text": "a"} "b"', "malformed_json"),
+        ('{"text": "a"} {"text": "b"', "malformed_json"),
         ('{"text": "tab\there"}', "malformed_json"),
         ('"just a string"', "not_an_object"),
         ("[1, 2]", "not_an_object"),
@@ -246,6 +247,7 @@ async def test_every_way_to_store_records_reads_the_same(
     tmp_path, monkeypatch, lines, ending, part_records, chunk
 ):
     limits = dataclasses.replace(LIMITS, part_records=part_records)
+    lines = [*lines, json.dumps(GOOD)]  # a file needs one that can be used
     raw = ending.join(lines).encode()
     contents = {name: pack(raw) for name, pack in PACK.items()}
     contents["f.json"] = ("[" + ",\n".join(lines) + "]").encode()

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
 import gzip
+import io
 import json
+import lzma
+import pickle
+import shutil
+import sqlite3
+import subprocess
+import tarfile
 import tempfile
 import tracemalloc
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pyarrow import feather, orc
 
+from daemon.config import InboxSection
 from daemon.errors import FileError
 from daemon.intake.lines import LineSplitter
 from daemon.intake.reader import ReadLimits
@@ -140,11 +154,43 @@ def test_what_compresses_well_and_is_small_is_no_bomb():
     assert sum(map(len, Decompression(".zst", max_ratio=1).feed(packed))) == 15 << 20
 
 
-async def test_a_frame_that_wants_a_huge_window_is_refused():
-    parameters = zstandard.ZstdCompressionParameters(window_log=30, compression_level=1)
+@pytest.mark.parametrize("window_log", [28, 30, 31])
+@pytest.mark.parametrize("before", [b"", zstandard.compress(b"")])
+async def test_a_frame_that_wants_a_huge_window_names_it_and_the_setting(window_log, before):
+    parameters = zstandard.ZstdCompressionParameters(window_log=window_log, compression_level=1)
     squeeze = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
-    packed = squeeze.compress(LINE) + squeeze.flush()
-    assert await reason_of("f.jsonl.zst", packed) == "corrupt_compression"
+    packed = before + squeeze.compress(LINE) + squeeze.flush()
+    for name in ("f.jsonl.zst", "f.jsonl"):
+        with pytest.raises(FileError) as caught:
+            await read(name, packed)
+        assert caught.value.reason == "zstd_window_too_large"
+        assert f"a window of {1 << window_log} bytes" in str(caught.value)
+        assert "inbox.max_zstd_window_bytes = 134217728" in str(caught.value)
+        raised = dataclasses.replace(LIMITS, max_zstd_window_bytes=1 << window_log)
+        (part,) = await read(name, packed, limits=raised)
+        assert [sample.texts for sample in part.samples] == [("a",)]
+
+
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="needs the program zstd")
+async def test_what_zstd_long_writes_is_read_with_the_limit_raised():
+    command = ["zstd", "--long=31", "--stdout"]
+    packed = subprocess.run(command, input=LINE, capture_output=True, check=True).stdout
+    with pytest.raises(FileError, match="a window of 2147483648 bytes"):
+        await read("f.jsonl.zst", packed)
+    highest = InboxSection(max_zstd_window_bytes=1 << 31).max_zstd_window_bytes
+    (part,) = await read(
+        "f.jsonl.zst", packed, limits=dataclasses.replace(LIMITS, max_zstd_window_bytes=highest)
+    )
+    assert len(part.samples) == 1
+
+
+async def test_a_frame_that_needs_a_dictionary_says_so():
+    examples = [b'{"text": "a sample of number %d"}' % number for number in range(2000)]
+    dictionary = zstandard.train_dictionary(2000, examples)
+    packed = zstandard.ZstdCompressor(dict_data=dictionary).compress(LINE * 9)
+    with pytest.raises(FileError, match=f"needs the dictionary {dictionary.dict_id()}") as caught:
+        await read("f.jsonl.zst", packed)
+    assert caught.value.reason == "zstd_dictionary"
 
 
 def test_a_line_over_the_limit_is_not_held_in_memory():
@@ -169,7 +215,7 @@ def test_a_line_over_the_limit_is_not_held_in_memory():
 @pytest.mark.parametrize("name", ["f.json", "f.jsonl"])
 async def test_record_sizes_are_bytes_in_every_format(name):
     record = json.dumps({"text": "é" * 40}, ensure_ascii=False).encode()
-    content = record if name == "f.jsonl" else b"[" + record + b"]"
+    content = LINE + record if name == "f.jsonl" else b"[" + LINE + b"," + record + b"]"
     for limit, rejects in ((len(record), 0), (len(record) - 1, 1)):
         limits = dataclasses.replace(LIMITS, max_record_bytes=limit)
         (part,) = await read(name, content, recipe=PLAIN_RECIPE, limits=limits)
@@ -192,6 +238,115 @@ LINE = b'{"text": "a"}\n'
 async def test_odd_but_valid_compression_is_read(name, content):
     (part,) = await read(name, content)
     assert [sample.texts for sample in part.samples] == [("a",)]
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        gzip.compress,
+        zstandard.compress,
+        lambda raw: b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + zstandard.compress(raw),
+    ],
+)
+@pytest.mark.parametrize("name", ["f.json", "f.jsonl", "f.jsonl.gz", "f.json.zst", "f.NDJSON.GZ"])
+@pytest.mark.parametrize(
+    "content", [LINE, b"[" + LINE + b"]", b"\xef\xbb\xbf" + LINE, b"\x1e" + LINE], ids=repr
+)
+async def test_content_counts_over_the_suffix_of_compression(name, pack, content):
+    for written in (content, pack(content), pack(content[:5]) + pack(content[5:])):
+        (part,) = await read(name, written)
+        assert [sample.texts for sample in part.samples] == [("a",)]
+        assert part.rejects == ()
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.jsonl.gz"])
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+async def test_what_is_compressed_twice_says_so(name, pack):
+    with pytest.raises(FileError, match="compressed twice: decompress it once"):
+        await read(name, pack(gzip.compress(LINE)))
+
+
+def zipped() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("a.json", LINE)
+    return content.getvalue()
+
+
+def tarred() -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.json"))
+    return content.getvalue()
+
+
+def table(write: Callable[[pa.Table, io.BytesIO], object]) -> bytes:
+    content = io.BytesIO()
+    write(pa.table({"text": ["a"]}), content)
+    return content.getvalue()
+
+
+def database() -> bytes:
+    with sqlite3.connect(":memory:") as connection:
+        connection.execute("CREATE TABLE t (x)")
+        return connection.serialize()
+
+
+def array() -> bytes:
+    content = io.BytesIO()
+    np.save(content, np.arange(3))
+    return content.getvalue()
+
+
+NOT_JSON = {
+    "bzip2": bz2.compress(LINE),
+    "xz": lzma.compress(LINE),
+    "lzma": lzma.compress(LINE, lzma.FORMAT_ALONE),
+    "zip archive": zipped(),
+    "tar archive": tarred(),
+    "Parquet": table(pq.write_table),
+    "Arrow": table(feather.write_feather),
+    "ORC": table(orc.write_table),
+    "SQLite": database(),
+    "NumPy": array(),
+    "pickle": pickle.dumps([{"text": "a"}]),
+    "PDF": b"%PDF-1.7\n%\xe2\xe3",
+    "HDF5": b"\x89HDF\r\n\x1a\n\0",
+    "PNG": b"\x89PNG\r\n\x1a\n\0",
+    "HTML": b"\n<!DOCTYPE html>\n<html>",
+    "XML": b'<?xml version="1.0"?>',
+    "rich text": b"{\\rtf1\\ansi a}",
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
+}
+
+
+@pytest.mark.parametrize("name", ["f.json", "f.jsonl", "f.jsonl.gz"])
+@pytest.mark.parametrize("what", NOT_JSON)
+async def test_another_kind_of_file_is_named_with_the_remedy(name, what):
+    for content in (NOT_JSON[what], gzip.compress(NOT_JSON[what])):
+        with pytest.raises(FileError) as caught:
+            await read(name, content)
+        if name.endswith(".gz") and what in ("HTML", "XML") and content is NOT_JSON[what]:
+            continue  # is no gzip, whatever else it is
+        assert what in str(caught.value)
+        assert caught.value.reason == "binary"
+        assert ": " in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "text", ['{"text": "a"}\n', '\n[{"text": "é"}]', '[\n  {"text": "\u4e2d"}]', '{"\u4e2d": 1}']
+)
+async def test_another_encoding_is_named_with_the_remedy(encoding, text):
+    contents = [text.encode(encoding)]
+    if encoding.endswith("e"):
+        contents.append(f"\ufeff{text}".encode(encoding))
+    for content in contents:
+        for name in ("f.json", "f.jsonl"):
+            with pytest.raises(FileError, match=f"{encoding[:6].upper()} text: save it as UTF-8") as caught:
+                await read(name, content)
+            assert caught.value.reason == "unsupported_encoding"
 
 
 async def test_a_compressed_binary_file_is_recognised():

@@ -1,0 +1,51 @@
+"""Says why no record of a file can be used: its rejects by reason. Knows no files, formats or outputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from daemon.errors import FileError
+from daemon.records import Reject
+
+
+class RejectSummary:
+    """Counts rejects by reason, and keeps the first of each."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, Reject] = {}
+
+    def add(self, rejects: Iterable[Reject]) -> None:
+        """In the order of their records."""
+        for reject in rejects:
+            self.records += 1
+            self._counts[reject.reason] += 1
+            self._first.setdefault(reject.reason, reject)
+
+    def error(self, which: Literal["", "first "] = "") -> FileError:
+        """The error of a file whose rejects, or the `first` of them, were added. Details: each reason."""
+        ((reason, count),) = self._counts.most_common(1)
+        others = len(self._counts) - 1
+        beside = f" (and {others} other reason{'s' if others > 1 else ''})" if others else ""
+        of_all = f"none of its {which}{self.records} records can be used: {count} {reason}{beside}"
+        of_one = f"its only record can't be used: {reason}"
+        return FileError(
+            "no_usable_record",
+            f"{of_one if self.records == 1 and not which else of_all}, {self._first[reason].message}",
+            {"records": self.records, "rejects": self._by_reason()},
+        )
+
+    def _by_reason(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "reason": reason,
+                "count": count,
+                "first_line": self._first[reason].line,
+                "first_byte_offset": self._first[reason].byte_offset,
+                "first_message": self._first[reason].message,
+            }
+            for reason, count in self._counts.most_common()
+        ]
