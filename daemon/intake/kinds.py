@@ -24,7 +24,6 @@ ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or o
 AS_JSON_LINES = "write its rows as JSON Lines"
 DECOMPRESS = "decompress it, or compress it with gzip or zstandard"
 UNPACK = "drop the files that are in it"
-SAVE_AS_UTF8 = "save it as UTF-8"
 KINDS: tuple[tuple[bytes, str, str], ...] = (
     (b"BZh", "bzip2", DECOMPRESS),
     (b"\xfd7zXZ\0", "xz", DECOMPRESS),
@@ -90,24 +89,30 @@ def check_text(head: bytes) -> None:
     """Raises FileError where a content that begins so is no UTF-8 text, or another format that has a name."""
     if compression_of(head) is not None:
         raise FileError("corrupt_compression", "the file is compressed twice: decompress it once")
-    for mark, name in ENCODINGS:
-        if head.startswith(mark):
-            raise encoded(name)
-    if UTF32.match(head):
-        raise encoded("UTF-32")
-    if UTF16.match(head):
-        raise encoded("UTF-16")
+    check_kind(head)
+    if b"\0" in head[:PROBE_BYTES]:
+        raise FileError("binary", "the file is binary, not JSON text: save it as UTF-8 JSON")
+
+
+def check_kind(head: bytes) -> None:
+    """Raises FileError where a content that begins so is of a kind or an encoding that has a name here."""
+    if (name := encoding_of(head)) is not None:
+        raise FileError("unsupported_encoding", f"the file is {name} text: save it as UTF-8")
     if (known := known_kind(head)) is not None:
         what, remedy = known
         raise FileError("binary", f"the file is {what}, not JSON text: {remedy}")
     if MARKUP.match(head, len(head) - len(head.lstrip())):
         raise FileError("binary", "the file is HTML or XML, not JSON text: look at what was saved")
-    if b"\0" in head[:PROBE_BYTES]:
-        raise FileError("binary", "the file is binary, not JSON text: save it as UTF-8 JSON")
 
 
-def encoded(name: str) -> FileError:
-    return FileError("unsupported_encoding", f"the file is {name} text: {SAVE_AS_UTF8}")
+def encoding_of(head: bytes) -> str | None:
+    """The encoding of what may be JSON text in another one than UTF-8."""
+    for mark, name in ENCODINGS:
+        if head.startswith(mark):
+            return name
+    if UTF32.match(head):
+        return "UTF-32"
+    return "UTF-16" if UTF16.match(head) else None
 
 
 def known_kind(head: bytes) -> tuple[str, str] | None:

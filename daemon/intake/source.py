@@ -22,7 +22,7 @@ from aiofiles.threadpool.binary import AsyncBufferedReader
 
 from daemon.errors import FileError
 from daemon.frozen import frozen
-from daemon.intake.kinds import Compression, compression_of, known_kind, opens_json
+from daemon.intake.kinds import Compression, check_kind, compression_of, opens_json
 
 CHUNK_BYTES = 1 << 20
 COMPRESSED: tuple[Compression, ...] = (".gz", ".zst")
@@ -160,8 +160,7 @@ def compression_by(head: bytes, suffix: Compression | None) -> Compression | Non
     found = compression_of(head)
     if found is not None or suffix is None or opens_json(head):
         return found
-    if (known := known_kind(head)) is not None:
-        raise FileError("binary", f"the file is {known[0]}, not {suffix[1:]}: {known[1]}")
+    check_kind(head)
     return suffix
 
 

@@ -8,6 +8,7 @@ this file is the process that forks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 import json
@@ -175,7 +176,9 @@ def serve_job(toml: Path, job: dict[str, Any], compute: Any) -> int:
     config = load_config(toml, {}, job["flags"])
     with hooked(job):
         try:
-            tally = serve(config, once=job["once"], load=lambda _: compute)
+            tokenizer = compute.tokenizer.limited(config.batching.max_text_tokens)
+            limited = dataclasses.replace(compute, tokenizer=tokenizer)
+            tally = serve(config, once=job["once"], load=lambda _: limited)
         except (LensdError, OSError) as error:
             return cli.complain(error, cli.MACHINE_FAILED)
     return cli.SOME_FAILED if job["once"] and tally.failed else cli.DONE
