@@ -336,12 +336,12 @@ def toml_text(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error}") from None
     if b"\0" in content or content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ConfigError(f"{path}: it is UTF-16, or no text: save it as UTF-8")
+        raise ConfigError(f"{path}: can't be read: it is UTF-16, or no text: save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}: line {line} is not UTF-8: save the file as UTF-8") from None
+        raise ConfigError(f"{path}: can't be read: line {line} is not UTF-8: save it as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -115,7 +115,7 @@ def test_a_file_is_read_however_an_editor_saved_it(tmp_path, encoding, newline):
 def test_a_file_in_another_encoding_is_one_line_that_says_so(tmp_path, encoding, expected):
     path = tmp_path / "lensd.toml"
     path.write_bytes(SAVED.encode(encoding))
-    with pytest.raises(ConfigError, match=rf"lensd\.toml: {expected}.*UTF-8$") as caught:
+    with pytest.raises(ConfigError, match=rf"lensd\.toml: can't be read: {expected}.*UTF-8$") as caught:
         load_config(path, {})
     assert "\n" not in str(caught.value)
 

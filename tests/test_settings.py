@@ -215,10 +215,12 @@ def test_texts_and_analysis_hold_for_what_is_taken_up_afterwards(place):
     replace(place.settings, QUICK + "[batching]\nmax_text_tokens = 1\n[analysis]\nseed = 7\n")
     place.until(lambda: place.reloads("applied") == 1, "the reload")
     place.drop("after.json", tiny.contrast_records(3))
-    after = place.published("after")
-    rows, rejects = [json.loads((folder / "manifest.json").read_bytes()) for folder in (before, after)]
-    assert (rows["rows"], rows["rejects"]) == (3, 0)
-    assert (rejects["rows"], rejects["rejects"]) == (0, 3)
+    failed = place.folder / "inbox/failed/after.json.reason.json"
+    place.until(failed.exists, "the file that has failed")
+    manifest = json.loads((before / "manifest.json").read_bytes())
+    assert (manifest["rows"], manifest["rejects"]) == (3, 0)
+    (rejects,) = json.loads(failed.read_bytes())["rejects"]
+    assert (rejects["reason"], rejects["count"]) == ("text_too_long", 3)
 
 
 @pytest.mark.parametrize(

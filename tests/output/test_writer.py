@@ -151,6 +151,22 @@ def test_a_file_of_rejects_alone_has_both_schemas_and_no_rows(tmp_path):
     assert totals.layers[0].mean_l0() is None
 
 
+def test_a_file_is_rejected_whole_where_no_part_of_any_attempt_has_a_row(tmp_path):
+    rejected = [make_part(0, 0, 5, rejected=range(5)), make_part(1, 5, 2, rejected=(5, 6), last=True)]
+    good = make_part(0, 0, 5, rejected=range(4))
+    for first, expected in ((rejected[0], 7), (good, None)):
+        folder = tmp_path / str(expected)
+        earlier = open_writer(folder / "unit")
+        earlier.write_part(finish(first))
+        for writer in (earlier, open_writer(folder / "unit")):
+            if writer is not earlier:
+                writer.keep_part(first.part.source, first.part.extent, last=False)
+            writer.write_part(finish(rejected[1]))
+            summary = writer.rejected_whole()
+            assert (summary and summary.records) == expected
+            assert writer.has_rows == (writer is earlier and first is good)
+
+
 def test_a_file_without_records_can_be_finished(tmp_path):
     totals = write(tmp_path / "unit", [finish(make_part(0, 0, 0, last=True))])
     assert (totals.records, totals.rows, totals.rejects) == (0, 0, 0)
