@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from daemon.errors import ConfigError
@@ -54,6 +56,18 @@ def test_eos_stands_for_a_bos_that_the_model_lacks_once():
     assert ids[0] == ids[1]
 
 
+def test_parts_share_the_time_by_their_texts(monkeypatch):
+    clock = SimpleNamespace(perf_counter=iter([10.0, 16.0]).__next__)
+    monkeypatch.setattr("daemon.intake.tokenizer.time", clock)
+    parts = tokenizer().tokenize([part_of("a", "b"), part_of(), part_of("c")])
+    assert [part.part.tokenize_seconds for part in parts] == [4.0, 0.0, 2.0]
+
+
+def test_a_part_without_samples_has_nothing_to_tokenize():
+    (part,) = tokenizer().tokenize([part_of()])
+    assert part.samples == () and part.part.tokenize_seconds == 0.0
+
+
 def test_empty_and_overlong_texts_become_rejects_in_order():
     earlier = Reject(1, None, 2, 5, "malformed_json", "m")
     (part,) = tokenizer().tokenize([part_of("x" * 10, "fine", "", rejects=(earlier,))])
@@ -66,6 +80,13 @@ def test_empty_and_overlong_texts_become_rejects_in_order():
     ]
     assert "has 11 tokens, more than batching.max_text_tokens = 10" in part.part.rejects[0].message
     assert (part.part.rejects[2].line, part.part.rejects[2].byte_offset) == (3, 20)
+
+
+def test_a_text_may_have_exactly_the_tokens_of_the_limit():
+    (part,) = tokenizer().tokenize([part_of("x" * 9)])
+    assert [len(sample.token_ids[0]) for sample in part.samples] == [10]
+    (part,) = tokenizer().limited(9).tokenize([part_of("x" * 9)])
+    assert [reject.reason for reject in part.part.rejects] == ["text_too_long"]
 
 
 def test_a_text_beyond_the_models_context_is_rejected_whatever_the_limit():

@@ -325,6 +325,7 @@ def test_parts_of_an_earlier_attempt_are_the_same_as_new_ones(tmp_path):
     assert stored == {number: parts[number].part.part.extent for number in (0, 2)}
     again.keep_part(make_source(), stored[2], last=True)
     again.keep_part(make_source(), stored[0], last=False)
+    assert [again.has(number) for number in range(3)] == [True, False, True]
     again.write_part(parts[1])
     totals = again.write()
     assert totals.files == expected.files
