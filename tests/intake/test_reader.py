@@ -73,6 +73,25 @@ async def test_a_bad_line_is_one_reject_with_its_place_and_reason(tmp_path, line
     assert "just a string" not in reject.message
 
 
+@pytest.mark.parametrize(("name", "around"), [("f.jsonl", "{}"), ("f.json", "[{}]")])
+async def test_a_record_may_have_exactly_the_bytes_of_the_limit(tmp_path, name, around):
+    record = '{"text": "caf\u00e9"}'
+    size = len(record.encode())
+    for limit, reasons in ((size, []), (size - 1, ["record_too_large"])):
+        limits = dataclasses.replace(LIMITS, max_record_bytes=limit)
+        good = '{"text": ""}'
+        content = around.format(f"{good},{record}" if name == "f.json" else f"{good}\n{record}")
+        (part,) = await read(tmp_path, name, content, limits=limits)
+        assert [reject.reason for reject in part.rejects] == reasons
+
+
+async def test_a_part_ends_with_the_record_that_fills_it_exactly(tmp_path):
+    line = json.dumps(GOOD)
+    limits = dataclasses.replace(LIMITS, part_bytes=2 * len(line))
+    parts = await read(tmp_path, "f.jsonl", "\n".join([line] * 5), limits=limits)
+    assert [part.extent.records for part in parts] == [2, 2, 1]
+
+
 async def test_depth_without_end_costs_one_record_in_an_array_too(tmp_path):
     deep = "[" * 100_000 + "]" * 100_000
     (part,) = await read(
