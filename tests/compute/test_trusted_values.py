@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_lens import SAE
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -130,6 +131,24 @@ def test_gemma_scope_transcoders_at_hook_mlp_in_read_what_the_mlp_reads(architec
         assert_close(layer.acts.to_dense(tiny.D_SAE)[row], acts[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("reshape", ["hook_z", "none"])
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])
+def test_dictionaries_of_heads_give_saelens_encode(architecture, reshape, tmp_path):
+    model = save_family(tmp_path / "gpt2", "gpt2")
+    sae = tiny.random_sae("blocks.1.attn.hook_z", architecture=architecture)
+    sae.cfg.reshape_activations = reshape
+    sae.save_model(tmp_path / "sae")
+    plain = SAE.load_from_disk(tmp_path / "sae")
+    (layer,) = chosen_engine(tmp_path, model, tmp_path / "sae").extract(TEXTS).layers
+    for row, text in enumerate(TEXTS):
+        z = plain_value(model, text, lambda hf: hf.transformer.h[1].attn.c_proj, "in")
+        acts = plain.encode(z.view(1, 4, 8) if reshape == "hook_z" else z[None])
+        decoded = plain.decode(acts).reshape(-1)
+        assert_close(layer.x[row], z, rtol=1e-5, atol=1e-5)
+        assert_close(layer.acts.to_dense(tiny.D_SAE)[row], acts[0], rtol=1e-4, atol=1e-5)
+        assert_close(layer.reconstruction[row], decoded, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("place", ["ln2.hook_normalized", "ln2.hook_out", "mlp.hook_post", "mlp.hook_pre"])
 def test_modules_that_work_on_all_rows_as_one_are_read_by_row(place, tmp_path):
     """OPT folds batch and position before its MLP."""
@@ -160,7 +179,10 @@ def test_a_hook_without_a_row_for_each_token_is_one_line(hook, tmp_path):
     assert f"blocks.1.{hook}" in message
 
 
-@pytest.mark.parametrize("family", ["openai_gpt", "t5"])
+@pytest.mark.parametrize(
+    "family",
+    ["falcon_grouped", "openai_gpt", "roberta", "electra", "ctrl", "xlnet", "ministral", "gemma3n", "t5"],
+)
 @pytest.mark.parametrize("hook", ["hook_resid_post", "hook_mlp_out"])
 def test_families_that_transformer_lens_lacks_run_or_are_one_line(family, hook, tmp_path):
     model = save_family(tmp_path / family, family)
