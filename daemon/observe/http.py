@@ -34,11 +34,15 @@ def application(
         return verdict(sorted(health.unmet))
 
     app = web.Application()
-    app.router.add_get("/metrics", metrics)
-    app.router.add_get("/livez", livez)
-    app.router.add_get("/readyz", readyz)
-    app.router.add_routes(routes)
+    own = (web.get("/metrics", metrics), web.get("/livez", livez), web.get("/readyz", readyz))
+    for route in (*own, *routes):
+        app.router.add_route(route.method, after_slashes(route.path), route.handler)
     return app
+
+
+def after_slashes(path: str) -> str:
+    """The same path after any number of slashes: proxies that take a prefix away may leave its last one."""
+    return f"/{{slashes:/*}}{path.removeprefix('/')}"
 
 
 def exposition(request: web.Request, registry: CollectorRegistry) -> web.Response:

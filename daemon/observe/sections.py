@@ -310,7 +310,7 @@ def section(name: str, title: str, *content: Html | None, heading: bool = True) 
 
 
 def footer() -> Html:
-    links = (("/metrics", "metrics"), ("/livez", "live"), ("/readyz", "ready"), ("/status.json", "JSON"))
+    links = (("metrics", "metrics"), ("livez", "live"), ("readyz", "ready"), ("status.json", "JSON"))
     return tag(
         "footer", tag("nav", *(tag("a", text, href=href) for href, text in links), aria_label="Endpoints")
     )

@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 from pathlib import Path
+from urllib.parse import urljoin
 
 import aiohttp
 import pytest
@@ -335,7 +336,7 @@ async def test_the_daemon_serves_the_page_and_all_that_it_needs(daemon):
         assert (page.status, page.content_type) == (200, "text/html")
         assert page.headers["Content-Security-Policy"].startswith("default-src 'none';")
         for path in re.findall(r'(?:src|href)="([^"]+)"', text):
-            assert (await session.get(url + path)).status in (200, 503), path
+            assert (await session.get(urljoin(f"{url}/", path))).status in (200, 503), path
         assert (await session.get(f"{url}/static/script.js")).content_type == "text/javascript"
         for path in ("/static/page.py", "/static/..%2fpage.py", "/static/", "/nothing"):
             assert (await session.get(url + path)).status == 404, path

@@ -1,8 +1,13 @@
 // Keeps the page up to date: fetches it again and puts in the parts that changed. Says so when lensd is silent.
 "use strict";
 
+// Behind a proxy the page may have been asked for without a slash at the end: relative addresses would lead astray.
+if (!location.pathname.endsWith("/")) location.replace(location.pathname + "/" + location.search + location.hash);
+
 const EVERY_MS = 2000;
 const PATIENCE_MS = 4000; // before an answer that does not come counts as silence
+
+const PAGE = location.href.replace(/#.*/, ""); // whatever prefix a proxy gave it
 
 const silence = document.getElementById("silence");
 let answeredAt = new Date();
@@ -11,9 +16,11 @@ let timer = null;
 async function refresh() {
   clearTimeout(timer);
   try {
-    const response = await fetch("/", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
+    const response = await fetch(PAGE, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
     if (!response.ok) throw new Error(`answered ${response.status}`);
-    show(new DOMParser().parseFromString(await response.text(), "text/html"));
+    const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
+    if (!fresh.documentElement.dataset.instance) throw new Error("answered for another page"); // a proxy's own
+    show(fresh);
     heard();
   } catch {
     missed();
