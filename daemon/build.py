@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 import torch
@@ -50,6 +51,15 @@ class Compute:
     study: Study
     tokenizer: Tokenizer
     max_batch_tokens: int
+
+
+def folders_of_use(config: Config) -> dict[str, Path]:
+    """Folders that hold what a run reads, by what they are: none of them can be the inbox."""
+    folders = {"the cache of models": default_cache_dir(), "the model's folder": Path(config.model.name)}
+    for sae in config.sae:
+        if sae.path is not None:
+            folders[f"the folder of the dictionary {sae.path.name}"] = sae.path
+    return {what: folder for what, folder in folders.items() if folder.is_dir()}
 
 
 def load_compute(config: Config) -> Compute:

@@ -1,7 +1,8 @@
 """The `lensd` command: argv, a TOML file and the environment to a Config, then the right tool.
 
 Heavy imports come inside the commands, so that `--help` and a bad setting answer at once. Exit codes:
-0 done, 1 some files failed or a tolerance was exceeded, 2 bad usage or configuration, 3 the machine failed.
+0 done, 1 some files failed or were left, or a tolerance was exceeded, 2 bad usage or configuration,
+3 the machine failed.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ def run_daemon(args: argparse.Namespace) -> int:
             raise
         failed(error)  # what reads the log reads JSON
         return exit_code(error)
-    return SOME_FAILED if args.once and tally.failed else DONE
+    return SOME_FAILED if args.once and (tally.failed or tally.left) else DONE
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -304,10 +305,10 @@ def show_status(args: argparse.Namespace) -> int:
 
 def check_config(args: argparse.Namespace) -> int:
     config = configure(args)
-    from daemon.build import load_compute
+    from daemon.build import folders_of_use, load_compute
     from daemon.machine import check_folders
 
-    check_folders(config.inbox.path, config.outbox.path)
+    check_folders(config.inbox.path, config.outbox.path, taken=folders_of_use(config), make=False)
     info = load_compute(config).engine.info
     say(
         f"ok: {info.name} ({info.architecture}, {info.n_layers} layers, d_model {info.d_model})"

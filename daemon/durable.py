@@ -68,6 +68,17 @@ def announce(name: OperationName, path: AnyPath, target: AnyPath | None = None) 
             observer(operation)
 
 
+@contextlib.contextmanager
+def naming(path: AnyPath) -> Iterator[None]:
+    """Have an OSError say which file it is about, as those of writes do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 class NewFile(io.FileIO):
     """An unbuffered file that did not exist before; `create` makes one."""
 
@@ -81,10 +92,11 @@ class NewFile(io.FileIO):
         announce("write", self._path)
         view = memoryview(data).cast("B")
         written = 0
-        while written < len(view):
-            count = super().write(view[written:])
-            assert count, "a blocking file takes at least one byte"
-            written += count
+        with naming(self._path):
+            while written < len(view):
+                count = super().write(view[written:])
+                assert count, "a blocking file takes at least one byte"
+                written += count
         return written
 
     def start_writeback(self) -> None:
@@ -122,8 +134,9 @@ def write_whole(path: AnyPath, content: ReadableBuffer) -> None:
     try:
         announce("write", path)
         view = memoryview(content)
-        while view := view[os.write(descriptor, view) :]:
-            pass
+        with naming(path):
+            while view := view[os.write(descriptor, view) :]:
+                pass
         start_writeback(descriptor)
     finally:
         os.close(descriptor)

@@ -5,36 +5,51 @@ Finds reasons not to start and reasons to pause; does not know who acts on them.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from daemon.durable import make_folder
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, MachineError
+from daemon.folders import folder_trouble, leftover_trouble, parent_trouble, place_trouble
 from daemon.observe.wording import size
 from daemon.pause import DISK, FOLDERS, Pause, describe
 
+OF_PATHS = frozenset(  # what is wrong with a path or with the rights to it, and not with the machine
+    {
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST),
+        *(errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
+    }
+)
 UNANSWERED_SECONDS = 10.0  # after which a look that does not come back is trouble by itself
 
 
-def check_folders(inbox: Path, outbox: Path) -> None:
-    """Make both folders and see that results can be published by a rename. Raises ConfigError."""
+def check_folders(
+    inbox: Path, outbox: Path, *, taken: Mapping[str, Path] | None = None, make: bool = True
+) -> None:
+    """See that both folders, and those within that lensd works in, are fit for it. Raises ConfigError.
+
+    `taken` are folders of other use, by what they are. Unless `make`, the two are not made where missing.
+    """
+    try:
+        trouble = place_trouble(inbox, outbox, taken or {}) or unfit(inbox, outbox, make=make)
+    except OSError as error:
+        message = describe(error)
+        raise (ConfigError(message) if error.errno in OF_PATHS else MachineError(message)) from None
+    if trouble is not None:
+        raise ConfigError(trouble)
+
+
+def unfit(inbox: Path, outbox: Path, *, make: bool) -> str | None:
     for key, folder in (("inbox.path", inbox), ("outbox.path", outbox)):
-        try:
+        if (trouble := parent_trouble(key, folder)) is not None:
+            return trouble
+        if make and not os.path.lexists(folder):
             make_folder(folder)
-        except OSError as error:
-            raise ConfigError(f"{key} = {folder}: can't be made: {error.strerror}") from None
-        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-            raise ConfigError(f"{key} = {folder}: not readable and writable for this user")
-    if inbox.stat().st_dev != outbox.stat().st_dev:
-        raise ConfigError(
-            f"inbox.path = {inbox} and outbox.path = {outbox} are on different file systems:"
-            " put them on one, so that a rename publishes"
-        )
-    if inbox.resolve() == outbox.resolve():
-        raise ConfigError(f"inbox.path and outbox.path are the same folder, {inbox}: use two")
+    return folder_trouble(inbox, outbox, may_be_missing=not make) or leftover_trouble(inbox, outbox)
 
 
 class Machine:
@@ -84,11 +99,4 @@ class Machine:
 
     def folder_trouble(self) -> str | None:
         """Why inbox and outbox can't be worked with, if so."""
-        for folder in (self._inbox, self._outbox):
-            if not folder.is_dir():
-                return f"{folder}: no such folder"
-            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-                return f"{folder}: not readable and writable for this user"
-        if self._inbox.stat().st_dev != self._outbox.stat().st_dev:
-            return f"{self._inbox} and {self._outbox} are on different file systems"
-        return None
+        return folder_trouble(self._inbox, self._outbox)

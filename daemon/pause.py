@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import resource
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -21,17 +22,20 @@ T = TypeVar("T")
 DISK, DESCRIPTORS, FOLDERS = REASONS = ("disk", "descriptors", "folders")
 RETRIED = ("start", "claim", "read", "forward", "write", "settle")  # what may be tried again
 REASON_OF = {
-    errno.ENOSPC: DISK,
-    errno.EDQUOT: DISK,
-    errno.EMFILE: DESCRIPTORS,
-    errno.ENFILE: DESCRIPTORS,
-    errno.EACCES: FOLDERS,
-    errno.EPERM: FOLDERS,
-    errno.EROFS: FOLDERS,
-    errno.ENOENT: FOLDERS,
-    errno.ENOTDIR: FOLDERS,
-    errno.ESTALE: FOLDERS,
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMLINK), DISK),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.ENOMEM), DESCRIPTORS),
+    **dict.fromkeys(
+        (
+            *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV),
+            # What a network file system says, or a disk that was pulled out.
+            *(errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+            *(errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ESHUTDOWN),
+            *(errno.ENOLCK, errno.ENODEV, errno.ENXIO, errno.ENOMEDIUM),
+        ),
+        FOLDERS,
+    ),
 }
+BROKEN = frozenset({errno.EIO, errno.EREMOTEIO, errno.EUCLEAN})  # the disk's fault, and no waiting mends it
 RETRY_SECONDS = 1.0  # between two tries of what the machine refused
 
 
@@ -101,6 +105,8 @@ class Pause:
             try:
                 return await attempt()
             except OSError as error:
+                if error.errno in BROKEN:
+                    raise MachineError(f"{describe(error)}: check the disk, then restart") from error
                 reason = REASON_OF.get(error.errno or 0)
                 if reason is None:
                     raise
@@ -119,4 +125,18 @@ def describe(error: OSError) -> str:
     """One line: where and what, for an operator."""
     names = [visible(str(name)) for name in (error.filename, error.filename2) if name]
     where = f"{' -> '.join(names)}: " if names else ""
-    return f"{where}{error.strerror or error}"
+    return f"{where}{error.strerror or error}{remedy(error.errno)}"
+
+
+def remedy(code: int | None) -> str:
+    """What to do about an error whose words do not tell."""
+    if code == errno.EFBIG:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit == resource.RLIM_INFINITY:
+            return ": the file system takes no larger file: use another, or smaller inputs"
+        return f": this process may write no file of more than {limit} bytes: raise its limit (ulimit -f)"
+    if code == errno.EDQUOT:
+        return ": free some space, or raise the quota of this user"
+    if code == errno.EXDEV:
+        return ": they are on different file systems or mounts, and a rename must move files between them"
+    return ""

@@ -63,6 +63,7 @@ class Tally:
     duplicate: int = 0
     requeued: int = 0
     failed: int = 0
+    left: int = 0  # inputs that lay in the inbox at the end: not to be claimed, or not whole
     rows: int = 0
     rejects: int = 0
 
@@ -157,6 +158,7 @@ class Pipeline:
             await self.idle()
             if stop.is_set() or self.tally.requeued == requeued:
                 break
+        self.tally.left = self.inbox.left
         await self.parts.close()
 
     async def idle(self) -> None:

@@ -23,6 +23,7 @@ from daemon.build import (
     QUEUED_RESULT_BYTES,
     QUEUED_TEXT_BYTES,
     Compute,
+    folders_of_use,
     load_compute,
     read_limits,
     results_key,
@@ -81,7 +82,7 @@ def serve(
     Raises ConfigError before anything is touched, MachineError where the machine fails or a second signal
     forces the end.
     """
-    check_folders(config.inbox.path, config.outbox.path)
+    check_folders(config.inbox.path, config.outbox.path, taken=folders_of_use(config))
     keep_memory()
     try:
         return asyncio.run(Service(config, once=once, on_outcome=on_outcome, load=load, source=source).run())

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import resource
 
 import pytest
 
 from daemon.errors import MachineError
-from daemon.pause import DISK, FOLDERS, Pause
+from daemon.pause import DISK, FOLDERS, Pause, describe
 
 
 class Clock:
@@ -30,7 +31,12 @@ def failing(times: int, code: int):
 
 
 @pytest.mark.parametrize(
-    "code", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EACCES, errno.EROFS, errno.ENOENT]
+    "code",
+    [
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMLINK, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+        *(errno.EACCES, errno.EROFS, errno.ENOENT, errno.EXDEV, errno.ESTALE, errno.ETIMEDOUT, errno.ENOLCK),
+        *(errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV),
+    ],
 )
 async def test_what_the_machine_refuses_for_a_while_is_tried_again(code):
     pause = Pause(retry_seconds=0.001)
@@ -61,12 +67,26 @@ async def test_trouble_met_is_a_reason_until_it_lapses():
     assert pause.reasons == {}
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL])
-async def test_what_no_waiting_helps_is_raised(code):
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(errno.EINVAL, OSError), (errno.EIO, MachineError), (errno.EUCLEAN, MachineError)],
+)
+async def test_what_no_waiting_helps_is_raised(code, error):
     attempt = failing(1, code)
-    with pytest.raises(OSError, match="refused"):
+    with pytest.raises(error, match="refused"):
         await Pause(retry_seconds=0.001).outlast(attempt, "write")
     assert await attempt() == 2  # tried once
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"), [(4096, "no file of more than 4096 bytes"), (None, "takes no larger file")]
+)
+def test_a_file_that_is_too_large_is_told_with_the_limit(monkeypatch, limit, said):
+    limits = (resource.RLIM_INFINITY if limit is None else limit, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    message = describe(OSError(errno.EFBIG, "File too large", "/outbox/x"))
+    assert message.startswith("/outbox/x: File too large: ")
+    assert said in message
 
 
 async def test_a_run_that_can_not_wait_fails_at_once():

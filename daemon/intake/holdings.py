@@ -83,6 +83,12 @@ class Holdings:
         durable.make_folder(folder)
         return folder
 
+    def _make_again(self, folder: Path) -> None:
+        """Make a sub-folder that somebody removed to have its room; not where the inbox itself is gone."""
+        if not folder.is_dir() and self.lease.is_dir():
+            durable.make_folder(folder)
+            durable.fsync_folder(self.path)
+
     def hold(self, claim: Claim) -> Claim:
         """This file lies there now."""
         self._held[claim.at] = claim
@@ -91,6 +97,8 @@ class Holdings:
     def retire(self, claims: Sequence[Claim]) -> None:
         """Their results are published: move them to `done/`, or delete them. Safe to repeat."""
         done = self.path / DONE
+        if self._on_success == "move":
+            self._make_again(done)
         steps = [
             Step(StepKind.MOVE, claim.at, f"{done}/{claim.name}")
             if self._on_success == "move"
@@ -134,6 +142,7 @@ class Holdings:
             **(details or {}),
         }
         folder = self.path / FAILED
+        self._make_again(folder)
         if claim.at in self._held:  # no earlier try came so far
             reason_file = json.dumps(content, indent=2).encode() + b"\n"
             draft = self.lease / DRAFTS / "reason"

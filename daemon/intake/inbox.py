@@ -6,6 +6,7 @@ The one owner of the inbox's state, which lives on one thread. Knows nothing abo
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import time
 from collections import deque
@@ -66,6 +67,7 @@ class Inbox:
         self._recovered = 0  # files taken over from dead processes, not yet told
         self._asked = True  # for the next look, by an event or by a file that was settled, or it is the first
         self._found = 0  # files first seen by a look that nothing asked for, not yet told
+        self.left = 0  # inputs that lay there when claims came to their end
         self._unclaimable: set[str] = set()  # names reported
         self._holdings = Holdings(path, on_success=on_success)
         self._sync_failed: SyncFailed | None = None  # after which nothing is synced any more
@@ -155,6 +157,8 @@ class Inbox:
             while True:
                 await self._pause.over()
                 if stop.is_set():
+                    if once:
+                        await self._take_stock(all_there=True)
                     return
                 self._asked |= self._wake.is_set()
                 self._wake.clear()
@@ -162,9 +166,20 @@ class Inbox:
                 if claims:
                     yield claims
                 elif once and look_in is None:
+                    await self._take_stock(all_there=False)
                     return
                 else:
                     await self._wait(stop, look_in)
+
+    async def _take_stock(self, *, all_there: bool) -> None:
+        """Count what a drain leaves behind."""
+        count = functools.partial(self._call, self._count_left, all_there=all_there)
+        self.left = await self._pause.outlast(count, "claim")
+
+    def _count_left(self, *, all_there: bool) -> int:
+        """How many inputs stay in the inbox: those that can't be claimed or are not whole, or `all_there`."""
+        found = {candidate.name for candidate, _ in self._scanner.scan()}
+        return len(found if all_there else found & self._unclaimable) + self._scanner.unfinished
 
     async def _wait(self, stop: asyncio.Event, look_in: float | None) -> None:
         """Until something may have changed: a hint, the next rescan, or a file settling."""
@@ -207,7 +222,9 @@ class Inbox:
         look_in = self._rescan_seconds if self._take_over() or self._waiting else None
         names = {claim.name for claim in (*self._holdings.claims, *self._waiting)}
         self._ready.clear()
-        for candidate, settles_in in self._scanner.scan():
+        found = self._scanner.scan()
+        self._unclaimable &= {candidate.name for candidate, _ in found}
+        for candidate, settles_in in found:
             if candidate.name not in names and settles_in <= 0:
                 self._ready.append(candidate)
                 continue

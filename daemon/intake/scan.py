@@ -77,6 +77,7 @@ class Scanner:
     ) -> None:
         self.load: InboxLoad | None = None  # of the last look
         self.new = 0  # files of the last look that the one before it did not see
+        self.unfinished = 0  # files of the last look that have inputs' names and are still being fetched
         self.tells_at_once = False  # of what is left alone, and not only once that stays there
         self._path = path
         self._names = InputNames() if names is None else names
@@ -92,6 +93,7 @@ class Scanner:
         entries = entries_of(self._path, self._names)
         self._report(entries, now)
         self.load = load_of(entries)
+        self.unfinished = len(entries.unfinished)
         found = sorted(entries.inputs.items(), key=lambda item: (item[1][2], item[0]))
         seen = self._seen
         self._seen = {

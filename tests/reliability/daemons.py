@@ -180,8 +180,8 @@ def serve_job(toml: Path, job: dict[str, Any], compute: Any) -> int:
             limited = dataclasses.replace(compute, tokenizer=tokenizer)
             tally = serve(config, once=job["once"], load=lambda _: limited)
         except (LensdError, OSError) as error:
-            return cli.complain(error, cli.MACHINE_FAILED)
-    return cli.SOME_FAILED if job["once"] and tally.failed else cli.DONE
+            return cli.complain(error, cli.exit_code(error))
+    return cli.SOME_FAILED if job["once"] and (tally.failed or tally.left) else cli.DONE
 
 
 @contextlib.contextmanager

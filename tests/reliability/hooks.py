@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import struct
 import time
@@ -88,6 +89,22 @@ def blind_watcher() -> Iterator[None]:
 
     with mock.patch("watchfiles.awatch", nothing):
         yield
+
+
+@contextlib.contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """A hook: the process may write no file of more bytes than that, as under `ulimit -f`."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    yield
+
+
+@contextlib.contextmanager
+def another_user(user: int) -> Iterator[None]:
+    """A hook: from here on the process is a user without rights, which only root may become."""
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    yield
 
 
 @contextlib.contextmanager

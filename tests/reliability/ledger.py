@@ -236,7 +236,7 @@ def leftovers(inbox: Path, outbox: Path) -> Iterator[str]:
 
 def is_input(name: str) -> bool:
     """Whether the daemon is to take up a file of this name; it leaves every other to its owner."""
-    return not name.startswith(".") and INPUT.fullmatch(name) is not None
+    return not name.startswith((".", "~$", "~syncthing~")) and INPUT.fullmatch(name) is not None
 
 
 def is_lock(path: Path) -> bool:

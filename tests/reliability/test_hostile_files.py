@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -25,6 +26,7 @@ from tests.reliability.hooks import CODE_OWNER
 from tests.reliability.ledger import Dropped, drop, sha256_of, violations
 
 MANY_FILES = int(os.environ.get("HOSTILE_FILES", "2000"))  # 50000 is the big variant
+OTHER_USER = 48_213
 NAMES = {
     "newline": b"two\nlines.json",
     "not-utf-8": b"caf\xe9-\xff.json",
@@ -329,6 +331,59 @@ def test_a_file_that_the_user_may_not_read_fails_alone(daemons, public_place):
     assert daemons.run(place.job(hook="bound_by_modes")) == 1
     assert place.violations() == []
     assert place.reason("secret.json") == "unreadable"
+
+
+@pytest.fixture
+def sticky_place(public_place: Place) -> Place:
+    """Everybody may write into the inbox, and nobody may move what is another's."""
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files to others")
+    os.chown(public_place.inbox, OTHER_USER, -1)
+    public_place.inbox.chmod(0o1777)
+    return public_place
+
+
+def test_a_drain_that_may_not_move_a_file_says_so_by_its_exit_code(daemons, sticky_place):
+    place = sticky_place
+    theirs = place.inbox / "theirs.json"
+    theirs.write_text(as_json(1, 0))
+    os.chown(theirs, OTHER_USER, -1)
+    good = place.drop_good("good.json", 2)
+    os.chown(good, CODE_OWNER, -1)
+    assert daemons.run(place.job(hook="bound_by_modes")) == 1
+    assert place.outcomes() == ["committed"]
+    assert [event["file"] for event in events(place.log, "inbox.unclaimable")] == ["theirs.json"]
+    (stopped,) = events(place.log, "service.stopped")
+    assert (stopped["committed"], stopped["failed"], stopped["left"]) == (1, 0, 1)
+    assert theirs.exists()
+    os.chown(theirs, CODE_OWNER, -1)
+    assert daemons.run(place.job(hook="bound_by_modes")) == 0
+    assert not theirs.exists()
+
+
+def test_a_drain_leaves_a_download_under_its_final_name_and_says_so(daemons, place):
+    (place.inbox / "half.json").write_text(as_json(1, 0)[:9])
+    (place.inbox / "half.json.aria2").touch()
+    place.drop_good("good.json", 2)
+    assert daemons.run(place.job()) == 1
+    assert place.outcomes() == ["committed"]
+    assert (place.inbox / "half.json").exists()
+    (place.inbox / "half.json.aria2").unlink()
+    (place.inbox / "half.json").write_text(as_json(1, 0))
+    assert daemons.run(place.job()) == 0
+
+
+def test_a_drain_that_is_told_to_stop_says_what_it_left(daemons, place):
+    place.drop_good("young.json", 1)
+    (place.inbox / "notes.txt").touch()
+    pid = daemons.start(place.job(inbox__settle_seconds=3600))
+    wait_until(lambda: events(place.log, "inbox.left"), "the first look", pid)
+    os.kill(pid, signal.SIGTERM)
+    assert daemons.wait(pid) == 1
+    (stopped,) = events(place.log, "service.stopped")
+    assert (stopped["committed"], stopped["left"]) == (0, 1)
+    assert daemons.run(place.job()) == 0
+    assert place.violations() == []
 
 
 @pytest.mark.parametrize("which", ["inbox", "outbox"])
