@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
 from daemon.observe.workload import Workload
 from daemon.output.delivery import Arrival, Delivery, Outcome
+from daemon.output.departures import Departures
 from daemon.output.finished import FinishedPart
 from daemon.output.staging import FileFailed, Unit
 from daemon.pause import Pause
@@ -113,6 +115,7 @@ class Pipeline:
         self.on_outcomes = on_outcomes
         self.clock = clock
         self.tally = tally
+        self.departures = Departures(study.engine.info)
         self.parts: Channel[Part | KeptPart | FileFailed] = Channel(limits.queued_text_bytes)
         self.tokenized: Channel[TokenizedPart | KeptPart | FileFailed] = Channel(limits.queued_tokens)
         self.finished: Channel[Arrival] = Channel(limits.queued_result_bytes)
@@ -372,6 +375,12 @@ class Pipeline:
 
     def settle(self, *outcomes: Outcome) -> None:
         """Count how files ended."""
+        outcomes = tuple(
+            dataclasses.replace(outcome, departures=found)
+            if (found := self.departures.of(outcome))
+            else outcome
+            for outcome in outcomes
+        )
         self.metrics.observe_outcomes(outcomes, self.study.engine.info.layers)
         for outcome in outcomes:
             kind = outcome.kind
@@ -381,6 +390,10 @@ class Pipeline:
             self.workload.end(outcome.unit)
             self._known(outcome.unit)
         logs.info_each("file.settled", [outcome.log_fields() for outcome in outcomes])
+        for outcome in outcomes:
+            for hook_name, far in itertools.groupby(outcome.departures, lambda one: one.hook_name):
+                message = "; ".join(map(str, far))
+                log.warning("sae.departs", file=outcome.name, hook_name=hook_name, message=message)
         self.on_outcomes(outcomes)
 
     def _known(self, unit: str | None) -> None:

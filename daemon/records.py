@@ -299,6 +299,14 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Fit:
+    """How well a dictionary does, as far as it is known."""
+
+    l0: float | None = None  # mean number of active features
+    fvu: float | None = None  # fraction of variance unexplained
+
+
+@dataclass(frozen=True, slots=True)
 class SaeInfo:
     """One loaded dictionary, as the manifest and the columns name it."""
 
@@ -326,6 +334,12 @@ class ModelInfo:
     engine: str  # "packed", or "padded" where the model can't be packed
     weights_sha256: str | None  # None where the weights came from a hub
     saes: tuple[SaeInfo, ...]
+    cards: tuple[Fit, ...] = ()  # of each SAE, by its makers; empty where what is read is not comparable
+
+    @property
+    def known_fits(self) -> tuple[Fit, ...]:
+        """Of each SAE what is known of it that files can be compared with."""
+        return self.cards or (Fit(),) * len(self.saes)
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from structlog.testing import capture_logs
 
 from daemon.columns import ANALYSIS_VERSION, analysis_columns
 from daemon.compute.device import Begun, Study
@@ -161,6 +162,34 @@ def test_a_rendered_text_counts_its_bos_once(tiny_toml, inbox):
             for i in (0, 1)
         ]
         assert of_each[0] == of_each[1]
+
+
+def test_a_dictionary_unlike_its_card_is_told(tmp_path, inbox):
+    model = tiny.save_llama(tmp_path / "model")
+    cards = ({"expected_l0": 1.0, "expected_fvu": 0.9}, {"expected_l0": 1000}, {})
+    saes = tuple(
+        tiny.save_sae(tmp_path / str(layer), f"blocks.{layer}.hook_resid_post", seed=layer, **card)
+        for layer, card in enumerate(cards)
+    )
+    toml = tmp_path / "lensd.toml"
+    toml.write_text(tiny.Tiny(model, saes).toml())
+    tiny.write_json(inbox / "a.json", tiny.contrast_records(30))
+    tiny.write_json(inbox / "few.json", tiny.contrast_records(10))
+    with capture_logs() as logs:
+        _, outcomes = drain(configured(toml, inbox))
+    told = [entry for entry in logs if entry["event"] == "sae.departs"]
+    assert {(entry["file"], entry["hook_name"]) for entry in told} == {
+        ("a.json", f"blocks.{layer}.hook_resid_post") for layer in (0, 1)
+    }
+    manifests = {outcome.name: manifest_of(outcome.folder) for outcome in outcomes}
+    of_each = manifests["a.json"]["saes"]
+    assert [sae["far_from_card"] for sae in of_each] == [["l0", "fvu"], ["l0"], None]
+    assert of_each[0]["card"] == {"mean_l0": 1.0, "fvu": 0.9}
+    assert [sae["far_from_card"] for sae in manifests["few.json"]["saes"]] == [None] * 3
+    # a pooled reading has more features than any token: no card is about that
+    tiny.write_json(inbox / "a.json", tiny.contrast_records(30))
+    _, (outcome,) = drain(configured(toml, inbox, analysis__positions="mean"))
+    assert [sae["far_from_card"] for sae in manifest_of(outcome.folder)["saes"]] == [None] * 3
 
 
 def test_plain_records_have_no_contrast_columns(tiny_toml, inbox):

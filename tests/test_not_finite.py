@@ -314,3 +314,32 @@ def test_means_of_huge_numbers_are_not_infinite(tmp_path):
     (outcome,) = drain(tmp_path / "lensd.toml", tmp_path / "run", {"a.jsonl": records}, **flags)
     assert_accounted(outcome, 1)
     assert outcome.rejects == 1
+
+
+@pytest.mark.parametrize("part_records", [1024, 40])
+def test_activations_that_float16_does_not_hold_are_clipped_and_counted(tmp_path, part_records):
+    model = tiny.save_llama(tmp_path / "model")
+    folder = save_scaled(tmp_path / "sae", HOOKS[1], encoder=1e6, architecture="standard")
+    (tmp_path / "lensd.toml").write_text(tiny.Tiny(model, (folder,)).toml())
+    files = {"large.jsonl": texts(90), "small.jsonl": texts(2)}
+    flags = {"inbox__part_records": part_records}
+    runs = [
+        drain(tmp_path / "lensd.toml", tmp_path / values, files, outbox__values=values, **flags)
+        for values in ("float32", "float16")
+    ]
+    for exact, stored in zip(*runs, strict=True):
+        full, half = (
+            [
+                value
+                for values in pq.read_table(one.folder / "features.parquet")["values"].to_pylist()
+                for value in values
+            ]
+            for one in (exact, stored)
+        )
+        beyond = sum(value > 65504 for value in full)
+        assert beyond > 0
+        assert manifest_of(stored)["clipped"] == beyond + sum(value < 2**-24 for value in full)
+        assert manifest_of(exact)["clipped"] == 0
+        assert max(half) == 65504
+        assert min(half) > 0
+        assert_same_rows(rows_of(stored), rows_of(exact), 1e-6)

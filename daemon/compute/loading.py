@@ -20,7 +20,7 @@ from daemon.compute.quantized import check_packages
 from daemon.compute.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
 from daemon.compute.weightfiles import check_floating, model_tensors, read_object
 from daemon.errors import ConfigError, MachineError
-from daemon.records import ModelInfo, SaeInfo
+from daemon.records import Fit, ModelInfo, SaeInfo
 
 BUNDLED = "smollm2-135m"
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # rotary embeddings that turn by the longest text
@@ -265,7 +265,9 @@ def context_of(config: Any) -> int | None:
     return min((int(length) for length in lengths if length), default=None)
 
 
-def model_info(model: LoadedModel, saes: Sequence[SaeInfo], engine: str) -> ModelInfo:
+def model_info(
+    model: LoadedModel, saes: Sequence[SaeInfo], engine: str, cards: Sequence[Fit] = ()
+) -> ModelInfo:
     """What is said of a loaded model."""
     return ModelInfo(
         name=model.location.name,
@@ -277,6 +279,7 @@ def model_info(model: LoadedModel, saes: Sequence[SaeInfo], engine: str) -> Mode
         engine=engine,
         weights_sha256=model.location.weights_sha256,
         saes=tuple(saes),
+        cards=tuple(cards),
     )
 
 

@@ -40,7 +40,7 @@ from daemon.compute.plain_hooks import PlainHooks
 from daemon.compute.plain_trace import Unreachable
 from daemon.compute.preorder import Preorder, preorder
 from daemon.compute.probe import Difference, packed_texts
-from daemon.compute.readings import Reader
+from daemon.compute.readings import Reader, comparable_cards
 from daemon.compute.sae import LoadedSae, hook_point
 from daemon.compute.trunk import Trunk, UnknownModel
 from daemon.records import ModelInfo, Positions
@@ -77,7 +77,9 @@ class PackedEngine:
         Raises CannotPack.
         """
         self._reader = Reader(tuple(saes), tuple(encoders), positions, model.device)
-        self._info = model_info(model, [entry.info for entry in saes], "packed")
+        self._info = model_info(
+            model, [entry.info for entry in saes], "packed", comparable_cards(saes, positions)
+        )
         self._device, self._dtype = model.device, model.dtype
         # A mask of four dimensions reaches the attention as it is, which then does not look at it.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)

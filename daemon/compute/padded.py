@@ -25,7 +25,7 @@ from daemon.compute.loading import LoadedModel, bridge_of, model_info
 from daemon.compute.plain_hooks import PlainHooks
 from daemon.compute.plain_trace import Unreachable
 from daemon.compute.probe import Difference, padded_texts
-from daemon.compute.readings import Reader
+from daemon.compute.readings import Reader, comparable_cards
 from daemon.compute.sae import LoadedSae, layer_of
 from daemon.errors import ConfigError
 from daemon.records import IntArray, ModelInfo, Positions
@@ -54,7 +54,9 @@ class PaddedEngine:
         """
         points = [hook_points_of(entry) for entry in saes]
         self._reader = Reader(tuple(saes), tuple(encoders), positions, model.device)
-        self._info = model_info(model, [entry.info for entry in saes], "padded")
+        self._info = model_info(
+            model, [entry.info for entry in saes], "padded", comparable_cards(saes, positions)
+        )
         self._name, self._dtype, self._device = model.location.name, model.dtype, model.device
         self._read = [read for read, _ in points]
         self._written = [written for _, written in points]
@@ -205,8 +207,7 @@ class PaddedEngine:
 def padded_tokens(texts: Sequence[Sequence[int]]) -> tuple[IntArray, BoolArray]:
     """Texts as rows of one array, each filled up with its own last token; and where they are.
 
-    What is not finite after a text reaches into it, by shares of 0: a token of its own is no worse than
-    itself.
+    What is not finite after a text reaches into it, by shares of 0: a token of its own is no worse than it.
     """
     lengths = np.array([len(text) for text in texts])
     inside = np.arange(int(lengths.max())) < lengths[:, None]

@@ -24,7 +24,7 @@ from daemon.compute.launched import finish
 from daemon.compute.overflow import all_finite
 from daemon.compute.rereading import of_texts, reread
 from daemon.compute.sae import LoadedSae
-from daemon.records import IntArray, Positions
+from daemon.records import Fit, IntArray, Positions
 
 NOWHERE = -1  # position and token of features that belong to no one position
 POOLED_ROWS = 4096  # rows gathered at a time
@@ -71,6 +71,11 @@ class Reader:
 
     def _given(self, started: Started) -> list[Given]:
         return list(map(Given.of, self.saes, self.encoders, started.read, started.written))
+
+
+def comparable_cards(saes: Sequence[LoadedSae], positions: Positions) -> tuple[Fit, ...]:
+    """The dictionaries' cards, which are of single tokens; none where readings are pooled."""
+    return tuple(entry.card for entry in saes) if positions in ("last", "all") else ()
 
 
 def choose_readings(

@@ -8,13 +8,14 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from daemon.compute.cards import card_of
 from daemon.compute.completeness import check_finite
 from daemon.compute.failures import explained
 from daemon.compute.pickles import refused_pickles
@@ -22,7 +23,7 @@ from daemon.compute.saeformat import ARCHITECTURES, TRANSCODERS, check_dictionar
 from daemon.compute.smollm2 import sha256_of
 from daemon.compute.weightfiles import check_floating, read_object, tensor_headers
 from daemon.errors import ConfigError
-from daemon.records import SaeInfo
+from daemon.records import Fit, SaeInfo
 
 HOOK_NAME = re.compile(r"blocks\.(\d+)\.\S+")
 RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
@@ -50,6 +51,7 @@ class LoadedSae:
     sae: Any  # sae_lens.SAE; the library's generics say nothing useful here
     prepend_bos: bool
     center_residual: bool  # it was trained on weights processed by TransformerLens
+    card: Fit = field(default_factory=Fit)  # what its makers measured
 
     @property
     def hook_names(self) -> tuple[str, ...]:
@@ -170,6 +172,7 @@ def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae
         sae=sae,
         prepend_bos=True if prepend_bos is None else bool(prepend_bos),
         center_residual=centred,
+        card=card_of(sae, source.release, source.id),
     )
 
 

@@ -151,7 +151,7 @@ class StatusBoard:
                 rejects=outcome.rejects,
                 seconds=outcome.seconds,
                 reason=outcome.reason,
-                message=visible(outcome.message) if outcome.message else None,
+                message=visible(message) if (message := told(outcome)) else None,
                 unit=outcome.unit,
                 at=now,
             )
@@ -330,6 +330,9 @@ class StatusBoard:
         if self._refused is not None:
             yield Alert("warning", "Settings refused", f"{self._refused}. The ones before hold.")
         yield from self._failures(now, at)
+        last = next((file for file in self._files if file.outcome == "committed"), None)
+        if last is not None and last.message:
+            yield Alert("warning", "SAEs unlike what is known of them", f"{last.name}: {last.message}.")
         if DRAINING in unmet:
             yield Alert("note", "Draining", "It finishes the files that it has taken up, then it ends.")
 
@@ -342,6 +345,11 @@ class StatusBoard:
         last = next((file for file in self._files if file.outcome == "failed"), None)
         which = f" The last: {last.name}: {last.message or last.reason}" if last else ""
         yield Alert("warning", f"{counted(failed, 'file')} failed {minutes}", which.strip())
+
+
+def told(outcome: Outcome) -> str | None:
+    """What there is to say of how a file ended."""
+    return outcome.message or "; ".join(map(str, outcome.departures)) or None
 
 
 def by_label(collector: Collector, suffix: str = "") -> dict[str, float]:

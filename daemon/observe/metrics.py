@@ -6,6 +6,7 @@ what each can be is written down beside its metric, so the number of series is b
 
 from __future__ import annotations
 
+import itertools
 import platform
 import shutil
 import time
@@ -22,6 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from daemon.intake.reader import REJECT_REASONS
 from daemon.observe.histogram import ArrayHistogram
+from daemon.output.departures import AGAINST, KINDS
 from daemon.pause import REASONS, RETRIED
 
 if TYPE_CHECKING:
@@ -107,6 +109,9 @@ class Metrics:
         self.batches_total = counter("batches", "Device batches.")
         self.input_bytes_total = counter("input_bytes", "Bytes of input files read.")
         self.output_bytes_total = counter("output_bytes", "Bytes of output files published.")
+        self.clipped_values_total = counter(
+            "clipped_values", "Activations that the type of outbox.values does not hold, in published files."
+        )
 
     def _declare_trouble(self) -> None:
         counter = self._counter
@@ -127,6 +132,13 @@ class Metrics:
         )
         self.config_reloads_total = counter(
             "config_reloads", "Reloads of the settings, by outcome.", Label("outcome", RELOADS)
+        )
+        self.sae_departures_total = counter(
+            "sae_departures",
+            "Files whose mean L0 or FVU at an SAE is far from its card, or from the file before.",
+            LAYER,
+            Label("kind", KINDS),
+            Label("against", AGAINST),
         )
         self.paused = self._gauge(
             "paused", "1 while nothing is taken up for this reason.", Label("reason", REASONS)
@@ -172,6 +184,7 @@ class Metrics:
             Label("loop", LOOPS),
         )
         self.sae_fvu = gauge("sae_fvu", "Fraction of variance unexplained, last file.", LAYER)
+        self.sae_mean_l0 = gauge("sae_mean_l0", "Mean number of active features, last file.", LAYER)
 
     def _declare_distributions(self) -> None:
         histogram = self._histogram
@@ -204,27 +217,26 @@ class Metrics:
             name = f"{family.name}_total" if kind == "counter" else family.name
             self.descriptions.append(Description(name, kind, family.documentation))
 
-    def _counter(self, name: str, text: str, label: Label | None = None) -> Counter:
-        labels = self._describe(f"{name}_total", "counter", text, label)
-        counter = Counter(f"lensd_{name}", text, labels, registry=self.registry)
-        for value in label.values if label else ():  # a series that starts at 0 has a rate from then on
-            counter.labels(value)
+    def _counter(self, name: str, text: str, *labels: Label) -> Counter:
+        names = self._describe(f"{name}_total", "counter", text, *labels)
+        counter = Counter(f"lensd_{name}", text, names, registry=self.registry)
+        # A series that starts at 0 has a rate from then on.
+        for values in itertools.product(*(label.values for label in labels)) if labels else ():
+            counter.labels(*values)
         return counter
 
-    def _gauge(self, name: str, text: str, label: Label | None = None) -> Gauge:
-        labels = self._describe(name, "gauge", text, label)
-        return Gauge(f"lensd_{name}", text, labels, registry=self.registry)
+    def _gauge(self, name: str, text: str, *labels: Label) -> Gauge:
+        names = self._describe(name, "gauge", text, *labels)
+        return Gauge(f"lensd_{name}", text, names, registry=self.registry)
 
-    def _histogram(
-        self, name: str, text: str, buckets: tuple[float, ...], label: Label | None = None
-    ) -> Histogram:
-        labels = self._describe(name, "histogram", text, label, buckets)
-        return Histogram(f"lensd_{name}", text, labels, buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: Label) -> Histogram:
+        names = self._describe(name, "histogram", text, *labels, buckets=buckets)
+        return Histogram(f"lensd_{name}", text, names, buckets=buckets, registry=self.registry)
 
     def _array_histogram(
         self, name: str, text: str, buckets: tuple[float, ...], label: Label | None = None
     ) -> ArrayHistogram:
-        self._describe(name, "histogram", text, label, buckets)
+        self._describe(name, "histogram", text, *([label] if label else []), buckets=buckets)
         return ArrayHistogram(
             f"lensd_{name}", text, buckets, label.name if label else None, registry=self.registry
         )
@@ -239,17 +251,18 @@ class Metrics:
         name: str,
         kind: Literal["counter", "gauge", "histogram"],
         text: str,
-        label: Label | None,
+        *labels: Label,
         buckets: tuple[float, ...] = (),
     ) -> tuple[str, ...]:
         """Keep what documents a metric; the names of its labels."""
-        labels = (label,) if label else ()
         self.descriptions.append(Description(f"lensd_{name}", kind, text, labels, buckets))
         return tuple(label.name for label in labels)
 
     def describe(self, info: ModelInfo, max_batch_tokens: int) -> None:
         """What was loaded."""
         self.max_batch_tokens.set(max_batch_tokens)
+        for labels in itertools.product(map(str, info.layers), KINDS, AGAINST):
+            self.sae_departures_total.labels(*labels)
         self.model_info.info(
             {
                 "model": info.name,
@@ -300,18 +313,17 @@ class Metrics:
         if not committed:
             return
         self.output_bytes_total.inc(sum(outcome.output_bytes for outcome in committed))
+        self.clipped_values_total.inc(sum(outcome.clipped for outcome in committed))
+        for found in itertools.chain.from_iterable(outcome.departures for outcome in committed):
+            self.sae_departures_total.labels(str(found.layer), found.kind, found.against).inc()
         self.file_latency_seconds.observe([outcome.seconds for outcome in committed])
         self.last_commit_timestamp_seconds.set_to_current_time()
         seconds = [outcome.stages for outcome in committed if outcome.stages is not None]
         self.stage_duration_seconds.observe([stages.queue for stages in seconds], "queue")
         self.stage_duration_seconds.observe([stages.write for stages in seconds], "write")
         self.stage_duration_seconds.observe([stages.commit for stages in seconds], "commit")
-        for layer, fvus in zip(
-            layers, zip(*(outcome.fvu for outcome in committed), strict=True), strict=True
-        ):
-            known = [fvu for fvu in fvus if fvu is not None]
-            if known:
-                self.sae_fvu.labels(str(layer)).set(known[-1])
+        set_last(self.sae_fvu, layers, [outcome.fvu for outcome in committed])
+        set_last(self.sae_mean_l0, layers, [outcome.mean_l0 for outcome in committed])
 
     def observe_device(self, busy_seconds: float, now: float) -> None:
         """Set the busy ratio of the last minute; `busy_seconds` only grows, `now` is monotonic."""
@@ -350,3 +362,11 @@ class Metrics:
     def observe_retry(self, stage: str) -> None:
         """The machine refused a try of this stage, which will be repeated."""
         self.retries_total.labels(stage).inc()
+
+
+def set_last(gauge: Gauge, layers: Sequence[int], of_files: Sequence[Sequence[float | None]]) -> None:
+    """The gauge of each layer to the value of the last file that has one."""
+    for layer, values in zip(layers, zip(*of_files, strict=True), strict=False):
+        known = [value for value in values if value is not None]
+        if known:
+            gauge.labels(str(layer)).set(known[-1])

@@ -19,6 +19,7 @@ from daemon.errors import FileError, SyncFailed
 from daemon.frozen import frozen
 from daemon.intake.inbox import Inbox
 from daemon.output.commit import Outbox, Staged
+from daemon.output.departures import Departure
 from daemon.output.finished import FinishedPart
 from daemon.output.parts import stored_extents
 from daemon.output.schema import ValueType, features_schema, metrics_schema
@@ -50,6 +51,7 @@ class Outcome:
     mean_l0: tuple[float | None, ...] = ()  # the same
     readings: int = 0  # that each SAE made, of which these are means
     clipped: int = 0  # activations that the stored type does not hold
+    departures: tuple[Departure, ...] = ()  # in what its SAEs are far from what is known of them
     stages: StageSeconds | None = None
     reason: str | None = None
     message: str | None = None

@@ -13,9 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from daemon.columns import ANALYSIS_VERSION
+from daemon.output.departures import far_from_card
 from daemon.output.jsontext import Constant, Extended, fields_of, readable_name
 from daemon.output.totals import StageSeconds, UnitTotals
-from daemon.records import ModelInfo, Recipe, SaeInfo, Source
+from daemon.records import Fit, ModelInfo, Recipe, SaeInfo, Source
 
 DISTRIBUTIONS = ("lensd", "torch", "transformers", "transformer-lens", "sae-lens", "numpy", "pyarrow")
 
@@ -51,8 +52,15 @@ def manifest(
         "stage_seconds": describe_stages(totals.seconds),
         "model": describe_model(info),
         "saes": [
-            Extended(describe_dictionary(sae), fvu=fvu, mean_l0=layer.mean_l0())
-            for sae, layer, fvu in zip(info.saes, totals.layers, totals.fvu, strict=True)
+            Extended(
+                describe_dictionary(sae, card),
+                fvu=fvu,
+                mean_l0=layer.mean_l0(),
+                far_from_card=far_from_card(Fit(layer.mean_l0(), fvu), card, layer.rows),
+            )
+            for sae, card, layer, fvu in zip(
+                info.saes, info.known_fits, totals.layers, totals.fvu, strict=True
+            )
         ],
         "analysis_version": ANALYSIS_VERSION,
         "recipe": describe_recipe(recipe),
@@ -69,12 +77,12 @@ def describe_stages(seconds: StageSeconds) -> dict[str, float]:
 @functools.cache
 def describe_model(info: ModelInfo) -> dict[str, Any]:
     fields = asdict(info)
-    del fields["saes"]
+    del fields["saes"], fields["cards"]
     return Constant(fields)
 
 
 @functools.cache
-def describe_dictionary(sae: SaeInfo) -> Constant:
+def describe_dictionary(sae: SaeInfo, card: Fit) -> Constant:
     return Constant(
         hook=sae.hook_name,
         layer=sae.layer,
@@ -85,6 +93,7 @@ def describe_dictionary(sae: SaeInfo) -> Constant:
         d_sae=sae.d_sae,
         d_out=sae.d_out,
         weights_sha256=sae.weights_sha256,
+        card={"mean_l0": card.l0, "fvu": card.fvu},
     )
 
 

@@ -14,6 +14,7 @@ from daemon.compute.packing import Batch, Entry
 from daemon.intake.scan import InboxLoad
 from daemon.observe.metrics import FILE_OUTCOMES, MEMORY_KINDS, STAGES, Metrics
 from daemon.output.delivery import Outcome
+from daemon.output.departures import Departure
 from daemon.output.totals import StageSeconds
 from daemon.records import (
     PLAIN_RECIPE,
@@ -23,6 +24,7 @@ from daemon.records import (
     Part,
     PartExtent,
     Reject,
+    RowMessage,
     SaeInfo,
     Sample,
     TokenizedPart,
@@ -65,6 +67,9 @@ DESIGN = [  # name, type, label
     ("last_commit_timestamp_seconds", "gauge"),
     ("heartbeat_timestamp_seconds", "gauge", "loop"),
     ("sae_fvu", "gauge", "layer"),
+    ("sae_mean_l0", "gauge", "layer"),
+    ("sae_departures_total", "counter", "layer", "kind", "against"),
+    ("clipped_values_total", "counter"),
     ("stage_duration_seconds", "histogram", "stage"),
     ("file_latency_seconds", "histogram"),
     ("batch_tokens", "histogram"),
@@ -155,6 +160,38 @@ def test_a_committed_file_counts_its_rows_and_its_fit(metrics):
     assert value(metrics, "sae_fvu", layer="5") is None
     assert value(metrics, "stage_duration_seconds_sum", stage="commit") == 0.5
     assert value(metrics, "last_commit_timestamp_seconds") > 0
+
+
+def test_files_far_from_what_is_known_of_saes_are_counted_and_start_at_zero(metrics):
+    metrics.describe(INFO, 512)
+    labels = {"layer": "5", "kind": "l0", "against": "card"}
+    assert value(metrics, "sae_departures_total", **labels) == 0
+    found = Departure(5, "blocks.5.hook_resid_post", "l0", "card", 300, 60)
+    outcome = Outcome("committed", "f", fvu=(0.1, 0.2), mean_l0=(50, None), clipped=4, departures=(found,))
+    metrics.observe_outcomes([outcome, Outcome("committed", "g", fvu=(0.1, 0.2), mean_l0=(60, None))], (3, 5))
+    assert value(metrics, "sae_departures_total", **labels) == 1
+    assert value(metrics, "sae_departures_total", **{**labels, "kind": "fvu"}) == 0
+    assert value(metrics, "sae_mean_l0", layer="3") == 60
+    assert value(metrics, "sae_mean_l0", layer="5") is None
+    assert value(metrics, "clipped_values_total") == 4
+
+
+def test_samples_that_are_not_finite_count_as_rejects_and_not_as_features(metrics):
+    part = tokenized([3, 5])
+    features = FeatureRows(
+        sample_row=np.array([0, 1]),
+        text=np.zeros(2, dtype=int),
+        layer=np.zeros(2, dtype=int),
+        position=np.zeros(2, dtype=int),
+        token_id=np.zeros(2, dtype=int),
+        offsets=np.array([0, 2, 5]),
+        indices=np.zeros(5, dtype=np.uint32),
+        values=np.zeros(5, dtype=np.float32),
+    )
+    block = Block({}, features, (), 1.0, 2.0, 3.0, not_finite=(RowMessage(1, "m"),))
+    metrics.observe_block(Batch(PLAIN_RECIPE, (Entry(part, 0), Entry(part, 1))), block, INFO)
+    assert value(metrics, "rejects_total", reason="not_finite_activation") == 1
+    assert value(metrics, "feature_l0_sum", layer="3") == 2
 
 
 def test_a_failed_file_is_no_commit(metrics):

@@ -29,6 +29,7 @@ from daemon.observe.summary import figures
 from daemon.observe.wording import ago, duration, eta, rate, size
 from daemon.observe.workload import Workload
 from daemon.output.delivery import Outcome
+from daemon.output.departures import Departure
 from daemon.output.totals import StageSeconds
 from daemon.records import ModelInfo, PartExtent, SaeInfo
 from daemon.shown import visible
@@ -311,6 +312,17 @@ def test_what_runs_carries_the_fit_of_the_last_file(daemon):
     running = daemon.status().running
     assert running.max_batch_tokens == 512
     assert [sae.fvu for sae in running.saes] == [0.25, None]
+
+
+def test_a_file_far_from_a_card_is_told_until_the_next_one(daemon):
+    found = Departure(7, "blocks.7.hook_resid_post", "l0", "card", 300.0, 65.0)
+    daemon.settle(Outcome("committed", "a.json", "u", Path("o"), rows=1, departures=(found,)))
+    (alert,) = daemon.status().alerts
+    message = "mean L0 300 at blocks.7.hook_resid_post, 65 on its card"
+    assert (alert.level, alert.detail) == ("warning", f"a.json: {message}.")
+    assert daemon.status().files[0].message == message
+    daemon.settle(Outcome("committed", "b.json", "v", Path("o"), rows=1))
+    assert daemon.status().alerts == ()
 
 
 def test_a_status_survives_json(daemon):

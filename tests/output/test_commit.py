@@ -123,6 +123,8 @@ def test_the_manifest_describes_each_sae(outbox):
         "weights_sha256": "5" * 64,
         "fvu": pytest.approx(4 * 0.5 / variance),
         "mean_l0": 6.0,
+        "card": {"mean_l0": None, "fvu": None},
+        "far_from_card": None,
     }
     assert second["layer"] == 5
 
