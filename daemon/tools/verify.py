@@ -38,7 +38,7 @@ from daemon.records import (
     TokenizedSample,
 )
 from daemon.tools.oracle import Oracle
-from daemon.tools.reference import reference_columns
+from daemon.tools.reference import ReferenceLayer, reference_columns
 
 DEMO_SAMPLES = Path(__file__).parents[1] / "presets" / "demo.jsonl"
 UNLIMITED = 1 << 40
@@ -122,6 +122,7 @@ class Reference:
 
     columns: dict[str, list[Value]]
     active: list[dict[tuple[int, int], frozenset[int]]]  # per sample: (text, SAE) -> active features
+    not_finite: frozenset[int]  # samples that have no numbers, and no place in what else is here but zeros
 
     @property
     def activations(self) -> int:
@@ -160,7 +161,7 @@ def verify(
         model=compute.engine.info.name,
         dtype=config.model.dtype,
         samples=len(chosen),
-        rejects=sum(len(part.part.rejects) for part in parts),
+        rejects=sum(len(part.part.rejects) for part in parts) + len(reference.not_finite),
         activations=reference.activations,
         stability_values=len(contrast_texts(recipe)) * len(chosen),
         reports=reports,
@@ -198,10 +199,17 @@ def run_reference(
     layer_numbers = [dictionary.layer for dictionary in oracle.dictionaries]
     columns: dict[str, list[Value]] = {column.name: [] for column in analysis_columns(layer_numbers, recipe)}
     active: list[dict[tuple[int, int], frozenset[int]]] = []
+    not_finite: set[int] = set()
     progress.add_total(len(samples))
-    for sample in samples:
+    for number, sample in enumerate(samples):
         progress.advance(1)
         layers = oracle.layers(sample.token_ids)
+        if not all(map(is_finite, layers)):
+            not_finite.add(number)
+            active.append({})
+            for column in columns.values():
+                column.append(0)
+            continue
         values = reference_columns(
             sample_id=sample.sample.sample_id,
             recipe=recipe,
@@ -219,7 +227,12 @@ def run_reference(
                 for text, feature_acts in enumerate(layer.feature_acts)
             }
         )
-    return Reference(columns, active)
+    return Reference(columns, active, frozenset(not_finite))
+
+
+def is_finite(layer: ReferenceLayer) -> bool:
+    """Whether all that an SAE read of a sample is, and what it made of that."""
+    return all(bool(np.isfinite(values).all()) for values in (*layer.x, *layer.target, *layer.feature_acts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +241,7 @@ class Batched:
 
     columns: dict[str, list[Value]]
     active: list[dict[tuple[int, int], frozenset[int]]]
+    not_finite: frozenset[int]  # samples that it rejects
 
 
 def run_batched(
@@ -240,10 +254,12 @@ def run_batched(
         column.name: [0] * len(samples) for column in analysis_columns(compute.engine.info.layers, recipe)
     }
     active: list[dict[tuple[int, int], frozenset[int]]] = [{} for _ in samples]
+    not_finite: set[int] = set()
     while packer:
         batch = packer.take()
         block = compute.study.run(batch)
         rows = [entry.row for entry in batch.entries]
+        not_finite |= {rows[row] for row, _ in block.not_finite}
         for name, values in block.columns.items():
             for row, value in zip(rows, values.tolist(), strict=True):
                 columns[name][row] = value
@@ -251,7 +267,7 @@ def run_batched(
         for i, (start, stop) in enumerate(itertools.pairwise(features.offsets.tolist())):
             place = (int(features.text[i]), int(features.layer[i]))
             active[rows[features.sample_row[i]]][place] = frozenset(features.indices[start:stop].tolist())
-    return Batched(columns, active)
+    return Batched(columns, active, frozenset(not_finite))
 
 
 def one_part(recipe: Recipe, samples: Sequence[TokenizedSample]) -> TokenizedPart:
@@ -268,10 +284,16 @@ def compare(
     batched: Batched,
     strict: bool,
 ) -> BatchSizeReport:
-    """`strict` compares every row; else rows with a flip are counted, and left out of the differences."""
+    """`strict` compares every row; else rows with a flip are counted, and left out of the differences.
+
+    Left out too is what is not finite for either; for one of them alone, it is a mismatch of every column.
+    """
+    left_out = reference.not_finite | batched.not_finite
+    unequal = len(reference.not_finite ^ batched.not_finite)
+    finite = np.array([number not in left_out for number in range(len(reference.active))])
     flips = [
-        sum(len(expected[place] ^ actual[place]) for place in expected)
-        for expected, actual in zip(reference.active, batched.active, strict=True)
+        sum(len(expected[place] ^ actual[place]) for place in expected) if is_there else 0
+        for expected, actual, is_there in zip(reference.active, batched.active, finite, strict=True)
     ]
     flipped = np.array(flips) > 0
     differences = []
@@ -279,13 +301,14 @@ def compare(
     for column in analysis_columns(layers, recipe):
         expected = np.array(reference.columns[column.name], dtype=object)
         actual = np.array(batched.columns[column.name], dtype=object)
-        keep = np.ones(len(expected), dtype=bool) if strict else ~flipped
+        keep = finite if strict else finite & ~flipped
         if column.name.startswith("stability"):
             moved = keep & (np.abs((expected - actual).astype(float)) > SET_FLIP)
             if column.name.removeprefix("stability_") in contrast_texts(recipe):
                 set_flips += int(moved.sum())
-            keep &= strict | ~moved
-        differences.append(column_difference(column, expected[keep], actual[keep]))
+            keep = keep & (strict | ~moved)
+        difference = column_difference(column, expected[keep], actual[keep])
+        differences.append(dataclasses.replace(difference, mismatches=difference.mismatches + unequal))
     return BatchSizeReport(
         batch_size=batch_size,
         columns=tuple(differences),

@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 
 from daemon.compute.packed import PackedEngine
 from daemon.compute.padded import PaddedEngine
@@ -15,6 +16,7 @@ from daemon.tools import oracle
 from daemon.tools.verify import Verification, verify
 from tests import tiny
 from tests.families import save_family
+from tests.test_not_finite import UNPROBED, save_overflowing
 
 
 def configured(folder: Path, model: Path, *saes: Path) -> Config:
@@ -112,3 +114,18 @@ def test_the_oracle_runs_no_engine_no_encoder_and_no_loader_of_the_daemon():
         "daemon.compute.plain_trace.Unreachable",
         "daemon.compute.smollm2.default_cache_dir",
     }
+
+
+def test_samples_that_are_not_finite_are_left_out_on_both_sides(tmp_path, monkeypatch):
+    """They are rejects; what is one on one side only is a mismatch."""
+    sae = tiny.random_sae("blocks.1.hook_resid_post", architecture="standard")
+    sae.save_model(tmp_path / "s")
+    config = configured(tmp_path, save_overflowing(tmp_path / "m", UNPROBED, torch.float64), tmp_path / "s")
+    records = tiny.contrast_records(5)
+    records[3]["fact"] = UNPROBED
+    file = tiny.write_json(tmp_path / "in.json", records)
+    found = verify(config, file, samples=None, batch_sizes=(1, 4))
+    assert found.passed
+    assert (found.samples, found.rejects) == (5, 1)
+    monkeypatch.setattr("daemon.tools.verify.is_finite", lambda layer: False)
+    assert not verify(config, file, samples=None, batch_sizes=(4,)).passed
