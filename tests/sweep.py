@@ -83,6 +83,7 @@ NORMALISATIONS = (
     "expected_average_only_in",
     "covariance_whitening",
 )
+WHITENED = {*SAE_CLASS_REGISTRY} - {"temporal"} - {kind for kind in CLASSES if "transcoder" in kind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,8 @@ def save_dictionary(folder: Path, case: Case, widths: dict[str, int], model_name
         settings |= {"d_out": tiny.D_MODEL, "apply_b_dec_to_input": False}
     if case.kind == "topk":
         settings["k"] = 12
+    if case.kind == "temporal":
+        settings |= {"n_heads": 2, "bottleneck_factor": 2}
     if case.reshapes:
         settings["reshape_activations"] = "hook_z"
     if case.centred:
@@ -257,7 +260,7 @@ def class_cases() -> list[Case]:
         for hook in ("hook_resid_post", "hook_mlp_out", "attn.hook_z")
         for kind in SAE_CLASS_REGISTRY
         for normalisation in NORMALISATIONS
-        if not ("transcoder" in kind and normalisation == "covariance_whitening")
+        if normalisation != "covariance_whitening" or kind in WHITENED
     ]
     cases += [Case("blocks.1.attn.hook_z", kind, reshapes=True) for kind in ("standard", "jumprelu", "topk")]
     cases += [
