@@ -232,6 +232,8 @@ def run_verify(args: argparse.Namespace) -> int:
     from daemon.tools.report import print_verification
     from daemon.tools.verify import verify
 
+    if args.file is not None and not args.file.is_file():
+        raise ConfigError(f"{args.file}: no such file")
     verification = verify(config, args.file, samples=args.samples, batch_sizes=args.batch_sizes)
     if args.json:
         sys.stdout.write(json.dumps(verification.as_json(), indent=1) + "\n")

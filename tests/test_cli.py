@@ -174,6 +174,14 @@ def test_an_empty_path_is_refused_and_the_working_folder_left_alone(tmp_path, co
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == mine
 
 
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_a_file_that_is_not_there_is_told_before_a_model_is_loaded(command, tmp_path):
+    for name in ("missing.json", "."):
+        result = lensd(command, tmp_path / name, "--model", "smollm2-135m")
+        assert result.returncode == 2
+        assert result.stderr == f"lensd: {tmp_path / name}: no such file\n"
+
+
 def test_check_config_names_what_it_loaded(tiny_toml, tmp_path):
     result = lensd("check-config", "--config", tiny_toml, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

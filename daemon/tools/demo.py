@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from daemon.config import Config
-from daemon.errors import LensdError
+from daemon.errors import LensdError, MachineError
 from daemon.output.delivery import Outcome
 from daemon.service import serve
 from daemon.tools.report import print_published, read_manifest
@@ -40,6 +40,8 @@ def demo(config: Config) -> int:
         total = time.monotonic() - began
     finally:
         shutil.rmtree(private_inbox, ignore_errors=True)
+    if not outcomes:
+        raise MachineError("told to stop before the samples were read: run it again")
     (outcome,) = outcomes
     if outcome.folder is None:
         raise LensdError(f"the demo's samples failed: {outcome.message}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -89,15 +90,31 @@ def fetch(url: str) -> Status:
     try:
         if len(body) > STATUS_BYTES:
             raise ValueError("no status is that large")
-        return from_json(json.dumps(visible_texts(json.loads(body))).encode())
+        answer = json.loads(body, parse_int=finite_int, parse_float=finite, parse_constant=finite)
+        return from_json(json.dumps(visible_texts(answer)).encode())
     except (ValueError, RecursionError):
         raise MachineError(f"{url}: the answer is no status: is that lensd, of this version?") from None
 
 
+def finite(text: str) -> float:
+    """Raises ValueError for what no number of a daemon is."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def finite_int(text: str) -> int:
+    finite(text)
+    return int(text)
+
+
 def is_url(text: str) -> bool:
+    if not text.isprintable() or " " in text:
+        return False
     try:
         parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
 
