@@ -137,3 +137,29 @@ def test_a_part_without_samples_is_finished_at_once(assembly):
     assert finished is not None
     assert finished.rejects == (reject,)
     assert len(assembly) == 0
+
+
+def test_a_sample_set_aside_is_a_reject_and_the_others_keep_their_results(assembly):
+    earlier = Reject(3, None, 1, 0, "missing_field", "m")
+    part = part_of("u", 0, 3, (earlier,))
+    assembly.open(part)
+    assert assembly.set_aside(Entry(part, 1), "out_of_memory", "too long") == []
+    (done,) = assembly.scatter(Batch(PLAIN_RECIPE, (Entry(part, 2), Entry(part, 0))), block_of(2))
+    assert [entry.sample.sample_id for entry in done.part.samples] == ["u0", "u2"]
+    assert [sample.sample_id for sample in done.part.part.samples] == ["u0", "u2"]
+    assert [piece.part_rows.tolist() for piece in done.pieces] == [[1, 0]]
+    assert [(reject.record_index, reject.reason) for reject in done.rejects] == [
+        (3, "missing_field"),
+        (1, "out_of_memory"),
+    ]
+    assert len(assembly) == 0
+
+
+def test_the_last_sample_set_aside_finishes_its_part(assembly):
+    part = part_of("u", 0, 2)
+    assembly.open(part)
+    assert assembly.set_aside(Entry(part, 1), "out_of_memory", "m") == []
+    (done,) = assembly.set_aside(Entry(part, 0), "out_of_memory", "m")
+    assert done.part.samples == done.pieces == ()
+    assert sorted(reject.record_index for reject in done.rejects) == [0, 1]
+    assert len(assembly) == 0

@@ -170,7 +170,7 @@ async def test_hostile_names_pass_through(tmp_path, name):
     assert os.listdir(os.fsencode(tmp_path / "done")) == [name]
 
 
-@pytest.mark.parametrize(("limit", "value"), [("BATCH_FILES", 2), ("BATCH_BYTES", 3)])
+@pytest.mark.parametrize(("limit", "value"), [("BATCH_FILES", 2), ("BATCH_BYTES", 3), ("BATCH_BYTES", 4)])
 async def test_claims_are_made_a_few_at_a_time_oldest_first(tmp_path, monkeypatch, limit, value):
     monkeypatch.setattr(inbox_module, limit, value)
     for age, name in ((10, "b.json"), (30, "c.json"), (20, "a.json")):
@@ -183,6 +183,26 @@ async def test_claims_are_made_a_few_at_a_time_oldest_first(tmp_path, monkeypatc
         assert [path.name for path in tmp_path.glob("*.json")] == ["b.json"]
         await inbox.retire(first)
         await claims.aclose()
+
+
+@pytest.mark.parametrize(("content", "look_in"), [("[1]", 5.0), (None, None)])
+async def test_a_file_that_was_ready_and_then_changed_or_went_is_not_claimed(
+    tmp_path, monkeypatch, content, look_in
+):
+    monkeypatch.setattr(inbox_module, "BATCH_FILES", 1)
+    clock = Clock()
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("[]")
+    async with opened(tmp_path, settle_seconds=5.0, rescan_seconds=60.0, clock=clock) as inbox:
+        assert inbox._next() == ([], 5.0)
+        clock.now += 5.0
+        (first,) = inbox._next()[0]
+        assert first.name == "a.json"
+        if content is None:
+            (tmp_path / "b.json").unlink()
+        else:
+            (tmp_path / "b.json").write_text(content)
+        assert inbox._next() == ([], look_in)
 
 
 async def test_a_name_that_is_under_way_waits_for_its_predecessor(tmp_path):
@@ -304,6 +324,74 @@ asyncio.run(main())
         (claim,) = await drained(inbox)
         assert claim.attempt == 3
     assert list((tmp_path / ".claimed").iterdir()) == []
+
+
+def claimed_by_the_dead(inbox: Path, lease: str, *names: str) -> None:
+    """Files as a process leaves them that was killed while it worked on them for the first time."""
+    folder = inbox / ".claimed" / lease / "1"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text("[]")
+
+
+async def test_each_file_of_the_dead_is_taken_over_once_its_name_is_free(tmp_path):
+    claimed_by_the_dead(tmp_path, "one", "a.json")
+    claimed_by_the_dead(tmp_path, "two", "a.json", "b.json")
+    async with opened(tmp_path) as inbox:
+        assert inbox.take_recovered() == 2  # a.json and b.json
+        assert [claim.name for claim in await drained(inbox)] == ["a.json", "b.json", "a.json"]
+    assert list((tmp_path / ".claimed").iterdir()) == []
+
+
+async def test_a_file_of_the_dead_waits_for_one_of_its_name_that_is_under_way(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    async with opened(tmp_path) as inbox:
+        claims = inbox.claims(asyncio.Event(), once=True)
+        first = await anext(claims)
+        claimed_by_the_dead(tmp_path, "one", "a.json")
+        second = asyncio.create_task(anext(claims))
+        await asyncio.sleep(0.2)  # some rescans
+        assert not second.done()
+        await inbox.retire(first)
+        assert [claim.attempt for claim in await second] == [2]
+        await claims.aclose()
+
+
+async def test_what_is_no_input_goes_back_and_keeps_nothing_of_the_dead_behind(tmp_path):
+    claimed_by_the_dead(tmp_path, "one", "a.crdownload", "b.json")
+    async with opened(tmp_path) as inbox:
+        assert inbox.take_recovered() == 1
+        assert [claim.name for claim in await drained(inbox)] == ["b.json"]
+    assert (tmp_path / "a.crdownload").exists()
+
+
+async def test_a_file_taken_over_is_not_one_that_changed(tmp_path):
+    claimed_by_the_dead(tmp_path, "one", "a.json")
+    async with opened(tmp_path) as inbox:
+        async for claims in inbox.claims(asyncio.Event(), once=True):
+            assert [claim.attempt for claim in claims] == [2]
+            assert await inbox.recheck(claims) == ["same"]
+            await inbox.retire(claims)
+
+
+async def test_a_file_is_taken_when_it_settles_and_not_at_the_next_rescan(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    async with asyncio.timeout(60), opened(tmp_path, settle_seconds=0.2, rescan_seconds=3600.0) as inbox:
+        assert [claim.name for claim in await drained(inbox)] == ["a.json"]
+
+
+async def test_a_name_that_is_under_way_keeps_no_other_file_waiting(tmp_path):
+    (tmp_path / "a.json").write_text("[1]")
+    async with asyncio.timeout(60), opened(tmp_path, settle_seconds=0.2, rescan_seconds=3600.0) as inbox:
+        claims = inbox.claims(asyncio.Event(), once=True)
+        first = await anext(claims)
+        (tmp_path / "a.json").write_text("[2]")
+        (tmp_path / "b.json").write_text("[]")
+        second = await anext(claims)
+        assert [claim.name for claim in second] == ["b.json"]
+        await inbox.retire([*first, *second])
+        assert [claim.name for claim in await drained(inbox)] == ["a.json"]
+        await claims.aclose()
 
 
 async def test_a_living_process_keeps_its_claims(tmp_path):
