@@ -40,6 +40,7 @@ PASSING_NAMES = {  # of classes of httpx, requests, urllib3, aiohttp, huggingfac
     "ProtocolError",
     "XetDownloadError",
     "RevisionResolutionError",
+    "LocalEntryNotFoundError",
 }
 BAD_ADDRESS_NAMES = {"UnsupportedProtocol", "InvalidURL", "InvalidSchema", "MissingSchema"}
 MACHINE_ERRNOS = {
@@ -94,9 +95,9 @@ def explain(what: str, error: BaseException) -> ConfigError | MachineError:
     for link in chain:
         if isinstance(link, ConfigError | MachineError):
             return link
-    looks = [(of_the_machine, chain), (of_the_hub, chain[::-1]), (of_the_files, chain)]
-    for look, links in looks:
-        for link in links:
+    looks = (of_the_machine, of_the_repository, of_the_status, of_the_way, of_the_files)
+    for look in looks:
+        for link in chain:
             if (found := look(what, link)) is not None:
                 return found
     return ConfigError(
@@ -131,47 +132,31 @@ def of_the_machine(what: str, error: BaseException) -> MachineError | None:
     return None
 
 
-def of_the_hub(what: str, error: BaseException) -> ConfigError | MachineError | None:
-    """What the hub, or the way to it, said."""
+def of_the_repository(what: str, error: BaseException) -> ConfigError | None:
+    """What the hub said of a repository, by a class of its own."""
     known = names(error)
     if "GatedRepoError" in known:
         return ConfigError(
             f"{what}: gated on the hub{repository(error)}: accept its licence there with your account, then"
-            " set HF_TOKEN"
-            " to a token of that account (or hf auth login)"
+            " set"
+            " HF_TOKEN to a token of that account (or hf auth login)"
         )
-    offline = "OfflineModeIsEnabled" in known or "outgoing traffic has been disabled" in str(error)
-    if offline:
+    if "OfflineModeIsEnabled" in known or "outgoing traffic has been disabled" in str(error):
         return ConfigError(
             f"{what}: not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or give a"
-            " local folder"
+            " local"
+            " folder"
         )
     if "DisabledRepoError" in known:
         return ConfigError(f"{what}: disabled on the hub: use another")
     if "RevisionNotFoundError" in known:
         return ConfigError(f"{what}: the hub has no such revision: check it")
-    if known >= {"EntryNotFoundError", "HfHubHTTPError"}:
-        return ConfigError(
-            f"{what}: the hub has the repository, but not the file{repository(error)}: check the name"
-        )
-    status = status_of(error)
     if "RepositoryNotFoundError" in known:
-        if status == 401 and re.search(
-            r"invalid (?:user ?name|credential|user token|token)", str(error), re.I
-        ):
+        if re.search(r"invalid (?:user ?name|credential|user token|token)", str(error), re.IGNORECASE):
             return refused_token(what)
         return ConfigError(
-            f"{what}: no such repository on the hub, or a private one: check the name; for a private one"
-            " set HF_TOKEN"
-            " (or hf auth login); or give a local folder"
-        )
-    if status is not None:
-        return of_status(what, status)
-    if known & BAD_ADDRESS_NAMES:
-        return ConfigError(f"{what}: the hub's address is no URL ({sense(error)}): check HF_ENDPOINT")
-    if known & (PASSING_NAMES | {"LocalEntryNotFoundError"}) or TRANSIENT_WORDS.search(str(error)):
-        return MachineError(
-            f"{what}: the hub can't be reached ({sense(error)}): check the network, or give a local folder"
+            f"{what}: no such repository on the hub, or a private one: check the name; for a private one set"
+            " HF_TOKEN (or hf auth login); or give a local folder"
         )
     if "HFValidationError" in known:
         return ConfigError(
@@ -180,8 +165,11 @@ def of_the_hub(what: str, error: BaseException) -> ConfigError | MachineError | 
     return None
 
 
-def of_status(what: str, status: int) -> ConfigError | MachineError | None:
-    """What an HTTP status of the hub means."""
+def of_the_status(what: str, error: BaseException) -> ConfigError | MachineError | None:
+    """What the status of an answer means."""
+    status = status_of(error)
+    if status is None or status < 400:
+        return None
     if status in PASSING_STATUS or status >= 500:
         meaning = "too many requests" if status == 429 else "trouble of its own"
         return MachineError(f"{what}: the hub answers {status}, {meaning}: try again later")
@@ -193,9 +181,19 @@ def of_status(what: str, status: int) -> ConfigError | MachineError | None:
             " repository"
         )
     if status == 404:
-        return ConfigError(f"{what}: the hub has no such repository or file (404): check the name")
-    if status >= 400:
-        return ConfigError(f"{what}: the hub refuses the request ({status}): check the name and HF_ENDPOINT")
+        return ConfigError(f"{what}: the hub has no such file (404){repository(error)}: check the name")
+    return ConfigError(f"{what}: the hub refuses the request ({status}): check the name and HF_ENDPOINT")
+
+
+def of_the_way(what: str, error: BaseException) -> ConfigError | MachineError | None:
+    """No answer, or one that broke off."""
+    known = names(error)
+    if known & BAD_ADDRESS_NAMES:
+        return ConfigError(f"{what}: the hub's address is no URL ({sense(error)}): check HF_ENDPOINT")
+    if known & PASSING_NAMES or TRANSIENT_WORDS.search(str(error)):
+        return MachineError(
+            f"{what}: the hub can't be reached ({sense(error)}): check the network, or give a local folder"
+        )
     return None
 
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ from daemon.compute.failures import explain, explained, sense
 from daemon.compute.pickles import refused_pickles
 from daemon.compute.quantized import check_packages
 from daemon.compute.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
-from daemon.compute.weightfiles import check_floating, model_tensors, read_object
+from daemon.compute.weightfiles import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    TensorHeader,
+    check_floating,
+    model_tensors,
+    read_object,
+)
 from daemon.errors import ConfigError, MachineError
 from daemon.records import Fit, ModelInfo, SaeInfo
 
@@ -100,12 +107,45 @@ def check_folder(folder: Path, what: str) -> None:
             read_object(folder / name, what)
     tensors = model_tensors(folder, what)
     if config.get("quantization_config") is None:
-        check_floating({name: entry for name, entry in tensors.items() if not DERIVED.search(name)}, what)
+        check_types(tensors, what)
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(
             f"{what}: has an adapter_config.json beside the weights, and lensd applies no adapters: merge it"
             " (merge_and_unload), or remove it if the weights are to be read without"
         )
+
+
+def check_types(tensors: Mapping[str, TensorHeader], what: str) -> None:
+    """Raises ConfigError for weights that are no floating-point numbers. Masks of older versions may be."""
+    check_floating({name: entry for name, entry in tensors.items() if not DERIVED.search(name)}, what)
+
+
+def fetch_weights(target: str, what: str) -> Path:
+    """Have the weights of a hub's model, or the index of their shards, in the local cache; the folder there.
+
+    Transformers takes whatever the hub answers for a file that is missing, and looks for pickled ones.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    names = (SINGLE_NAME, INDEX_NAME)
+    for name in names:
+        if isinstance(path := try_to_load_from_cache(target, name), str):
+            return Path(path).parent
+    unanswered: LocalEntryNotFoundError | None = None
+    for name in names:
+        try:
+            return Path(hf_hub_download(target, name)).parent
+        except LocalEntryNotFoundError as error:  # no answer, and not in the cache
+            unanswered = error
+        except EntryNotFoundError:
+            continue
+    if unanswered is not None:
+        raise unanswered
+    raise ConfigError(
+        f"{what}: the hub has no {SINGLE_NAME} of it, and lensd loads no pickled weights: use a version in"
+        " safetensors, or convert it where that does no harm"
+    )
 
 
 def folder_sha256(folder: Path) -> str:
@@ -173,6 +213,9 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
         warnings.simplefilter("ignore")
         config = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
         check_config(config, what)
+        of_hub = not Path(location.target).is_dir()
+        if of_hub:
+            fetch_weights(location.target, what)
         options: dict[str, Any] = {
             "dtype": dtype,
             "attn_implementation": "eager",
@@ -186,6 +229,8 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
         model, info = AutoModelForCausalLM.from_pretrained(
             location.target, output_loading_info=True, **options
         )
+        if of_hub and getattr(config, "quantization_config", None) is None:
+            check_types(model_tensors(fetch_weights(location.target, what), what), what)
         model = model.to(device)
         model.requires_grad_(False).eval()
         config = model.config.get_text_config()

@@ -49,6 +49,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hub = self.server
         name = self.path.partition("?")[0].rpartition("/")[2]
         file = hub.folder / name if hub.folder is not None else None
+        if self.headers["Range"]:  # of one that goes on where it broke off
+            self.send(503, {}, b"", with_body)
+            return
         if file is not None and (hub.only is None or hub.only not in name):
             if not file.is_file():
                 self.send(404, {"X-Error-Code": "EntryNotFound"}, b"", with_body)

@@ -69,7 +69,7 @@ OF_THE_USER = {
         ),
         "no such repository.*private.*HF_TOKEN",
     ),
-    "no such file": (of_the_hub(hub_errors.RemoteEntryNotFoundError, 404), "not the file"),
+    "no such file": (of_the_hub(hub_errors.RemoteEntryNotFoundError, 404), r"no such file \(404\)"),
     "no such revision": (of_the_hub(hub_errors.RevisionNotFoundError, 404), "revision"),
     "a wrong token": (of_the_hub(hub_errors.HfHubHTTPError, 401), r"refuses the token \(401\)"),
     "a wrong token for a repository": (
@@ -77,7 +77,7 @@ OF_THE_USER = {
         "refuses the token",
     ),
     "no right": (of_the_hub(hub_errors.HfHubHTTPError, 403), r"denies access \(403\)"),
-    "404 by requests": (by_requests(404), r"no such repository or file \(404\)"),
+    "404 by requests": (by_requests(404), r"no such file \(404\)"),
     "a name that is none": (hub_errors.HFValidationError("Repo id must be in the form"), "OWNER/NAME"),
     "offline": (
         raised_from(OSError("We couldn't connect"), hub_errors.OfflineModeIsEnabled("x")),
