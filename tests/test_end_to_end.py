@@ -285,6 +285,20 @@ def test_a_text_of_more_tokens_than_the_model_has_positions_is_a_reject(tmp_path
     assert (reject["record_index"], reject["reason"]) == (1, "text_too_long")
 
 
+def test_a_token_that_the_model_has_no_embedding_for_costs_its_record_alone(tmp_path, inbox):
+    model = tiny.save_llama(tmp_path / "model")
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(model)
+    toml = tmp_path / "lensd.toml"
+    toml.write_text(tiny.Tiny(model, (tiny.save_sae(tmp_path / "s", "blocks.1.hook_resid_post"),)).toml())
+    tiny.write_json(inbox / "t.json", [{"text": text} for text in ("fine", "an <extra> one", "fine too")])
+    _, (outcome,) = drain(configured(toml, inbox))
+    assert manifest_of(outcome.folder)["rows"] == 2
+    (reject,) = [json.loads(line) for line in (outcome.folder / "rejects.jsonl").read_text().splitlines()]
+    assert (reject["reason"], reject["record_index"]) == ("unknown_token", 1)
+
+
 def test_a_file_that_breaks_after_some_parts_fails_whole(tiny_toml, inbox):
     import gzip
 

@@ -1,10 +1,8 @@
 """Turns an exception of a loader, a hub or a library into one line: the cause and the remedy.
 
 `ConfigError` is the user's to mend, `MachineError` the machine's or the hub's for now, so that a supervisor
-tries
-again. Exceptions are told apart by class name and status: the HTTP library below the hub's client is not
-always
-the same. Imports none of these libraries.
+tries again. Exceptions are told apart by class name and status: the HTTP library below the hub's client is
+not always the same.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -138,14 +137,12 @@ def of_the_repository(what: str, error: BaseException) -> ConfigError | None:
     if "GatedRepoError" in known:
         return ConfigError(
             f"{what}: gated on the hub{repository(error)}: accept its licence there with your account, then"
-            " set"
-            " HF_TOKEN to a token of that account (or hf auth login)"
+            " set HF_TOKEN to a token of that account (or hf auth login)"
         )
     if "OfflineModeIsEnabled" in known or "outgoing traffic has been disabled" in str(error):
         return ConfigError(
             f"{what}: not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or give a"
-            " local"
-            " folder"
+            " local folder"
         )
     if "DisabledRepoError" in known:
         return ConfigError(f"{what}: disabled on the hub: use another")
@@ -229,22 +226,19 @@ def of_the_files(what: str, error: BaseException) -> ConfigError | MachineError 
     if "does not recognize this architecture" in text:
         kind = re.search(r"model type `([^`]{1,60})`", text)
         return ConfigError(
-            f"{what}: can't be loaded: Transformers knows no model_type"
-            f" {kind[1] if kind else 'of its kind'}: upgrade"
-            " transformers, or use another model (lensd runs no code out of a repository)"
+            f"{what}: can't be loaded: Transformers knows no model_type {kind[1] if kind else 'of its kind'}:"
+            " upgrade transformers, or use another model (lensd runs no code out of a repository)"
         )
     if "trust_remote_code" in text or "custom code" in text:
         return ConfigError(
             f"{what}: can't be loaded: it needs code out of its repository, which lensd does not run: use a"
-            " version"
-            " whose model_type Transformers knows"
+            " version whose model_type Transformers knows"
         )
     if "Unrecognized configuration class" in text:
         kind = re.search(r"configuration_\w+\.(\w+)Config'", text)
         return ConfigError(
-            f"{what}: can't be loaded: {kind[1] if kind else 'its kind'} is no causal language model: use"
-            " one that"
-            " Transformers loads by AutoModelForCausalLM"
+            f"{what}: can't be loaded: {kind[1] if kind else 'its kind'} is no causal language model: use one"
+            " that Transformers loads by AutoModelForCausalLM"
         )
     return None
 
@@ -302,3 +296,14 @@ def shortened(text: str, most: int = SENSE_CHARACTERS) -> str:
         if " " in text[: most - 4]
         else text[: most - 4] + " ..."
     )
+
+
+def quiet_libraries() -> None:
+    """Keep to errors: what a user needs to know of a failed download is said in one line at its end."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from daemon.compute.completeness import DERIVED, LoadReport, check_complete, check_model_finite
-from daemon.compute.failures import explain, explained, sense
+from daemon.compute.completeness import DERIVED, LayersRead, LoadReport, check_complete, check_model_finite
+from daemon.compute.failures import explain, explained, quiet_libraries, sense
 from daemon.compute.pickles import refused_pickles
 from daemon.compute.quantized import check_packages
 from daemon.compute.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
@@ -68,11 +68,11 @@ def locate_model(name: str, cache_dir: Path) -> ModelLocation:
 
     Raises ConfigError where a path is named that holds no model.
     """
-    if name == BUNDLED:
-        return ModelLocation(name, str(smollm2_folder(cache_dir)), WEIGHTS_SHA256)
     if not name.strip():
         raise ConfigError("model.name is empty: name a preset, a folder or a model of the hub")
     with explained(f"model {name}"):
+        if name == BUNDLED:
+            return ModelLocation(name, str(smollm2_folder(cache_dir)), WEIGHTS_SHA256)
         folder = Path(name).expanduser()
         if folder.is_dir():
             check_folder(folder, f"model {name}")
@@ -153,8 +153,8 @@ def folder_sha256(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(
-            f"model {folder}: no .safetensors there, and lensd loads no pickled weights (.bin, .pt):"
-            " convert them where that does no harm (from_pretrained, then save_pretrained)"
+            f"model {folder}: no .safetensors there, and lensd loads no pickled weights (.bin, .pt): convert"
+            " them where that does no harm (from_pretrained, then save_pretrained)"
         )
     digest = hashlib.sha256()
     for path in files:
@@ -191,8 +191,8 @@ def load_tokenizer(location: ModelLocation) -> Any:
         special = set(tokenizer.all_special_tokens)
         if not any(token not in special for token in tokenizer.get_vocab()):
             raise ConfigError(
-                f"model {location.name}: its tokenizer has no vocabulary: add the tokenizer.json that"
-                " belongs to it"
+                f"model {location.name}: its tokenizer has no vocabulary: add the tokenizer.json that belongs"
+                " to it"
             )
         tokenizer.backend_tokenizer.encode_batch_fast([PROBE], add_special_tokens=False)
     return tokenizer
@@ -254,6 +254,8 @@ def check_config(config: Any, what: str) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         check_packages(quantization, what)
+    if name := unsound(config.to_dict()):
+        raise ConfigError(f"{what}: {name} in its config.json is NaN: correct it")
     text = config.get_text_config()
     for name, value in vars(text).items():
         if COUNTS.fullmatch(name) and isinstance(value, int) and not 0 <= value <= MOST_PARTS:
@@ -268,21 +270,35 @@ def check_config(config: Any, what: str) -> None:
         raise ConfigError(f"{what}: max_position_embeddings = {context} in its config.json: correct it")
 
 
+def unsound(settings: Mapping[str, Any]) -> str | None:
+    """The first setting, at any depth, that is NaN, which JSON does not have and Python reads."""
+    for name, value in settings.items():
+        if isinstance(value, float) and math.isnan(value):
+            return str(name)
+        if isinstance(value, Mapping) and (inner := unsound(value)):
+            return f"{name}.{inner}"
+    return None
+
+
 def check_shapes(location: ModelLocation, options: dict[str, Any], what: str) -> None:
     """Raises ConfigError where a tensor's shape is not the model's; without memory for either."""
     from transformers import AutoModelForCausalLM
 
-    _, info = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         location.target, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
     )
     if wrong := {name: (tuple(has), tuple(wants)) for name, has, wants in info["mismatched_keys"]}:
         name, (has, wants) = sorted(wrong.items())[0]
         raise ConfigError(
             f"{what}: config.json and weights do not belong together: {name} is {has}, where the"
-            " configuration asks"
-            f" for {wants}{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}: use the config.json"
-            " that was saved with the weights"
+            f" configuration asks for {wants}{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}: use"
+            " the config.json that was saved with the weights"
         )
+
+    report = LoadReport.of(info)
+    embeddings = LayersRead(model, -1)
+    if any(map(embeddings.has, report.missing)):  # another model's, which would fill the memory with chance
+        check_complete(what, model, report, MOST_PARTS)
 
 
 def check_weights(model: LoadedModel, last_layer: int) -> None:
@@ -346,9 +362,8 @@ def bridge_of(model: LoadedModel) -> Any:
             if isinstance(found := explain(what, error), MachineError):
                 raise found from error
             raise ConfigError(
-                f"{what}: TransformerLens can't take {model.architecture} apart ({reason_of(error)}), and"
-                " its layers"
-                " can't be read packed either: use a model of another family"
+                f"{what}: TransformerLens can't take {model.architecture} apart ({reason_of(error)}), and its"
+                " layers can't be read packed either: use a model of another family"
             ) from error
         return bridge.requires_grad_(False).eval()
 
@@ -358,14 +373,3 @@ def reason_of(error: BaseException) -> str:
     if "Could not determine supported architecture" in str(error):
         return "a family that it does not know"
     return sense(error)
-
-
-def quiet_libraries() -> None:
-    """Keep to errors: what a user needs to know of a failed download is said in one line at its end."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    logging.getLogger("transformer_lens").setLevel(logging.ERROR)

@@ -47,9 +47,8 @@ def check_packages(quantization: Any, what: str) -> None:
     method = str(getattr(method, "value", method))
     if method not in PACKAGES and method not in known_methods():
         raise ConfigError(
-            f"{what}: is quantised by {method[:40]!r}, which Transformers does not know and would leave"
-            " out: use the"
-            " unquantised version"
+            f"{what}: is quantised by {method[:40]!r}, which Transformers does not know and would leave out:"
+            " use the unquantised version"
         )
     missing = [package for module, package in PACKAGES.get(method, ()) if not installed(module)]
     if missing:

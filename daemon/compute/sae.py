@@ -17,7 +17,7 @@ from torch import Tensor
 
 from daemon.compute.cards import card_of
 from daemon.compute.completeness import check_finite
-from daemon.compute.failures import explained
+from daemon.compute.failures import explained, quiet_libraries
 from daemon.compute.pickles import refused_pickles
 from daemon.compute.saeformat import ARCHITECTURES, TRANSCODERS, check_dictionary, check_folded, judged
 from daemon.compute.smollm2 import sha256_of
@@ -80,7 +80,8 @@ class LoadedSae:
 
     def decode(self, feature_acts: Tensor, x: Tensor) -> Tensor:
         """(N, d_sae) and what was read (N, d_in) -> (N, d_out). Call right after the `encode` it belongs to:
-        SAEs with run-time normalisation keep its statistics from one to the other."""
+        SAEs with run-time normalisation keep its statistics from one to the other.
+        """
         reconstruction: Tensor = self.sae.decode(feature_acts)
         return reconstruction if self.W_skip is None else reconstruction + x @ self.W_skip.T
 
@@ -111,8 +112,8 @@ def load_saes(
         info = entry.info
         if info.d_in != d_model and RESIDUAL.fullmatch(info.hook_name):
             raise ConfigError(
-                f"SAE {info.source}: reads d_in = {info.d_in}, but the model has d_model = {d_model}:"
-                " it belongs to another model"
+                f"SAE {info.source}: reads d_in = {info.d_in}, but the model has d_model = {d_model}: it"
+                " belongs to another model"
             )
         if info.layer >= n_layers:
             raise ConfigError(
@@ -227,8 +228,7 @@ def load_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
         if cfg.get("finetuning_scaling_factor") is True and "scaling_factor" not in shapes:
             raise ConfigError(
                 f"{what}: its cfg.json says finetuning_scaling_factor, but its weights have no"
-                " scaling_factor: use"
-                " complete weights, or set it to false"
+                " scaling_factor: use complete weights, or set it to false"
             )
         if "scaling_factor" in shapes and is_neutral(path / WEIGHTS_NAME, "scaling_factor"):
             del shapes["scaling_factor"]
@@ -253,6 +253,7 @@ def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype) -> Any:
     )
 
     what = f"SAE {source.release}/{source.id}"
+    quiet_libraries()
     with explained(what), refused_pickles(what):
         check_known(source, what)
         load = NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(source.release)]

@@ -165,15 +165,13 @@ def check_activation(cfg: Mapping[str, Any], architecture: str, what: str) -> No
     if name not in known:
         raise ConfigError(
             f"{what}: activation function {shown(name)}, which SAELens leaves out for {architecture}: lensd"
-            " reads relu,"
-            " and topk with its k: use another dictionary"
+            " reads relu, and topk with its k: use another dictionary"
         )
     arguments = {key: value for key, value in arguments.items() if value not in (None, "relu") or key == "k"}
     if arguments:
         raise ConfigError(
             f"{what}: activation_fn_kwargs has {named(map(str, arguments))}, which SAELens leaves out for"
-            f" {architecture}:"
-            " use another dictionary"
+            f" {architecture}: use another dictionary"
         )
 
 
@@ -184,16 +182,15 @@ def check_places(cfg: Mapping[str, Any], settings: Mapping[str, Any], what: str)
         for place in (cfg, metadata):
             if place.get(key) is not None:
                 raise ConfigError(
-                    f"{what}: reads one head alone ({key} = {shown(place[key])}), which lensd does not: use"
-                    " a dictionary"
-                    " of all heads (hook_z) or of the residual stream"
+                    f"{what}: reads one head alone ({key} = {shown(place[key])}), which lensd does not: use a"
+                    " dictionary of all heads (hook_z) or of the residual stream"
                 )
     reshape = settings.get("reshape_activations") or "none"
     hook = metadata.get("hook_name") or ""
     if reshape not in ("none", "hook_z") or (reshape == "hook_z" and not hook.endswith("_z")):
         raise ConfigError(
-            f"{what}: reshape_activations = {shown(reshape)} at {shown(hook)}: expected none, or hook_z at"
-            " a hook_z"
+            f"{what}: reshape_activations = {shown(reshape)} at {shown(hook)}: expected none, or hook_z at a"
+            " hook_z"
         )
     processed = metadata.get("model_from_pretrained_kwargs") or {}
     for key, value in processed.items():
@@ -204,8 +201,7 @@ def check_places(cfg: Mapping[str, Any], settings: Mapping[str, Any], what: str)
             if processed.get(key) and changed.fullmatch(place):
                 raise ConfigError(
                     f"{what}: was trained on weights that TransformerLens had processed ({key}), which"
-                    " changes the"
-                    f" values at {place}: use one with from_pretrained_no_processing"
+                    f" changes the values at {place}: use one with from_pretrained_no_processing"
                 )
     if (
         revision := processed.get("revision")
@@ -244,13 +240,12 @@ def check_tensors(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     if left_over & {"scaling_factor", "finetuning_scaling_factor"}:
         raise ConfigError(
             f"{what}: uses a scaling_factor on its features, which SAELens no longer applies: fold it into"
-            " W_dec"
-            " (W_dec *= scaling_factor[:, None], features as they are), or use one without finetuning"
+            " W_dec (W_dec *= scaling_factor[:, None], features as they are), or use one without finetuning"
         )
     if lost:
         raise ConfigError(
-            f"{what}: its weights lack {named(lost)}, which a {architecture} has"
-            f"{f' (they hold {named(left_over)})' if left_over else ''}: use complete weights, or correct"
+            f"{what}: its weights lack {named(lost)}, which a {architecture}"
+            f" has{f' (they hold {named(left_over)})' if left_over else ''}: use complete weights, or correct"
             " the architecture"
         )
     if left_over:
@@ -271,14 +266,13 @@ def check_tensors(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         for key, (width,) in widths.items():
             if width != settings[key] and all(fits({**settings, key: width}, shapes)):
                 raise ConfigError(
-                    f"{what}: {key} = {settings[key]} in its cfg.json, but its weights have {width}:"
-                    " correct it"
+                    f"{what}: {key} = {settings[key]} in its cfg.json, but its weights have {width}: correct"
+                    " it"
                 )
         name, shape = next(iter(wrong.items()))
         raise ConfigError(
-            f"{what}: {name} is {shapes[name]}, where its cfg.json asks for {shape}: use the weights and"
-            " the cfg.json that"
-            " were saved together"
+            f"{what}: {name} is {shapes[name]}, where its cfg.json asks for {shape}: use the weights and the"
+            " cfg.json that were saved together"
         )
 
 

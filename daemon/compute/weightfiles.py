@@ -39,8 +39,8 @@ def check_no_pointer(path: Path, what: str) -> None:
         begins = file.read(len(POINTER))
     if begins == POINTER:
         raise ConfigError(
-            f"{what}: {path.name} is a Git LFS pointer, not the file itself: run git lfs pull there"
-            " (git lfs install before, where it is new)"
+            f"{what}: {path.name} is a Git LFS pointer, not the file itself: run git lfs pull there (git lfs"
+            " install before, where it is new)"
         )
     if not begins:
         raise ConfigError(f"{what}: {path.name} is empty: fetch it again, or save it again")
@@ -60,12 +60,11 @@ def tensor_headers(path: Path, what: str) -> dict[str, TensorHeader]:
             if begins[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
                 raise ConfigError(
                     f"{what}: {path.name} holds pickled weights under a safetensors name, and loading them"
-                    " could run"
-                    " code: convert them where that does no harm"
+                    " could run code: convert them where that does no harm"
                 )
             raise ConfigError(
-                f"{what}: {path.name} ({size} bytes) is no safetensors file, or cut off: fetch it again,"
-                " or save it again"
+                f"{what}: {path.name} ({size} bytes) is no safetensors file, or cut off: fetch it again, or"
+                " save it again"
             )
         header = parsed_object(file.read(length), f"{what}: {path.name}: its header")
     header.pop("__metadata__", None)
@@ -113,8 +112,7 @@ def model_tensors(folder: Path, what: str) -> dict[str, TensorHeader]:
     """The tensors of a model's folder as Transformers will read them: one file, or the shards of an index.
 
     Raises ConfigError, naming the file, where one is missing, damaged, or lacks a tensor that the index
-    promises.
-    Returns none where the weights go by another name, which is the library's to judge.
+    promises. Returns none where the weights go by another name, which is the library's to judge.
     """
     if (folder / SINGLE_NAME).is_file():
         return tensor_headers(folder / SINGLE_NAME, what)

@@ -30,8 +30,7 @@ class Tokenizer:
         vocabulary: int | None = None,
     ) -> None:
         """`context` is how many tokens of a text the model reads at most, where it has a limit; `vocabulary`
-        how
-        many embeddings it has, where token ids from that number on may occur.
+        how many embeddings it has, where token ids from that number on may occur.
 
         Raises ConfigError where the BOS token is needed and missing, or beyond the embeddings.
         """
@@ -52,9 +51,8 @@ class Tokenizer:
         )
         if prepend_bos and vocabulary is not None and not 0 <= bos < vocabulary:
             raise ConfigError(
-                f"the tokenizer's BOS token has the id {bos}, but the model has {vocabulary} embeddings:"
-                " use the"
-                " tokenizer that belongs to the model"
+                f"the tokenizer's BOS token has the id {bos}, but the model has {vocabulary} embeddings: use"
+                " the tokenizer that belongs to the model"
             )
 
     def limited(self, max_text_tokens: int) -> Tokenizer:
@@ -133,8 +131,7 @@ class Tokenizer:
                     sample,
                     "unknown_token",
                     f"text {name!r} has a token of id {max(ids)}, but the model has {self._vocabulary}"
-                    " embeddings:"
-                    " leave it out, or use the tokenizer that belongs to the model",
+                    " embeddings: leave it out, or use the tokenizer that belongs to the model",
                 )
             if len(ids) == len(self._prefix):
                 return rejected(sample, "empty_text", f"text {name!r} has no tokens: give it some content")
@@ -149,8 +146,8 @@ class Tokenizer:
                 return rejected(
                     sample,
                     "text_too_long",
-                    f"text {name!r} has {len(ids)} tokens, more than batching.max_text_tokens"
-                    f" = {self._max_text_tokens}: shorten it or raise the limit",
+                    f"text {name!r} has {len(ids)} tokens, more than batching.max_text_tokens ="
+                    f" {self._max_text_tokens}: shorten it or raise the limit",
                 )
         return None
 

@@ -1,9 +1,8 @@
 """Damages valid model folders, dictionary folders and configurations at random, in the ways that people meet.
 
 Each mutation takes a generator of random numbers and a `Case`, changes the case's files in place and says
-what it
-did. A mutation may turn out to be harmless: whoever uses it compares with what plain libraries make of the
-files.
+what it did. A mutation may turn out to be harmless: whoever uses it compares with what plain libraries make
+of the files.
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ HOOKS = (
 ARCHITECTURES = re.findall(
     r"\w+",
     "standard jumprelu topk gated transcoder skip_transcoder jumprelu_transcoder batchtopk"
-    " matryoshka_batchtopk temporal"
-    " matching_pursuit abstopk Standard nope",
+    " matryoshka_batchtopk temporal matching_pursuit abstopk Standard nope",
 )
 
 

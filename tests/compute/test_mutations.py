@@ -76,7 +76,10 @@ def of_lensd(toml: Path) -> tuple[list[list[int]], list[tuple[str, torch.Tensor,
     texts = [ids for ids in texts if model.context is None or len(ids) <= model.context]
     if not texts:
         return [], []
-    layers = engine.extract(texts).layers
+    extraction = engine.extract(texts)
+    if extraction.not_finite:  # rows that come out as rejects
+        return texts, []
+    layers = extraction.layers
     return texts, [
         (info.source, layer.x, layer.acts.to_dense(info.d_sae))
         for info, layer in zip(engine.info.saes, layers, strict=True)
@@ -95,7 +98,9 @@ def of_plain_libraries(case: Case, dtype: torch.dtype) -> tuple[list[list[int]],
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     prepends = {sae.cfg.metadata.prepend_bos is not False for sae in saes.values()}
     prefix = [bos] if prepends == {True} else []
-    texts = [prefix + tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    texts = [
+        prefix + tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS
+    ]
 
     def read(name: str, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         sae = saes[name]

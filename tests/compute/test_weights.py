@@ -317,6 +317,8 @@ def test_an_adapter_is_not_left_out_in_silence(folder):
         ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "nope"),
         ({"max_position_embeddings": -1}, "max_position_embeddings = -1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps in its config.json is NaN"),
+        ({"model_type": "gpt2"}, "its weights lack transformer"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_one_line(settings, said, folder):

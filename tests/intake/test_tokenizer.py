@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from daemon.compute.loading import ModelLocation, load_tokenizer
 from daemon.errors import ConfigError
+from daemon.intake.parsing import REJECT_REASONS
 from daemon.intake.tokenizer import Tokenizer
 from daemon.records import PLAIN_RECIPE, Part, PartExtent, Reject, Sample
 from tests import tiny
@@ -103,3 +109,72 @@ def test_a_model_without_bos_uses_eos_and_without_either_is_refused():
     bare.eos_token = None
     with pytest.raises(ConfigError, match="neither BOS nor EOS"):
         Tokenizer(bare, prepend_bos=True, max_text_tokens=9)
+
+
+def with_one_token_more(token: str = "<extra>") -> object:
+    more = tiny.byte_tokenizer()
+    more.add_tokens([token])
+    return more
+
+
+def test_a_token_beyond_the_models_embeddings_costs_its_record_alone():
+    made = Tokenizer(with_one_token_more(), prepend_bos=True, max_text_tokens=99, vocabulary=tiny.BOS + 1)
+    (part,) = made.tokenize([part_of("fine", "a <extra> b", "also fine")])
+    assert [sample.sample.sample_id for sample in part.samples] == ["id0", "id2"]
+    (reject,) = part.part.rejects
+    assert (reject.reason, reject.sample_id) == ("unknown_token", "id1")
+    assert "has a token of id 257, but the model has 257 embeddings" in reject.message
+    assert reject.reason in REJECT_REASONS
+
+
+def test_every_token_that_the_model_embeds_is_read():
+    made = Tokenizer(with_one_token_more(), prepend_bos=True, max_text_tokens=99, vocabulary=tiny.BOS + 2)
+    (part,) = made.tokenize([part_of("a<extra>b")])
+    assert part.samples[0].token_ids[0][2] == tiny.BOS + 1
+
+
+def test_ids_may_leave_gaps():
+    gaps = tiny.byte_tokenizer()
+    saved = json.loads(gaps.backend_tokenizer.to_str())
+    saved["added_tokens"].append({**saved["added_tokens"][0], "id": 900, "content": "<far>"})
+    saved["model"]["vocab"]["<far>"] = 900
+    gaps = PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(saved)), bos_token="<bos>")
+    made = Tokenizer(gaps, prepend_bos=True, max_text_tokens=99, vocabulary=300)
+    (part,) = made.tokenize([part_of("a", "<far>")])
+    assert [reject.reason for reject in part.part.rejects] == ["unknown_token"]
+
+
+def test_a_bos_beyond_the_models_embeddings_is_refused_at_the_start():
+    with pytest.raises(ConfigError, match="BOS token has the id 256, but the model has 256 embeddings"):
+        tokenizer(vocabulary=tiny.BOS)
+    tokenizer(vocabulary=tiny.BOS, prepend_bos=False)
+
+
+def test_a_text_that_the_tokenizer_can_not_encode_costs_its_record_alone():
+    letters = Backend(models.WordPiece(vocab={"a": 0, "b": 1, "<bos>": 2}, unk_token="[UNK]"))
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<bos>")
+    made = Tokenizer(fast, prepend_bos=True, max_text_tokens=9, vocabulary=3)
+    (part,) = made.tokenize([part_of("a b", "a c", "b", "z", "a a")])
+    assert [sample.token_ids[0] for sample in part.samples] == [(2, 0, 1), (2, 1), (2, 0, 0)]
+    assert [(reject.reason, reject.sample_id) for reject in part.part.rejects] == [
+        ("unknown_token", "id1"),
+        ("unknown_token", "id3"),
+    ]
+    assert "no token for" in part.part.rejects[0].message
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "both", "emptied"])
+def test_a_model_without_a_tokenizer_is_refused(name, tmp_path):
+    folder = tiny.save_llama(tmp_path / "model")
+    if name == "emptied":
+        saved = json.loads((folder / "tokenizer.json").read_text())
+        saved["model"]["vocab"] = {}
+        (folder / "tokenizer.json").write_text(json.dumps(saved))
+    else:
+        (folder / "tokenizer.json").unlink()
+        if name == "both":
+            (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match="tokenizer") as error:
+        load_tokenizer(ModelLocation("m", str(folder), None))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
