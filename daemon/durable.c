@@ -16,7 +16,7 @@ it back. One call here gives it up once, for any number of files. */
 #include <unistd.h>
 
 /* As `durable.StepKind` counts them. */
-enum { MAKE_NEW_FOLDER, WRITE_WHOLE, FSYNC_FILE, FSYNC_FOLDER, RENAME, MOVE, SYMLINK, UNLINK };
+enum { MAKE_NEW_FOLDER, WRITE_WHOLE, FSYNC_FILE, FSYNC_FOLDER, RENAME, MOVE, WRITE_NOTE, UNLINK };
 enum { DONE = 0, FAILED = -1, NOT_SYNCED = -2 }; /* the last: the disk refused an fsync */
 
 typedef struct {
@@ -49,13 +49,13 @@ static int closed(int descriptor, int result) {
     return result;
 }
 
-static int write_whole(const char *path, const Py_buffer *content) {
+static int write_new(const char *path, const Py_buffer *content, int to_disk) {
     int descriptor = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (descriptor < 0)
         return FAILED;
     int result = put_all(descriptor, content->buf, content->len);
 #ifdef SYNC_FILE_RANGE_WRITE
-    if (result == DONE)
+    if (result == DONE && to_disk)
         (void)sync_file_range(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE); /* makes nothing durable: only sooner */
 #endif
     return closed(descriptor, result);
@@ -91,7 +91,7 @@ static int take(const Step *step) {
     case MAKE_NEW_FOLDER:
         return mkdir(path, 0777);
     case WRITE_WHOLE:
-        return write_whole(path, &step->content);
+        return write_new(path, &step->content, 1);
     case FSYNC_FILE:
         return flush(path, O_RDONLY | O_CLOEXEC);
     case FSYNC_FOLDER:
@@ -100,8 +100,8 @@ static int take(const Step *step) {
         return rename(path, name);
     case MOVE:
         return move(path, name);
-    case SYMLINK:
-        return symlink(name, path);
+    case WRITE_NOTE:
+        return write_new(path, &step->content, 0);
     case UNLINK:
         return unlink(path);
     }

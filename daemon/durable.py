@@ -30,7 +30,7 @@ RENAME_NOREPLACE = 1  # <stdio.h>
 SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 
 OperationName = Literal[
-    "create", "write", "fsync_file", "fsync_folder", "mkdir", "rename", "link", "symlink", "unlink", "rmdir"
+    "create", "write", "fsync_file", "fsync_folder", "mkdir", "rename", "link", "unlink", "rmdir"
 ]
 
 
@@ -129,6 +129,15 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_whole(path: AnyPath, content: ReadableBuffer) -> None:
     """Write a new file at one go. Nothing of it is flushed: see `NewFile.start_writeback`, `fsync_file`."""
+    write_new(path, content, to_disk=True)
+
+
+def write_note(path: AnyPath, content: ReadableBuffer) -> None:
+    """Write a new small file that nobody waits for: a crash may take it, or leave it empty or cut."""
+    write_new(path, content, to_disk=False)
+
+
+def write_new(path: AnyPath, content: ReadableBuffer, *, to_disk: bool) -> None:
     announce("create", path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -137,7 +146,8 @@ def write_whole(path: AnyPath, content: ReadableBuffer) -> None:
         with naming(path):
             while view := view[os.write(descriptor, view) :]:
                 pass
-        start_writeback(descriptor)
+        if to_disk:
+            start_writeback(descriptor)
     finally:
         os.close(descriptor)
 
@@ -210,7 +220,7 @@ class StepKind(enum.IntEnum):
     FSYNC_FOLDER = 3
     RENAME = 4
     MOVE = 5
-    SYMLINK = 6
+    WRITE_NOTE = 6
     UNLINK = 7
 
 
@@ -310,12 +320,6 @@ def rename_without_replacing(source: AnyPath, target: AnyPath) -> bool | None:
     raise OSError(code, os.strerror(code), str(source), None, str(target))
 
 
-def symlink(path: AnyPath, content: str) -> None:
-    """Create a symbolic link that holds `content`."""
-    announce("symlink", path)
-    os.symlink(content, path)
-
-
 def unlink(path: AnyPath) -> None:
     """Remove a file's name."""
     announce("unlink", path)
@@ -370,7 +374,7 @@ FUNCTIONS: dict[StepKind, Callable[..., None]] = {
     StepKind.FSYNC_FOLDER: fsync_folder,
     StepKind.RENAME: rename,
     StepKind.MOVE: move_to_free,
-    StepKind.SYMLINK: symlink,
+    StepKind.WRITE_NOTE: write_note,
     StepKind.UNLINK: unlink,
 }
 

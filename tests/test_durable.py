@@ -114,15 +114,15 @@ def test_each_step_is_taken_whatever_becomes_of_the_others(tmp_path):
         (tmp_path / name).write_text(name)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    paths = {name: str(tmp_path / name) for name in ("a", "b", "c", "taken", "full", "new", "link", "gone")}
+    paths = {name: str(tmp_path / name) for name in ("a", "b", "c", "taken", "full", "new", "note", "gone")}
     steps = [
         Step(StepKind.MOVE, paths["a"], paths["taken"]),
         Step(StepKind.MOVE, paths["a"], paths["new"]),
         Step(StepKind.RENAME, paths["gone"], paths["new"]),
         Step(StepKind.RENAME, paths["b"], paths["taken"]),
         Step(StepKind.RENAME, paths["taken"], paths["full"]),
-        Step(StepKind.SYMLINK, paths["link"], "where \udcff"),
-        Step(StepKind.SYMLINK, paths["link"], "elsewhere"),
+        Step(StepKind.WRITE_NOTE, paths["note"], b"where \xff\n"),
+        Step(StepKind.WRITE_NOTE, paths["note"], b"elsewhere\n"),
         Step(StepKind.UNLINK, paths["c"]),
         Step(StepKind.UNLINK, paths["c"]),
     ]
@@ -130,10 +130,10 @@ def test_each_step_is_taken_whatever_becomes_of_the_others(tmp_path):
     assert codes == [
         errno.EEXIST, None, errno.ENOENT, None, errno.EISDIR, None, errno.EEXIST, None, errno.ENOENT
     ]  # fmt: skip
-    assert sorted(os.listdir(tmp_path)) == ["full", "link", "new", "taken"]
+    assert sorted(os.listdir(tmp_path)) == ["full", "new", "note", "taken"]
     assert (tmp_path / "new").read_text() == "a"
     assert (tmp_path / "taken").read_text() == "b"
-    assert os.readlink(tmp_path / "link") == "where \udcff"
+    assert (tmp_path / "note").read_bytes() == b"where \xff\n"
     assert each([]) == []
 
 

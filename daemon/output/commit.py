@@ -79,7 +79,8 @@ class Outbox:
         durable.fsync_folder(self.path)
         if self._lease is None:
             self._lease = Lease(self.path / STAGING)
-        self._index()
+        with durable.locked(self.path / STAGING / PUBLISHING):
+            self._index()
         return self.sweep()
 
     def close(self) -> None:
@@ -150,30 +151,41 @@ class Outbox:
         return old or self.published(parts.stem) is not None
 
     def _index(self) -> None:
-        """Make the index true: links that a crash took, results put there or taken away by hand."""
-        with durable.locked(self.path / STAGING / PUBLISHING):
-            units = {path.name for path in (self.path / UNITS).iterdir()}
-            for unit in units:
-                if self.published(unit) is None:
-                    durable.unlink(self.path / UNITS / unit)
-            for path in self.path.iterdir():
-                match = PUBLISHED.search(path.name)
-                if match and self.published(match[1]) is None and (path / MANIFEST).is_file():
-                    self._enter(match[1], path.name)
+        """Make the index true: notes that a crash took, results put there or taken away by hand.
+
+        Earlier versions kept links that led nowhere, at which a copy that follows links fails: they become
+        notes.
+        """
+        held: set[str] = set()
+        wrong: list[Step] = []
+        with os.scandir(self.path / UNITS) as entries:
+            for entry in entries:
+                if entry.is_symlink() or self.published(entry.name) is None:
+                    wrong.append(Step(StepKind.UNLINK, entry.path))
+                else:
+                    held.add(entry.name)
+        take_all(wrong)
+        missing: list[Step] = []
+        for path in self.path.iterdir():
+            match = PUBLISHED.search(path.name)
+            if match and match[1] not in held and (path / MANIFEST).is_file():
+                held.add(match[1])
+                missing.append(self._note(match[1], path.name))
+        take_all(missing)
 
     def published(self, unit: str) -> Path | None:
         """The folder with the unit's results, under whatever name its content was dropped first."""
-        try:
-            folder = self.path / os.readlink(f"{self.path}/{UNITS}/{unit}")  # noqa: PTH115 - of every file
-        except FileNotFoundError:
+        name = noted(f"{self.path}/{UNITS}/{unit}")
+        if name is None or "/" in name or not name.endswith(f"-{unit}"):
             return None
+        folder = self.path / name
         return folder if (folder / MANIFEST).is_file() else None
 
     def published_each(self, units: Sequence[str]) -> list[Path | None]:
         """`published` of each; fast where hardly any is."""
-        links = lstat_each([f"{self.path}/{UNITS}/{unit}" for unit in units])
+        notes = lstat_each([f"{self.path}/{UNITS}/{unit}" for unit in units])
         return [
-            None if link is None else self.published(unit) for unit, link in zip(units, links, strict=True)
+            None if note is None else self.published(unit) for unit, note in zip(units, notes, strict=True)
         ]
 
     def flush_names(self) -> None:
@@ -187,6 +199,9 @@ class Outbox:
         fails or something else has the name.
         """
         with durable.locked(self.path / STAGING / PUBLISHING):
+            if not os.path.isdir(f"{self.path}/{UNITS}"):  # noqa: PTH112 - somebody cleared it away
+                durable.make_folder(self.path / UNITS)
+                self._index()
             self._publish_free([unit for unit in staged if unit.publication is None])
             for unit in staged:
                 if unit.publication is None:
@@ -194,13 +209,10 @@ class Outbox:
         self.flush_names()
 
     def _publish_free(self, staged: Sequence[Staged]) -> None:
-        """Publish, all at one go, units whose link and folder nobody made before; the others are left."""
+        """Publish, all at one go, units whose note and folder nobody made before; the others are left."""
         targets = [self._target(unit) for unit in staged]
         entered = durable.each(
-            [
-                Step(StepKind.SYMLINK, f"{self.path}/{UNITS}/{unit.source.unit}", target.name)
-                for unit, target in zip(staged, targets, strict=True)
-            ]
+            [self._note(unit.source.unit, to.name) for unit, to in zip(staged, targets, strict=True)]
         )
         free = [
             (unit, target)
@@ -226,17 +238,49 @@ class Outbox:
     def _target(self, unit: Staged) -> Path:
         return self.path / output_folder_name(unit.source.claim.name, unit.source.unit)
 
-    def _enter(self, unit: str, name: str) -> None:
-        """Say which folder holds a unit. Comes before the rename, and is believed only where there is one.
+    def _note(self, unit: str, name: str) -> Step:
+        """The entry of the index that says which folder holds a unit.
 
-        The link leads nowhere from where it lies, so that nothing finds the results twice.
+        It comes before the folder's rename, and is believed only where there is one. It is a small file and
+        no link, so that nothing finds the results twice, and whoever copies the outbox copies it.
         """
-        link = self.path / UNITS / unit
+        return Step(StepKind.WRITE_NOTE, f"{self.path}/{UNITS}/{unit}", os.fsencode(f"{name}\n"))
+
+    def _enter(self, unit: str, name: str) -> None:
+        """Make the entry, in the place of one that is there."""
+        note = self._note(unit, name)
         try:
-            durable.symlink(link, name)
+            durable.take(note)
         except FileExistsError:
-            durable.unlink(link)
-            durable.symlink(link, name)
+            durable.unlink(note.path)
+            durable.take(note)
+
+
+def noted(path: str) -> str | None:
+    """What an entry of the index says; None where there is none, or not all of it.
+
+    One of an earlier version is a link.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return os.readlink(path)  # noqa: PTH115 - of every file
+    try:
+        content = os.read(descriptor, 2 * NAME_BYTES)
+    finally:
+        os.close(descriptor)
+    return os.fsdecode(content[:-1]) if content.endswith(b"\n") else None
+
+
+def take_all(steps: Sequence[Step]) -> None:
+    """Each step; raises the first error, once all were tried."""
+    for error in durable.each(steps):
+        if error is not None:
+            raise error
 
 
 def complete(staged: Sequence[Staged]) -> None:

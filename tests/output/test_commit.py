@@ -5,8 +5,10 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -271,6 +273,95 @@ def test_only_a_folder_with_a_manifest_counts_as_published(outbox):
     assert outbox.published(UNIT) is None
     assert publish_one(outbox, "b.jsonl").fresh
     assert outbox.published("f" * 12) is None
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+
+
+def copied_by(*command: str) -> Callable[[Path, Path], None]:
+    def copy(source: Path, target: Path) -> None:
+        if shutil.which(command[0]) is None:
+            pytest.skip(f"no {command[0]} on this machine")
+        line = " ".join(command).format(source=shlex.quote(str(source)), target=shlex.quote(str(target)))
+        subprocess.run(["sh", "-ec", line], check=True)
+
+    return copy
+
+
+COPIES = {
+    "cp": copied_by("cp", "-rL", "{source} {target}"),
+    "rsync": copied_by("rsync", "-aL", "{source}/ {target}"),
+    "tar": copied_by("tar", "-chf - -C {source} . | (mkdir {target} && tar -xf - -C {target})"),
+    "zip": copied_by("zip", "-qr {target}.zip {source} && mkdir {target}"),
+    "copytree": copy_tree,
+}
+
+
+@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
+def test_whoever_follows_links_copies_an_outbox_and_the_copy_is_one(outbox, tmp_path, copy):
+    names = [publish_one(outbox).folder.name]
+    staged, _ = stage(outbox, "b.jsonl", "0" * 12)
+    seal([staged])
+    outbox.publish([staged])
+    shutil.rmtree(outbox.path / f"b-{'0' * 12}")  # moved away by its user: no entry may fail for that
+    target = tmp_path / "copy"
+    copy(outbox.path, target)
+    if not list(target.iterdir()):
+        return  # an archive
+    assert sorted(path.name for path in target.iterdir() if not path.name.startswith(".")) == names
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    published = sum(path.stat().st_size for path in (target / names[0]).iterdir())
+    assert size < 1.1 * published
+    copied = Outbox(target)
+    copied.open()
+    assert copied.published(UNIT) == target / names[0]
+    copied.close()
+
+
+def test_an_index_of_links_becomes_one_of_files(tmp_path):
+    first = Outbox(tmp_path)
+    first.open()
+    folder = publish_one(first).folder
+    first.close()
+    index = tmp_path / ".units"
+    (index / UNIT).unlink()
+    (index / UNIT).symlink_to(folder.name)  # as versions before did
+    (index / ("0" * 12)).symlink_to(f"gone-{'0' * 12}")
+    assert first.published(UNIT) == folder
+    again = Outbox(tmp_path)
+    again.open()
+    assert {path.name: path.read_text() for path in index.iterdir()} == {UNIT: f"{folder.name}\n"}
+    assert not (index / UNIT).is_symlink()
+    assert again.published(UNIT) == folder
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "a", f"a-{UNIT}"[:-3], f"a-{UNIT}", f"../elsewhere/a-{UNIT}\n", f"a-{'0' * 12}\n", "\n", "x" * 9999],
+)
+def test_an_entry_that_a_crash_cut_or_somebody_wrote_is_not_believed_and_mended(outbox, content):
+    folder = publish_one(outbox).folder
+    elsewhere = outbox.path.parent / "elsewhere" / folder.name
+    shutil.copytree(folder, elsewhere)
+    entry = outbox.path / ".units" / UNIT
+    entry.write_text(content)
+    assert outbox.published(UNIT) is None
+    assert outbox.published_each([UNIT]) == [None]
+    assert publish_one(outbox, "a.jsonl") == Publication(folder, fresh=False)
+    assert visible(outbox) == {folder.name}
+    entry.write_text(content)
+    Outbox(outbox.path).open()
+    assert entry.read_text() == f"{folder.name}\n"
+
+
+def test_an_index_that_was_cleared_away_is_made_again(outbox):
+    folder = publish_one(outbox).folder
+    shutil.rmtree(outbox.path / ".units")
+    assert outbox.published(UNIT) is None
+    assert publish_one(outbox, "b.jsonl") == Publication(folder, fresh=False)
+    assert visible(outbox) == {folder.name}
 
 
 def test_results_put_there_by_hand_are_known_from_the_next_start_on(tmp_path):

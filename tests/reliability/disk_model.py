@@ -94,16 +94,13 @@ class Recorder:
             if operation.name in ("fsync_file", "rename", "link") and is_plain_file(path):
                 step["content"] = self._content(path)
             step["happened"] = will_happen(operation)
-            if step["happened"] is None or operation.name == "symlink":
+            if step["happened"] is None:
                 self._open[threading.get_ident()] = step
 
     def _conclude(self, step: dict[str, Any]) -> None:
         """Add what could be known only after the operation."""
         path = self._root / step["path"]
-        if step["happened"] is None:
-            step["happened"] = not os.path.lexists(path)
-        if step["name"] == "symlink" and path.is_symlink():
-            step["text"] = str(path.readlink())
+        step["happened"] = not os.path.lexists(path)
 
     def _note(self, name: str, path: Path, **fields: object) -> dict[str, Any]:
         step = {"name": name, "path": str(path.relative_to(self._root)), **fields}
@@ -127,7 +124,7 @@ def will_happen(operation: Operation) -> bool | None:
     path, target = operation.path, operation.target
     there = os.path.lexists(path)
     match operation.name:
-        case "create" | "mkdir" | "symlink":
+        case "create" | "mkdir":
             return not there
         case "unlink":
             return there
@@ -235,8 +232,6 @@ class Disk:
                 self._make("file", path)
             case "mkdir":
                 self._make("folder", path)
-            case "symlink":
-                self._make("symlink", path, step["text"])
             case "fsync_file":
                 self._look(path, step["content"]).content = step["content"]
             case "fsync_folder":

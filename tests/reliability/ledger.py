@@ -144,10 +144,13 @@ def wrong_index(outbox: Path, results: list[Published]) -> Iterator[str]:
     index = outbox / ".units"
     if not index.is_dir():
         return
-    links = {path.name: path.readlink().name for path in index.iterdir() if path.is_symlink()}
+    notes = {path.name: path.read_text() for path in index.iterdir() if not path.is_symlink()}
     for result in results:
-        if links.get(result.unit) != result.folder:
-            yield f"{result.folder}: the index has {links.get(result.unit)} for its unit"
+        if notes.get(result.unit) != f"{result.folder}\n":
+            yield f"{result.folder}: the index has {notes.get(result.unit)} for its unit"
+    for path in index.iterdir():
+        if path.is_symlink():
+            yield f"{path.name}: a link, at which a copy that follows links fails"
 
 
 def failed_files(folder: Path) -> tuple[list[Failure], list[str]]:

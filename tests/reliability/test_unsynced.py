@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 from collections.abc import Callable, Container
@@ -194,13 +195,16 @@ def test_operations_that_change_nothing_change_nothing_in_the_model(tmp_path):
     def collide(inbox: Path, outbox: Path) -> None:
         durable.write_file(outbox / "a", b"there first")
         assert not durable.move_without_replacing(inbox / "a", outbox / "a")
-        durable.symlink(outbox / "link", "somewhere")
+        durable.write_note(outbox / "note", b"somewhere")
+        with contextlib.suppress(FileExistsError):
+            durable.write_note(outbox / "a", b"too late")
         assert not durable.remove_empty_folder(outbox)
         durable.fsync_folder(outbox)
 
+    notes = {"unsynced": b"", "zeroed": b"", "halved": b"some"}  # never flushed
     for loss in LOSSES:
         assert left_by(tmp_path / loss, collide, loss) == {
             "inbox/a": b"dropped",
             "outbox/a": b"there first",
-            "outbox/link": b"somewhere",
+            "outbox/note": notes[loss],
         }
