@@ -30,11 +30,14 @@ class RejectSummary:
         ((reason, count),) = self._counts.most_common(1)
         others = len(self._counts) - 1
         beside = f" (and {others} other reason{'s' if others > 1 else ''})" if others else ""
+        first = self._first[reason]
+        said = first.message.startswith("line ") or first.line is None
+        example = first.message if said else f"line {first.line}: {first.message}"
         of_all = f"none of its {which}{self.records} records can be used: {count} {reason}{beside}"
         of_one = f"its only record can't be used: {reason}"
         return FileError(
             "no_usable_record",
-            f"{of_one if self.records == 1 and not which else of_all}, {self._first[reason].message}",
+            f"{of_one if self.records == 1 and not which else of_all}, {example}",
             {"records": self.records, "rejects": self._by_reason()},
         )
 

@@ -101,6 +101,7 @@ def test_it_fails_with_its_rejects_counted_and_publishes_nothing(
         assert f"{count} {reason}" in note["message"]
     first = note["rejects"][0]
     assert note["message"].endswith(first["first_message"])
+    assert f"line {first['first_line']}: " in note["message"]
     assert content.encode()[first["first_byte_offset"] :].startswith(b"{")
     assert [name for name in published(inbox) if name.startswith("bad")] == []
     assert not list((inbox.parent / "outbox/.staging").glob("*/*"))

@@ -24,6 +24,7 @@ ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or o
 AS_JSON_LINES = "write its rows as JSON Lines"
 DECOMPRESS = "decompress it, or compress it with gzip or zstandard"
 UNPACK = "drop the files that are in it"
+RTF = b"{\\rtf"
 KINDS: tuple[tuple[bytes, str, str], ...] = (
     (b"BZh", "bzip2", DECOMPRESS),
     (b"\xfd7zXZ\0", "xz", DECOMPRESS),
@@ -47,7 +48,7 @@ KINDS: tuple[tuple[bytes, str, str], ...] = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old file of Excel or Word", AS_JSON_LINES),
     (b"\x93NUMPY", "a NumPy array", AS_JSON_LINES),
     (b"%PDF-", "a PDF", "write its text as JSON Lines"),
-    (b"{\\rtf", "a rich text document", "save it as plain text"),
+    (RTF, "a rich text document", "save it as plain text"),
     (b"\x89PNG", "a PNG picture", "drop JSON text"),
     (b"\xff\xd8\xff", "a JPEG picture", "drop JSON text"),
     (b"GIF8", "a GIF picture", "drop JSON text"),
@@ -87,6 +88,8 @@ def opens_json(head: bytes) -> bool:
 
 def check_text(head: bytes) -> None:
     """Raises FileError where a content that begins so is no UTF-8 text, or another format that has a name."""
+    if head[:1] in OPENINGS and b"\0" not in head[:PROBE_BYTES] and not head.startswith(RTF):
+        return  # as nearly all do
     if compression_of(head) is not None:
         raise FileError("corrupt_compression", "the file is compressed twice: decompress it once")
     check_kind(head)

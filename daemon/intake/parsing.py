@@ -87,7 +87,7 @@ def exact_number(text: str) -> Number:
     """Raises SampleError where float64, which every reader takes it for, has no finite number for it."""
     if ("e" in text or "E" in text or len(text) > 300) and not math.isfinite(float(text)):
         raise SampleError("not_finite", "has a number beyond the range of float64: use a smaller one")
-    return Number(f"{MARK}{text}{MARK}")
+    return Number(MARK + text + MARK)
 
 
 def exact_integer(text: str) -> int | Number:
