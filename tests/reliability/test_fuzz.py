@@ -66,7 +66,7 @@ FILE_REASONS = {
 MAX_TEXT_TOKENS = 64
 JOINT = re.compile(rb"\}[ \t\r\x1e,\xef\xbb\xbf]*\{")  # where one line may hold several records
 # These reject records too.
-OF_LATER_STAGES = {"text_too_long", "empty_text", "out_of_memory", "not_finite_activation"}
+OF_LATER_STAGES = {"text_too_long", "empty_text", "unknown_token", "out_of_memory", "not_finite_activation"}
 FLAGS["batching.max_text_tokens"] = MAX_TEXT_TOKENS
 BOMB = gzip.compress(b" " * (17 << 20))
 LARGE = gzip.compress(b'["' + b"".join(b"%d%4000d" % (n**5, n) for n in range(5000)))  # ratio below 500
