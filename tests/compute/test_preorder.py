@@ -58,6 +58,14 @@ def test_blocks_hold_exactly_the_pairs_of_a_token_and_what_came_before_it(given_
     assert attended(packed, block).tolist() == expected
 
 
+@given(texts, st.integers(1, 9))
+def test_blocks_take_every_query_once_and_no_more_than_told_at_a_time(given_texts, block):
+    packed = preorder(given_texts)
+    runs = [range(len(packed))[entry.queries] for entry in attention_blocks(packed.end, block)]
+    assert [query for run in runs for query in run] == list(range(len(packed)))
+    assert all(len(run) == block for run in runs[:-1]) and 1 <= len(runs[-1]) <= block
+
+
 @given(texts, st.integers(0, 40), st.integers(1, 9))
 def test_nodes_to_fill_up_with_are_by_themselves(given_texts, more, block):
     packed = preorder(given_texts)
