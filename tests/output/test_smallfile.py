@@ -113,7 +113,9 @@ def test_metadata_is_what_a_general_writer_says():
         )
 
 
-@pytest.mark.parametrize(("samples", "codec"), [(1, "UNCOMPRESSED"), (FEW_ROWS + 1, "ZSTD")])
+@pytest.mark.parametrize(
+    ("samples", "codec"), [(1, "UNCOMPRESSED"), (FEW_ROWS, "UNCOMPRESSED"), (FEW_ROWS + 1, "ZSTD")]
+)
 def test_a_few_rows_are_not_worth_compressing_and_many_are(samples, codec, tmp_path):
     writer = open_writer(tmp_path / "unit")
     writer.write_part(finish(make_part(0, 0, samples, last=True)))

@@ -27,7 +27,8 @@ from daemon.output import writer as writer_module
 from daemon.output.finished import BlockRows, FinishedPart
 from daemon.output.parts import stored_extents
 from daemon.output.schema import features_schema, metrics_schema
-from daemon.output.tables import FEW_ROWS
+from daemon.output.smallfile import SmallFile
+from daemon.output.tables import FEW_ROWS, part_tables
 from daemon.output.totals import UnitTotals
 from daemon.records import PLAIN_RECIPE, Reject, TokenizedPart
 
@@ -221,12 +222,23 @@ def test_a_part_whose_samples_are_not_covered_once_is_a_bug(tmp_path, batches):
 
 
 def test_rows_that_do_not_pair_up_are_a_bug_even_where_their_numbers_do(tmp_path):
-    finished = finish(make_part(0, 0, 3), [[0, 1], [2]])
-    longer, shorter = finished.pieces
+    finished = finish(make_part(0, 0, 4), [[0, 1], [2], [3]])
+    longer, shorter, paired = finished.pieces
     moved = dataclasses.replace(longer, part_rows=longer.part_rows[:1])
     given = dataclasses.replace(shorter, part_rows=np.array([1, 2]))
     with pytest.raises(AssertionError, match="exactly once"):
-        open_writer(tmp_path / "unit").write_part(dataclasses.replace(finished, pieces=(moved, given)))
+        open_writer(tmp_path / "unit").write_part(
+            dataclasses.replace(finished, pieces=(moved, given, paired))
+        )
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 3], [-1, 0, 1]])
+def test_rows_that_are_not_of_the_part_are_a_bug(tmp_path, rows):
+    finished = finish(make_part(0, 0, 3))
+    (piece,) = finished.pieces
+    moved = dataclasses.replace(piece, part_rows=np.array(rows))
+    with pytest.raises(AssertionError, match="exactly once"):
+        open_writer(tmp_path / "unit").write_part(dataclasses.replace(finished, pieces=(moved,)))
 
 
 def test_unexpected_parts_are_bugs(tmp_path):
@@ -311,6 +323,31 @@ def test_many_small_units_are_written_as_each_alone(tmp_path):
             assert Path(writer.staging, path.name).read_bytes() == path.read_bytes()
     assert not (tmp_path / "unit-1" / "leftover").exists()
     assert writer_module.write_small([]) == []
+
+
+def test_parts_made_together_are_as_each_alone():
+    """Of files small, large and of several parts."""
+    parts = [
+        finish(part)
+        for part in (
+            make_part(0, 0, 2, last=True),
+            make_part(0, 0, FEW_ROWS + 3, last=True),
+            make_part(1, 5, 3, last=True),
+            make_part(0, 0, 3, rejected=(1,), last=True),
+            make_part(0, 0, 0, last=True),
+        )
+    ]
+    schemas = metrics_schema(INFO.layers, CONTRAST_RECIPE), features_schema("float32")
+    together = part_tables(parts, *schemas, INFO)
+    kinds = [(type(tables.metrics), type(tables.features)) for tables in together]
+    assert kinds == [(SmallFile,) * 2, (pa.Table,) * 2, (pa.Table,) * 2, (SmallFile,) * 2, (pa.Table,) * 2]
+    for part, tables in zip(parts, together, strict=True):
+        (alone,) = part_tables([part], *schemas, INFO)
+        for made, expected in ((tables.metrics, alone.metrics), (tables.features, alone.features)):
+            if isinstance(expected, SmallFile):
+                assert (made.rows, bytes(made.content)) == (expected.rows, bytes(expected.content))
+            else:
+                assert made.equals(expected)
 
 
 def test_parts_of_an_earlier_attempt_are_the_same_as_new_ones(tmp_path):
