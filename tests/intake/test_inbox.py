@@ -357,6 +357,22 @@ async def test_a_file_of_the_dead_waits_for_one_of_its_name_that_is_under_way(tm
         await claims.aclose()
 
 
+async def test_living_leases_keep_none_of_the_dead_behind(tmp_path):
+    async with opened(tmp_path):
+        claimed_by_the_dead(tmp_path, "~last", "a.json")
+        async with opened(tmp_path) as inbox:
+            assert inbox.take_recovered() == 1
+            assert [claim.name for claim in await drained(inbox)] == ["a.json"]
+
+
+async def test_a_hidden_folder_beside_the_leases_is_left_alone(tmp_path):
+    hidden = tmp_path / ".claimed" / ".somebody"
+    hidden.mkdir(parents=True)
+    async with opened(tmp_path) as inbox:
+        assert await drained(inbox) == []
+    assert list(hidden.iterdir()) == []
+
+
 async def test_what_is_no_input_goes_back_and_keeps_nothing_of_the_dead_behind(tmp_path):
     claimed_by_the_dead(tmp_path, "one", "a.crdownload", "b.json")
     async with opened(tmp_path) as inbox:

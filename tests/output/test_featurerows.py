@@ -82,6 +82,7 @@ def test_activations_beyond_a_type_become_the_nearest_it_holds_and_are_counted(k
     found = [(rows, np.array([1, 0, 2])), (rows, np.array([-1, 3, -1]))]
     assert clipped(found, kind, 4).tolist() == [0, 0, 4, 0]
     assert clipped([(rows, np.array([-1, 0, 1]))], kind, 2).tolist() == [0, 4]
+    assert clipped([(rows, np.array([-1, -1, 0]))], kind, 1).tolist() == [4]
     assert clipped(found, np.float64, 4).tolist() == [0] * 4
     stored = in_order(found[:1], kind).values
     assert stored.tolist() == [2, most, 1.5, most, least, most, least, least]
