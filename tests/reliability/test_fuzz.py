@@ -328,7 +328,10 @@ def hostile_file(rng: Random, max_records: int) -> Hostile:
 
 def certain_lines(content: bytes) -> int | None:
     """How many records a content holds that is JSON Lines beyond doubt: its first two lines are objects."""
-    lines = [line for line in content.split(b"\n") if line.strip() or len(line) > LIMITS.max_record_bytes]
+    blank = b" \t\r\n\v\f\xef\xbb\xbf"  # and what a byte-order mark is made of
+    lines = [
+        line for line in content.split(b"\n") if line.strip(blank) or len(line) > LIMITS.max_record_bytes
+    ]
     if len(lines) < 2 or any(JOINT.search(line) for line in lines) or not content.startswith(b"{"):
         return None
     whole = all(sound(line) and line.lstrip().startswith(b"{") for line in lines[:2])
