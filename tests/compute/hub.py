@@ -56,11 +56,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not file.is_file():
                 self.send(404, {"X-Error-Code": "EntryNotFound"}, b"", with_body)
             else:
-                self.send(200, {"ETag": '"1"', "X-Repo-Commit": "a" * 40}, file.read_bytes(), with_body)
+                self.send(200, {"ETag": f'"{name}"', "X-Repo-Commit": "a" * 40}, file.read_bytes(), with_body)
             return
         if hub.status == 200:  # of a file that breaks off
             raw = file.read_bytes() if file is not None else b"x" * 1000
-            self.send(200, {"ETag": '"1"', "X-Repo-Commit": "a" * 40}, raw, with_body, cut=len(raw) // 2)
+            self.send(
+                200, {"ETag": f'"{name}"', "X-Repo-Commit": "a" * 40}, raw, with_body, cut=len(raw) // 2
+            )
             return
         self.send(hub.status, hub.headers, json.dumps({"error": GATED}).encode(), with_body)
 
