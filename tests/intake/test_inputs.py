@@ -138,15 +138,16 @@ def test_a_drain_tells_at_once(tmp_path):
     assert [name for name, _ in told(scanner)] == ["notes.txt"]
 
 
-def test_a_folder_full_of_others_files_is_told_in_a_few_lines(tmp_path):
-    for number in range(100):
+@pytest.mark.parametrize(("files", "more"), [(20, []), (21, [1]), (100, [80])])
+def test_a_folder_full_of_others_files_is_told_in_a_few_lines(tmp_path, files, more):
+    for number in range(files):
         (tmp_path / f"{number}.csv").touch()
     scanner = Scanner(tmp_path, settle_seconds=0.0, clock=Clock())
     with capture_logs() as logs:
         scanner.scan()
         scanner.scan()
-    assert len(logs) == 21
-    assert [entry["more_files"] for entry in logs if "more_files" in entry] == [80]
+    assert len(logs) == 20 + len(more)
+    assert [entry["more_files"] for entry in logs if "more_files" in entry] == more
 
 
 def subfolders_told(path: Path, names: InputNames | None = None) -> list[list[str]]:

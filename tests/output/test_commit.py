@@ -23,6 +23,7 @@ from daemon.output.commit import Outbox, Publication, Staged, complete, output_f
 from daemon.output.jsontext import to_json_lines
 from daemon.output.manifest import manifest
 from daemon.output.totals import UnitTotals
+from daemon.pause import FoldersLost
 
 CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -402,6 +403,34 @@ def test_parts_that_nobody_needs_any_more_are_removed(outbox):
     publish_one(outbox)
     outbox.sweep()
     assert not lease.exists()
+
+
+def test_of_two_dead_processes_parts_of_a_unit_the_first_are_adopted(outbox):
+    leases = sorted((abandoned(outbox), abandoned(outbox)))
+    assert [path.name for path in outbox.adopt_parts(UNIT).iterdir()] == ["000000"]
+    assert [(lease / f"{UNIT}.parts").exists() for lease in leases] == [False, True]
+
+
+def test_an_orderly_stop_keeps_the_parts_of_unfinished_units_and_nothing_else(tmp_path):
+    outbox = Outbox(tmp_path)
+    outbox.open()
+    stage(outbox)
+    outbox.parts("0" * 12).mkdir()
+    (outbox.parts("0" * 12) / "000000").touch()
+    lease = outbox.lease.folder
+    outbox.close()
+    assert [path.name for path in lease.iterdir() if path.name != ".lock"] == ["0" * 12 + ".parts"]
+    outbox.close()  # safe to repeat
+
+
+def test_a_lease_that_somebody_removed_is_lost_and_an_outbox_that_is_away_is_not(outbox):
+    outbox.check_lost()
+    aside = outbox.path.rename(outbox.path.with_name("away"))
+    outbox.check_lost()
+    aside.rename(outbox.path)
+    shutil.rmtree(outbox.lease.folder)
+    with pytest.raises(FoldersLost, match="disappeared"):
+        outbox.check_lost()
 
 
 def test_a_living_process_keeps_its_own(outbox):
