@@ -172,7 +172,7 @@ def results_key(config: Config, engine: Engine) -> str:
     identity = {
         "analysis": ANALYSIS_VERSION,
         "config": config.results_fingerprint(),
-        "model": info.weights_sha256 or info.name,
+        "model": [info.weights_sha256 or info.name, info.settings_sha256],
         "saes": [dataclasses.astuple(sae) for sae in info.saes],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

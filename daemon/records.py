@@ -319,6 +319,7 @@ class SaeInfo:
     architecture: str
     source: str  # release and id, or the path's last component
     weights_sha256: str
+    settings_sha256: str = ""  # of all that its configuration says
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +336,7 @@ class ModelInfo:
     weights_sha256: str | None  # None where the weights came from a hub
     saes: tuple[SaeInfo, ...]
     cards: tuple[Fit, ...] = ()  # of each SAE, by its makers; empty where what is read is not comparable
+    settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
 
     @property
     def known_fits(self) -> tuple[Fit, ...]:

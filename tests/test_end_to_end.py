@@ -147,6 +147,32 @@ def test_content_published_under_an_older_analysis_is_new_work(tiny_toml, inbox,
     assert manifest_of(folders[1][1])["analysis_version"] == ANALYSIS_VERSION == 2
 
 
+@pytest.mark.parametrize("what", ["rope_theta", "rms_norm_eps", "tokenizer", "k", "apply_b_dec_to_input"])
+def test_content_read_under_other_settings_of_a_model_or_dictionary_is_new_work(what, inbox, tmp_path):
+    """The weights are the same files; a setting beside them was mended."""
+    made = tiny.make_tiny(tmp_path)
+    topk = tiny.save_sae(tmp_path / "topk", "blocks.1.hook_resid_post", architecture="topk")
+    toml = tmp_path / "lensd.toml"
+    toml.write_text(tiny.Tiny(made.model, (topk,)).toml())
+    outcomes = []
+    for _ in range(2):
+        tiny.write_json(inbox / "study.json", tiny.contrast_records(2))
+        outcomes += drain(configured(toml, inbox))[1]
+        if what == "tokenizer":
+            settings = json.loads((made.model / "tokenizer.json").read_text())
+            settings["pre_tokenizer"]["add_prefix_space"] = True
+            (made.model / "tokenizer.json").write_text(json.dumps(settings))
+        elif what in ("k", "apply_b_dec_to_input"):
+            tiny.overwrite_sae_config(topk, **{what: 6 if what == "k" else False})
+        else:
+            settings = json.loads((made.model / "config.json").read_text())
+            at = settings["rope_parameters"] if what == "rope_theta" else settings
+            at[what] = 500.0 if what == "rope_theta" else 1e-2
+            (made.model / "config.json").write_text(json.dumps(settings))
+    assert [outcome.kind for outcome in outcomes] == ["committed", "committed"]
+    assert outcomes[0].unit != outcomes[1].unit
+
+
 def test_a_rendered_text_counts_its_bos_once(tiny_toml, inbox):
     texts = ("hello there", "<bos>hello there")
     for positions in ("last", "all", "mean"):

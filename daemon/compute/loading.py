@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import warnings
@@ -30,6 +31,7 @@ from daemon.errors import ConfigError, MachineError
 from daemon.records import Fit, ModelInfo, SaeInfo
 
 BUNDLED = "smollm2-135m"
+NO_SETTINGS = {"_name_or_path", "transformers_version"}  # of a configuration: they change no result
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # rotary embeddings that turn by the longest text
 MOST_PARTS = 100_000  # layers, heads or experts that a configuration may ask for: building more takes hours
 COUNTS = re.compile(r"n_layers?|n_heads?|(?:num|n)_\w*(?:layers|heads|experts|blocks)")
@@ -61,6 +63,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: str
     report: LoadReport = field(default_factory=LoadReport)  # how its checkpoint fits: see `check_weights`
+    settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
 
 
 def locate_model(name: str, cache_dir: Path) -> ModelLocation:
@@ -233,10 +236,12 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
             check_types(model_tensors(fetch_weights(location.target, what), what), what)
         model = model.to(device)
         model.requires_grad_(False).eval()
+        tokenizer = load_tokenizer(location)
+        settings = settings_sha256(model.config, tokenizer)
         config = model.config.get_text_config()
         return LoadedModel(
             model=model,
-            tokenizer=load_tokenizer(location),
+            tokenizer=tokenizer,
             location=location,
             architecture=type(model).__name__,
             d_model=int(config.hidden_size),
@@ -246,7 +251,17 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
             dtype=dtype,
             device=device,
             report=LoadReport.of(info),
+            settings_sha256=settings,
         )
+
+
+def settings_sha256(config: Any, tokenizer: Any) -> str:
+    """Hash of what besides weights makes a model's results: configuration, tokenizer and a hub's commit."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in NO_SETTINGS}
+    special = tokenizer.bos_token_id, tokenizer.eos_token_id
+    commit = getattr(config, "_commit_hash", None)
+    told = [settings, tokenizer.backend_tokenizer.to_str(), special, commit]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_config(config: Any, what: str) -> None:
@@ -339,6 +354,7 @@ def model_info(
         device=model.device,
         engine=engine,
         weights_sha256=model.location.weights_sha256,
+        settings_sha256=model.settings_sha256,
         saes=tuple(saes),
         cards=tuple(cards),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import logging
 import re
 import warnings
@@ -167,6 +168,7 @@ def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae
         architecture=architecture,
         source=name,
         weights_sha256=sha256_of(source.path / WEIGHTS_NAME) if source.path else tensors_sha256(sae),
+        settings_sha256=settings_sha256(sae.cfg.to_dict()),
     )
     return LoadedSae(
         info=info,
@@ -296,6 +298,12 @@ def quietly(load: Any, *args: Any, **kwargs: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return load(*args, **kwargs)
+
+
+def settings_sha256(settings: dict[str, Any]) -> str:
+    """Hash of a configuration as it was loaded, but for the device."""
+    told = {key: value for key, value in settings.items() if key != "device"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tensors_sha256(sae: Any) -> str:

@@ -93,6 +93,7 @@ def describe_dictionary(sae: SaeInfo, card: Fit) -> Constant:
         d_sae=sae.d_sae,
         d_out=sae.d_out,
         weights_sha256=sae.weights_sha256,
+        settings_sha256=sae.settings_sha256,
         card={"mean_l0": card.l0, "fvu": card.fvu},
     )
 
