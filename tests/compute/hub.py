@@ -16,7 +16,10 @@ GATED = "Access to model x/y is restricted. You must have access to it and be au
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Answers each request with one status, or serves a folder and fails for some of its files."""
+    """Answers each request with one status, or serves a folder and fails for some of its files.
+
+    What it says may be changed between two requests.
+    """
 
     daemon_threads = True
 
@@ -94,7 +97,7 @@ def hub_that_says(
 
 
 PROGRAM = """
-import sys
+import json, sys
 import huggingface_hub.utils._http as http
 http.time.sleep = lambda seconds: None  # between its own tries
 from pathlib import Path
@@ -103,38 +106,68 @@ import torch
 from daemon.compute.loading import load_model, locate_model
 from daemon.compute.sae import load_sae
 from daemon.config import SaeSection
-name, release, sae_id = sys.argv[1:]
-try:
-    if release:
-        load_sae(SaeSection(release=release, id=sae_id), device="cpu", dtype=torch.float32)
-    else:
-        load_model(locate_model(name, Path.cwd()), device="cpu", dtype=torch.float32)
-except Exception as error:
-    sys.exit(complain(error, exit_code(error)))
+for line in sys.stdin:
+    name, release, sae_id = json.loads(line)
+    code = 0
+    try:
+        if release:
+            load_sae(SaeSection(release=release, id=sae_id), device="cpu", dtype=torch.float32)
+        else:
+            load_model(locate_model(name, Path.cwd()), device="cpu", dtype=torch.float32)
+    except Exception as error:
+        code = complain(error, exit_code(error))
+    print("exit code", code, flush=True)  # libraries print too
 """
 
 
-def load_from(
-    url: str, folder: Path, *, name: str = "x/y", release: str = "", sae_id: str = ""
-) -> tuple[int, str]:
-    """Exit code and stderr of a process that loads a model, or a dictionary, from a hub at `url`."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(folder / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_ETAG_TIMEOUT": "5",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop("HF_TOKEN", None)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, name, release, sae_id],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=folder,
-        timeout=110,
-    )
-    return done.returncode, done.stderr
+class Loader:
+    """A process that loads models and dictionaries, one after the other, from a hub at `url`."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(folder / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_ETAG_TIMEOUT": "5",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "OMP_NUM_THREADS": "1",
+        }
+        environment.pop("HF_TOKEN", None)
+        self._said = folder / "stderr"
+        with self._said.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=environment,
+                cwd=folder,
+            )
+
+    def load(self, name: str, *, release: str = "", sae_id: str = "") -> tuple[int, str]:
+        """The exit code that loading leads to, and what it says to a person."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        before = len(self._said.read_bytes())
+        self._process.stdin.write(json.dumps([name, release, sae_id]) + "\n")
+        self._process.stdin.flush()
+        answers = (line for line in self._process.stdout if line.startswith("exit code "))
+        answer = next(answers, None)
+        said = self._said.read_bytes()[before:].decode()
+        assert answer is not None, f"the process ended: {said}"
+        return int(answer.removeprefix("exit code ")), said
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@contextmanager
+def loader_from(url: str, folder: Path) -> Iterator[Loader]:
+    loader = Loader(url, folder)
+    try:
+        yield loader
+    finally:
+        loader.close()
