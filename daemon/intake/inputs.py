@@ -23,7 +23,7 @@ TEMPORARY_SUFFIXES = (
 )
 # An uploaded file under way: its name and random characters, as of the AWS command line.
 UPLOADING = re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?\.[0-9A-Za-z]{6,8}\Z", re.IGNORECASE)
-CONTROL_SUFFIXES = (".aria2", ".lftp-pget-status")  # beside a download that has its final name already
+CONTROL_SUFFIXES = (".aria2", ".lftp-pget-status", ".st")  # beside a download that has its final name already
 PLACEHOLDER_SUFFIXES = (".part", ".crdownload", ".partial", ".download")  # beside an empty file in its place
 KNOWN_FOLDERS = frozenset({DONE, FAILED, "lost+found"})
 
@@ -65,4 +65,7 @@ def is_unfinished(name: str, size: int, others: Collection[str]) -> bool:
     """Whether a file under its final name is still being fetched, by what lies beside it."""
     if any(name + suffix in others for suffix in CONTROL_SUFFIXES):
         return True
-    return not size and any(name + suffix in others for suffix in PLACEHOLDER_SUFFIXES)
+    if size:
+        return False
+    stem = name.partition(".")[0]  # Firefox puts random characters between it and the suffix
+    return any(other.startswith(f"{stem}.") and other.endswith(PLACEHOLDER_SUFFIXES) for other in others)

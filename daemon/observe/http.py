@@ -9,15 +9,18 @@ import asyncio
 import contextlib
 import gzip
 import json
+import logging
 from collections.abc import AsyncIterator, Iterable
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from daemon.observe.health import Health
 from daemon.observe.listening import listen
 
+server_log = logging.getLogger("daemon.observe.http")
 SHUTDOWN_SECONDS = 1.0  # for requests under way to end, and then for their handlers: twice at most
 
 
@@ -79,7 +82,8 @@ async def serve_http(
     """
     host = address.rpartition(":")[0]
     app = application(registry, health, routes)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+    server_log.addFilter(is_ours)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, logger=server_log)
     await runner.setup()
     try:
         sockets = await listen(address)
@@ -88,6 +92,11 @@ async def serve_http(
         yield f"http://{host}:{sockets[0].getsockname()[1]}"
     finally:
         await close(runner)
+
+
+def is_ours(record: logging.LogRecord) -> bool:
+    """Whether an error is worth a line: a request that is no HTTP is its client's, who is told."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 async def close(runner: web.AppRunner) -> None:

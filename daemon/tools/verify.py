@@ -23,7 +23,7 @@ from daemon.build import Compute, load_compute, read_limits, study_settings
 from daemon.columns import Column, analysis_columns
 from daemon.compute.packing import Packer
 from daemon.config import Config
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, FileError
 from daemon.intake.reader import read_parts
 from daemon.intake.tokenizer import Tokenizer
 from daemon.observe.progress import Progress
@@ -143,6 +143,8 @@ def verify(
     parts = asyncio.run(tokenized_parts(config, compute.tokenizer, file or DEMO_SAMPLES))
     recipe = parts[0].part.recipe
     chosen = [sample for part in parts for sample in part.samples][:samples]
+    if not chosen:
+        raise FileError("no_usable_record", f"{file or DEMO_SAMPLES}: none of its records can be used")
     with torch.inference_mode():
         with Progress() as progress:
             reference = run_reference(config, oracle, recipe, chosen, progress)

@@ -65,7 +65,9 @@ def test_patterns_are_of_whole_names_and_win_over_suffixes():
     [
         (9, "x.json.aria2", True),
         (9, "x.json.lftp-pget-status", True),
+        (9, "x.json.st", True),
         (0, "x.json.part", True),
+        (0, "x.vkZQe1Tk.json.part", True),
         (0, "x.json.crdownload", True),
         (9, "x.json.part", False),  # of another try: this one is whole
         (0, "y.json.part", False),

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 import aiohttp
 import pytest
+from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter
 
 from daemon.errors import ConfigError
@@ -53,6 +55,29 @@ async def test_metrics_come_in_prometheus_text(health):
     assert status == 200
     assert content_type.startswith("text/plain; version=")
     assert "lensd_things_total 3.0" in body
+
+
+@pytest.mark.parametrize("line", [b"GET /" + b"a" * 20_000, b"GET / HTTP/9.z", b"nonsense"])
+async def test_what_is_no_http_is_told_to_its_client_and_not_to_the_log(line, health, caplog):
+    async with serve_http("127.0.0.1:0", CollectorRegistry(), health) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(line + b"\r\n\r\n")
+        answer = await reader.readline()
+        writer.close()
+        status, _, _ = await get(f"{url}/livez")
+    assert b" 400 " in answer
+    assert status == 200
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+async def test_an_error_of_its_own_is_logged(health, caplog):
+    async def fails(_: web.Request) -> web.Response:
+        raise RuntimeError("on purpose")
+
+    async with serve_http("127.0.0.1:0", CollectorRegistry(), health, [web.get("/fails", fails)]) as url:
+        status, _, _ = await get(f"{url}/fails")
+    assert status == 500
+    assert any("on purpose" in str(record.exc_info) for record in caplog.records)
 
 
 async def test_ready_follows_what_is_unmet(health):

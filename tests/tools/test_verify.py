@@ -12,6 +12,7 @@ import torch
 from daemon.compute.packed import PackedEngine
 from daemon.compute.padded import PaddedEngine
 from daemon.config import Config, load_config
+from daemon.errors import FileError
 from daemon.tools import oracle
 from daemon.tools.verify import Verification, verify
 from tests import tiny
@@ -129,3 +130,12 @@ def test_samples_that_are_not_finite_are_left_out_on_both_sides(tmp_path, monkey
     assert (found.samples, found.rejects) == (5, 1)
     monkeypatch.setattr("daemon.tools.verify.is_finite", lambda layer: False)
     assert not verify(config, file, samples=None, batch_sizes=(4,)).passed
+
+
+def test_a_file_without_a_usable_record_agrees_with_nothing(tmp_path):
+    made = tiny.make_tiny(tmp_path)
+    (tmp_path / "lensd.toml").write_text(made.toml())
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    config = load_config(tmp_path / "lensd.toml", {}, {"batching.max_batch_tokens": 512})
+    with pytest.raises(FileError, match="none of its records can be used"):
+        verify(config, tmp_path / "empty.jsonl", samples=None, batch_sizes=(1,))
