@@ -122,7 +122,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--repetitions", type=positive, default=5, metavar="N", help="default 5")
     bench.add_argument("--batch-sizes", type=sizes, metavar="N,N", help="samples per batch (1,4,8,16,32)")
     bench.add_argument(
-        "--baselines", metavar="NAME,NAME", help="only these (sequential, original, idiomatic 32, ...)"
+        "--baselines",
+        type=baseline_names,
+        metavar="NAME,NAME",
+        help="only these (sequential, original, idiomatic 32, ...)",
     )
     bench.add_argument("--baseline-samples", type=positive, metavar="N", help="on which these run")
     bench.add_argument("--positions", metavar="P", dest="analysis.positions", help="last, all, mean, max")
@@ -167,14 +170,29 @@ def path(text: str) -> Path:
 
 
 def positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError("expected a number above 0")
+        raise argparse.ArgumentTypeError(f"expected a number above 0 (got {text!r})")
     return value
 
 
 def sizes(text: str) -> tuple[int, ...]:
-    return tuple(positive(part) for part in text.split(","))
+    try:
+        return tuple(positive(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected numbers above 0, such as 1,8,32 (got {text!r})") from None
+
+
+def baseline_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(
+            f"an empty name names none: expected names, such as sequential,original (got {text!r})"
+        )
+    return names
 
 
 def configure(args: argparse.Namespace) -> Config:
@@ -192,8 +210,10 @@ def configure(args: argparse.Namespace) -> Config:
 
 
 def flags_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given as flags, by their keys."""
+    """The settings that were given as flags, by their keys. An address is given to be served."""
     flags = {key: value for key, value in vars(args).items() if "." in key}
+    if flags.get("http.address") is not None:
+        flags["http.enabled"] = True
     if getattr(args, "no_http", False):
         flags["http.enabled"] = False
     return flags
@@ -257,7 +277,7 @@ def run_bench(args: argparse.Namespace) -> int:
         args.files,
         repetitions=args.repetitions,
         batch_sizes=args.batch_sizes or BATCH_SIZES,
-        baselines=args.baselines.split(",") if args.baselines is not None else None,
+        baselines=args.baselines,
         baseline_samples=args.baseline_samples,
     )
     if args.plot is not None:

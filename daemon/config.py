@@ -40,6 +40,10 @@ ENV_PREFIX = "LENSD_"
 ENV_NOT_SETTINGS = {"LENSD_CACHE_DIR"}
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_MODEL = "smollm2-135m"
+TABLES_LOOK = {  # as environment variables
+    "texts": '{"question": "{prompt}"}',
+    "contrast": '{"reference": "question", "positive": "right", "negative": "wrong"}',
+}
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -99,6 +103,11 @@ class ModelSection(Section):
     compile: Literal["auto", "off"] = "auto"  # layers and attention by torch.compile: on CUDA, where it pays
 
 
+SAE_LOOKS = (
+    '[[sae]] with path, or with release and id; in the environment JSON, such as [{"path": "my-dictionary"}]'
+)
+
+
 class SaeSection(Section):
     """One dictionary: `release` and `id` as SAELens names them, or `path` to a SAELens folder."""
 
@@ -113,6 +122,20 @@ class SaeSection(Section):
         if (self.release is None) != (self.id is None):
             raise ValueError("release and id go together")
         return self
+
+
+def check_sae(value: Any) -> Any:
+    """Raises ValueError for what is no table."""
+    if not isinstance(value, Mapping | SaeSection):
+        raise ValueError(f"expected a table: {SAE_LOOKS}")
+    return value
+
+
+def check_saes(value: Any) -> Any:
+    """Raises ValueError for one dictionary, or none, where a list of them is due."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list: {SAE_LOOKS}")
+    return value
 
 
 class ContrastSection(Section):
@@ -191,7 +214,11 @@ class LogSection(Section):
 
 class Config(Section):
     model: ModelSection = ModelSection()
-    sae: Annotated[tuple[SaeSection, ...], Field(min_length=1)]
+    sae: Annotated[
+        tuple[Annotated[SaeSection, BeforeValidator(check_sae)], ...],
+        Field(min_length=1),
+        BeforeValidator(check_saes),
+    ]
     texts: dict[str, str] | None = None  # name -> template; None: chosen by the record's fields
     contrast: ContrastSection | None = None
     analysis: AnalysisSection = AnalysisSection()
@@ -301,11 +328,14 @@ def load_config(
     for key, value, origin in layers:
         set_dotted(values, key, value, origin)
         origins[key] = origin
-    apply_preset(values, origins)
+    unsaid = apply_preset(values, origins)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values if unsaid is None else {**values, "sae": [{"path": "none"}]})
     except ValidationError as error:
         raise ConfigError(describe(error, origins, path)) from None
+    if unsaid is not None:
+        raise ConfigError(unsaid)
+    return config
 
 
 def toml_layer(path: Path | None) -> Iterator[tuple[str, Any, str]]:
@@ -376,27 +406,32 @@ def set_dotted(values: dict[str, Any], key: str, value: Any, origin: str) -> Non
     into[field] = value
 
 
-def apply_preset(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Fill in what the preset named by `model.name` says and no stronger layer does."""
+def apply_preset(values: dict[str, Any], origins: dict[str, str]) -> str | None:
+    """Fill in what the preset named by `model.name` says and no stronger layer does.
+
+    Returns what is to be told where there is no such preset and no dictionary: a key may be misspelt.
+    """
     model = values.get("model", {})
     name = model.get("name", DEFAULT_MODEL) if isinstance(model, dict) else DEFAULT_MODEL
     if not isinstance(name, str) or not name.strip():
-        return  # the check of the whole says so
+        return None  # the check of the whole says so
     if name not in preset_names():
-        if "sae" not in values:
-            raise ConfigError(
-                f"no [[sae]] is configured and model.name = {name!r} is not a preset"
-                f" ({', '.join(preset_names())}): add [[sae]] with path, or release and id"
-            )
-        return
+        if "sae" in values:
+            return None
+        return (
+            f"no [[sae]] is configured and model.name = {name!r} is not a preset"
+            f" ({', '.join(preset_names())}): add [[sae]] with path, or release and id"
+        )
     preset = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
     for section, value in preset.items():
         if section == "sae":
-            if "sae" not in values:
-                values["sae"] = [resolve_bundled(entry) for entry in value]
+            if "sae" in values:
+                continue
+            values["sae"] = [resolve_bundled(entry) for entry in value]
         elif isinstance(values.setdefault(section, {}), dict):
             values[section] = {**value, **values[section]}
         origins.setdefault(section, f"preset {name}")
+    return None
 
 
 def resolve_bundled(entry: dict[str, Any]) -> dict[str, Any]:
@@ -405,8 +440,9 @@ def resolve_bundled(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(error: ValidationError, origins: Mapping[str, str], path: Path | None) -> str:
-    """The first validation error as one line: source, key, what is allowed."""
-    first = error.errors()[0]
+    """One validation error as one line: source, key, what is allowed. Unknown keys come first."""
+    errors = error.errors()
+    first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
     location = [str(step) for step in first["loc"]]
     key = ".".join(location)
     origin = next(
@@ -415,7 +451,10 @@ def describe(error: ValidationError, origins: Mapping[str, str], path: Path | No
             for n in range(len(location), 0, -1)
             if ".".join(location[:n]) in origins
         ),
-        str(path) if path else "configuration",
+        next(
+            (origin for name, origin in origins.items() if name.startswith(f"{key}.")),
+            str(path) if path else "configuration",
+        ),
     )
     if first["type"] == "extra_forbidden":
         allowed = allowed_keys(location[:-1])
@@ -423,6 +462,8 @@ def describe(error: ValidationError, origins: Mapping[str, str], path: Path | No
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{origin}: unknown key {key}: {hint}allowed: {', '.join(allowed)}"
     message = first["msg"].removeprefix("Value error, ")
+    if key in TABLES_LOOK and not isinstance(first.get("input"), Mapping):
+        message = f"expected a table; in the environment JSON, such as {TABLES_LOOK[key]}"
     shown = first.get("input")
     got = f" (got {shown!r})" if isinstance(shown, str | int | float | bool) else ""
     return f"{origin}: {key + ': ' if key else ''}{message}{got}"

@@ -286,3 +286,40 @@ def test_the_command_reads_its_settings_again_at_sighup_all_of_them_or_none(tiny
         if daemon.process.poll() is None:
             daemon.process.kill()
             daemon.process.wait()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("bench", "--baselines", ""), "--baselines: an empty name names none"),
+        (("bench", "--baselines", "sequential,,original"), "--baselines: an empty name names none"),
+        (("verify", "--batch-sizes", "a,b"), "expected numbers above 0, such as 1,8,32 (got 'a,b')"),
+        (("verify", "--batch-sizes", ""), "expected numbers above 0, such as 1,8,32 (got '')"),
+        (("bench", "--batch-sizes", "0"), "expected numbers above 0, such as 1,8,32 (got '0')"),
+        (("bench", "--repetitions", "x"), "expected a number above 0 (got 'x')"),
+    ],
+)
+def test_lists_and_numbers_of_flags_are_refused_with_what_is_expected(args, said, capsys):
+    from daemon import cli
+
+    try:
+        code = cli.main(list(args))
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    stderr = capsys.readouterr().err
+    assert said in stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "enabled"),
+    [((), False), (("--http", "127.0.0.1:0"), True), (("--http", "127.0.0.1:0", "--no-http"), False)],
+)
+def test_an_address_given_as_a_flag_is_served_whatever_the_file_says(flags, enabled, tmp_path):
+    from daemon import cli
+    from daemon.config import load_config
+
+    path = tmp_path / "lensd.toml"
+    path.write_text("[http]\nenabled = false\n")
+    args = cli.parser().parse_args(["run", *flags])
+    assert load_config(path, {}, cli.flags_of(args)).http.enabled is enabled

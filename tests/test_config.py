@@ -209,3 +209,42 @@ def test_patterns_of_names_come_from_file_and_environment(tmp_path):
     assert load(tmp_path, env={"LENSD_INBOX__IGNORE": '["x*"]'}).inbox.ignore == ("x*",)
     base = load(tmp_path)
     assert load(tmp_path, "[inbox]\nignore = ['x*']").results_fingerprint() == base.results_fingerprint()
+
+
+@pytest.mark.parametrize("value", ["x", "", "3", '{"path": "mine"}'])
+def test_dictionaries_of_the_environment_say_what_a_value_looks_like(tmp_path, value):
+    with pytest.raises(ConfigError, match=r"^environment LENSD_SAE: sae: expected a list: .*\[\{\"path\":"):
+        load(tmp_path, env={"LENSD_SAE": value})
+
+
+@pytest.mark.parametrize("text", ["sae = 'mine'", "[sae]\npath = 'mine'", "sae = ['mine']"])
+def test_dictionaries_of_a_file_say_what_a_value_looks_like(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"lensd\.toml: sae(\.0)?: expected .*\[\[sae\]\]"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize("key", ["texts", "contrast"])
+def test_tables_of_the_environment_say_what_a_value_looks_like(tmp_path, key):
+    with pytest.raises(
+        ConfigError, match=rf"^environment LENSD_{key.upper()}: {key}: expected .* JSON, such as"
+    ):
+        load(tmp_path, env={f"LENSD_{key.upper()}": "x"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[model]\nname = 'x/y'\nnmae = 1", "unknown key model.nmae: did you mean name?"),
+        ("[model]\nnmae = 1\ndtype = 'f8'", "unknown key model.nmae: did you mean name?"),
+        (
+            "[model]\nname = 'x/y'\n[bathcing]\nwindow_tokens = 1",
+            "unknown key bathcing: did you mean batching?",
+        ),
+        ("[model]\nname = 'x/y'\n[[saes]]\npath = 'x'", "unknown key saes: did you mean sae?"),
+        ("[model]\nname = 'x/y'", "no [[sae]] is configured and model.name = 'x/y' is not a preset"),
+    ],
+)
+def test_an_unknown_key_is_named_before_what_it_leaves_unsaid(tmp_path, text, said):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert said in str(caught.value)

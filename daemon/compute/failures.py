@@ -8,12 +8,14 @@ not always the same.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import structlog
 
@@ -71,8 +73,7 @@ log = structlog.get_logger()
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Within it every exception of a library becomes a ConfigError or a MachineError of one line about
-    `what`.
+    """Within it every exception of a library becomes one line about `what`, a ConfigError or MachineError.
 
     Those written for the user already pass as they are.
     """
@@ -83,6 +84,37 @@ def explained(what: str) -> Iterator[None]:
     except Exception as error:
         log.debug("load.failed", what=what, exc_info=error)
         raise explain(what, error) from error
+
+
+@contextlib.contextmanager
+def explained_names(config: Any, what: str) -> Iterator[None]:
+    """Within it a name that a table of Transformers lacks becomes a ConfigError with its field."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    try:
+        yield
+    except KeyError as error:
+        name = error.args[0] if error.args else None
+        field = field_of(config.to_dict(), name) if isinstance(name, str) else None
+        if field is None:
+            raise
+        close = difflib.get_close_matches(str(name), ROPE_INIT_FUNCTIONS if "rope" in field else ACT2FN, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            f"{what}: {field} = {shortened(repr(name), 60)} in its config.json is not known: {hint}correct"
+            " it, or use a version of transformers that knows it"
+        ) from error
+
+
+def field_of(settings: Mapping[str, Any], value: str) -> str | None:
+    """The first setting, at any depth, that is `value`."""
+    for name, has in settings.items():
+        if isinstance(has, str) and has == value:
+            return str(name)
+        if isinstance(has, Mapping) and (inner := field_of(has, value)):
+            return f"{name}.{inner}"
+    return None
 
 
 def explain(what: str, error: BaseException) -> ConfigError | MachineError:
@@ -123,8 +155,8 @@ def of_the_machine(what: str, error: BaseException) -> MachineError | None:
         )
     if DISK_FULL.search(text) or number(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return MachineError(
-            f"{what}: no room on the disk for its files ({sense(error)}): free some, or set HF_HOME to"
-            " another disk"
+            f"{what}: no room on the disk for its files ({sense(error)}): free some,"
+            " or set HF_HOME to another disk"
         )
     if number(error) in MACHINE_ERRNOS:
         return MachineError(f"{what}: the machine can't read or store its files: {sense(error)}")
@@ -141,8 +173,8 @@ def of_the_repository(what: str, error: BaseException) -> ConfigError | None:
         )
     if "OfflineModeIsEnabled" in known or "outgoing traffic has been disabled" in str(error):
         return ConfigError(
-            f"{what}: not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or give a"
-            " local folder"
+            f"{what}: not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: unset it,"
+            " or give a local folder"
         )
     if "DisabledRepoError" in known:
         return ConfigError(f"{what}: disabled on the hub: use another")
@@ -174,8 +206,8 @@ def of_the_status(what: str, error: BaseException) -> ConfigError | MachineError
         return refused_token(what)
     if status == 403:
         return ConfigError(
-            f"{what}: the hub denies access (403): give the token in HF_TOKEN the right to read this"
-            " repository"
+            f"{what}: the hub denies access (403):"
+            " give the token in HF_TOKEN the right to read this repository"
         )
     if status == 404:
         return ConfigError(f"{what}: the hub has no such file (404){repository(error)}: check the name")
@@ -207,8 +239,8 @@ def of_the_files(what: str, error: BaseException) -> ConfigError | MachineError 
         return ConfigError(f"{what}: needs a package that is not installed: {sense(error)}")
     if "SafetensorError" in names(error) or "HeaderTooLarge" in text:
         return ConfigError(
-            f"{what}: its weights are damaged or cut off ({sense(error)}): fetch them again, or save them"
-            " again"
+            f"{what}: its weights are damaged or cut off ({sense(error)}): fetch them again,"
+            " or save them again"
         )
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return ConfigError(
@@ -233,6 +265,11 @@ def of_the_files(what: str, error: BaseException) -> ConfigError | MachineError 
         return ConfigError(
             f"{what}: can't be loaded: it needs code out of its repository, which lensd does not run: use a"
             " version whose model_type Transformers knows"
+        )
+    if "instantiate the backend tokenizer" in text:
+        return ConfigError(
+            f"{what}: the folder holds no tokenizer (tokenizer.json): add the one that belongs to the model"
+            " (save_pretrained of the tokenizer writes it)"
         )
     if "Unrecognized configuration class" in text:
         kind = re.search(r"configuration_\w+\.(\w+)Config'", text)

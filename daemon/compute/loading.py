@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from daemon.compute.completeness import DERIVED, LayersRead, LoadReport, check_complete, check_model_finite
-from daemon.compute.failures import explain, explained, quiet_libraries, sense
+from daemon.compute.failures import explain, explained, explained_names, quiet_libraries, sense
 from daemon.compute.pickles import refused_pickles
 from daemon.compute.quantized import check_packages
 from daemon.compute.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
@@ -100,8 +100,8 @@ def check_folder(folder: Path, what: str) -> None:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ConfigError(
-                f"{what}: a PEFT adapter without its model: merge it into one (merge_and_unload), save that,"
-                " and give its folder"
+                f"{what}: a PEFT adapter without its model: merge it into one (merge_and_unload),"
+                " save that, and give its folder"
             )
         raise ConfigError(f"{what}: no config.json there: give a folder in Hugging Face format")
     config = read_object(folder / "config.json", what)
@@ -194,19 +194,17 @@ def load_tokenizer(location: ModelLocation) -> Any:
         special = set(tokenizer.all_special_tokens)
         if not any(token not in special for token in tokenizer.get_vocab()):
             raise ConfigError(
-                f"model {location.name}: its tokenizer has no vocabulary: add the tokenizer.json that belongs"
-                " to it"
+                f"model {location.name}: its tokenizer has no vocabulary:"
+                " add the tokenizer.json that belongs to it"
             )
         tokenizer.backend_tokenizer.encode_batch_fast([PROBE], add_special_tokens=False)
     return tokenizer
 
 
 def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> LoadedModel:
-    """The model as Hugging Face has it, in evaluation mode, its weights not yet accepted: see
-    `check_weights`.
+    """The model as Hugging Face has it, in evaluation mode; `check_weights` is to accept its weights.
 
-    Raises ConfigError where it can't be had, MachineError where the hub or the memory does not allow it for
-    now.
+    Raises ConfigError where it can't be had, MachineError where hub or memory do not allow it for now.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -227,11 +225,12 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
         }
         if dtype == torch.float64:  # grouped products of experts know no float64
             options["experts_implementation"] = "eager"
-        if getattr(config, "quantization_config", None) is None:
-            check_shapes(location, options, what)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            location.target, output_loading_info=True, **options
-        )
+        with explained_names(config, what):
+            if getattr(config, "quantization_config", None) is None:
+                check_shapes(location, options, what)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                location.target, output_loading_info=True, **options
+            )
         if of_hub and getattr(config, "quantization_config", None) is None:
             check_types(model_tensors(fetch_weights(location.target, what), what), what)
         model = model.to(device)
@@ -317,8 +316,7 @@ def check_shapes(location: ModelLocation, options: dict[str, Any], what: str) ->
 
 
 def check_weights(model: LoadedModel, last_layer: int) -> None:
-    """Accept the weights of the embeddings and of the layers up to `last_layer` (-1: of the embeddings
-    alone).
+    """Accept the weights of the embeddings and of the layers up to `last_layer` (-1: embeddings alone).
 
     Raises ConfigError where some are missing, left over or not finite. Those beyond are not read.
     """

@@ -7,6 +7,7 @@ text at a time, at the hook points that are read. Knows nothing about analysis, 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,7 +68,7 @@ class PaddedEngine:
         self._bridge = bridge_of(model)
         for point in self._points:
             if canonical(point) not in self._bridge.hook_dict:
-                raise ConfigError(f"model {self._name} has no hook point {point}")
+                raise ConfigError(self._absent(point))
         self._try(texts, plain)
 
     @property
@@ -101,9 +102,8 @@ class PaddedEngine:
             values = self._values(torch.from_numpy(tokens).to(self._device))
         except RUN_ERRORS as error:
             raise ConfigError(
-                f"model {self._name}: TransformerLens can't run it ({type(error).__name__}:"
-                f" {sense(error)}): use dictionaries at hook_resid_pre or hook_resid_post, or another"
-                " model"
+                f"model {self._name}: TransformerLens can't run it ({type(error).__name__}: {sense(error)}):"
+                " use dictionaries at hook_resid_pre or hook_resid_post, or another model"
             ) from error
         self._check_widths(values)
         if isinstance(plain, Unreachable):
@@ -117,6 +117,24 @@ class PaddedEngine:
                 log.debug("engine.probe", hook_name=point, worst=difference.worst, median=difference.median)
                 if not difference.within(self._dtype):
                     raise ConfigError(self._refusal(point, text, expected[point], difference))
+
+    def _absent(self, point: str) -> str:
+        """That the model lacks a hook point: whose it is, and what may be meant."""
+        source = next(
+            entry.info.source
+            for entry, *places in zip(self._reader.saes, self._read, self._written, strict=True)
+            if point in places
+        )
+        known = {name.lower(): name for name in self._bridge.hook_dict}
+        block = f"blocks.{layer_of(point)}."
+        close = difflib.get_close_matches(
+            point.lower(), [name for name in known if name.startswith(block)], n=1, cutoff=0.8
+        )
+        hint = f"did you mean {known[close[0]]}? correct" if close else "correct"
+        return (
+            f"SAE {source}: model {self._name} has no hook point {point}: {hint} the hook in its cfg.json, or"
+            " use a dictionary of this model"
+        )
 
     def _refusal(self, point: str, text: Sequence[int], expected: Tensor, difference: Difference) -> str:
         """Why values differ: by what stands beside a text, or already where it is alone."""
@@ -141,7 +159,8 @@ class PaddedEngine:
 
     def residuals(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """tokens: (rows, width) on the device -> the raw values (rows, width, d) that each SAE reads, and
-        those that it reconstructs."""
+        those that it reconstructs.
+        """
         values = self._values(tokens)
         return [values[point] for point in self._read], [values[point] for point in self._written]
 

@@ -21,11 +21,8 @@ TRANSCODERS = ("transcoder", "jumprelu_transcoder", "skip_transcoder", "jumprelu
 ARCHITECTURES = ("standard", "jumprelu", "topk", "gated", *TRANSCODERS)
 TRAINING_ARCHITECTURES = {"batchtopk", "matryoshka_batchtopk"}
 EXPORT = "export it for inference (SAELens: save_inference_model, which makes a jumprelu of it)"
-RUN_TIME_NORMALIZATIONS = (
-    "none",
-    "layer_norm",
-    "constant_norm_rescale",
-)  # that SAELens applies when it encodes
+# Those that SAELens applies when it encodes.
+RUN_TIME_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 FOLDS = {  # what SAELens applies in training alone
     "expected_average_only_in": "fold_activation_norm_scaling_factor",
     "covariance_whitening": "fold_activation_whitening",
@@ -72,8 +69,10 @@ def check_dictionary(cfg: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     settings = with_defaults(cfg, what)
     architecture = settings["architecture"]
     check_activation(cfg, architecture, what)
+    check_foreign(cfg, settings, what)
+    check_read(cfg, settings, what)
     check_places(cfg, settings, what)
-    if (mode := settings.get("normalize_activations") or "none") not in (*RUN_TIME_NORMALIZATIONS, *FOLDS):
+    if (mode := settings.get("normalize_activations", "none")) not in (*RUN_TIME_NORMALIZATIONS, *FOLDS):
         raise ConfigError(
             f"{what}: normalize_activations = {shown(mode)} in its cfg.json is not known: expected one of"
             f" {', '.join((*RUN_TIME_NORMALIZATIONS, *FOLDS))}"
@@ -84,9 +83,12 @@ def check_dictionary(cfg: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
             " (fold_W_dec_norm) and save again"
         )
     check_tensors(settings, shapes, what)
-    if unknown := set(cfg) - known_keys(settings):
+    if unknown := {key for key in cfg if cfg[key] is not None} - known_keys(architecture):
         log.warning(
-            "sae.unknown_settings", sae=what, keys=sorted(unknown)[:10], message="SAELens leaves them out"
+            "sae.unknown_settings",
+            sae=what,
+            keys=sorted(unknown)[:10],
+            message="SAELens leaves them out: see that they change nothing that the dictionary computes",
         )
 
 
@@ -151,7 +153,6 @@ def with_defaults(cfg: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 def check_activation(cfg: Mapping[str, Any], architecture: str, what: str) -> None:
     """SAELens reads an activation function's name only where it is top-k."""
-    name = cfg.get("activation_fn_str", cfg.get("activation_fn", None))
     arguments = dict(cfg.get("activation_fn_kwargs") or {})
     if architecture == "topk":
         k = arguments.pop("k", cfg.get("k"))
@@ -162,17 +163,53 @@ def check_activation(cfg: Mapping[str, Any], architecture: str, what: str) -> No
         known: tuple[Any, ...] = (None, "topk")
     else:
         known = (None, "relu")
-    if name not in known:
-        raise ConfigError(
-            f"{what}: activation function {shown(name)}, which SAELens leaves out for {architecture}: lensd"
-            " reads relu, and topk with its k: use another dictionary"
-        )
+    for name in (cfg.get("activation_fn_str"), cfg.get("activation_fn")):
+        if name not in known:
+            raise ConfigError(
+                f"{what}: activation function {shown(name)}, which SAELens leaves out for {architecture}:"
+                " lensd reads relu, and topk with its k: use another dictionary"
+            )
     arguments = {key: value for key, value in arguments.items() if value not in (None, "relu") or key == "k"}
     if arguments:
         raise ConfigError(
             f"{what}: activation_fn_kwargs has {named(map(str, arguments))}, which SAELens leaves out for"
             f" {architecture}: use another dictionary"
         )
+
+
+def check_foreign(cfg: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> None:
+    """Raises ConfigError for settings that say that the dictionary is of another architecture.
+
+    SAELens before version 6 wrote those of JumpReLU training for every architecture.
+    """
+    architecture = settings["architecture"]
+    known = fields_of(architecture)
+    before_version_6 = settings.get("metadata") is not cfg.get("metadata")
+    foreign = [] if before_version_6 else [key for key in cfg if key.startswith("jumprelu_")]
+    for key in ("k", *foreign):
+        if cfg.get(key) is not None and key not in known:
+            raise ConfigError(
+                f"{what}: {key} = {shown(cfg[key])} in its cfg.json, which a {architecture} does not have:"
+                " correct the architecture, or remove it if the dictionary was trained without"
+            )
+
+
+def check_read(cfg: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> None:
+    """Raises ConfigError for settings that stand where SAELens does not read them, and differ from what it
+    reads: version 6 looks in metadata alone, and without a version at the top level alone.
+    """
+    read = settings.get("metadata") or {}
+    for key in ("hook_name", "hook_name_out", "prepend_bos", "model_from_pretrained_kwargs"):
+        for place, where, remedy in (
+            (cfg, "at the top level of its cfg.json", "move it into metadata"),
+            (cfg.get("metadata") or {}, "in metadata", "add sae_lens_version, 6.0.0 or later, to metadata"),
+        ):
+            value = place.get(key)
+            if value is not None and value != read.get(key) and (value != {} or read.get(key)):
+                raise ConfigError(
+                    f"{what}: {key} = {shown(value)} {where}, where SAELens leaves it out and reads"
+                    f" {shown(read.get(key))}: {remedy}, or remove it"
+                )
 
 
 def check_places(cfg: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> None:
@@ -189,8 +226,8 @@ def check_places(cfg: Mapping[str, Any], settings: Mapping[str, Any], what: str)
     hook = metadata.get("hook_name") or ""
     if reshape not in ("none", "hook_z") or (reshape == "hook_z" and not hook.endswith("_z")):
         raise ConfigError(
-            f"{what}: reshape_activations = {shown(reshape)} at {shown(hook)}: expected none, or hook_z at a"
-            " hook_z"
+            f"{what}: reshape_activations = {shown(reshape)} at {shown(hook)}: expected none,"
+            " or hook_z at a hook_z"
         )
     processed = metadata.get("model_from_pretrained_kwargs") or {}
     for key, value in processed.items():
@@ -245,8 +282,8 @@ def check_tensors(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     if lost:
         raise ConfigError(
             f"{what}: its weights lack {named(lost)}, which a {architecture}"
-            f" has{f' (they hold {named(left_over)})' if left_over else ''}: use complete weights, or correct"
-            " the architecture"
+            f" has{f' (they hold {named(left_over)})' if left_over else ''}: use complete weights,"
+            " or correct the architecture"
         )
     if left_over:
         raise ConfigError(
@@ -266,8 +303,8 @@ def check_tensors(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         for key, (width,) in widths.items():
             if width != settings[key] and all(fits({**settings, key: width}, shapes)):
                 raise ConfigError(
-                    f"{what}: {key} = {settings[key]} in its cfg.json, but its weights have {width}: correct"
-                    " it"
+                    f"{what}: {key} = {settings[key]} in its cfg.json,"
+                    f" but its weights have {width}: correct it"
                 )
         name, shape = next(iter(wrong.items()))
         raise ConfigError(
@@ -281,18 +318,27 @@ def fits(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     return (shapes[name] == shape for name, shape in expected_shapes(settings).items())
 
 
-def known_keys(settings: Mapping[str, Any]) -> set[str]:
+def known_keys(architecture: str) -> set[str]:
     """Keys of cfg.json that are understood, or known to change nothing when the dictionary encodes."""
+    from sae_lens.config import LanguageModelSAERunnerConfig
     from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS
+
+    # SAELens adds the runner's settings to those of a dictionary in training
+    runner = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
+    known = fields_of(architecture) | runner | LEGACY_KEYS | set(LLM_METADATA_KEYS)
+    return known | {"rescale_acts_by_decoder_norm"}
+
+
+def fields_of(architecture: str) -> set[str]:
+    """The settings of an architecture, and of its training, in SAELens."""
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-    classes = [
-        entry[1]
+    classes: list[Any] = [
+        registry[architecture][1]
         for registry in (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY)
-        for entry in registry.values()
+        if architecture in registry
     ]
-    fields = {field.name for kind in classes for field in dataclasses.fields(kind)}
-    return fields | LEGACY_KEYS | set(LLM_METADATA_KEYS) | set(settings)
+    return {field.name for kind in classes for field in dataclasses.fields(kind)}
 
 
 def check_folded(mode: str, what: str) -> None:

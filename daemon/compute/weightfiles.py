@@ -1,5 +1,4 @@
-"""Looks at weight files before a library does: pointers, empty and cut-off files, what a shard index
-promises.
+"""Looks at weight files before a library does: pointers, files cut off, what an index of shards promises.
 
 Reads headers only. Knows the safetensors format, no model and no dictionary.
 """
@@ -7,6 +6,7 @@ Reads headers only. Knows the safetensors format, no model and no dictionary.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from daemon.errors import ConfigError
 POINTER = b"version https://git-lfs"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+SHARD = re.compile(r".+-\d+-of-\d+\.safetensors")
 HEADER_BYTES = 100_000_000  # as the format allows at most
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4"}
 
@@ -63,8 +64,8 @@ def tensor_headers(path: Path, what: str) -> dict[str, TensorHeader]:
                     " could run code: convert them where that does no harm"
                 )
             raise ConfigError(
-                f"{what}: {path.name} ({size} bytes) is no safetensors file, or cut off: fetch it again, or"
-                " save it again"
+                f"{what}: {path.name} ({size} bytes) is no safetensors file, or cut off:"
+                " fetch it again, or save it again"
             )
         header = parsed_object(file.read(length), f"{what}: {path.name}: its header")
     header.pop("__metadata__", None)
@@ -111,12 +112,13 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
 def model_tensors(folder: Path, what: str) -> dict[str, TensorHeader]:
     """The tensors of a model's folder as Transformers will read them: one file, or the shards of an index.
 
-    Raises ConfigError, naming the file, where one is missing, damaged, or lacks a tensor that the index
-    promises. Returns none where the weights go by another name, which is the library's to judge.
+    Raises ConfigError, naming the file, where one is missing or damaged, goes by another name, or lacks a
+    tensor that the index promises. Returns none where there are no weights in safetensors at all.
     """
     if (folder / SINGLE_NAME).is_file():
         return tensor_headers(folder / SINGLE_NAME, what)
     if not (folder / INDEX_NAME).is_file():
+        check_names(folder, what)
         return {}
     weight_map = read_object(folder / INDEX_NAME, what).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -135,6 +137,24 @@ def model_tensors(folder: Path, what: str) -> dict[str, TensorHeader]:
     return found
 
 
+def check_names(folder: Path, what: str) -> None:
+    """Raises ConfigError where weights lie in a folder by names that Transformers does not look for."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if shards := [name for name in names if SHARD.fullmatch(name)]:
+        raise ConfigError(
+            f"{what}: no {INDEX_NAME} there, which its {len(shards)} shards need: add it,"
+            " from where the shards come from"
+        )
+    if len(names) == 1:
+        raise ConfigError(
+            f"{what}: no {SINGLE_NAME} there: rename {names[0]} to that if it holds the model's weights"
+        )
+    if names:
+        raise ConfigError(
+            f"{what}: no {SINGLE_NAME} there, but {named(names)}: give a folder as save_pretrained writes it"
+        )
+
+
 def check_floating(tensors: Mapping[str, TensorHeader], what: str) -> None:
     """Raises ConfigError for numbers that are not floating-point: libraries cast them without a word."""
     wrong = {name: header.dtype for name, header in tensors.items() if not header.floating}
@@ -142,8 +162,8 @@ def check_floating(tensors: Mapping[str, TensorHeader], what: str) -> None:
         name, dtype = next(iter(wrong.items()))
         raise ConfigError(
             f"{what}: {named(wrong)} of type {dtype}, not floating-point: quantised by a tool that left no"
-            " quantization_config, or damaged: use the weights in float32, float16 or bfloat16 (first:"
-            f" {name})"
+            " quantization_config, or damaged: use the weights in float32,"
+            f" float16 or bfloat16 (first: {name})"
         )
 
 

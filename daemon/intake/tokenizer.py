@@ -29,7 +29,7 @@ class Tokenizer:
         context: int | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        """`context` is how many tokens of a text the model reads at most, where it has a limit; `vocabulary`
+        """`context`: how many tokens of a text the model reads at most, where it has a limit; `vocabulary`:
         how many embeddings it has, where token ids from that number on may occur.
 
         Raises ConfigError where the BOS token is needed and missing, or beyond the embeddings.
@@ -105,8 +105,8 @@ class Tokenizer:
                 reject: Reject | None = rejected(
                     sample,
                     "unknown_token",
-                    f"text {name!r} has characters that the model's tokenizer has no token for: leave them"
-                    " out",
+                    f"text {name!r} has characters that the model's tokenizer has no token for:"
+                    " leave them out",
                 )
             else:
                 reject = self._check(sample, token_ids, part.recipe.text_names)
@@ -139,8 +139,8 @@ class Tokenizer:
                 return rejected(
                     sample,
                     "text_too_long",
-                    f"text {name!r} has {len(ids)} tokens, more than the {self._context} that the model"
-                    " reads: shorten it",
+                    f"text {name!r} has {len(ids)} tokens,"
+                    f" more than the {self._context} that the model reads: shorten it",
                 )
             if len(ids) > self._max_text_tokens:
                 return rejected(

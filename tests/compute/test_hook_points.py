@@ -74,8 +74,24 @@ def test_heads_are_read_side_by_side(model, tmp_path):
     assert layer.x.shape == (2, tiny.D_MODEL)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("blocks.1.hook_RESID_POST", "blocks.1.hook_resid_post"),
+        ("blocks.1.hook_resid_pots", "blocks.1.hook_resid_post"),
+        ("blocks.1.hook_mlp_outt", "blocks.1.hook_mlp_out"),
+        ("blocks.1.ln2.normalized", "blocks.1.ln2.hook_normalized"),
+    ],
+)
+def test_a_place_that_is_misspelt_names_the_dictionary_and_what_it_may_mean(name, meant, model, tmp_path):
+    with pytest.raises(ConfigError, match=rf"^SAE mine: .* no hook point {name}: did you mean {meant}\?"):
+        padded(model, [tiny.save_sae(tmp_path / "mine", name)])
+
+
 def test_a_place_that_the_model_lacks_and_a_width_that_differs_are_refused(model, tmp_path):
-    with pytest.raises(ConfigError, match=r"has no hook point blocks\.1\.hook_nowhere"):
+    with pytest.raises(
+        ConfigError, match=r"SAE a: .* has no hook point blocks\.1\.hook_nowhere: .* cfg\.json"
+    ):
         padded(model, [tiny.save_sae(tmp_path / "a", "blocks.1.hook_nowhere")])
     narrow = tiny.save_sae(tmp_path / "b", "blocks.1.mlp.hook_post")
     with pytest.raises(ConfigError, match=r"expects 32 values at blocks\.1\.mlp\.hook_post, where .* has 64"):

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
 from transformers import BloomConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
-from daemon.compute.loading import context_of
+from daemon.compute.loading import context_of, load_model, locate_model
+from daemon.errors import ConfigError
+from tests import tiny
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -42,3 +49,72 @@ def longrope() -> Phi3Config:
 )
 def test_the_context_is_what_a_model_reads_whatever_is_beside(config, context):
     assert context_of(config()) == context
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return tiny.save_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture
+def folder(llama, tmp_path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+def refusal(folder: Path) -> str:
+    """Why a folder is not loaded, in one line."""
+    with pytest.raises(ConfigError) as caught:
+        load_model(locate_model(str(folder), folder), device="cpu", dtype=torch.float32)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 450 and message.startswith("model ")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"hidden_act": "siluu"},
+            "hidden_act = 'siluu' in its config.json is not known: did you mean silu? correct it",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarm", "rope_theta": 10000.0}},
+            "rope_parameters.rope_type = 'yarm' in its config.json is not known: did you mean yarn?",
+        ),
+        (
+            {"rope_scaling": {"type": "wunder", "factor": 2.0}},
+            "type = 'wunder' in its config.json is not known",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "wunder", "factor": 2.0}},
+            "rope_type = 'wunder' in its config.json is not known",
+        ),
+    ],
+)
+def test_a_name_in_the_configuration_that_nobody_knows_is_told_with_its_field(settings, said, folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    assert said in refusal(folder)
+
+
+def test_a_folder_without_a_tokenizer_says_how_to_add_it(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert "holds no tokenizer (tokenizer.json): add the one that belongs to the model" in refusal(folder)
+
+
+def test_a_tokenizer_whose_file_is_lost_says_how_to_add_it(folder):
+    (folder / "tokenizer.json").unlink()
+    assert "holds no tokenizer (tokenizer.json): add the one that belongs to the model" in refusal(folder)
+
+
+def test_shards_without_their_index_say_that_it_is_missing(folder):
+    for number in (1, 2):
+        shutil.copy(folder / "model.safetensors", folder / f"model-0000{number}-of-00002.safetensors")
+    (folder / "model.safetensors").unlink()
+    assert "no model.safetensors.index.json there, which its 2 shards need: add it" in refusal(folder)
+
+
+def test_weights_by_another_name_say_which_is_expected(folder):
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert "no model.safetensors there: rename weights.safetensors" in refusal(folder)
