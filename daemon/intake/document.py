@@ -55,9 +55,10 @@ class DocumentFramer:
     """Records out of chunks of documents, one after the other; those over the limit keep no text.
 
     An array's elements are records. An object is one, unless it holds them in a list: under `list_key`, or
-    with `search` under `samples` or in the first list of objects that it has, and then in no other. The
-    reading is one generator, written as if the whole were there; it yields None where it needs the next
-    chunk. Holds a chunk and, of a record that began before it, at most `max_record_bytes`.
+    with `search` under `samples` or in the first list of objects that it has, and then in no other. An object
+    that has the fields of a record before that list is one itself. The reading is one generator, written as
+    if the whole were there; it yields None where it needs the next chunk. Holds a chunk and, of a record that
+    began before it, at most `max_record_bytes`.
     """
 
     def __init__(
@@ -210,9 +211,12 @@ class DocumentFramer:
 
     def _enter_list(self) -> Generator[None, None, bool]:
         """Move into the list of records of an object; False, and somewhere in the object, if it has none."""
+        keys: dict[str, None] = {}  # those that a record may need
         while (yield from self._peek()) == b'"':
             key = yield from self._key()
-            if (yield from self._peek()) != b"[":
+            if any(key in fields for fields in self._recipes):
+                keys[key] = None
+            if (yield from self._peek()) != b"[" or is_record(keys, self._recipes):
                 yield from self._skip_value()
             elif key == self._list_key or (self._search and key == SAMPLES):
                 self._list_key = key

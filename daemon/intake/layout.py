@@ -195,10 +195,10 @@ def list_key(value: Mapping[str, Any], recipes: Sequence[Fields]) -> str | None:
 
     Raises FileError where several may be meant.
     """
-    if isinstance(value.get(SAMPLES), list):
-        return SAMPLES
     if is_record(value, recipes):
         return None
+    if isinstance(value.get(SAMPLES), list):
+        return SAMPLES
     lists = lists_of_objects(value)
     fitting = [key for key, items in lists.items() if is_record(items[0], recipes)]
     keys = fitting or list(lists)

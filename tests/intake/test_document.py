@@ -319,7 +319,7 @@ def test_every_cut_of_every_content_reads_as_the_whole_one(
     max_record_bytes=st.one_of(st.just(MANY), st.integers(0, 40)),
     separator=st.sampled_from([b"\n", RECORD_SEPARATOR]),
 )
-def test_every_line_is_a_record_wherever_the_cut(content, cuts, max_record_bytes, separator):
+def test_no_line_is_lost_wherever_the_cut(content, cuts, max_record_bytes, separator):
     chunks = pieces(content, (cut for cut in cuts if cut < len(content)))
     found = reading(framed(chunks, framer=LineSplitter(max_record_bytes, separator)))
     assert found == reading(framed([content], framer=LineSplitter(max_record_bytes, separator)))
@@ -328,9 +328,40 @@ def test_every_line_is_a_record_wherever_the_cut(content, cuts, max_record_bytes
         inside = [one for one in found.records if at <= one.place.byte_offset <= at + len(line)]
         if len(line) > max_record_bytes:
             assert [one.text for one in inside] == [None]
-        elif line.strip(b" \t\r\n\v\f\xef\xbb\xbf"):
+        elif separator == RECORD_SEPARATOR and line.strip(b" \t\r\n\v\f\xef\xbb\xbf"):
             assert inside
         at += len(line) + 1
+    if separator == b"\n" and max_record_bytes == MANY:  # then a record may have several lines
+        left = bytearray(content)
+        for one in reversed(found.records):
+            start = one.place.byte_offset
+            del left[start : start + len(as_bytes(one.text or ""))]
+        assert not left.strip(b" \t\r\n\v\f\x1e\xef\xbb\xbf[],")
+
+
+@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    records=st.lists(
+        st.dictionaries(st.sampled_from(["a", "b"]), VALUES, min_size=1), min_size=2, max_size=8
+    ),
+    data=st.data(),
+)
+def test_objects_and_arrays_of_them_are_read_in_any_print(records, data):
+    pieces_of: list[str] = []
+    at = 0
+    while at < len(records):
+        n = data.draw(st.sampled_from([1, 1, 2, 3]))
+        value = records[at : at + n] if n > 1 or data.draw(st.booleans()) else records[at]
+        at += n
+        pieces_of.append(json.dumps(value, indent=data.draw(st.sampled_from([None, 0, 2]))))
+    between = data.draw(st.sampled_from(["\n", "\r\n", "\n\n", ",\n", ""]))
+    content = between.join(pieces_of).encode()
+    for way in ([content], [bytes([byte]) for byte in content]):
+        found = list(framed(way, framer=LineSplitter(MANY)))
+        assert [json.loads(one.text or "") for one in found] == records
+        assert [one.place.line for one in found] == [
+            content.count(b"\n", 0, one.place.byte_offset) + 1 for one in found
+        ]
 
 
 @settings(deadline=None)
@@ -453,6 +484,15 @@ def joined(before: bytes, large: Iterator[bytes], after: bytes) -> Iterator[byte
         b'"":1,',
         b"\n",
         b"a,",
+        b"[\n",
+        b"[{},\n",
+        b'{"a":\n',
+        b'{"a":[\n',
+        b'[{"a":1,\n',
+        b"{},\n",
+        b"[1\n",
+        b"{\n}\n]\n",
+        b'{"a":[{},\n{"b":\n',
     ],
 )
 def test_no_input_takes_longer_than_its_length(unit):
@@ -465,3 +505,5 @@ def test_no_input_takes_longer_than_its_length(unit):
         for named_lines in (True, False):
             framer = RecordFramer(1 << 20, named_lines=named_lines, recipes=[frozenset({"text"})])
             reading(framed(chunks, framer=framer))
+        for max_record_bytes in (1 << 20, 50_000):
+            reading(framed(chunks, framer=LineSplitter(max_record_bytes)))

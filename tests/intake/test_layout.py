@@ -178,6 +178,79 @@ async def test_an_object_with_the_fields_of_a_record_is_one_whatever_lists_it_ha
                 assert [sample.texts for sample in part.samples] == [("one",)]
 
 
+FIVE = [{"text": f"r{n}", "tags": [{"k": n}, [n]], "m": {"x": {}, "y": []}} for n in range(5)]
+R = [json.dumps(record) for record in FIVE]
+P = [json.dumps(record, indent=2) for record in FIVE]
+JOINED = {
+    "an array, then lines": f"[{R[0]}, {R[1]}]\n{R[2]}\n{R[3]}\n{R[4]}\n",
+    "lines, then an array": f"{R[0]}\n{R[1]}\n[{R[2]},{R[3]}, {R[4]}]",
+    "lines, then an array, no newline between": f"{R[0]}\n{R[1]}[{R[2]},{R[3]}, {R[4]}]\n",
+    "lines, an array, a line, no newlines between": f"{R[0]}\n{R[1]}\n{R[2]}[{R[3]}]{R[4]}\n",
+    "lines, then a pretty array": f"{R[0]}\n{R[1]}\n" + json.dumps(FIVE[2:], indent=2),
+    "lines, then an array of one record a line": f"{R[0]}\n{R[1]}\n[\n{R[2]},\n{R[3]},\n{R[4]}\n]\n",
+    "lines, then pretty objects": f"{R[0]}\n{R[1]}\n{R[2]}\n{P[3]}\n{P[4]}\n",
+    "lines, then pretty objects, no newlines between": f"{R[0]}\n{R[1]}{P[2]}{P[3]}{R[4]}\n",
+    "lines, then pretty objects with commas": f"{R[0]},\n{R[1]},\n{P[2]},\n{P[3]},\n{R[4]}",
+    "lines and one pretty object": f"{R[0]}{R[1]}\n{R[2]}\n{R[3]}\n{P[4]}",
+    "four on a line and a pretty object": "".join(R[:4]) + "\n" + P[4] + "\n",
+    "a pretty object among lines": f"{R[0]}\n{R[1]}\n{P[2]}\n{R[3]}\n{R[4]}\n",
+    "a pretty array, then lines": json.dumps(FIVE[:1], indent=0) + "\n" + "\n".join(R[1:]),
+    "an array of lines, then lines": f"[\n{R[0]}\n]\n" + "\n".join(R[1:]),
+    "pretty objects, then lines": "\n".join(P[:2] + R[2:]),
+    "pretty objects, then an array": "\n".join([*P[:2], json.dumps(FIVE[2:])]),
+    "a pretty array, then pretty objects": "\n".join([json.dumps(FIVE[:3], indent=1), *P[3:]]),
+    "marks and CRLF": f"\ufeff{R[0]}\r\n{R[1]}\r\n\ufeff[{R[2]}]\r\n\ufeff"
+    + "\r\n".join("\n".join(P[3:]).split("\n")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("content", JOINED.values(), ids=JOINED)
+async def test_what_was_joined_is_read_whatever_the_print_of_each(tmp_path, content, name):
+    (part,) = await read(tmp_path, name, content)
+    assert [sample.texts for sample in part.samples] == [(record["text"],) for record in FIVE]
+    assert (part.rejects, part.extent.records) == ((), 5)
+    raw = content.encode()
+    for sample in part.samples:
+        found, _ = json.JSONDecoder().raw_decode(raw[sample.byte_offset :].decode())
+        assert found == FIVE[sample.record_index]
+        assert sample.line == raw.count(b"\n", 0, sample.byte_offset) + 1
+
+
+async def test_a_broken_line_before_pretty_objects_costs_itself(tmp_path):
+    for broken in [
+        '{"text": "a',
+        '{"text": "a"',
+        '{"text": "a",',
+        '{"text": [{"a": 1},',
+        "[",
+        "{oops",
+        '{"a":',
+    ]:
+        for rest in ([P[2], P[3], R[4]], [R[2], R[3], R[4]], [f"[{R[2]}, {R[3]}]", R[4]]):
+            content = "\n".join([R[0], R[1], broken, *rest])
+            (part,) = await read(tmp_path, "f.jsonl", content)
+            assert [sample.texts[0] for sample in part.samples] == ["r0", "r1", "r2", "r3", "r4"], content
+            assert [(reject.record_index, reject.line) for reject in part.rejects] == [(2, 3)]
+
+
+async def test_a_printed_array_larger_than_any_record_gives_all_its_records(tmp_path):
+    records = [{"text": f"{n} " * 50, "spans": [{"k": n}]} for n in range(300)]
+    for indent in (0, 2):
+        content = "\n".join([*R, json.dumps(records, indent=indent), *R])
+        parts = await read(tmp_path, "f.jsonl", content)
+        texts = [sample.texts[0] for part in parts for sample in part.samples]
+        assert texts == [record["text"] for record in [*FIVE, *records, *FIVE]]
+
+
+async def test_lines_that_are_arrays_of_values_are_rejects(tmp_path):
+    content = "\n".join([R[0], R[1], '["a", 1]', '["b", {"text": "c"}]', "[]", R[2]])
+    (part,) = await read(tmp_path, "f.jsonl", content)
+    assert [(reject.record_index, reject.reason) for reject in part.rejects] == [
+        (n, "not_an_object") for n in (2, 3, 4)
+    ]
+
+
 GOOD = b'{"text": "good"}'
 BROKEN_FIRST = [
     b"{oops",

@@ -178,6 +178,30 @@ async def test_one_object_is_one_record(tmp_path):
     assert part.samples[0].byte_offset == 1
 
 
+@pytest.mark.parametrize("samples", [[{"text": "a"}, {"text": "b"}], [], [1], "x"])
+@pytest.mark.parametrize("first", [True, False])
+async def test_samples_is_a_field_of_a_record_like_any_other(tmp_path, samples, first):
+    own = {"samples": samples, "text": "own"} if first else {"text": "own", "samples": samples}
+    line = json.dumps(own)
+    wrapper = json.dumps({"samples": [GOOD]}, indent=1)
+    contents = [line, line + "\n" + line, f"[{line}]", json.dumps(own, indent=1)]
+    if not first:
+        contents.append(wrapper + "\n" + json.dumps(own, indent=1) if samples else line)
+    for content in contents:
+        (part,) = await read(tmp_path, "f.json", content)
+        of_own = [sample for sample in part.samples if sample.texts != ("fine",)]
+        assert of_own
+        for sample in of_own:
+            assert (sample.texts, json.loads(sample.extra)) == (("own",), {"samples": samples})
+        assert part.rejects == ()
+
+
+async def test_a_record_larger_than_what_is_looked_at_keeps_its_samples(tmp_path):
+    own = {"text": "own", "samples": [{"text": "x" * 100}] * 85}
+    (part,) = await read(tmp_path, "f.json", json.dumps(own))
+    assert [sample.texts for sample in part.samples] == [("own",)]
+
+
 async def test_fields_go_where_they_belong(tmp_path):
     record = {"id": 7, "domain": "x", "complexity": 3, "text": "t", "label": True, "ключ": {"a": None}}
     (part,) = await read(

@@ -65,6 +65,7 @@ FILE_REASONS = {
 }
 MAX_TEXT_TOKENS = 64
 JOINT = re.compile(rb"\}[ \t\r\x1e,\xef\xbb\xbf]*\{")  # where one line may hold several records
+GOES_ON = re.compile(rb"^[\]}:,]|[\[{:,]$")  # a line that may lie within a value
 # These reject records too.
 OF_LATER_STAGES = {"text_too_long", "empty_text", "unknown_token", "out_of_memory", "not_finite_activation"}
 FLAGS["batching.max_text_tokens"] = MAX_TEXT_TOKENS
@@ -327,12 +328,17 @@ def hostile_file(rng: Random, max_records: int) -> Hostile:
 
 
 def certain_lines(content: bytes) -> int | None:
-    """How many records a content holds that is JSON Lines beyond doubt: its first two lines are objects."""
+    """How many records a content holds that is JSON Lines beyond doubt.
+
+    Its first two lines are objects, and at no newline may a value go on.
+    """
     blank = b" \t\r\n\v\f\xef\xbb\xbf"  # and what a byte-order mark is made of
     lines = [
         line for line in content.split(b"\n") if line.strip(blank) or len(line) > LIMITS.max_record_bytes
     ]
     if len(lines) < 2 or any(JOINT.search(line) for line in lines) or not content.startswith(b"{"):
+        return None
+    if any(GOES_ON.search(line) for line in map(bytes.strip, lines)):
         return None
     whole = all(sound(line) and line.lstrip().startswith(b"{") for line in lines[:2])
     return len(lines) if whole else None
