@@ -62,6 +62,7 @@ class Inbox:
         self._wake = asyncio.Event()  # something may have changed
         self._scanner = Scanner(path, settle_seconds=settle_seconds, clock=clock, names=names)
         self._ready: deque[Candidate] = deque()  # of the last look, not yet claimed, of no name under way
+        self._names: set[str] = set()  # of the last look
         self._looked_at = float("-inf")
         self._waiting: deque[Claim] = deque()  # taken over, not begun again yet
         self._recovered = 0  # files taken over from dead processes, not yet told
@@ -177,9 +178,11 @@ class Inbox:
         self.left = await self._pause.outlast(count, "claim")
 
     def _count_left(self, *, all_there: bool) -> int:
-        """How many inputs stay in the inbox: those that can't be claimed or are not whole, or `all_there`."""
-        found = {candidate.name for candidate, _ in self._scanner.scan()}
-        return len(found if all_there else found & self._unclaimable) + self._scanner.unfinished
+        """How many inputs stay in the inbox: `all_there`, or those of the last look that can't be claimed or
+        are not whole."""
+        if not all_there:
+            return len(self._names & self._unclaimable) + self._scanner.unfinished
+        return len(self._scanner.scan()) + self._scanner.unfinished
 
     async def _wait(self, stop: asyncio.Event, look_in: float | None) -> None:
         """Until something may have changed: a hint, the next rescan, or a file settling."""
@@ -223,7 +226,8 @@ class Inbox:
         names = {claim.name for claim in (*self._holdings.claims, *self._waiting)}
         self._ready.clear()
         found = self._scanner.scan()
-        self._unclaimable &= {candidate.name for candidate, _ in found}
+        self._names = {candidate.name for candidate, _ in found}
+        self._unclaimable &= self._names
         for candidate, settles_in in found:
             if candidate.name not in names and settles_in <= 0:
                 self._ready.append(candidate)
