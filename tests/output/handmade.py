@@ -57,9 +57,11 @@ INFO = ModelInfo(
             "jumprelu",
             f"sae-{layer}",
             "5" * 64,
+            "8" * 64,
         )
         for layer, hook in ((3, HOOK.format(3)), (5, HOOK.format(5)))
     ),
+    settings_sha256="7" * 64,
 )
 
 
