@@ -6,19 +6,17 @@ Layers, weakest first: the defaults below, the preset that `model.name` names, t
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import json
 import os
 import string
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -35,9 +33,9 @@ from pydantic import (
 from daemon.columns import analysis_columns
 from daemon.errors import ConfigError
 from daemon.records import Contrast, Positions, Recipe
+from daemon.setting_layers import env_layer, set_dotted, toml_layer
+from daemon.setting_types import BatchTokens, NamePatterns, SettingName, SettingPath
 
-ENV_PREFIX = "LENSD_"
-ENV_NOT_SETTINGS = {"LENSD_CACHE_DIR"}
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_MODEL = "smollm2-135m"
 TABLES_LOOK = {  # as environment variables
@@ -48,47 +46,6 @@ TABLES_LOOK = {  # as environment variables
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
 LOG_FORMATS = ("auto", "console", "json")
-
-
-def check_path(value: Any) -> Any:
-    """Raises ValueError for a text that names no place: `Path("")` would be the working folder."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError("an empty path is no path: name one, or leave the setting out")
-        if "\0" in value:
-            raise ValueError("a path can't hold a NUL character")
-        if value == "~" or value.startswith("~/"):
-            raise ValueError("~ is not expanded in settings: write the whole path")
-    return value
-
-
-def check_name(value: Any) -> Any:
-    """Raises ValueError for a text that names nothing."""
-    if isinstance(value, str) and (not value.strip() or "\0" in value):
-        raise ValueError("an empty name is no name: give one, or leave the setting out")
-    return value
-
-
-SettingPath = Annotated[Path, BeforeValidator(check_path)]
-SettingName = Annotated[str, BeforeValidator(check_name)]
-
-
-def check_pattern(value: str) -> str:
-    """Raises ValueError for a pattern that no file name can match."""
-    if not value.strip() or "/" in value or "\0" in value:
-        raise ValueError("expected a pattern of file names, such as *.bak.json, without a folder")
-    return value
-
-
-def check_list(value: Any) -> Any:
-    """Raises ValueError for one text where a list of them is due."""
-    if isinstance(value, str):
-        raise ValueError('expected a list of patterns, such as ["*.bak.json"]')
-    return value
-
-
-NamePattern = Annotated[str, AfterValidator(check_pattern)]
-NamePatterns = Annotated[tuple[NamePattern, ...], BeforeValidator(check_list)]
 
 
 class Section(BaseModel):
@@ -151,18 +108,6 @@ class AnalysisSection(Section):
     noise_draws: Annotated[int, Field(ge=1, le=256)] = 8  # draws per text, out of the noise bank
     stability_top_k: PositiveInt = 10  # features compared
     entropy_top_k: PositiveInt = 50  # features whose magnitudes are normalised
-
-
-def check_batch_tokens(value: Any) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError("expected a number of tokens above 0, or auto")
-    return number
-
-
-BatchTokens = Annotated[int | Literal["auto"], BeforeValidator(check_batch_tokens)]
 
 
 class BatchingSection(Section):
@@ -336,74 +281,6 @@ def load_config(
     if unsaid is not None:
         raise ConfigError(unsaid)
     return config
-
-
-def toml_layer(path: Path | None) -> Iterator[tuple[str, Any, str]]:
-    if path is None:
-        return
-    try:
-        table = tomllib.loads(toml_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
-    for section, value in table.items():
-        if isinstance(value, dict) and section not in ("texts", "contrast"):
-            if not value:
-                yield section, {}, str(path)
-            for field, inner in value.items():
-                yield f"{section}.{field}", inner, str(path)
-        else:
-            yield section, value, str(path)
-
-
-def toml_text(path: Path) -> str:
-    """What a TOML file says, whatever editor saved it. Raises ConfigError."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error}") from None
-    if b"\0" in content or content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ConfigError(f"{path}: can't be read: it is UTF-16, or no text: save it as UTF-8")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}: can't be read: line {line} is not UTF-8: save it as UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def env_layer(env: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
-    for name, text in sorted(env.items()):
-        if not name.startswith(ENV_PREFIX) or name in ENV_NOT_SETTINGS:
-            continue
-        key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1)
-        if "." not in key and key not in ("sae", "texts", "contrast"):
-            raise ConfigError(
-                f"environment {name}: expected {ENV_PREFIX}SECTION__FIELD, e.g. LENSD_MODEL__DTYPE"
-            )
-        value: Any = text
-        if text.startswith(("[", "{")):
-            try:
-                value = json.loads(text)
-            except ValueError as error:
-                if "." not in key:
-                    raise ConfigError(f"environment {name}: not valid JSON: {error}") from None
-                # else text that begins so, such as the address [::]:9478
-        yield key, value, f"environment {name}"
-
-
-def set_dotted(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
-    section, _, field = key.partition(".")
-    if not field:
-        values[section] = value
-        return
-    into = values.setdefault(section, {})
-    if not isinstance(into, dict):
-        raise ConfigError(f"{origin}: {section} must be a table, so {key} can't be set")
-    into[field] = value
 
 
 def apply_preset(values: dict[str, Any], origins: dict[str, str]) -> str | None:

@@ -1,10 +1,43 @@
-"""What holds for the whole run of the tests."""
+"""What holds for the whole run of the tests, and the fixtures that several folders share."""
 
 from __future__ import annotations
 
 import gc
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
 
 
 def pytest_unconfigure() -> None:
     """Give back what a service in this process froze: else nanobind lists it as leaked, after the summary."""
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def tiny_toml(tmp_path_factory) -> Path:
+    """A configuration of a tiny model and three dictionaries."""
+    folder = tmp_path_factory.mktemp("tiny")
+    path = folder / "lensd.toml"
+    path.write_text(tiny.make_tiny(folder).toml())
+    return path
+
+
+@pytest.fixture
+def inbox(tmp_path) -> Path:
+    (tmp_path / "inbox").mkdir()
+    return tmp_path / "inbox"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """A folder on another file system."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system at hand")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)

@@ -20,6 +20,14 @@ COMMON = TOKENS | {
 }
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 GPT2 = TOKENS | {"n_embd": tiny.D_MODEL, "n_layer": 4, "n_head": 4, "n_positions": 512}
+OPT = TOKENS | {
+    "hidden_size": tiny.D_MODEL,
+    "ffn_dim": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "word_embed_proj_dim": tiny.D_MODEL,
+}
 WINDOW = 8  # tokens, shorter than the texts of the tests
 SLIDING = {"sliding_window": WINDOW}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -101,27 +109,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3Config", COMMON | SLIDING),
     "olmoe": ("OlmoeConfig", COMMON | {"num_experts": 4, "num_experts_per_tok": 2}),
     "gpt_bigcode": ("GPTBigCodeConfig", GPT2),
-    "opt": (
-        "OPTConfig",
-        TOKENS
-        | {
-            "hidden_size": tiny.D_MODEL,
-            "ffn_dim": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 512,
-            "word_embed_proj_dim": tiny.D_MODEL,
-        },
-    ),
+    "opt": ("OPTConfig", OPT),
     "opt_post_norm": (
         "OPTConfig",
-        TOKENS
+        OPT
         | {
-            "hidden_size": tiny.D_MODEL,
-            "ffn_dim": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 512,
             "word_embed_proj_dim": 16,
             "do_layer_norm_before": False,
         },

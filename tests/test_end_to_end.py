@@ -24,20 +24,6 @@ from daemon.service import serve
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def tiny_toml(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    path = folder / "lensd.toml"
-    path.write_text(tiny.make_tiny(folder).toml())
-    return path
-
-
-@pytest.fixture
-def inbox(tmp_path) -> Path:
-    (tmp_path / "inbox").mkdir()
-    return tmp_path / "inbox"
-
-
 def configured(toml: Path, inbox: Path, **flags: object) -> Config:
     settings = {
         "inbox.path": inbox,

@@ -78,16 +78,6 @@ def test_missing_folders_are_made_by_the_start_alone(tmp_path):
     assert everything(tmp_path) == {"a", "a/inbox", "b", "b/outbox"}
 
 
-@pytest.fixture
-def elsewhere(tmp_path: Path) -> Iterator[Path]:
-    """A folder on another file system."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK) or memory.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("no second file system at hand")
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        yield Path(folder)
-
-
 @pytest.mark.parametrize("name", ["done", "failed"])
 def test_a_link_to_another_file_system_is_refused(place, elsewhere, name):
     (place / "inbox" / name).rmdir()

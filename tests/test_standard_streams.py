@@ -77,7 +77,7 @@ def test_quick_commands_end_as_they_would(closed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_a_run_writes_what_it_would(closed, tiny_toml, tmp_path):
     (tmp_path / "inbox").mkdir()
     tiny.write_json(tmp_path / "inbox/a.json", tiny.contrast_records(100))
@@ -91,20 +91,10 @@ def test_a_run_writes_what_it_would(closed, tiny_toml, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
-def test_a_configuration_is_checked(closed, tiny_toml, tmp_path):
+def test_a_configuration_is_checked_without_any_of_them(tiny_toml, tmp_path):
     folders = ("--inbox", tmp_path / "inbox", "--outbox", tmp_path / "outbox")
-    result = by_shell(closed, *LENSD, "check-config", "--config", tiny_toml, *folders)
-    assert result.returncode == 0, result.stderr
-    assert ("ok: inbox" in result.stdout) == (">&-" not in closed.split())
-
-
-@pytest.mark.slow
-def test_the_demo_runs_with_all_of_them_closed(tmp_path):
-    folders = ("--inbox", tmp_path / "inbox", "--outbox", tmp_path / "outbox")
-    result = by_shell("<&- >&- 2>&-", *LENSD, "demo", *folders)
-    assert result.returncode == 0
-    assert len(list(tmp_path.glob("outbox/demo-*/metrics.parquet"))) == 1
+    result = by_shell("<&- >&- 2>&-", *LENSD, "check-config", "--config", tiny_toml, *folders)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def failed_files(folder: Path, n: int) -> Path:

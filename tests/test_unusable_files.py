@@ -15,7 +15,6 @@ from daemon.intake.tokenizer import Tokenizer
 from daemon.output.delivery import Outcome
 from daemon.pipeline import Tally
 from daemon.service import serve
-from tests import tiny
 
 QUESTION = {"q": "{question}"}
 BAD = {
@@ -35,20 +34,6 @@ BAD = {
         4,
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def tiny_toml(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    path = folder / "lensd.toml"
-    path.write_text(tiny.make_tiny(folder).toml())
-    return path
-
-
-@pytest.fixture
-def inbox(tmp_path) -> Path:
-    (tmp_path / "inbox").mkdir()
-    return tmp_path / "inbox"
 
 
 def configured(toml: Path, inbox: Path, flags: dict[str, object]) -> Config:

@@ -133,6 +133,7 @@ def explain(what: str, error: BaseException) -> ConfigError | MachineError:
                 return found
     return ConfigError(
         f"{what}: can't be loaded: {sense(error)}: see to its configuration and weights, or use another"
+        " (LENSD_LOG__LEVEL=debug shows where it was)"
     )
 
 

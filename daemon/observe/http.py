@@ -38,8 +38,10 @@ def application(
 
     app = web.Application()
     own = (web.get("/metrics", metrics), web.get("/livez", livez), web.get("/readyz", readyz))
-    for route in (*own, *routes):
-        app.router.add_route(route.method, after_slashes(route.path), route.handler)
+    app.add_routes(
+        web.RouteDef(route.method, after_slashes(route.path), route.handler, route.kwargs)
+        for route in (*own, *routes)
+    )
     return app
 
 

@@ -10,7 +10,6 @@ from transformers import BloomConfig, Gemma3TextConfig, GPT2Config, LlamaConfig,
 
 from daemon.compute.loading import context_of, load_model, locate_model
 from daemon.errors import ConfigError
-from tests import tiny
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -49,16 +48,6 @@ def longrope() -> Phi3Config:
 )
 def test_the_context_is_what_a_model_reads_whatever_is_beside(config, context):
     assert context_of(config()) == context
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return tiny.save_llama(tmp_path_factory.mktemp("llama") / "model")
-
-
-@pytest.fixture
-def folder(llama, tmp_path) -> Path:
-    return Path(shutil.copytree(llama, tmp_path / "model"))
 
 
 def refusal(folder: Path) -> str:

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from daemon.cli import parser
-from daemon.config import ENV_PREFIX, load_config
+from daemon.config import load_config
+from daemon.setting_layers import ENV_PREFIX
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "container"

@@ -80,6 +80,16 @@ async def test_an_error_of_its_own_is_logged(health, caplog):
     assert any("on purpose" in str(record.exc_info) for record in caplog.records)
 
 
+async def test_head_is_answered_where_get_is(health):
+    async with (
+        serve_http("127.0.0.1:0", CollectorRegistry(), health) as url,
+        aiohttp.ClientSession() as session,
+    ):
+        for path in ("/metrics", "/livez", "/readyz"):
+            async with session.head(f"{url}{path}") as response:
+                assert (response.status, await response.read()) == (200, b"")
+
+
 async def test_ready_follows_what_is_unmet(health):
     async with serve_http("127.0.0.1:0", CollectorRegistry(), health) as url:
         health.unmet.add("loading the model")

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,16 +18,6 @@ from tests.reliability.handling import events, shared_daemons, wait_until
 @pytest.fixture
 def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
     return shared_daemons(request, tmp_path_factory)
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path) -> Iterator[Path]:
-    """A folder on another file system."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK) or memory.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("no second file system at hand")
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        yield Path(folder)
 
 
 def published(outbox: Path) -> set[str]:
