@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests import tiny
 
@@ -16,6 +18,17 @@ from tests import tiny
 def pytest_unconfigure() -> None:
     """Give back what a service in this process froze: else nanobind lists it as leaked, after the summary."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def log_setup() -> Iterator[None]:
+    """A test that calls the command in this process leaves no set-up of the logs to the next."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    logging.captureWarnings(False)
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="module")

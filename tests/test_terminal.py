@@ -179,8 +179,6 @@ def test_a_bug_s_traceback_on_a_console_is_obeyed_by_nothing():
         raise KeyError(FORGED)
     except KeyError:
         structlog.get_logger().exception("bug\x1b[2J", file="a\x1b]0;x\x07")
-    finally:
-        structlog.reset_defaults()
     text = assert_obeyed_by_nothing(stream.getvalue().encode())
     assert r"a\x1b]0;x\x07" in text
     assert "Traceback" in text

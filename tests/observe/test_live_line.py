@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import logging
 
-import pytest
 import structlog
 from rich.console import Console
 from structlog.testing import capture_logs
@@ -11,16 +10,6 @@ from structlog.testing import capture_logs
 from daemon.observe import progress as progress_module
 from daemon.observe.logs import configure
 from daemon.observe.progress import Progress
-
-
-@pytest.fixture(autouse=True)
-def restore():
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
 
 
 def terminal(screen: io.StringIO, term: str = "xterm") -> Console:

@@ -14,16 +14,6 @@ from daemon.errors import MachineError
 from daemon.observe.logs import configure, failed, info_each
 
 
-@pytest.fixture(autouse=True)
-def restore():
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
-
-
 class Utf8(io.StringIO):
     encoding = "utf-8"
 

@@ -43,16 +43,6 @@ BAD_FILES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def restore():
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
-
-
 class Utf8(io.StringIO):
     encoding = "utf-8"
 
