@@ -3,7 +3,9 @@
 The reference runs plain Hugging Face modules and SAELens on single unpadded texts (`daemon.tools.oracle`) and
 the plain definitions of `daemon.tools.reference`; the batched path is the daemon's own. Where floating point
 moves a pre-activation across a threshold, a feature flips: flips are counted and reported, and in float32 the
-rows they touch are left out of the column differences.
+rows they touch are left out of the column differences. The rounding of a tensor turns its principal axis by
+as much more as its two largest eigenvalues lie closer together (Davis and Kahan, 1970): differences of angles
+of axes are weighted with that gap, relative to the largest eigenvalue.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from daemon.build import Compute, load_compute, read_limits, study_settings
-from daemon.columns import Column, analysis_columns
+from daemon.columns import Column, analysis_columns, layer_column
 from daemon.compute.packing import Packer
 from daemon.config import Config
 from daemon.errors import ConfigError, FileError
@@ -30,6 +32,7 @@ from daemon.observe.progress import Progress
 from daemon.records import (
     Claim,
     FileIdentity,
+    FloatArray,
     Part,
     PartExtent,
     Recipe,
@@ -55,11 +58,11 @@ ObjectArray = npt.NDArray[np.object_]
 
 @dataclass(frozen=True, slots=True)
 class ColumnDifference:
-    """The largest difference of one column; `relative` is to the column's largest magnitude."""
+    """The largest difference of one column."""
 
     column: str
     absolute: float
-    relative: float
+    relative: float  # to the column's largest magnitude, for angles of axes times their eigenvalues' gap
     mismatches: int  # rows that differ in kind: a shape class, or undefined on one side only
 
 
@@ -309,7 +312,10 @@ def compare(
             if column.name.removeprefix("stability_") in contrast_texts(recipe):
                 set_flips += int(moved.sum())
             keep = keep & (strict | ~moved)
-        difference = column_difference(column, expected[keep], actual[keep])
+        gap = axis_gap(column, layers, recipe, reference.columns)
+        difference = column_difference(
+            column, expected[keep], actual[keep], 1.0 if gap is None else gap[keep]
+        )
         differences.append(dataclasses.replace(difference, mismatches=difference.mismatches + unequal))
     return BatchSizeReport(
         batch_size=batch_size,
@@ -325,13 +331,38 @@ def contrast_texts(recipe: Recipe) -> tuple[str, ...]:
     return (contrast.positive, contrast.negative) if contrast else ()
 
 
-def column_difference(column: Column, expected: ObjectArray, actual: ObjectArray) -> ColumnDifference:
+def axis_gap(
+    column: Column, layers: Sequence[int], recipe: Recipe, columns: dict[str, list[Value]]
+) -> FloatArray | None:
+    """Where a column holds angles of principal axes, 1 - (second / largest eigenvalue) of each row.
+
+    The smallest of the tensors whose axes it compares; 1 where a tensor has no shape. None for other columns.
+    """
+    contrast = recipe.contrast
+    if column.name.endswith("_misalignment"):
+        elongations = [column.name.removesuffix("misalignment") + "elongation"]
+    elif contrast is not None and column.name.startswith("axis_twist_"):
+        side = column.name.removeprefix("axis_twist_")
+        sides = contrast_texts(recipe) if side == "diff" else (side,)
+        elongations = [layer_column(layers[0], text, "elongation") for text in (contrast.reference, *sides)]
+    else:
+        return None
+    ratio = np.array([columns[name] for name in elongations], dtype=float) ** 2
+    smallest: FloatArray = np.min(1 - np.nan_to_num(ratio), axis=0)
+    return smallest
+
+
+def column_difference(
+    column: Column, expected: ObjectArray, actual: ObjectArray, gap: FloatArray | float
+) -> ColumnDifference:
     if column.kind == "class":
         mismatches = int((expected != actual).sum())
         return ColumnDifference(column.name, 0.0, 0.0, mismatches)
     a, b = expected.astype(float), actual.astype(float)
     defined = ~(np.isnan(a) | np.isnan(b))
     mismatches = int((np.isnan(a) != np.isnan(b)).sum())
-    absolute = float(np.abs(a - b)[defined].max(initial=0.0))
+    difference = np.abs(a - b)
+    absolute = float(difference[defined].max(initial=0.0))
+    counted = float((difference * gap)[defined].max(initial=0.0))
     largest = float(np.abs(a)[defined].max(initial=0.0))
-    return ColumnDifference(column.name, absolute, absolute / largest if largest else absolute, mismatches)
+    return ColumnDifference(column.name, absolute, counted / largest if largest else counted, mismatches)

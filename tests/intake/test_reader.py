@@ -125,7 +125,7 @@ async def test_depth_without_end_costs_one_record_in_an_array_too(tmp_path):
         ("f", b"a,b", "unsupported_format"),
         ("f.json.gz", b"not gzip", "corrupt_compression"),
         ("f.jsonl.zst", b"not zstd", "corrupt_compression"),
-        ("f.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "corrupt_compression"),
+        ("f.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "corrupt_compression"),
         ("f.jsonl", b'{"label": 1}', "no_recipe"),
         ("f.jsonl", b"{oops\n{oops", "no_usable_record"),
     ],

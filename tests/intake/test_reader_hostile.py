@@ -228,11 +228,14 @@ LINE = b'{"text": "a"}\n'
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("f.jsonl.gz", gzip.compress(LINE) + bytes(512)),
-        ("f.jsonl.gz", gzip.compress(b"") + gzip.compress(LINE) + gzip.compress(b"")),
+        ("f.jsonl.gz", gzip.compress(LINE, mtime=0) + bytes(512)),
+        (
+            "f.jsonl.gz",
+            gzip.compress(b"", mtime=0) + gzip.compress(LINE, mtime=0) + gzip.compress(b"", mtime=0),
+        ),
         ("f.jsonl.zst", zstandard.compress(b"") + zstandard.compress(LINE)),
         ("f.jsonl.zst", b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + zstandard.compress(LINE)),
-        ("F.JSONL.GZ", gzip.compress(b"\xef\xbb\xbf" + LINE)),
+        ("F.JSONL.GZ", gzip.compress(b"\xef\xbb\xbf" + LINE, mtime=0)),
     ],
 )
 async def test_odd_but_valid_compression_is_read(name, content):

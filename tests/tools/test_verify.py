@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from daemon.columns import Column, analysis_columns
 from daemon.compute.packed import PackedEngine
 from daemon.compute.padded import PaddedEngine
 from daemon.config import Config, load_config
 from daemon.errors import FileError
+from daemon.records import CONTRAST_RECIPE
 from daemon.tools import oracle
-from daemon.tools.verify import Verification, verify
+from daemon.tools.verify import Verification, axis_gap, column_difference, verify
 from tests import tiny
 from tests.families import save_family
 from tests.test_not_finite import UNPROBED, save_overflowing
@@ -139,3 +143,36 @@ def test_a_file_without_a_usable_record_agrees_with_nothing(tmp_path):
     config = load_config(tmp_path / "lensd.toml", {}, {"batching.max_batch_tokens": 512})
     with pytest.raises(FileError, match="none of its records can be used"):
         verify(config, tmp_path / "empty.jsonl", samples=None, batch_sizes=(1,))
+
+
+def test_an_axis_may_turn_by_as_much_more_as_its_eigenvalues_are_close():
+    """A tensor of eigenvalues 1 and 1 - g whose rounding is r: its axis turns by about r / g."""
+    rounding = 1e-7
+    angles, moved, elongations = [], [], []
+    for gap in (0.5, 1e-3):
+        tensor = np.diag([1.0, 1.0 - gap, 0.1])
+        turned = tensor + rounding * np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0.0]])
+        for matrix, found in ((tensor, angles), (turned, moved)):
+            axis = np.linalg.eigh(matrix)[1][:, -1]
+            found.append(np.degrees(np.arccos(abs(axis @ np.array([0.6, 0.8, 0.0])))))
+        elongations.append(np.sqrt(1.0 - gap))
+    column = Column("axis_twist_fact", "float")
+    values = {"l3_prompt_elongation": [0.2, 0.2], "l3_fact_elongation": elongations}
+    gap = axis_gap(column, [3, 7], CONTRAST_RECIPE, values)
+    np.testing.assert_allclose(gap, [0.5, 1e-3])
+    close = column_difference(column, np.array(angles, object), np.array(moved, object), 1.0)
+    weighted = column_difference(column, np.array(angles, object), np.array(moved, object), gap)
+    assert weighted.absolute == close.absolute
+    assert close.relative > 1e-4 > 1e-6 > weighted.relative > 0
+
+
+def test_only_angles_of_axes_are_weighted_with_a_gap():
+    weighted = [
+        column.name
+        for column in analysis_columns([0, 1], CONTRAST_RECIPE)
+        if axis_gap(column, [0, 1], CONTRAST_RECIPE, defaultdict(lambda: [0.5])) is not None
+    ]
+    assert weighted == [
+        *(f"l{layer}_{text}_misalignment" for layer in (0, 1) for text in CONTRAST_RECIPE.text_names),
+        *(f"axis_twist_{side}" for side in ("fact", "hall", "diff")),
+    ]
