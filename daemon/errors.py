@@ -27,7 +27,11 @@ class SyncFailed(MachineError):
 
 
 class OutOfMemory(LensdError):
-    """The device's memory does not hold a batch."""
+    """The device's memory does not hold a batch; `shared` where another one lay there too."""
+
+    def __init__(self, message: str, *, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
 
 
 class FileError(LensdError):
