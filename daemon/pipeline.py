@@ -28,7 +28,6 @@ from daemon.intake.inbox import Inbox
 from daemon.intake.opening import OpenedFile, Opener
 from daemon.intake.reader import ReadLimits, read_parts
 from daemon.intake.tokenizer import Tokenizer
-from daemon.observe import logs
 from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
 from daemon.observe.workload import Workload
@@ -108,7 +107,7 @@ class Pipeline:
             recipe=recipe,
             limits=read_limits,
             results_key=results_key,
-            published=delivery.published_each,
+            published=delivery.published,
         )
         self.metrics = metrics
         self.progress = progress
@@ -389,8 +388,8 @@ class Pipeline:
             self.tally.rejects += outcome.rejects
             self.workload.end(outcome.unit)
             self._known(outcome.unit)
-        logs.info_each("file.settled", [outcome.log_fields() for outcome in outcomes])
         for outcome in outcomes:
+            log.info("file.settled", **outcome.log_fields())
             for hook_name, far in itertools.groupby(outcome.departures, lambda one: one.hook_name):
                 message = "; ".join(map(str, far))
                 log.warning("sae.departs", file=outcome.name, hook_name=hook_name, message=message)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from daemon.output.smallfile import SmallFiles
 from handmade import expected_features, expected_metrics, finish, make_part, open_writer
 from test_smallfile import SCHEMA, as_column
 
 from daemon.output.parquet import ParquetFile
 from daemon.output.schema import features_options
-from daemon.output.smallfile import SmallFiles
 from daemon.output.tables import FEW_ROWS, slices
 from tests.spark import ask, needs_spark
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from daemon.output.smallfile import SmallFile
 from handmade import (
     CONTRAST_RECIPE,
     INFO,
@@ -27,7 +28,6 @@ from daemon.output import writer as writer_module
 from daemon.output.finished import BlockRows, FinishedPart
 from daemon.output.parts import stored_extents
 from daemon.output.schema import features_schema, metrics_schema
-from daemon.output.smallfile import SmallFile
 from daemon.output.tables import FEW_ROWS, part_tables
 from daemon.output.totals import UnitTotals
 from daemon.records import PLAIN_RECIPE, Reject, TokenizedPart
