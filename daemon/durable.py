@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import enum
 import errno
 import fcntl
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from daemon.errors import SyncFailed
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 AT_FDCWD = -100  # <fcntl.h>: a path is relative to the working folder
 RENAME_NOREPLACE = 1  # <stdio.h>
-SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 
 OperationName = Literal[
     "create", "write", "fsync_file", "fsync_folder", "mkdir", "rename", "link", "unlink", "rmdir"
@@ -46,7 +44,7 @@ class Operation:
     target: Path | None = None
 
 
-AnyPath = str | Path  # a string is quicker to join than a Path, which counts where files are small and many
+AnyPath = str | Path
 Observer = Callable[[Operation], None]
 _observers: list[Observer] = []
 
@@ -99,62 +97,16 @@ class NewFile(io.FileIO):
                 written += count
         return written
 
-    def start_writeback(self) -> None:
-        """Have the kernel begin to write to disk what it holds of the file, and wait for nothing.
-
-        Makes nothing durable, but where many files follow, their syncs then have less to do one by one. Where
-        this C library or file system can't, that is all that is lost.
-        """
-        start_writeback(self.fileno())
-
-    def fsync(self) -> None:
-        """Flush data and metadata to disk, but not the folder's entry.
-
-        Raises SyncFailed where the disk refuses.
-        """
-        fsync_descriptor("fsync_file", self._path, self.fileno())
-
 
 def create(path: Path) -> NewFile:
-    """Open a new file for writing. Nothing of it is flushed: see `NewFile.fsync`."""
+    """Open a new file for writing. Nothing of it is flushed: see `fsync_file`."""
     return NewFile(path)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a new file and flush it. The folder's entry is not flushed: see `fsync_folder`."""
-    with create(path) as file:
-        file.write(content)
-        file.fsync()
-
-
 def write_whole(path: AnyPath, content: ReadableBuffer) -> None:
-    """Write a new file at one go. Nothing of it is flushed: see `NewFile.start_writeback`, `fsync_file`."""
-    write_new(path, content, to_disk=True)
-
-
-def write_note(path: AnyPath, content: ReadableBuffer) -> None:
-    """Write a new small file that nobody waits for: a crash may take it, or leave it empty or cut."""
-    write_new(path, content, to_disk=False)
-
-
-def write_new(path: AnyPath, content: ReadableBuffer, *, to_disk: bool) -> None:
-    announce("create", path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        announce("write", path)
-        view = memoryview(content)
-        with naming(path):
-            while view := view[os.write(descriptor, view) :]:
-                pass
-        if to_disk:
-            start_writeback(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def start_writeback(descriptor: int) -> None:
-    if SYNC_FILE_RANGE is not None:
-        SYNC_FILE_RANGE(descriptor, START, START, SYNC_FILE_RANGE_WRITE)
+    """Write a new file. Neither it nor the folder's entry is flushed: see `fsync_file` and `fsync_folder`."""
+    with create(Path(path)) as file:
+        file.write(content)
 
 
 def fsync_file(path: AnyPath) -> None:
@@ -170,21 +122,12 @@ def fsync_folder(path: AnyPath) -> None:
 def fsync_path(name: OperationName, path: AnyPath, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
-        fsync_descriptor(name, path, descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_descriptor(name: OperationName, path: AnyPath, descriptor: int) -> None:
-    try:
         announce(name, path)
         os.fsync(descriptor)
     except OSError as error:
-        raise not_synced(path, error) from error
-
-
-def not_synced(path: AnyPath, error: OSError) -> SyncFailed:
-    return SyncFailed(f"{path}: fsync failed: {error.strerror}: check the disk, then restart")
+        raise SyncFailed(f"{path}: fsync failed: {error.strerror}: check the disk, then restart") from error
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:
@@ -213,79 +156,10 @@ def make_empty_folder(path: Path) -> None:
         make_new_folder(path)
 
 
-class StepKind(enum.IntEnum):
-    MAKE_NEW_FOLDER = 0
-    WRITE_WHOLE = 1
-    FSYNC_FILE = 2
-    FSYNC_FOLDER = 3
-    RENAME = 4
-    MOVE = 5
-    WRITE_NOTE = 6
-    UNLINK = 7
-
-
-class Step(NamedTuple):
-    """A call of one of FUNCTIONS."""
-
-    kind: StepKind
-    path: str
-    operand: ReadableBuffer | str | None = None  # its second argument, where it takes one
-
-
-def in_turn(steps: Sequence[Step]) -> None:
-    """Each step, until one fails, whose error is raised.
-
-    At one go where nobody watches: the interpreter's lock is given up once for all of them.
-    """
-    _, error = taken(steps)
-    if error is not None:
-        raise error
-
-
-def each(steps: Sequence[Step]) -> list[OSError | None]:
-    """Each step, whatever becomes of the others; the errors of those that fail. For what syncs nothing."""
-    errors: list[OSError | None] = []
-    while len(errors) < len(steps):
-        count, error = taken(steps[len(errors) :])
-        errors += [None] * count
-        if isinstance(error, SyncFailed):
-            raise error
-        if error is not None:
-            errors.append(error)
-    return errors
-
-
-def taken(steps: Sequence[Step]) -> tuple[int, OSError | SyncFailed | None]:
-    """Take steps until one fails: how many were taken, and the error."""
-    if IN_TURN is None or _observers:
-        for number, step in enumerate(steps):
-            try:
-                take(step)
-            except (OSError, SyncFailed) as error:
-                return number, error
-        return len(steps), None
-    count, code, unsynced = IN_TURN(steps)
-    if not code:
-        return count, None
-    _, path, operand = steps[count]
-    refused = OSError(code, os.strerror(code), path, None, operand if isinstance(operand, str) else None)
-    return count, not_synced(path, refused) if unsynced else refused
-
-
-def take(step: Step) -> None:
-    FUNCTIONS[step.kind](*((step.path,) if step.operand is None else (step.path, step.operand)))
-
-
 def rename(source: AnyPath, target: AnyPath) -> None:
     """Move within one file system, atomically. Replaces a file; a folder that holds anything refuses."""
     announce("rename", source, target)
     os.rename(source, target)
-
-
-def move_to_free(source: AnyPath, target: AnyPath) -> None:
-    """Move a file to a name that must be free (FileExistsError)."""
-    if not move_without_replacing(source, target):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(source), None, str(target))
 
 
 def move_without_replacing(source: AnyPath, target: AnyPath) -> bool:
@@ -367,23 +241,4 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-FUNCTIONS: dict[StepKind, Callable[..., None]] = {
-    StepKind.MAKE_NEW_FOLDER: make_new_folder,
-    StepKind.WRITE_WHOLE: write_whole,
-    StepKind.FSYNC_FILE: fsync_file,
-    StepKind.FSYNC_FOLDER: fsync_folder,
-    StepKind.RENAME: rename,
-    StepKind.MOVE: move_to_free,
-    StepKind.WRITE_NOTE: write_note,
-    StepKind.UNLINK: unlink,
-}
-
-IN_TURN: Callable[[Sequence[Step]], tuple[int, int, bool]] | None
-try:
-    from daemon._durable import in_turn as IN_TURN
-except ImportError:  # installed without a compiler
-    IN_TURN = None
-
-START = ctypes.c_int64(0)
-SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
 RENAMEAT2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

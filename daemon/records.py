@@ -16,8 +16,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from daemon.frozen import frozen
-
 SIGNED_NUMBER = re.compile(r"-?\.?\d")  # its sign or point is no punctuation of the sentence
 
 IntArray = npt.NDArray[np.int64]
@@ -109,7 +107,7 @@ PLAIN_RECIPE = Recipe(templates=(("text", "{text}"),), contrast=None)
 BUILT_IN_RECIPES = (CONTRAST_RECIPE, PLAIN_RECIPE)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class FileIdentity:
     """What must not change between claiming a file and publishing its results."""
 
@@ -120,7 +118,7 @@ class FileIdentity:
     ctime_ns: int
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Claim:
     """An input file that this process owns, lying in its lease folder."""
 
@@ -134,7 +132,7 @@ class Claim:
         return Path(self.at)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Source:
     """A claimed file whose content is known: the unit of delivery."""
 
@@ -145,7 +143,7 @@ class Source:
     opened_at: float = 0.0  # monotonic seconds, when its first byte was read
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One usable record."""
 
@@ -159,7 +157,7 @@ class Sample:
     byte_offset: int  # of the record's first byte in the uncompressed input
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Reject:
     """One record that can't be used, and why. Never carries the record's text."""
 
@@ -171,7 +169,7 @@ class Reject:
     message: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class PartExtent:
     """Which run of a file's records a part is. Two parts of the same extent of the same file are the same."""
 
@@ -181,7 +179,7 @@ class PartExtent:
     byte_offset: int  # of the first record in the uncompressed input
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Part:
     """A run of consecutive records of one file: the grain in which work flows and is written.
 
@@ -202,7 +200,7 @@ class Part:
         return self.extent.number
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class KeptPart:
     """A part whose results an earlier attempt stored already."""
 
@@ -212,7 +210,7 @@ class KeptPart:
     recipe: Recipe
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class TokenizedSample:
     """A sample and the token ids of each of its texts, BOS included where the SAEs expect it."""
 
@@ -229,7 +227,7 @@ class TokenizedSample:
         return max(map(len, self.token_ids))
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class TokenizedPart:
     """A part ready for the device; `part.samples` and `samples` hold the same samples in order."""
 
@@ -241,7 +239,7 @@ class TokenizedPart:
         return sum(sample.n_tokens for sample in self.samples)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class FeatureRows:
     """Sparse activations, one row per (sample, text, layer, position); ragged, sorted by index.
 
@@ -258,7 +256,7 @@ class FeatureRows:
     values: npt.NDArray[np.float32] | FloatArray  # (nnz,)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class LayerSums:
     """What a file's FVU and mean L0 at one SAE are made of, per sample and summed over its texts."""
 
@@ -276,7 +274,7 @@ class RowMessage(NamedTuple):
     message: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Block:
     """The results of one device batch of n samples, on the host.
 

@@ -4,42 +4,33 @@ import errno
 import os
 import resource
 import signal
-from pathlib import Path
 
 import pytest
 
 from daemon import durable
-from daemon.durable import Step, StepKind, each, in_turn, watch_operations
 from daemon.errors import SyncFailed
 
-COMPILED = pytest.param(True, marks=pytest.mark.skipif(durable.IN_TURN is None, reason="built without gcc"))
+
+def make_folder_of(path, **contents: bytes | memoryview) -> None:
+    durable.make_new_folder(path)
+    for name, content in contents.items():
+        durable.write_whole(path / name, content)
+    for name in contents:
+        durable.fsync_file(path / name)
+    durable.fsync_folder(path)
 
 
-@pytest.fixture(params=[COMPILED, False], ids=["compiled", "python"], autouse=True)
-def routine(request, monkeypatch):
-    if not request.param:
-        monkeypatch.setattr(durable, "IN_TURN", None)
-
-
-def folder_of(path: Path, **contents: bytes) -> list[Step]:
-    steps = [Step(StepKind.MAKE_NEW_FOLDER, str(path))]
-    steps += [Step(StepKind.WRITE_WHOLE, str(path / name), content) for name, content in contents.items()]
-    steps += [Step(StepKind.FSYNC_FILE, str(path / name)) for name in contents]
-    return [*steps, Step(StepKind.FSYNC_FOLDER, str(path))]
-
-
-def test_steps_are_taken_in_turn(tmp_path):
+def test_files_hold_what_was_written(tmp_path):
     content = memoryview(os.urandom(3 << 20))
-    in_turn(folder_of(tmp_path / "unit", small=b"content", empty=b"", large=content[1:]))
+    make_folder_of(tmp_path / "unit", small=b"content", empty=b"", large=content[1:])
     found = {path.name: path.read_bytes() for path in (tmp_path / "unit").iterdir()}
     assert found == {"small": b"content", "empty": b"", "large": bytes(content[1:])}
-    in_turn([])
 
 
 def test_files_have_the_modes_that_the_umask_leaves(tmp_path):
     before = os.umask(0o027)
     try:
-        in_turn(folder_of(tmp_path / "unit", file=b"content"))
+        make_folder_of(tmp_path / "unit", file=b"content")
     finally:
         os.umask(before)
     assert (tmp_path / "unit").stat().st_mode & 0o777 == 0o750
@@ -48,39 +39,38 @@ def test_files_have_the_modes_that_the_umask_leaves(tmp_path):
 
 def test_names_may_be_any_bytes(tmp_path):
     folder = tmp_path / os.fsdecode(b"\xff \n")
-    in_turn(folder_of(folder, file=b"content"))
+    make_folder_of(folder, file=b"content")
     assert (folder / "file").read_bytes() == b"content"
 
 
 @pytest.mark.parametrize(
-    ("kind", "path", "code"),
+    ("function", "path", "code"),
     [
-        (StepKind.MAKE_NEW_FOLDER, "there", errno.EEXIST),
-        (StepKind.MAKE_NEW_FOLDER, "missing/folder", errno.ENOENT),
-        (StepKind.WRITE_WHOLE, "file", errno.EEXIST),
-        (StepKind.WRITE_WHOLE, "link", errno.EEXIST),
-        (StepKind.WRITE_WHOLE, "missing/file", errno.ENOENT),
-        (StepKind.FSYNC_FILE, "missing", errno.ENOENT),
-        (StepKind.FSYNC_FOLDER, "file", errno.ENOTDIR),
+        (durable.make_new_folder, "there", errno.EEXIST),
+        (durable.make_new_folder, "missing/folder", errno.ENOENT),
+        (lambda path: durable.write_whole(path, b"other"), "file", errno.EEXIST),
+        (lambda path: durable.write_whole(path, b"other"), "link", errno.EEXIST),
+        (lambda path: durable.write_whole(path, b"other"), "missing/file", errno.ENOENT),
+        (durable.fsync_file, "missing", errno.ENOENT),
+        (durable.fsync_folder, "file", errno.ENOTDIR),
+        (durable.unlink, "missing", errno.ENOENT),
     ],
 )
-def test_the_first_error_ends_it(kind, path, code, tmp_path):
+def test_an_error_names_its_file_and_nothing_is_replaced(function, path, code, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("nowhere")
-    content = b"other" if kind == StepKind.WRITE_WHOLE else None
-    before, after = (Step(StepKind.MAKE_NEW_FOLDER, str(tmp_path / name)) for name in ("before", "after"))
     with pytest.raises(OSError, match=path) as caught:
-        in_turn([before, Step(kind, str(tmp_path / path), content), after])
+        function(tmp_path / path)
     assert (type(caught.value), caught.value.errno) == (type(OSError(code, "")), code)
-    assert caught.value.filename == str(tmp_path / path)
-    assert sorted(os.listdir(tmp_path)) == ["before", "file", "link", "there"]
+    assert str(caught.value.filename) == str(tmp_path / path)
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "there"]
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_a_refused_fsync_is_told_from_what_can_be_tried_again():
     with pytest.raises(SyncFailed, match=r"/dev/null: fsync failed: Invalid argument: check the disk"):
-        in_turn([Step(StepKind.FSYNC_FILE, "/dev/null")])
+        durable.fsync_file("/dev/null")
 
 
 def test_a_file_that_cannot_take_it_all_is_an_error(tmp_path):
@@ -89,71 +79,63 @@ def test_a_file_that_cannot_take_it_all_is_an_error(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.raises(OSError, match="too large") as caught:
-            in_turn([Step(StepKind.WRITE_WHOLE, str(tmp_path / "file"), bytes(10_000))])
+            durable.write_whole(tmp_path / "file", bytes(10_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(tmp_path / "file")
 
 
 def test_those_who_watch_see_each_operation(tmp_path):
     seen = []
-    with watch_operations(lambda operation: seen.append((operation.name, operation.path.name))):
-        in_turn(folder_of(tmp_path / "unit", file=b"content"))
+    with durable.watch_operations(lambda operation: seen.append((operation.name, operation.path.name))):
+        make_folder_of(tmp_path / "unit", file=b"content")
+        durable.rename(tmp_path / "unit/file", tmp_path / "unit/moved")
+        assert durable.move_without_replacing(tmp_path / "unit/moved", tmp_path / "unit/file")
+        durable.remove_folder(tmp_path / "unit")
     assert seen == [
         ("mkdir", "unit"),
         ("create", "file"),
         ("write", "file"),
         ("fsync_file", "file"),
         ("fsync_folder", "unit"),
+        ("rename", "file"),
+        ("rename", "moved"),
+        ("unlink", "file"),
+        ("rmdir", "unit"),
     ]
 
 
-def test_each_step_is_taken_whatever_becomes_of_the_others(tmp_path):
-    for name in ("a", "b", "c", "taken"):
+def test_those_who_watch_may_fail_an_operation(tmp_path):
+    def refuse(operation: durable.Operation) -> None:
+        raise OSError(errno.EIO, "no")
+
+    (tmp_path / "file").touch()
+    with durable.watch_operations(refuse):
+        with pytest.raises(OSError, match="no"):
+            durable.unlink(tmp_path / "file")
+        with pytest.raises(SyncFailed, match="file: fsync failed: no"):
+            durable.fsync_file(tmp_path / "file")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_rename_replaces_a_file_and_a_move_does_not(tmp_path):
+    for name in ("a", "b", "taken"):
         (tmp_path / name).write_text(name)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/file").touch()
-    paths = {name: str(tmp_path / name) for name in ("a", "b", "c", "taken", "full", "new", "note", "gone")}
-    steps = [
-        Step(StepKind.MOVE, paths["a"], paths["taken"]),
-        Step(StepKind.MOVE, paths["a"], paths["new"]),
-        Step(StepKind.RENAME, paths["gone"], paths["new"]),
-        Step(StepKind.RENAME, paths["b"], paths["taken"]),
-        Step(StepKind.RENAME, paths["taken"], paths["full"]),
-        Step(StepKind.WRITE_NOTE, paths["note"], b"where \xff\n"),
-        Step(StepKind.WRITE_NOTE, paths["note"], b"elsewhere\n"),
-        Step(StepKind.UNLINK, paths["c"]),
-        Step(StepKind.UNLINK, paths["c"]),
-    ]
-    codes = [error and error.errno for error in each(steps)]
-    assert codes == [
-        errno.EEXIST, None, errno.ENOENT, None, errno.EISDIR, None, errno.EEXIST, None, errno.ENOENT
-    ]  # fmt: skip
-    assert sorted(os.listdir(tmp_path)) == ["full", "new", "note", "taken"]
-    assert (tmp_path / "new").read_text() == "a"
-    assert (tmp_path / "taken").read_text() == "b"
-    assert (tmp_path / "note").read_bytes() == b"where \xff\n"
-    assert each([]) == []
+    assert not durable.move_without_replacing(tmp_path / "a", tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "taken"
+    assert durable.move_without_replacing(tmp_path / "a", tmp_path / "new")
+    durable.rename(tmp_path / "b", tmp_path / "taken")
+    assert {name: (tmp_path / name).read_text() for name in os.listdir(tmp_path)} == {
+        "new": "a",
+        "taken": "b",
+    }
 
 
-def test_the_error_of_a_step_names_both_its_paths(tmp_path):
+@pytest.mark.parametrize("function", [durable.rename, durable.move_without_replacing])
+def test_the_error_of_a_move_names_both_its_paths(function, tmp_path):
     source, target = str(tmp_path / "gone"), str(tmp_path / "new")
-    for kind in (StepKind.MOVE, StepKind.RENAME):
-        (error,) = each([Step(kind, source, target)])
-        assert isinstance(error, FileNotFoundError)
-        assert (error.filename, error.filename2) == (source, target)
-
-
-def test_those_who_watch_may_fail_one_of_many(tmp_path):
-    def observe(operation: durable.Operation) -> None:
-        if operation.path.name == "b":
-            raise OSError(errno.EIO, "no")
-
-    for name in "abc":
-        (tmp_path / name).touch()
-    steps = [Step(StepKind.UNLINK, str(tmp_path / name)) for name in "abc"]
-    with watch_operations(observe):
-        errors = each(steps)
-    assert [error and error.errno for error in errors] == [None, errno.EIO, None]
-    assert os.listdir(tmp_path) == ["b"]
+    with pytest.raises(FileNotFoundError) as caught:
+        function(source, target)
+    assert (caught.value.filename, caught.value.filename2) == (source, target)

@@ -8,12 +8,12 @@ texts are padded, samples of similar length do, and cost rows times the width of
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
-from daemon.frozen import frozen
 from daemon.records import Recipe, TokenizedPart, TokenizedSample
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One sample of a batch and where its result belongs."""
 
@@ -25,7 +25,7 @@ class Entry:
         return self.part.samples[self.row]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Samples of one recipe that run in one forward pass."""
 

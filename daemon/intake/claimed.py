@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from daemon.intake.filestatus import identities_of, identity_of
+from daemon.intake.filestatus import identity_of
 from daemon.records import Claim, FileIdentity
 
 Presence = Literal["same", "changed", "gone"]
@@ -14,8 +14,7 @@ Presence = Literal["same", "changed", "gone"]
 
 def presences(claims: Sequence[Claim]) -> list[Presence]:
     """Whether each file is still what it was when it was claimed."""
-    now = identities_of([claim.at for claim in claims])
-    return [presence(claim, identity) for claim, identity in zip(claims, now, strict=True)]
+    return [presence(claim, identity_of(claim.at)) for claim in claims]
 
 
 def presence(claim: Claim, now: FileIdentity | None) -> Presence:

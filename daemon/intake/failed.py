@@ -23,7 +23,8 @@ def set_aside(claim: Claim, folder: Path, reason: bytes, draft: Path) -> None:
     durable.make_folder(draft.parent)
     if draft.exists():
         durable.unlink(draft)
-    durable.write_file(draft, reason)
+    durable.write_whole(draft, reason)
+    durable.fsync_file(draft)
     target = free_name(claim, folder)
     durable.rename(draft, reason_of(target))
     if os.path.lexists(claim.path):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 
-from daemon.looks import lstat_each
 from daemon.records import FileIdentity
 
 Stamp = tuple[int, int, int, int]  # inode, size, mtime_ns, ctime_ns: what must stay the same
@@ -21,17 +19,13 @@ KINDS = (
 )
 
 
-def identities_of(paths: Sequence[str]) -> list[FileIdentity | None]:
-    """What regular files are, by their metadata; None for anything else, or nothing."""
-    return [
-        None if status is None or not stat.S_ISREG(status[0]) else FileIdentity(*status[1:])
-        for status in lstat_each(paths)
-    ]
-
-
-def identity_of(path: Path) -> FileIdentity | None:
-    """The same for one."""
-    return identities_of([str(path)])[0]
+def identity_of(path: str | Path) -> FileIdentity | None:
+    """What a regular file is, by its metadata; None for anything else, or nothing. Raises OSError."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return FileIdentity(status.st_dev, *stamp(status)) if stat.S_ISREG(status.st_mode) else None
 
 
 def stamp_of(identity: FileIdentity) -> Stamp:

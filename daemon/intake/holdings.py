@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from daemon import durable
-from daemon.durable import Step, StepKind
 from daemon.errors import MachineError
 from daemon.intake.failed import set_aside
 from daemon.intake.names import MAX_NUMBER, no_free_name, numbered, numbered_stem, printable
@@ -99,15 +98,8 @@ class Holdings:
         done = self.path / DONE
         if self._on_success == "move":
             self._make_again(done)
-        steps = [
-            Step(StepKind.MOVE, claim.at, f"{done}/{claim.name}")
-            if self._on_success == "move"
-            else Step(StepKind.UNLINK, claim.at)
-            for claim in claims
-        ]
-        for claim, error in zip(claims, durable.each(steps), strict=True):
-            if error is not None:
-                self._retire_one(claim)
+        for claim in claims:
+            self._retire_one(claim)
         if self._on_success == "move":
             durable.fsync_folder(done)
         self._let_go(claims)

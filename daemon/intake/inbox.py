@@ -18,10 +18,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import structlog
 
 from daemon import durable
-from daemon.durable import Step, StepKind
 from daemon.errors import SyncFailed
 from daemon.intake.claimed import Presence, claimed_files, presences
-from daemon.intake.filestatus import identities_of, identity_of, stamp_of
+from daemon.intake.filestatus import identity_of, stamp_of
 from daemon.intake.holdings import CLAIMED, DRAFTS, Holdings
 from daemon.intake.inputs import InputNames, is_input
 from daemon.intake.names import printable
@@ -246,18 +245,17 @@ class Inbox:
             return []
         folder = self._holdings.folder(1)
         candidates = self._free(self._next_ready(fresh=fresh), folder)
-        steps = [
-            Step(StepKind.RENAME, f"{self.path}/{one.name}", f"{folder}/{one.name}") for one in candidates
-        ]
         moved: list[str] = []
         again: list[Candidate] = []  # of which the machine refused the claim
         trouble: OSError | None = None
-        for candidate, error in zip(candidates, durable.each(steps), strict=True):
-            if error is None:
+        for candidate in candidates:
+            try:
+                durable.rename(self.path / candidate.name, folder / candidate.name)
                 moved.append(candidate.name)
-            elif not self._passed_over(candidate.name, error, folder):
-                again.append(candidate)
-                trouble = trouble or error
+            except OSError as error:
+                if not self._passed_over(candidate.name, error, folder):
+                    again.append(candidate)
+                    trouble = trouble or error
         self._ready.extendleft(reversed(again))
         claims = self._moved_in(moved, folder)
         if trouble is not None and not claims:  # else hand these out; the next call meets the same trouble
@@ -273,7 +271,7 @@ class Inbox:
             size += batch[-1].size
         if fresh:
             return batch
-        now = identities_of([f"{self.path}/{candidate.name}" for candidate in batch])
+        now = [identity_of(self.path / candidate.name) for candidate in batch]
         return [one for one, is_ in zip(batch, now, strict=True) if is_ and stamp_of(is_) == one.stamp]
 
     def _free(self, candidates: Sequence[Candidate], folder: Path) -> list[Candidate]:
@@ -294,7 +292,7 @@ class Inbox:
     def _moved_in(self, names: Sequence[str], folder: Path) -> list[Claim]:
         """The claims of files that were moved into the lease; what turned out to be no file goes back."""
         try:
-            identities = identities_of([f"{folder}/{name}" for name in names])
+            identities = [identity_of(folder / name) for name in names]
         except OSError:
             for name in names:
                 durable.move_without_replacing(folder / name, self.path / name)

@@ -8,9 +8,9 @@ its first record is damaged or larger than any record may be.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from daemon.frozen import frozen
 from daemon.intake.document import DECODER, KEY_BYTES, SAMPLES, several_lists
 from daemon.intake.kinds import LEADING
 from daemon.intake.parsing import is_record, parsed_object
@@ -26,7 +26,7 @@ PROBED_LINES = 64
 UNKNOWN = object()  # a value that is damaged, or not there to its end
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Layout:
     """How the records of a content are found."""
 

@@ -16,8 +16,7 @@ from typing import BinaryIO
 
 from daemon.errors import FileError
 from daemon.intake.reader import PartReader, ReadLimits, format_of
-from daemon.intake.source import Content, is_compressed, open_content, small_content
-from daemon.looks import read_small
+from daemon.intake.source import Content, open_content
 from daemon.records import Claim, KeptPart, Part, Recipe, Source
 
 SMALL_BYTES = 256 << 10  # up to which a file is read at one go
@@ -51,7 +50,7 @@ class OpenedFile:
 
 
 class Opener:
-    """Opens claimed files. `published` tells where the results of units are, if they are there."""
+    """Opens claimed files. `published` tells where the results of a unit are, if they are there."""
 
     def __init__(
         self,
@@ -59,7 +58,7 @@ class Opener:
         recipe: Recipe | None,
         limits: ReadLimits,
         results_key: str,
-        published: Callable[[Sequence[str]], list[Path | None]],
+        published: Callable[[str], Path | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`results_key` stands for the model and every setting that changes results."""
@@ -73,35 +72,25 @@ class Opener:
         """Each file with its content or its error. Raises OSError where the machine refuses."""
         opened: list[OpenedFile] = []
         opened_at = self._clock()
-        plain = [claim.at for claim in claims if not is_compressed(claim.name)]
-        small = dict(zip(plain, read_small(plain, SMALL_BYTES), strict=True))
         try:
             for claim in claims:
                 opened.append(OpenedFile(claim))
-                self._open(opened[-1], small.get(claim.at), opened_at)
-            self._look_up([file for file in opened if file.source is not None])
-            for file in opened:
-                self._parse(file)
+                self._open(opened[-1], opened_at)
+                self._parse(opened[-1])
         except OSError:
             for file in opened:
                 file.close()
             raise
         return opened
 
-    def _open(self, file: OpenedFile, data: bytes | None, opened_at: float) -> None:
-        """`data` is what the file holds, if that is known."""
+    def _open(self, file: OpenedFile, opened_at: float) -> None:
         try:
-            content = open_content(file.claim.path, SMALL_BYTES) if data is None else small_content(data)
-            file.content = content
+            content = file.content = open_content(file.claim.path, SMALL_BYTES)
             unit = self._unit(content.sha256, file.claim.name)
             file.source = Source(file.claim, content.sha256, content.size, unit, opened_at)
+            file.published = self._published(unit)
         except FileError as error:
             file.error = error
-
-    def _look_up(self, files: Sequence[OpenedFile]) -> None:
-        published = self._published([file.known_source.unit for file in files])
-        for file, folder in zip(files, published, strict=True):
-            file.published = folder
 
     def _parse(self, file: OpenedFile) -> None:
         """The parts of a small file, unless an earlier attempt may have stored some or there is no need."""

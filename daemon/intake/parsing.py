@@ -10,10 +10,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from daemon.errors import SampleError
-from daemon.frozen import frozen
 from daemon.records import BUILT_IN_RECIPES, Recipe, Reject, Sample
 
 REJECT_REASONS = (
@@ -42,7 +42,7 @@ TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+|)*+(?P<close>"?)|[\[{]|[\]}]', re.D
 BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a record is in its file."""
 
@@ -51,7 +51,7 @@ class Place:
     byte_offset: int
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class RawRecord:
     """One record as it stands in the file; `text` is None where it was too large to keep."""
 

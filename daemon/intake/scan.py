@@ -11,7 +11,6 @@ from pathlib import Path
 
 import structlog
 
-from daemon.frozen import frozen
 from daemon.intake.filestatus import Stamp, kind_of, stamp
 from daemon.intake.inputs import EXPECTED, InputNames, Owner, is_unfinished
 from daemon.intake.names import printable
@@ -37,7 +36,7 @@ class InboxLoad:
         return 0.0 if self.oldest_at is None else max(0.0, now - self.oldest_at)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A regular file seen in the inbox."""
 

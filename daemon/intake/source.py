@@ -13,6 +13,7 @@ import os
 import stat
 import zlib
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -21,7 +22,6 @@ import zstandard
 from aiofiles.threadpool.binary import AsyncBufferedReader
 
 from daemon.errors import FileError
-from daemon.frozen import frozen
 from daemon.intake.kinds import Compression, check_kind, compression_of, opens_json
 
 CHUNK_BYTES = 1 << 20
@@ -32,7 +32,7 @@ ZSTD_WINDOW_BYTES = 128 << 20  # what `zstd --long` writes; a stream's last byte
 ZSTD_HEADER_BYTES = 18  # of a frame, at most
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Content:
     """What a file holds: all of it where it is small and plain, else a stream of it, at its start."""
 

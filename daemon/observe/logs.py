@@ -7,12 +7,9 @@ the text of samples.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
-import json
 import logging
 import sys
-from collections.abc import Callable, Iterable
 from typing import Any, Literal, TextIO
 
 import structlog
@@ -42,7 +39,7 @@ def configure(format: Format, level: str, stream: TextIO | None = None) -> None:
             structlog.dev.ConsoleRenderer(colors=target.isatty(), exception_formatter=visible_traceback),
         ]
         if console
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(as_json)]
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
     structlog.configure(
         processors=[*shared, *renderer],
@@ -84,31 +81,6 @@ def failed(error: Exception) -> None:
         log.error("service.failed", message=str(error))
     else:
         log.error("service.failed", message=type(error).__name__, exc_info=error)
-
-
-def info_each(event: str, each: Iterable[dict[str, Any]]) -> None:
-    """Log one event with the fields of each of many, line by line as `info` would, in one write."""
-    if not structlog.get_logger().is_enabled_for(logging.INFO):
-        return
-    config = structlog.get_config()
-    lines: list[str] = []
-    for fields in each:
-        line: Any = {**fields, "event": event}
-        with contextlib.suppress(structlog.DropEvent):
-            for process in config["processors"]:
-                line = process(None, "info", line)
-            lines.append(line)
-    if lines:
-        config["logger_factory"]().info("\n".join(lines))
-
-
-def as_json(fields: EventDict, default: Callable[[Any], Any]) -> str:
-    return encoder(default).encode(fields)
-
-
-@functools.cache
-def encoder(default: Callable[[Any], Any]) -> json.JSONEncoder:
-    return json.JSONEncoder(default=default)
 
 
 class SafeStream:

@@ -18,11 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from daemon import durable
-from daemon.durable import Step, StepKind
 from daemon.errors import MachineError
-from daemon.frozen import frozen
 from daemon.lease import Lease, dead_leases
-from daemon.looks import lstat_each
 from daemon.output.jsontext import to_json_lines
 from daemon.output.parts import PARTS_SUFFIX, parts_of
 from daemon.pause import FoldersLost
@@ -44,7 +41,7 @@ UNREADABLE = re.compile(r"[\x00-\x1f\x7f*?\[\]{}\\/=\ud800-\udfff]")
 PUBLISHED = re.compile(r"-([0-9a-f]{12})$")
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Publication:
     """Where a unit's results are; `fresh` unless they were there before."""
 
@@ -57,7 +54,7 @@ class Staged:
     """Results on their way out: a folder whole but for its manifest, and what became of it."""
 
     source: Source
-    folder: str
+    folder: Path
     manifest: dict[str, Any]  # `daemon.output.manifest.manifest`'s
     publication: Publication | None = None
 
@@ -106,9 +103,9 @@ class Outbox:
         if self.path.is_dir() and not self.lease.folder.is_dir():
             raise FoldersLost(f"{self.lease.folder} disappeared, with the results made there")
 
-    def staging(self, unit: str) -> str:
+    def staging(self, unit: str) -> Path:
         """Where this process makes a unit's results."""
-        return f"{self.lease.folder}/{unit}"
+        return self.lease.folder / unit
 
     def kept_parts(self) -> set[str]:
         """The units for which there is what `parts` gives."""
@@ -157,36 +154,24 @@ class Outbox:
         notes.
         """
         held: set[str] = set()
-        wrong: list[Step] = []
-        with os.scandir(self.path / UNITS) as entries:
-            for entry in entries:
-                if entry.is_symlink() or self.published(entry.name) is None:
-                    wrong.append(Step(StepKind.UNLINK, entry.path))
-                else:
-                    held.add(entry.name)
-        take_all(wrong)
-        missing: list[Step] = []
+        for note in list((self.path / UNITS).iterdir()):
+            if note.is_symlink() or self.published(note.name) is None:
+                durable.unlink(note)
+            else:
+                held.add(note.name)
         for path in self.path.iterdir():
             match = PUBLISHED.search(path.name)
             if match and match[1] not in held and (path / MANIFEST).is_file():
                 held.add(match[1])
-                missing.append(self._note(match[1], path.name))
-        take_all(missing)
+                self._enter(match[1], path.name)
 
     def published(self, unit: str) -> Path | None:
         """The folder with the unit's results, under whatever name its content was dropped first."""
-        name = noted(f"{self.path}/{UNITS}/{unit}")
+        name = noted(self.path / UNITS / unit)
         if name is None or "/" in name or not name.endswith(f"-{unit}"):
             return None
         folder = self.path / name
         return folder if (folder / MANIFEST).is_file() else None
-
-    def published_each(self, units: Sequence[str]) -> list[Path | None]:
-        """`published` of each; fast where hardly any is."""
-        notes = lstat_each([f"{self.path}/{UNITS}/{unit}" for unit in units])
-        return [
-            None if note is None else self.published(unit) for unit, note in zip(units, notes, strict=True)
-        ]
 
     def flush_names(self) -> None:
         """Make sure that what is visible in the outbox stays. Raises SyncFailed where the disk refuses."""
@@ -199,64 +184,40 @@ class Outbox:
         fails or something else has the name.
         """
         with durable.locked(self.path / STAGING / PUBLISHING):
-            if not os.path.isdir(f"{self.path}/{UNITS}"):  # noqa: PTH112 - somebody cleared it away
+            if not (self.path / UNITS).is_dir():  # somebody cleared it away
                 durable.make_folder(self.path / UNITS)
                 self._index()
-            self._publish_free([unit for unit in staged if unit.publication is None])
             for unit in staged:
                 if unit.publication is None:
                     unit.publication = self._publish(unit)
         self.flush_names()
 
-    def _publish_free(self, staged: Sequence[Staged]) -> None:
-        """Publish, all at one go, units whose note and folder nobody made before; the others are left."""
-        targets = [self._target(unit) for unit in staged]
-        entered = durable.each(
-            [self._note(unit.source.unit, to.name) for unit, to in zip(staged, targets, strict=True)]
-        )
-        free = [
-            (unit, target)
-            for unit, target, error in zip(staged, targets, entered, strict=True)
-            if error is None
-        ]
-        renamed = durable.each([Step(StepKind.RENAME, unit.folder, str(to)) for unit, to in free])
-        for (unit, target), error in zip(free, renamed, strict=True):
-            if error is None:
-                unit.publication = Publication(target, fresh=True)
-
     def _publish(self, unit: Staged) -> Publication:
         if (published := self.published(unit.source.unit)) is not None:
-            durable.remove_folder(Path(unit.folder))
+            durable.remove_folder(unit.folder)
             return Publication(published, fresh=False)
-        target = self._target(unit)
+        target = self.path / output_folder_name(unit.source.claim.name, unit.source.unit)
         self._enter(unit.source.unit, target.name)
-        if not rename_to_free(Path(unit.folder), target):
-            durable.remove_folder(Path(unit.folder))
+        if not rename_to_free(unit.folder, target):
+            durable.remove_folder(unit.folder)
             return Publication(target, fresh=False)
         return Publication(target, fresh=True)
 
-    def _target(self, unit: Staged) -> Path:
-        return self.path / output_folder_name(unit.source.claim.name, unit.source.unit)
-
-    def _note(self, unit: str, name: str) -> Step:
-        """The entry of the index that says which folder holds a unit.
-
-        It comes before the folder's rename, and is believed only where there is one. It is a small file and
-        no link, so that nothing finds the results twice, and whoever copies the outbox copies it.
-        """
-        return Step(StepKind.WRITE_NOTE, f"{self.path}/{UNITS}/{unit}", os.fsencode(f"{name}\n"))
-
     def _enter(self, unit: str, name: str) -> None:
-        """Make the entry, in the place of one that is there."""
-        note = self._note(unit, name)
+        """Say in the index which folder holds a unit, in place of what it says so far.
+
+        The entry comes before the folder's rename, and is believed only where there is one. It is a small
+        file and no link, so that nothing finds the results twice, and whoever copies the outbox copies it.
+        """
+        note, content = self.path / UNITS / unit, os.fsencode(f"{name}\n")
         try:
-            durable.take(note)
+            durable.write_whole(note, content)
         except FileExistsError:
-            durable.unlink(note.path)
-            durable.take(note)
+            durable.unlink(note)
+            durable.write_whole(note, content)
 
 
-def noted(path: str) -> str | None:
+def noted(path: Path) -> str | None:
     """What an entry of the index says; None where there is none, or not all of it.
 
     One of an earlier version is a link.
@@ -268,7 +229,7 @@ def noted(path: str) -> str | None:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        return os.readlink(path)  # noqa: PTH115 - of every file
+        return str(path.readlink())
     try:
         content = os.read(descriptor, 2 * NAME_BYTES)
     finally:
@@ -276,32 +237,19 @@ def noted(path: str) -> str | None:
     return os.fsdecode(content[:-1]) if content.endswith(b"\n") else None
 
 
-def take_all(steps: Sequence[Step]) -> None:
-    """Each step; raises the first error, once all were tried."""
-    for error in durable.each(steps):
-        if error is not None:
-            raise error
+def complete(staged: Staged) -> None:
+    """Write the manifest. Raises AssertionError unless records == rows + rejects."""
+    content = staged.manifest
+    if content["records"] != content["rows"] + content["rejects"]:
+        raise AssertionError(f"unit {staged.source.unit}: records != rows + rejects: {content}")
+    durable.write_whole(staged.folder / MANIFEST, to_json_lines(content))
 
 
-def complete(staged: Sequence[Staged]) -> None:
-    """Write the manifests. Raises AssertionError unless records == rows + rejects."""
-    steps: list[Step] = []
-    for unit in staged:
-        content = unit.manifest
-        if content["records"] != content["rows"] + content["rejects"]:
-            raise AssertionError(f"unit {unit.source.unit}: records != rows + rejects: {content}")
-        steps.append(Step(StepKind.WRITE_WHOLE, f"{unit.folder}/{MANIFEST}", to_json_lines(content)))
-    durable.in_turn(steps)
-
-
-def seal(staged: Sequence[Staged]) -> None:
-    """Flush all files of complete folders, and the folders. Raises SyncFailed where the disk refuses."""
-    steps: list[Step] = []
-    for unit in staged:
-        names = (MANIFEST, *(file["name"] for file in unit.manifest["files"]))
-        steps += [Step(StepKind.FSYNC_FILE, f"{unit.folder}/{name}") for name in names]
-        steps.append(Step(StepKind.FSYNC_FOLDER, unit.folder))
-    durable.in_turn(steps)
+def seal(staged: Staged) -> None:
+    """Flush all files of a complete folder, and the folder. Raises SyncFailed where the disk refuses."""
+    for name in (MANIFEST, *(file["name"] for file in staged.manifest["files"])):
+        durable.fsync_file(staged.folder / name)
+    durable.fsync_folder(staged.folder)
 
 
 def output_folder_name(name: str, unit: str) -> str:

@@ -11,20 +11,19 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from daemon.durable import remove_folder
 from daemon.errors import FileError, SyncFailed
-from daemon.frozen import frozen
 from daemon.intake.inbox import Inbox
 from daemon.output.commit import Outbox, Staged
 from daemon.output.departures import Departure
 from daemon.output.finished import FinishedPart
 from daemon.output.parts import stored_extents
-from daemon.output.schema import ValueType, features_schema, metrics_schema
+from daemon.output.schema import ValueType
 from daemon.output.staging import FileFailed, Staging, Unit, abandon
-from daemon.output.tables import part_tables
 from daemon.output.totals import StageSeconds
 from daemon.output.writer import UnitWriter
 from daemon.pause import Pause
@@ -35,7 +34,7 @@ R = TypeVar("R")
 OutcomeKind = Literal["committed", "failed", "duplicate", "requeued"]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How one file ended."""
 
@@ -171,16 +170,11 @@ class Delivery:
 
     def _store(self, finished: Iterable[FinishedPart]) -> None:
         """Parts to their units; those stored by an earlier try, or of a file that failed, are left alone."""
-        by_recipe: dict[Recipe, list[FinishedPart]] = {}
         for item in finished:
             part = item.part.part
             unit = self._units[part.source.unit]
             if not unit.failed and not unit.writer.has(part.number):
-                by_recipe.setdefault(part.recipe, []).append(item)
-        for recipe, items in by_recipe.items():
-            schemas = metrics_schema(self.info.layers, recipe), features_schema(self.values)
-            for item, tables in zip(items, part_tables(items, *schemas, self.info), strict=True):
-                self._units[item.part.part.source.unit].writer.write_part(item, tables)
+                unit.writer.write_part(item)
 
     def _fail_unusable(self, complete: Sequence[Unit]) -> None:
         """Have complete units fail that have no row: every record was rejected, at whatever stage."""
@@ -296,10 +290,6 @@ class Delivery:
     def published(self, unit: str) -> Path | None:
         """The folder that holds a unit's results already, if any. Two looks at the disk."""
         return self.outbox.published(unit)
-
-    def published_each(self, units: Sequence[str]) -> list[Path | None]:
-        """The same for many, at one go."""
-        return self.outbox.published_each(units)
 
 
 def published(unit: Unit, staged: Staged) -> Outcome:

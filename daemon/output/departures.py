@@ -12,9 +12,9 @@ above it. What is found is an SAE some layers away, or a scale of a half or of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from daemon.frozen import frozen
 from daemon.records import Fit, ModelInfo
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ FVU_FACTOR = 2.0  # and
 FVU_MORE = 0.25  # at least so much more
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Departure:
     """One number of a file at one SAE that is far from what it is measured by."""
 

@@ -36,8 +36,6 @@ class HashedFile:
         """Nothing is held back."""
 
     def close(self) -> None:
-        if not self._file.closed:
-            self._file.start_writeback()
         self._file.close()
 
     @property

@@ -5,12 +5,13 @@ Knows nothing about Parquet and files.
 
 from __future__ import annotations
 
-from daemon.frozen import frozen
+from dataclasses import dataclass
+
 from daemon.output.totals import LayerTotals, StageSeconds
 from daemon.records import Block, IntArray, Reject, TokenizedPart
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class BlockRows:
     """Rows `block_rows` of a device batch are the results of the samples at `part_rows` of a part."""
 
@@ -20,7 +21,7 @@ class BlockRows:
     row_bytes: int  # about what one of them weighs in memory
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class FinishedPart:
     """A part and the pieces of device batches that together cover each of its samples once."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from daemon.errors import SyncFailed
-from daemon.output.outbox import Outbox
+from daemon.output.commit import Outbox
 from daemon.output.parts import stored_extents
 from daemon.output.schema import ValueType, features_schema, metrics_schema
 from daemon.output.staging import Staging, Unit, abandon

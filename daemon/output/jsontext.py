@@ -19,37 +19,6 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-class Constant(dict[str, Any]):
-    """An object that nobody changes, and that is written many times."""
-
-    @functools.cached_property
-    def json(self) -> bytes:
-        return to_json(dict(self))
-
-
-class Extended:
-    """A `Constant` with some fields more, which alone are written anew."""
-
-    __slots__ = ("_constant", "_more")
-
-    def __init__(self, constant: Constant, **more: Any) -> None:
-        self._constant = constant
-        self._more = more
-
-    @property
-    def json(self) -> bytes:
-        return self._constant.json[:-1] + b"," + to_json(self._more)[1:]
-
-
-def json_of(value: Any) -> bytes:
-    """`to_json` of a value, in which what stands there already is not made again."""
-    if isinstance(value, Constant | Extended):
-        return value.json
-    if isinstance(value, list):
-        return b"[" + b",".join(map(json_of, value)) + b"]"
-    return to_json(value)
-
-
 def to_json(value: Any) -> bytes:
     """UTF-8 JSON, keys in the order given.
 
@@ -72,12 +41,9 @@ def writable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-key_json = functools.lru_cache(maxsize=256)(to_json)  # the keys of our files, which are few
-
-
 def to_json_lines(content: dict[str, Any]) -> bytes:
-    """`to_json` of an object with a line for each of its keys: to be read by people, and fast to make."""
-    lines = [b"  %s: %s" % (key_json(key), json_of(value)) for key, value in content.items()]
+    """`to_json` of an object with a line for each of its keys, to be read by people."""
+    lines = [b"  %s: %s" % (to_json(key), to_json(value)) for key, value in content.items()]
     return b"{\n" + b",\n".join(lines) + b"\n}\n"
 
 

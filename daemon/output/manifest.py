@@ -14,7 +14,7 @@ from typing import Any
 
 from daemon.columns import ANALYSIS_VERSION
 from daemon.output.departures import far_from_card
-from daemon.output.jsontext import Constant, Extended, fields_of, readable_name
+from daemon.output.jsontext import fields_of, readable_name
 from daemon.output.totals import StageSeconds, UnitTotals
 from daemon.records import Fit, ModelInfo, Recipe, SaeInfo, Source
 
@@ -52,12 +52,12 @@ def manifest(
         "stage_seconds": describe_stages(totals.seconds),
         "model": describe_model(info),
         "saes": [
-            Extended(
-                describe_dictionary(sae, card),
-                fvu=fvu,
-                mean_l0=layer.mean_l0(),
-                far_from_card=far_from_card(Fit(layer.mean_l0(), fvu), card, layer.rows),
-            )
+            describe_dictionary(sae, card)
+            | {
+                "fvu": fvu,
+                "mean_l0": layer.mean_l0(),
+                "far_from_card": far_from_card(Fit(layer.mean_l0(), fvu), card, layer.rows),
+            }
             for sae, card, layer, fvu in zip(
                 info.saes, info.known_fits, totals.layers, totals.fvu, strict=True
             )
@@ -78,39 +78,37 @@ def describe_stages(seconds: StageSeconds) -> dict[str, float]:
 def describe_model(info: ModelInfo) -> dict[str, Any]:
     fields = asdict(info)
     del fields["saes"], fields["cards"]
-    return Constant(fields)
+    return fields
 
 
-@functools.cache
-def describe_dictionary(sae: SaeInfo, card: Fit) -> Constant:
-    return Constant(
-        hook=sae.hook_name,
-        layer=sae.layer,
-        source=sae.source,
-        architecture=sae.architecture,
-        hook_out=sae.hook_name_out,
-        d_in=sae.d_in,
-        d_sae=sae.d_sae,
-        d_out=sae.d_out,
-        weights_sha256=sae.weights_sha256,
-        settings_sha256=sae.settings_sha256,
-        card={"mean_l0": card.l0, "fvu": card.fvu},
-    )
+def describe_dictionary(sae: SaeInfo, card: Fit) -> dict[str, Any]:
+    return {
+        "hook": sae.hook_name,
+        "layer": sae.layer,
+        "source": sae.source,
+        "architecture": sae.architecture,
+        "hook_out": sae.hook_name_out,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "d_out": sae.d_out,
+        "weights_sha256": sae.weights_sha256,
+        "settings_sha256": sae.settings_sha256,
+        "card": {"mean_l0": card.l0, "fvu": card.fvu},
+    }
 
 
-@functools.cache
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
-    return Constant(
-        texts=dict(recipe.templates),
-        contrast=asdict(recipe.contrast) if recipe.contrast else None,
-        joins=recipe.joins,
-    )
+    return {
+        "texts": dict(recipe.templates),
+        "contrast": asdict(recipe.contrast) if recipe.contrast else None,
+        "joins": recipe.joins,
+    }
 
 
 @functools.cache
 def versions() -> dict[str, str | None]:
     """Of Python and of the distributions that shape results, without importing them."""
-    return Constant({"python": platform.python_version()} | {name: installed(name) for name in DISTRIBUTIONS})
+    return {"python": platform.python_version()} | {name: installed(name) for name in DISTRIBUTIONS}
 
 
 def installed(distribution: str) -> str | None:

@@ -10,11 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from daemon.output.files import HashedFile
-from daemon.output.smallfile import SmallFile
 from daemon.output.totals import FileTotals
 
 BUFFER_BYTES = 64 << 10
-MANY_COLUMNS = 16
 
 
 class ParquetFile:
@@ -32,35 +30,27 @@ class ParquetFile:
         self._options = options
         self._gathered: list[pa.Table] = []
         self._gathered_bytes = 0
-        self._whole = False  # given as a whole, and written
         self._file = HashedFile(path)
         self._sink: pa.NativeFile | None = None  # with its writer, from the first row group on
         self._writer: pq.ParquetWriter | None = None
 
-    def append(self, table: pa.Table | SmallFile) -> None:
-        """More rows; a small file is all of them."""
-        if isinstance(table, SmallFile):
-            assert not self.rows, "nothing came before"
-            self.rows = table.rows
-            self._file.write(table.content)
-            self._whole = True
-            return
+    def append(self, table: pa.Table) -> None:
+        """Add rows."""
         if not len(table):
             return
         self.rows += len(table)
         self._gathered.append(table)
-        self._gathered_bytes += weight(table)
+        self._gathered_bytes += table.nbytes
         if self._gathered_bytes >= self._group_bytes:
             self._flush()
 
     def close(self) -> FileTotals:
         """Write what is gathered, and the footer; what the file then is."""
-        if not self._whole:
-            self._flush()
-            assert self._writer is not None
-            assert self._sink is not None
-            self._writer.close()
-            self._sink.close()
+        self._flush()
+        assert self._writer is not None
+        assert self._sink is not None
+        self._writer.close()
+        self._sink.close()
         self._file.close()
         return self._file.totals(self.rows)
 
@@ -88,8 +78,3 @@ class ParquetFile:
         if len(gathered) == 1:
             return gathered[0]
         return pa.concat_tables(gathered)  # not combined: that would hold a row group twice
-
-
-def weight(table: pa.Table) -> int:
-    """About the bytes of a table in memory; to ask each of many columns takes as long as to write a row."""
-    return int(table.nbytes) if table.num_columns <= MANY_COLUMNS else 8 * len(table) * table.num_columns

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from daemon import durable
-from daemon.frozen import frozen
 from daemon.output.jsontext import fields_of
-from daemon.output.smallfile import SmallFile
 from daemon.output.totals import LayerTotals, StageSeconds
 from daemon.records import PartExtent, Reject
 
@@ -29,22 +28,22 @@ OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 BUFFER_BYTES = 1 << 20
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class StoredPart:
     """The results of one part, as they go into the files of its unit."""
 
     extent: PartExtent
-    metrics: pa.Table | SmallFile  # the latter where the part is all of its file, and is not stored
-    features: pa.Table | SmallFile
+    metrics: pa.Table
+    features: pa.Table
     rejects: tuple[Reject, ...]  # in record order
     layers: tuple[LayerTotals, ...]  # one per SAE
     seconds: StageSeconds
     clipped: int = 0  # activations that the stored type does not hold
 
 
-def parts_of(staging: str) -> Path:
+def parts_of(staging: Path) -> Path:
     """Where the finished parts of a unit lie whose results are made in `staging`."""
-    return Path(f"{staging}{PARTS_SUFFIX}")
+    return staging.with_name(staging.name + PARTS_SUFFIX)
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -53,8 +52,6 @@ def part_path(folder: Path, number: int) -> Path:
 
 def write_part(folder: Path, part: StoredPart) -> None:
     """Store a part in `folder`, in place of one of its number. Flushed to disk when this returns."""
-    assert not isinstance(part.metrics, SmallFile), "a part that is all of its file stays in memory"
-    assert not isinstance(part.features, SmallFile)
     durable.make_folder(folder)
     target = part_path(folder, part.extent.number)
     draft = target.with_suffix(".tmp")

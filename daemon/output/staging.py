@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 
 from daemon.errors import FileError, SyncFailed
 from daemon.output.commit import Staged, complete, seal
-from daemon.output.jsontext import Constant
 from daemon.output.manifest import manifest
 from daemon.output.totals import UnitTotals
-from daemon.output.writer import UnitWriter, write_small
+from daemon.output.writer import UnitWriter
 from daemon.records import ModelInfo, Source
 
 Item = TypeVar("Item")
@@ -68,7 +67,7 @@ class Staging:
     def __init__(self, *, info: ModelInfo, settings: dict[str, Any], clock: Callable[[], float]) -> None:
         """`settings` goes into manifests."""
         self.info = info
-        self.settings = Constant(settings)
+        self.settings = settings
         self.clock = clock
         self.sync_failed: SyncFailed | None = None  # after which nothing is synced any more
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="stage")
@@ -87,11 +86,8 @@ class Staging:
     def write(self, units: Sequence[Unit]) -> None:
         """Every unit's results in its folder, whole, not yet flushed; no folder where that fails."""
         missing = [unit for unit in units if unit.staged is None]
-        small = [unit for unit in missing if unit.writer.small]
-        large = [unit for unit in missing if not unit.writer.small]
         try:
-            self._complete(small, write_small([unit.writer for unit in small]))
-            side_by_side(self._writers, WRITERS, self._write, large)
+            for_each(self._writers, self._write, missing)
         except OSError:
             abandon(units)  # on a full disk their space is needed
             raise
@@ -104,13 +100,13 @@ class Staging:
         self.write(units)
         staged = [unit.staged for unit in units if unit.staged is not None]
         try:
-            side_by_side(self._syncs, SYNCS, self._seal, staged)
+            for_each(self._syncs, self._seal, staged)
         except OSError:
             abandon(units)
             raise
         return staged
 
-    def _seal(self, staged: Sequence[Staged]) -> None:
+    def _seal(self, staged: Staged) -> None:
         self.check_disk()
         try:
             seal(staged)
@@ -118,29 +114,21 @@ class Staging:
             self.sync_failed = error
             raise
 
-    def _write(self, units: Sequence[Unit]) -> None:
-        for unit in units:
-            self._complete([unit], [unit.writer.write()])
-
-    def _complete(self, units: Sequence[Unit], totals: Sequence[UnitTotals]) -> None:
-        """Add the manifests to folders that hold all else."""
-        staged: list[Staged] = []
-        for unit, written in zip(units, totals, strict=True):
-            unit.totals = written
-            unit.seconds = self.clock() - unit.source.opened_at
-            content = manifest(
-                source=unit.source,
-                recipe=unit.writer.recipe,
-                info=self.info,
-                totals=written,
-                settings=self.settings,
-                seconds=unit.seconds,
-                created=datetime.now(UTC),
-            )
-            staged.append(Staged(unit.source, unit.writer.staging, content))
+    def _write(self, unit: Unit) -> None:
+        unit.totals = unit.writer.write()
+        unit.seconds = self.clock() - unit.source.opened_at
+        content = manifest(
+            source=unit.source,
+            recipe=unit.writer.recipe,
+            info=self.info,
+            totals=unit.totals,
+            settings=self.settings,
+            seconds=unit.seconds,
+            created=datetime.now(UTC),
+        )
+        staged = Staged(unit.source, unit.writer.staging, content)
         complete(staged)
-        for unit, folder in zip(units, staged, strict=True):
-            unit.staged = folder
+        unit.staged = staged
 
 
 def abandon(units: Sequence[Unit]) -> None:
@@ -150,11 +138,9 @@ def abandon(units: Sequence[Unit]) -> None:
         unit.writer.abandon()
 
 
-def side_by_side(
-    pool: ThreadPoolExecutor, shares: int, function: Callable[[Sequence[Item]], object], items: Sequence[Item]
-) -> None:
-    """`function` of the items, dealt out to `shares` threads. Raises the first error, when all are done."""
-    calls = [pool.submit(function, items[number::shares]) for number in range(min(shares, len(items)))]
+def for_each(pool: ThreadPoolExecutor, function: Callable[[Item], object], items: Sequence[Item]) -> None:
+    """Call `function` with each item, on the threads of `pool`. Raises the first error, when all are done."""
+    calls = [pool.submit(function, item) for item in items]
     wait(calls)
     for call in calls:
         call.result()

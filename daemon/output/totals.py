@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from daemon.frozen import frozen
 from daemon.records import FloatArray, IntArray, LayerSums
 
 # A variance below this share of the mean square is rounding error: the rows are all alike.
@@ -73,7 +72,7 @@ class LayerTotals:
         return self.l0 / self.rows if self.rows else None
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class StageSeconds:
     """Seconds of work, or of waiting in `queue`, per stage. Stages overlap: the sum is no wall time."""
 
@@ -94,7 +93,7 @@ class StageSeconds:
 STAGE_VALUES = operator.attrgetter(*(field.name for field in fields(StageSeconds)))
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class FileTotals:
     """One file of an output folder."""
 
@@ -104,7 +103,7 @@ class FileTotals:
     sha256: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class UnitTotals:
     """All that was written for one input file."""
 

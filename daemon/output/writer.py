@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
-from daemon.durable import Step, StepKind, in_turn, make_empty_folder, remove_folder
+from daemon.durable import make_empty_folder, remove_folder
 from daemon.output.files import HashedFile
 from daemon.output.finished import FinishedPart
 from daemon.output.jsontext import to_json
@@ -29,7 +28,6 @@ from daemon.output.schema import (
     metrics_options,
     metrics_schema,
 )
-from daemon.output.smallfile import SmallFile
 from daemon.output.tables import PartTables, part_tables
 from daemon.output.totals import FileTotals, LayerTotals, StageSeconds, UnitTotals
 from daemon.records import ModelInfo, PartExtent, Recipe, Reject, Source
@@ -46,13 +44,12 @@ class UnitWriter:
     """The results of one unit while they come together.
 
     Parts of a file that has several are kept in `parts`, where a later attempt finds them. Once `complete`,
-    `write` makes the folder `staging`, whole but for its manifest. That is text: most units never
-    need it as a Path, which costs more.
+    `write` makes the folder `staging`, whole but for its manifest.
     """
 
     def __init__(
         self,
-        staging: str,
+        staging: Path,
         *,
         source: Source,
         recipe: Recipe,
@@ -85,17 +82,15 @@ class UnitWriter:
         """Whether this part is stored."""
         return number in self._extents
 
-    def write_part(self, finished: FinishedPart, tables: PartTables | None = None) -> None:
-        """Store a part; `tables` are its own where they were made already. Safe to repeat.
+    def write_part(self, finished: FinishedPart) -> None:
+        """Store a part. Safe to repeat.
 
         Raises OSError where the disk refuses, AssertionError where the part does not fit the file.
         """
         began = self._clock()
         part = finished.part.part
         self._check_expected(part.source, part.number)
-        if tables is None:
-            schemas = self._metrics_schema, features_schema(self.values)
-            (tables,) = part_tables([finished], *schemas, self.info)
+        tables = part_tables(finished, self._metrics_schema, features_schema(self.values), self.info)
         stored = stored_part(finished, tables)
         check_records(part.source, stored, [sample.record_index for sample in part.samples])
         if part.last and part.number == 0:
@@ -120,77 +115,33 @@ class UnitWriter:
             summary.add(part.rejects)
         return summary
 
-    @property
-    def small(self) -> bool:
-        """Whether its one part came as files already: see `write_small`."""
-        only = self._only
-        return (
-            only is not None and isinstance(only.metrics, SmallFile) and isinstance(only.features, SmallFile)
-        )
-
     def write(self) -> UnitTotals:
         """Make `staging` anew and write all files but the manifest into it. Nothing is flushed yet."""
-        if self.small:
-            return write_small([self])[0]
         self._check_complete()
         began = self._clock()
-        make_empty_folder(Path(self.staging))
+        make_empty_folder(self.staging)
         return self._write_parts(began)
-
-    def _timed(self, seconds: StageSeconds, commit: float) -> StageSeconds:
-        """What its parts took before they were written, which is all they tell of, and what that took."""
-        return dataclasses.replace(seconds, write=self._write_seconds, commit=commit)
-
-    def _small_files(self) -> dict[str, SmallFile]:
-        """By name, the files of a unit that is `small`."""
-        self._check_complete()
-        part = self._only
-        assert part is not None
-        assert isinstance(part.metrics, SmallFile)
-        assert isinstance(part.features, SmallFile)
-        files = {METRICS: part.metrics, FEATURES: part.features}
-        if part.rejects:
-            files[REJECTS] = SmallFile(len(part.rejects), memoryview(reject_lines(part.rejects)))
-        return files
-
-    def _small_totals(self, files: dict[str, SmallFile], seconds: float) -> UnitTotals:
-        part = self._only
-        assert part is not None
-        return UnitTotals(
-            records=part.extent.records,
-            rows=files[METRICS].rows,
-            rejects=len(part.rejects),
-            layers=part.layers,
-            fvu=tuple([layer.fvu() for layer in part.layers]),
-            seconds=self._timed(part.seconds, seconds),
-            clipped=part.clipped,
-            files=tuple(
-                FileTotals(name, file.rows, len(file.content), hashlib.sha256(file.content).hexdigest())
-                for name, file in files.items()
-            ),
-        )
 
     def _write_parts(self, began: float) -> UnitTotals:
         """The files of a unit, from its stored parts."""
         layers = tuple(LayerTotals.zero(sae.d_out) for sae in self.info.saes)
         seconds, clipped = StageSeconds(), 0
-        staging = Path(self.staging)
         with contextlib.ExitStack() as files:
             metrics = ParquetFile(
-                staging / METRICS,
+                self.staging / METRICS,
                 self._metrics_schema,
                 group_bytes=METRICS_GROUP_BYTES,
                 options=metrics_options(self.info.layers, self.recipe),
             )
             files.callback(metrics.discard)
             features = ParquetFile(
-                staging / FEATURES,
+                self.staging / FEATURES,
                 features_schema(self.values),
                 group_bytes=FEATURES_GROUP_BYTES,
                 options=features_options(self.values),
             )
             files.callback(features.discard)
-            rejects = RejectsFile(staging / REJECTS)
+            rejects = RejectsFile(self.staging / REJECTS)
             files.callback(rejects.discard)
             for part in self._stored_parts():
                 metrics.append(part.metrics)
@@ -206,14 +157,14 @@ class UnitWriter:
             rejects=rejects.rows,
             layers=layers,
             fvu=tuple([layer.fvu() for layer in layers]),
-            seconds=self._timed(seconds, self._clock() - began),
+            seconds=dataclasses.replace(seconds, write=self._write_seconds, commit=self._clock() - began),
             clipped=clipped,
             files=written,
         )
 
     def abandon(self) -> None:
         """Remove the staging folder, whatever state it is in. Stored parts stay for another attempt."""
-        remove_folder(Path(self.staging))
+        remove_folder(self.staging)
 
     def discard_parts(self) -> None:
         """Remove the stored parts: the unit is published."""
@@ -258,29 +209,6 @@ class UnitWriter:
             next_record += extent.records
         if not self.complete:
             raise AssertionError(f"unit {self.source.unit}: its last part is missing")
-
-
-def write_small(writers: Sequence[UnitWriter]) -> list[UnitTotals]:
-    """`UnitWriter.write` of each, all at one go. Each must be `small`."""
-    if not writers:
-        return []
-    began = time.perf_counter()
-    contents = [writer._small_files() for writer in writers]
-    steps: list[Step] = []
-    for writer, files in zip(writers, contents, strict=True):
-        steps.append(Step(StepKind.MAKE_NEW_FOLDER, writer.staging))
-        steps += [
-            Step(StepKind.WRITE_WHOLE, f"{writer.staging}/{name}", file.content)
-            for name, file in files.items()
-        ]
-    try:
-        in_turn(steps)
-    except FileExistsError:  # an earlier try left it
-        for writer in writers:
-            writer.abandon()
-        in_turn(steps)
-    seconds = (time.perf_counter() - began) / len(writers)
-    return [writer._small_totals(files, seconds) for writer, files in zip(writers, contents, strict=True)]
 
 
 def stored_part(finished: FinishedPart, tables: PartTables) -> StoredPart:

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -60,14 +60,14 @@ def settled_names(inbox: Inbox) -> list[str]:
 
 
 async def test_a_claim_replaces_nothing_in_the_lease(tmp_path, monkeypatch):
-    def fail(paths: Sequence[str]) -> None:
+    def fail(path: Path) -> None:
         (tmp_path / "a.json").write_text("2")
         raise OSError(errno.EIO, "the disk is at fault")
 
     async with opened(tmp_path, rescan_seconds=0.0) as inbox:
         (tmp_path / "a.json").write_text("1")
         with monkeypatch.context() as faulty:
-            faulty.setattr(inbox_module, "identities_of", fail)
+            faulty.setattr(inbox_module, "identity_of", fail)
             with pytest.raises(OSError, match="at fault"):
                 inbox._next()  # moved, and its place is taken
         assert await drained(inbox) == []
@@ -78,14 +78,14 @@ async def test_a_claim_replaces_nothing_in_the_lease(tmp_path, monkeypatch):
 
 
 async def test_what_is_not_known_to_be_claimed_goes_back(tmp_path, monkeypatch):
-    def fail(paths: Sequence[str]) -> None:
+    def fail(path: Path) -> None:
         raise OSError(errno.EIO, "the disk is at fault")
 
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text("[]")
     async with opened(tmp_path, rescan_seconds=0.0) as inbox:
         with monkeypatch.context() as faulty:
-            faulty.setattr(inbox_module, "identities_of", fail)
+            faulty.setattr(inbox_module, "identity_of", fail)
             with pytest.raises(OSError, match="at fault"):
                 inbox._next()
         assert {path.name for path in tmp_path.glob("*.json")} == {"a.json", "b.json"}

@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -287,14 +287,14 @@ async def test_a_claim_that_a_cancelled_reader_left_half_made_is_released_too(tm
     (tmp_path / "a.json").write_text("[]")
     reached, go_on = threading.Event(), threading.Event()
     async with opened(tmp_path) as inbox:
-        each = durable.each
+        rename = durable.rename
 
-        def slow(steps: Sequence[durable.Step]) -> list[OSError | None]:
+        def slow(source: Path, target: Path) -> None:
             reached.set()
             go_on.wait(60)
-            return each(steps)
+            rename(source, target)
 
-        monkeypatch.setattr(durable, "each", slow)
+        monkeypatch.setattr(durable, "rename", slow)
         claims = inbox.claims(asyncio.Event(), once=True)
         reading = asyncio.create_task(anext(claims))
         await until(reached.is_set)

@@ -4,14 +4,12 @@ import errno
 import io
 import json
 import logging
-import re
-from pathlib import Path
 
 import pytest
 import structlog
 
 from daemon.errors import MachineError
-from daemon.observe.logs import configure, failed, info_each
+from daemon.observe.logs import configure, failed
 
 
 class Utf8(io.StringIO):
@@ -84,7 +82,6 @@ class Gone(Utf8):
 def test_a_log_that_can_not_be_written_stops_nothing():
     configure("json", "info", Gone())
     structlog.get_logger().info("file.settled", file="a.json")
-    info_each("file.settled", [{"file": "a.json"}])
     logging.getLogger("some.library").warning("careful")
 
 
@@ -100,46 +97,3 @@ def test_the_last_line_of_a_failure_is_a_line_as_any_other(error, said, traced):
     (line,) = map(json.loads, stream.getvalue().splitlines())
     assert (line["event"], line["level"], line["message"]) == ("service.failed", "error", said)
     assert ("exception" in line) is traced
-
-
-class Counting(Utf8):
-    def __init__(self) -> None:
-        super().__init__()
-        self.writes = 0
-
-    def write(self, text: str) -> int:
-        self.writes += 1
-        return super().write(text)
-
-
-def test_an_event_of_many_is_logged_line_by_line_in_one_write():
-    stream = Counting()
-    configure("json", "info", stream)
-    info_each("file.settled", [{"file": "a.json", "rows": 3}, {"file": "caf\udce9.json", "n": Path("o")}])
-    first, second = lines(stream)
-    assert stream.writes == 1
-    assert list(first) == ["file", "rows", "event", "level", "timestamp"]
-    assert (first["event"], first["level"], first["file"]) == ("file.settled", "info", "a.json")
-    assert (second["file"], second["n"]) == ("caf\udce9.json", "PosixPath('o')")
-
-
-@pytest.mark.parametrize("format", ["json", "console"])
-def test_an_event_of_many_reads_as_any_other(format):
-    alone, of_many = Utf8(), Utf8()
-    configure(format, "info", alone)
-    structlog.get_logger().info("file.settled", file="a\n.json", rows=3)
-    configure(format, "info", of_many)
-    info_each("file.settled", [{"file": "a\n.json", "rows": 3}])
-    assert without_times(of_many.getvalue()) == without_times(alone.getvalue())
-
-
-def without_times(text: str) -> str:
-    return re.sub(r"\d{4}-\d\d-\d\d[T ][\d:.]+", "then", text)
-
-
-def test_an_event_of_many_is_left_out_below_the_level():
-    stream = Counting()
-    configure("json", "warning", stream)
-    info_each("file.settled", [{"file": "a.json"}])
-    info_each("file.settled", [])
-    assert stream.writes == 0

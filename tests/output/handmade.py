@@ -224,7 +224,7 @@ def finished_from(part: TokenizedPart, pieces: Sequence[BlockRows]) -> FinishedP
 
 def open_writer(staging: Path | str, recipe: Recipe = CONTRAST_RECIPE, **options: object) -> UnitWriter:
     settings = {"source": make_source(), "recipe": recipe, "info": INFO, "values": "float32"} | options
-    return UnitWriter(str(staging), **settings)
+    return UnitWriter(Path(staging), **settings)
 
 
 def expected_metrics(samples: Sequence[Sample], recipe: Recipe = CONTRAST_RECIPE) -> list[dict[str, object]]:

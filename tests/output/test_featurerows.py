@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from handmade import make_block, make_sample
 
-from daemon.output import featurerows
-from daemon.output.featurerows import clipped, in_order
+from daemon.output.featurerows import in_order
 from daemon.records import CONTRAST_RECIPE, FeatureRows
 from tests.output.test_outliving import room_of
 
@@ -33,9 +32,7 @@ def blocks(sizes: list[int]) -> list[FeatureRows]:
     ]
 
 
-@pytest.mark.parametrize("copied", [1, 5, 1 << 16])
-def test_rows_of_several_batches_come_in_the_order_of_storage(copied, monkeypatch):
-    monkeypatch.setattr(featurerows, "COPIED", copied)
+def test_rows_of_several_batches_come_in_the_order_of_storage():
     given = blocks([3, 1, 6])
     numbers = [np.array([4, -1, 0]), np.array([2]), np.array([-1, 5, 1, -1, 3, -1])]
     expected = sorted(
@@ -44,7 +41,8 @@ def test_rows_of_several_batches_come_in_the_order_of_storage(copied, monkeypatc
         for row in listed(rows)
         if number[row[0]] >= 0
     )
-    got = in_order(list(zip(given, numbers, strict=True)), np.float32)
+    got, clipped = in_order(list(zip(given, numbers, strict=True)), np.float32)
+    assert clipped == 0
     assert listed(got) == expected
     assert got.indices.dtype == np.uint32
     assert all(isinstance(room_of(array), mmap.mmap) for array in (got.indices, got.values))
@@ -52,14 +50,15 @@ def test_rows_of_several_batches_come_in_the_order_of_storage(copied, monkeypatc
 
 def test_nothing_wanted_is_no_row():
     (rows,) = blocks([2])
-    assert listed(in_order([(rows, np.array([-1, -1]))], np.float32)) == []
+    got, clipped = in_order([(rows, np.array([-1, -1]))], np.float16)
+    assert (listed(got), clipped) == ([], 0)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
 def test_activations_are_of_the_type_asked_for(kind):
     (rows,) = blocks([4])
     rows = dataclasses.replace(rows, values=np.linspace(1, 1e5, len(rows.values)))
-    got = in_order([(rows, np.arange(4))], kind)
+    got, _ = in_order([(rows, np.arange(4))], kind)
     assert got.values.dtype == kind
     assert got.values.max() == (65504 if kind == np.float16 else 1e5)
 
@@ -80,9 +79,10 @@ def test_activations_beyond_a_type_become_the_nearest_it_holds_and_are_counted(k
         values=np.array([1.5, most * 2, least / 3, 2.0, most, most * 1e3, least, least / 2]),
     )
     found = [(rows, np.array([1, 0, 2])), (rows, np.array([-1, 3, -1]))]
-    assert clipped(found, kind, 4).tolist() == [0, 0, 4, 0]
-    assert clipped([(rows, np.array([-1, 0, 1]))], kind, 2).tolist() == [0, 4]
-    assert clipped([(rows, np.array([-1, -1, 0]))], kind, 1).tolist() == [4]
-    assert clipped(found, np.float64, 4).tolist() == [0] * 4
-    stored = in_order(found[:1], kind).values
+    assert in_order(found, kind)[1] == 4
+    assert in_order(found[1:], kind)[1] == 0
+    assert in_order([(rows, np.array([-1, 0, 1]))], kind)[1] == 4
+    assert in_order([(rows, np.array([-1, -1, 0]))], kind)[1] == 4
+    assert in_order(found, np.float64)[1] == 0
+    stored = in_order(found[:1], kind)[0].values
     assert stored.tolist() == [2, most, 1.5, most, least, most, least, least]

@@ -7,19 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from handmade import expected_features, expected_metrics, finish, make_part, open_writer
-from test_smallfile import SCHEMA, as_column
 
 from daemon.output.parquet import ParquetFile
 from daemon.output.schema import features_options
-from daemon.output.smallfile import SmallFiles
-from daemon.output.tables import FEW_ROWS, slices
 from tests.spark import ask, needs_spark
 
 pytestmark = [needs_spark, pytest.mark.slow]
 
-SIZES = (3, FEW_ROWS, 200)
+SIZES = (1, 64, 200)
+SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("note", pa.string()),
+        pa.field("score", pa.float64()),
+        pa.field("count", pa.int32(), nullable=False),
+        pa.field("indices", pa.list_(pa.uint32()), nullable=False),
+        pa.field("values", pa.list_(pa.float32()), nullable=False),
+    ]
+)
 ENDS = {
     "name": ["", "naïve 🧪", "line\nfeed"],
     "index": [0, int(np.iinfo(np.int64).min), int(np.iinfo(np.int64).max)],
@@ -33,7 +42,7 @@ EXPRESSIONS = {
     **{f"{size} {kind}": f"of-{size}/{kind}.parquet" for size in SIZES for kind in ("metrics", "features")},
     **{f"all {kind}": f"of-*/{kind}.parquet" for kind in ("metrics", "features")},
     **{f"half {kind}": f"half-200/{kind}.parquet" for kind in ("metrics", "features")},
-    **{f"ends {writer}": f"{writer}.parquet" for writer in ("small", "large")},
+    "ends": "ends.parquet",
 }
 
 
@@ -45,7 +54,7 @@ def answers(tmp_path_factory) -> dict[str, dict[str, Any]]:
         write(outbox / f"of-{size}", size)
     write(outbox / "of-0", 3, rejected=(0, 1, 2))
     write(outbox / "half-200", 200, values="float16")
-    write_ends(outbox)
+    write_ends(outbox / "ends.parquet")
     reads = [f"spark.read.parquet({glob!r})" for glob in EXPRESSIONS.values()]
     return dict(zip(EXPRESSIONS, ask(*reads, cwd=outbox), strict=True))
 
@@ -56,15 +65,11 @@ def write(folder: Path, size: int, *, rejected=(), **options: object) -> None:
     writer.write()
 
 
-def write_ends(folder: Path) -> None:
-    """The least and the most of every type, by both writers."""
-    schema = SCHEMA.remove(SCHEMA.get_field_index("halves"))
-    columns = [as_column(field, ENDS[field.name]) for field in schema]
-    (small,) = SmallFiles(schema).encode(columns, np.array([3]))
-    (folder / "small.parquet").write_bytes(small.content)
+def write_ends(path: Path) -> None:
+    """The least and the most of every type."""
     options = features_options("float32") | {"use_dictionary": ["name"]}
-    file = ParquetFile(folder / "large.parquet", schema, group_bytes=1, options=options)
-    file.append(*slices(columns, schema, np.array([3])))
+    file = ParquetFile(path, SCHEMA, group_bytes=1, options=options)
+    file.append(pa.table(ENDS, schema=SCHEMA))
     file.close()
 
 
@@ -85,10 +90,9 @@ def test_it_reads_a_whole_outbox_at_one_go(answers):
     assert len(answers["all features"]["rows"]) == sum(len(expected_features(of)) for of in samples)
 
 
-@pytest.mark.parametrize("writer", ["small", "large"])
-def test_it_reads_the_ends_of_every_type(answers, writer):
+def test_it_reads_the_ends_of_every_type(answers):
     rows = [dict(zip(ENDS, row, strict=True)) for row in zip(*ENDS.values(), strict=True)]
-    assert json.dumps(answers[f"ends {writer}"].get("rows")) == json.dumps(rows)
+    assert json.dumps(answers["ends"].get("rows")) == json.dumps(rows)
 
 
 def test_of_float16_activations_it_reads_the_metrics_alone(answers):

@@ -27,8 +27,7 @@ from daemon.output import writer as writer_module
 from daemon.output.finished import BlockRows, FinishedPart
 from daemon.output.parts import stored_extents
 from daemon.output.schema import features_schema, metrics_schema
-from daemon.output.smallfile import SmallFile
-from daemon.output.tables import FEW_ROWS, part_tables
+from daemon.output.tables import part_tables
 from daemon.output.totals import UnitTotals
 from daemon.records import PLAIN_RECIPE, Reject, TokenizedPart
 
@@ -295,59 +294,29 @@ def test_a_file_of_one_part_has_no_part_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["unit"]
 
 
-@pytest.mark.parametrize("samples", [2, FEW_ROWS + 1])
-def test_what_an_earlier_try_left_in_staging_is_replaced(samples, tmp_path):
+def test_what_an_earlier_try_left_in_staging_is_replaced(tmp_path):
     (tmp_path / "unit").mkdir()
     (tmp_path / "unit/leftover").touch()
-    write(tmp_path / "unit", [finish(make_part(0, 0, samples, last=True))])
+    write(tmp_path / "unit", [finish(make_part(0, 0, 2, last=True))])
     assert sorted(path.name for path in (tmp_path / "unit").iterdir()) == [
         "features.parquet",
         "metrics.parquet",
     ]
 
 
-def test_many_small_units_are_written_as_each_alone(tmp_path):
-    parts = [finish(make_part(0, 0, n, rejected=rejected, last=True)) for n, rejected in ((1, ()), (3, (1,)))]
-    alone = [write(tmp_path / f"alone-{number}", [part]) for number, part in enumerate(parts)]
-    writers = [open_writer(tmp_path / f"unit-{number}") for number in range(2)]
-    for writer, part in zip(writers, parts, strict=True):
-        writer.write_part(part)
-    (tmp_path / "unit-1").mkdir()
-    (tmp_path / "unit-1" / "leftover").touch()
-    together = writer_module.write_small(writers)
-    assert [totals.files for totals in together] == [totals.files for totals in alone]
-    assert [totals.rejects for totals in together] == [0, 1]
-    assert all(totals.seconds.commit > 0 for totals in together)
-    for number, writer in enumerate(writers):
-        for path in (tmp_path / f"alone-{number}").iterdir():
-            assert Path(writer.staging, path.name).read_bytes() == path.read_bytes()
-    assert not (tmp_path / "unit-1" / "leftover").exists()
-    assert writer_module.write_small([]) == []
-
-
-def test_parts_made_together_are_as_each_alone():
-    """Of files small, large and of several parts."""
-    parts = [
-        finish(part)
-        for part in (
-            make_part(0, 0, 2, last=True),
-            make_part(0, 0, FEW_ROWS + 3, last=True),
-            make_part(1, 5, 3, last=True),
-            make_part(0, 0, 3, rejected=(1,), last=True),
-            make_part(0, 0, 0, last=True),
-        )
-    ]
+def test_samples_of_several_files_in_one_batch_come_out_as_each_alone():
+    parts = [make_part(0, 0, 2, last=True), make_part(0, 0, 67, last=True), make_part(0, 0, 3, rejected=(1,))]
+    block = make_block([sample for part in parts for sample in part.part.samples])
     schemas = metrics_schema(INFO.layers, CONTRAST_RECIPE), features_schema("float32")
-    together = part_tables(parts, *schemas, INFO)
-    kinds = [(type(tables.metrics), type(tables.features)) for tables in together]
-    assert kinds == [(SmallFile,) * 2, (pa.Table,) * 2, (pa.Table,) * 2, (SmallFile,) * 2, (pa.Table,) * 2]
-    for part, tables in zip(parts, together, strict=True):
-        (alone,) = part_tables([part], *schemas, INFO)
-        for made, expected in ((tables.metrics, alone.metrics), (tables.features, alone.features)):
-            if isinstance(expected, SmallFile):
-                assert (made.rows, bytes(made.content)) == (expected.rows, bytes(expected.content))
-            else:
-                assert made.equals(expected)
+    begin = 0
+    for part in parts:
+        n = len(part.samples)
+        piece = BlockRows(block, np.arange(begin, begin + n), np.arange(n), row_bytes=0)
+        begin += n
+        together = part_tables(finished_from(part, [piece]), *schemas, INFO)
+        alone = part_tables(finish(part), *schemas, INFO)
+        assert together.metrics.equals(alone.metrics)
+        assert together.features.equals(alone.features)
 
 
 def test_parts_of_an_earlier_attempt_are_the_same_as_new_ones(tmp_path):

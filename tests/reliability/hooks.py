@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-from daemon import durable, looks
+from daemon import durable
 from daemon.compute.device import Study
 from daemon.compute.packing import Batch
 from daemon.records import Block
@@ -40,16 +40,6 @@ def dying_at(step: int) -> Iterator[None]:
 
     signal.alarm(PATIENCE_SECONDS)
     with durable.watch_operations(observe):
-        yield
-
-
-@contextlib.contextmanager
-def uncompiled_steps() -> Iterator[None]:
-    """A hook: steps and looks at many files as where no compiler was at hand."""
-    with (
-        mock.patch.object(durable, "IN_TURN", None),
-        mock.patch.multiple(looks, LSTAT_EACH=None, READ_SMALL=None),
-    ):
         yield
 
 

@@ -1,8 +1,8 @@
 """The rate at which many files of one sample go through, against the same samples in one file.
 
-`make small-files`. Besides the two: two daemons on the one inbox, and what is compiled of `durable.py` and
-`looks.py` done in Python. Counts from the loaded model to the end of a `--once` run. All are interleaved,
-so that a slow minute of the machine hits each, and a ratio is the median of the repetitions' ratios.
+`make small-files`. Besides the two: two daemons on the one inbox. Counts from the loaded model to the end
+of a `--once` run. All are interleaved, so that a slow minute of the machine hits each, and a ratio is the
+median of the repetitions' ratios.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ class Variant:
     name: str
     drop: Callable[[Path, list[str]], dict[str, Dropped]]
     daemons: int = 1
-    hook: str | None = None
 
 
 ONE_FILE = Variant("one file", drop_one)
@@ -70,7 +69,6 @@ VARIANTS = (
     ONE_FILE,
     MANY_FILES,
     Variant("many files, 2 daemons", drop_many, daemons=2),
-    Variant("many files, Python's steps", drop_many, hook="tests.reliability.hooks:uncompiled_steps"),
 )
 
 
@@ -81,7 +79,7 @@ def drain(daemons: Daemons, folder: Path, lines: list[str], variant: Variant) ->
     dropped = variant.drop(inbox, lines)
     logs = [folder / f"log-{number}" for number in range(variant.daemons)]
     flags = {"inbox.rescan_seconds": 5.0}  # as by default
-    started = [daemons.start(Job(inbox, outbox, log, flags=flags, hook=variant.hook)) for log in logs]
+    started = [daemons.start(Job(inbox, outbox, log, flags=flags)) for log in logs]
     codes = [daemons.wait(pid) for pid in started]
     seconds = time.time() - min(map(model_loaded_at, logs))
     wrong = [

@@ -193,11 +193,12 @@ def test_a_removal_counts_once_its_folder_is_flushed(tmp_path):
 
 def test_operations_that_change_nothing_change_nothing_in_the_model(tmp_path):
     def collide(inbox: Path, outbox: Path) -> None:
-        durable.write_file(outbox / "a", b"there first")
+        durable.write_whole(outbox / "a", b"there first")
+        durable.fsync_file(outbox / "a")
         assert not durable.move_without_replacing(inbox / "a", outbox / "a")
-        durable.write_note(outbox / "note", b"somewhere")
+        durable.write_whole(outbox / "note", b"somewhere")
         with contextlib.suppress(FileExistsError):
-            durable.write_note(outbox / "a", b"too late")
+            durable.write_whole(outbox / "a", b"too late")
         assert not durable.remove_empty_folder(outbox)
         durable.fsync_folder(outbox)
 
