@@ -57,14 +57,21 @@ class Channel(Generic[T]):
 
     async def get(self) -> T:
         """Take the oldest item, waiting for one. Raises EndOfStream at the end."""
-        await self._something()
+        await self.wait()
         if not self._items:
             raise EndOfStream
         return self._take()
 
-    async def get_nowait(self) -> T | None:
-        """Take the oldest item if there is one."""
+    def get_nowait(self) -> T | None:
+        """Take the oldest item if there is one. Raises EndOfStream at the end."""
+        if self.ended:
+            raise EndOfStream
         return self._take() if self._items else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the sender closed the channel and everything in it was taken."""
+        return self._closed and not self._items
 
     async def batches(
         self, enough: Callable[[], int] = lambda: 1, wait_seconds: float = 0.0
@@ -74,15 +81,15 @@ class Channel(Generic[T]):
         Waits a moment for company where that is fewer than `enough` items, and more can come.
         """
         while True:
-            await self._something()
+            await self.wait()
             if not self._items:
                 return
             if len(self._items) < enough():
                 await self._company(enough, wait_seconds)
             yield self._take_all()
 
-    async def _something(self) -> None:
-        """Wait for an item or the end."""
+    async def wait(self) -> None:
+        """Wait until there is an item, or the end."""
         while not self._items and not self._closed:
             await self._change()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from daemon.errors import ConfigError, LensdError, MachineError
-from daemon.shown import visible, visible_lines
+from daemon.escaping import escape_control, escape_lines
 from daemon.streams import open_standard_streams
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ paused, stalled), 3 no answer."""
 def share_heap() -> None:
     """Have all of Arrow allocate as the rest of the process does: read when pyarrow is first imported.
 
-    With an allocator of its own its memory comes on top of what the heap keeps (`daemon.compute.buffers`).
+    With an allocator of its own its memory comes on top of what the heap keeps (`daemon.model.buffers`).
     """
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
@@ -58,7 +58,7 @@ def command(argv: list[str] | None) -> int:
     except KeyboardInterrupt:
         return MACHINE_FAILED
     except Exception as error:
-        sys.stderr.write(visible_lines(traceback.format_exc()))
+        sys.stderr.write(escape_lines(traceback.format_exc()))
         return exit_code(error)
     return code
 
@@ -73,20 +73,20 @@ def exit_code(error: Exception) -> int:
 
 
 def complain(error: BaseException, code: int) -> int:
-    sys.stderr.write(visible(f"lensd: {error}") + "\n")
+    sys.stderr.write(escape_control(f"lensd: {error}") + "\n")
     return code
 
 
 def say(line: str) -> None:
     """A line of a command's output; names in it are obeyed by no terminal."""
-    sys.stdout.write(visible(line) + "\n")
+    sys.stdout.write(escape_control(line) + "\n")
 
 
 class Parser(argparse.ArgumentParser):
     """One whose complaints are obeyed by no terminal: arguments may be file names, put there by a shell."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(visible(message))
+        super().error(escape_control(message))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -221,9 +221,9 @@ def flags_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_daemon(args: argparse.Namespace) -> int:
     from daemon.config import load_config
-    from daemon.settings import Source
+    from daemon.settings import SettingsSource
 
-    source = Source(lambda: load_config(args.config, flags=flags_of(args)), args.config)
+    source = SettingsSource(lambda: load_config(args.config, flags=flags_of(args)), args.config)
     config = configure(args)
     from daemon.observe.logs import failed, for_people
     from daemon.service import serve
@@ -291,7 +291,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def run_retry(args: argparse.Namespace) -> int:
     config = configure(args)
-    from daemon.intake.retry import chosen, retry
+    from daemon.source.retry import chosen, retry
 
     inbox = config.inbox.path
     if not inbox.is_dir():
@@ -327,8 +327,8 @@ def show_status(args: argparse.Namespace) -> int:
 
 def check_config(args: argparse.Namespace) -> int:
     config = configure(args)
-    from daemon.build import folders_of_use, load_compute
     from daemon.machine import check_folders
+    from daemon.wiring import folders_of_use, load_compute
 
     check_folders(config.inbox.path, config.outbox.path, taken=folders_of_use(config), make=False)
     info = load_compute(config).engine.info

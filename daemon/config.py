@@ -30,9 +30,10 @@ from pydantic import (
     model_validator,
 )
 
-from daemon.columns import analysis_columns
+from daemon.analysis.columns import analysis_columns
 from daemon.errors import ConfigError
-from daemon.records import Contrast, Positions, Recipe
+from daemon.recipes import Contrast, Recipe
+from daemon.records import Positions
 from daemon.setting_layers import env_layer, set_dotted, toml_layer
 from daemon.setting_types import BatchTokens, NamePatterns, SettingName, SettingPath
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from daemon.durable import make_folder
 from daemon.errors import ConfigError, MachineError
-from daemon.folders import folder_trouble, leftover_trouble, parent_trouble, place_trouble
+from daemon.fs.durable import make_folder
+from daemon.fs.folders import folder_trouble, leftover_trouble, parent_trouble, place_trouble
 from daemon.observe.wording import size
 from daemon.pause import DISK, FOLDERS, Pause, describe
 
@@ -65,11 +65,17 @@ class Machine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.min_free_bytes = min_free_bytes  # of the outbox's disk
+        self.folders = {"inbox": inbox, "outbox": outbox}
         self._inbox = inbox
         self._outbox = outbox
         self._pause = pause
         self._clock = clock
         self._looking_since: float | None = None
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """The reasons to pause that hold now, whoever met them, each with a message."""
+        return self._pause.reasons
 
     def look(self) -> None:
         """Whether folders and disk allow work; sets the reasons to pause."""

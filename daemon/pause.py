@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from daemon.errors import MachineError
-from daemon.shown import visible
+from daemon.escaping import escape_control
 
 T = TypeVar("T")
 
@@ -123,7 +123,7 @@ class Pause:
 
 def describe(error: OSError) -> str:
     """One line: where and what, for an operator."""
-    names = [visible(str(name)) for name in (error.filename, error.filename2) if name]
+    names = [escape_control(str(name)) for name in (error.filename, error.filename2) if name]
     where = f"{' -> '.join(names)}: " if names else ""
     return f"{where}{error.strerror or error}{remedy(error.errno)}"
 

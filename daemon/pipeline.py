@@ -108,7 +108,7 @@ class Pipeline:
             raise
 
     async def give_back(self, *, flush: bool) -> None:
-        """Put every claimed file back; stored parts stay. Without `flush`, a refused disk is not asked again."""
+        """Put every claimed file back; stored parts stay. Without `flush`, sync nothing."""
         self.sink.close()
         await self.source.give_back_all(flush=flush)
 

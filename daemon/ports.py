@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from daemon.errors import FileError
+from daemon.model_info import ModelInfo
 from daemon.records import (
     Arrival,
     Batch,
@@ -19,7 +20,6 @@ from daemon.records import (
     FinishedFile,
     InputFile,
     KeptPart,
-    ModelInfo,
     Outcome,
     Part,
     PartExtent,

@@ -1,110 +1,34 @@
-"""The small frozen records that cross the boundaries between stages.
+"""Every message that passes between the parts of the daemon, as small frozen records.
 
 They hold plain Python and NumPy values only: no tensors, no open files, no configuration.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-import string
-import unicodedata
-from dataclasses import dataclass
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-SIGNED_NUMBER = re.compile(r"-?\.?\d")  # its sign or point is no punctuation of the sentence
+from daemon.errors import FileError
+from daemon.recipes import Recipe
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Positions = Literal["last", "all", "mean", "max"]  # of a text, that the SAEs read
+Presence = Literal["same", "changed", "gone"]  # of a claimed file
+OutcomeKind = Literal["committed", "failed", "duplicate", "requeued"]
+DepartureKind = Literal["l0", "fvu"]
+Against = Literal["card", "file_before"]
+KINDS: tuple[DepartureKind, ...] = get_args(DepartureKind)
+AGAINST: tuple[Against, ...] = get_args(Against)
 
-
-@dataclass(frozen=True, slots=True)
-class Contrast:
-    """Which texts of a sample are compared: names of texts of the same recipe."""
-
-    reference: str
-    positive: str
-    negative: str
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How a record becomes texts: `(name, template)` pairs, and the contrast between them, if any.
-
-    A template is literal, unless the recipe `joins`: then it names fields with a space between each two, and
-    `join` says where that space is left out.
-    """
-
-    templates: tuple[tuple[str, str], ...]
-    contrast: Contrast | None
-    joins: bool = False
-
-    @property
-    def text_names(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.templates)
-
-    @property
-    def fields(self) -> frozenset[str]:
-        """The record fields that the templates name."""
-        return fields_of(self.templates)
-
-    def render(self, values: dict[str, str]) -> tuple[str, ...]:
-        """The texts of one record, in the order of the templates."""
-        if not self.joins:
-            return tuple(template.format_map(values) for _, template in self.templates)
-        return tuple(
-            functools.reduce(join, (values[field] for field in named_fields(template)))
-            for _, template in self.templates
-        )
-
-
-@functools.lru_cache(maxsize=64)
-def fields_of(templates: tuple[tuple[str, str], ...]) -> frozenset[str]:
-    return frozenset(field for _, template in templates for field in named_fields(template))
-
-
-@functools.lru_cache(maxsize=64)
-def named_fields(template: str) -> tuple[str, ...]:
-    """The fields that a template names, in its order."""
-    return tuple(field for _, field, _, _ in string.Formatter().parse(template) if field)
-
-
-def join(prompt: str, completion: str) -> str:
-    """Prompt and completion as one text, with a space between them where neither brings its own.
-
-    No space where the completion is empty or begins with white space (as `str.isspace` has it) or with
-    punctuation (Unicode category P*, but for the sign or point of a number such as -5), nor where the prompt
-    is empty or ends with white space.
-    """
-    if not prompt or not completion or prompt[-1].isspace() or brings_its_own(completion):
-        return prompt + completion
-    return f"{prompt} {completion}"
-
-
-def brings_its_own(completion: str) -> bool:
-    """Whether a text that is not empty stands after another one without a space."""
-    first = completion[0]
-    if first.isspace():
-        return True
-    return unicodedata.category(first).startswith("P") and SIGNED_NUMBER.match(completion) is None
-
-
-CONTRAST_RECIPE = Recipe(
-    templates=(
-        ("prompt", "{prompt}"),
-        ("fact", "{prompt} {fact}"),
-        ("hall", "{prompt} {hallucination}"),
-    ),
-    contrast=Contrast(reference="prompt", positive="fact", negative="hall"),
-    joins=True,
-)
-PLAIN_RECIPE = Recipe(templates=(("text", "{text}"),), contrast=None)
-BUILT_IN_RECIPES = (CONTRAST_RECIPE, PLAIN_RECIPE)
+# A variance below this share of the mean square is rounding error: the rows are all alike.
+NEGLIGIBLE_VARIANCE = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +57,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class InputFile:
     """A claimed file whose content is known: the unit of delivery."""
 
     claim: Claim
@@ -186,7 +110,7 @@ class Part:
     `last` marks the file's end; extent.records == len(samples) + len(rejects).
     """
 
-    source: Source
+    file: InputFile
     extent: PartExtent
     last: bool
     recipe: Recipe
@@ -204,7 +128,7 @@ class Part:
 class KeptPart:
     """A part whose results an earlier attempt stored already."""
 
-    source: Source
+    file: InputFile
     extent: PartExtent
     last: bool
     recipe: Recipe
@@ -246,7 +170,7 @@ class FeatureRows:
     R rows, `nnz` activations in all; row r owns `indices[offsets[r]:offsets[r + 1]]`.
     """
 
-    sample_row: IntArray  # (R,) row of the sample in its block
+    sample_row: IntArray  # (R,) row of the sample in its batch
     text: IntArray  # (R,) index into the recipe's texts
     layer: IntArray  # (R,) index into the engine's SAEs
     position: IntArray  # (R,) token position in the text
@@ -268,17 +192,18 @@ class LayerSums:
 
 
 class RowMessage(NamedTuple):
-    """Why a row of a block is none."""
+    """Why a row of a batch has no numbers."""
 
     row: int
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """The results of one device batch of n samples, on the host.
+class BatchResult:
+    """The results of one batch of n samples, on the host.
 
-    `columns` maps each name of `daemon.columns.analysis_columns` to an (n,) array; NaN means undefined.
+    `columns` maps each name of `daemon.analysis.columns.analysis_columns` to an (n,) array; NaN means
+    undefined.
     """
 
     columns: dict[str, npt.NDArray[np.generic]]
@@ -297,50 +222,274 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """How well a dictionary does, as far as it is known."""
+class Entry:
+    """One sample of a batch and where its result belongs."""
 
-    l0: float | None = None  # mean number of active features
-    fvu: float | None = None  # fraction of variance unexplained
+    part: TokenizedPart
+    row: int  # in part.samples
 
-
-@dataclass(frozen=True, slots=True)
-class SaeInfo:
-    """One loaded dictionary, as the manifest and the columns name it."""
-
-    hook_name: str  # what it reads
-    hook_name_out: str  # what its reconstruction is to equal: of a transcoder another place
-    layer: int
-    d_in: int
-    d_sae: int
-    d_out: int
-    architecture: str
-    source: str  # release and id, or the path's last component
-    weights_sha256: str
-    settings_sha256: str = ""  # of all that its configuration says
+    @property
+    def sample(self) -> TokenizedSample:
+        return self.part.samples[self.row]
 
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """The loaded model, as the manifest and `lensd_model_info` name it."""
+class Batch:
+    """Samples of one recipe that run in one forward pass."""
+
+    recipe: Recipe
+    entries: tuple[Entry, ...]
+
+    @property
+    def samples(self) -> tuple[TokenizedSample, ...]:
+        return tuple(entry.sample for entry in self.entries)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerTotals:
+    """What FVU and mean L0 at one SAE are made of, summed over samples and texts."""
+
+    rows: int  # activations counted
+    l0: float
+    squared_error: float  # sum of ||x - decode(f)||^2
+    squared_norm: float  # sum of ||x||^2
+    total: FloatArray  # (d_out,) sum of x
+
+    @classmethod
+    def zero(cls, d_out: int) -> LayerTotals:
+        return cls(rows=0, l0=0.0, squared_error=0.0, squared_norm=0.0, total=np.zeros(d_out))
+
+    @classmethod
+    def of_groups(cls, sums: LayerSums, rows: IntArray, starts: IntArray) -> list[LayerTotals]:
+        """The totals of groups of samples; group g, not empty, is `rows[starts[g]:starts[g + 1]]`."""
+
+        def added(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.add.reduceat(values[rows], starts, axis=0)
+
+        scalars = (added(sums.rows), added(sums.l0), added(sums.squared_error), added(sums.squared_norm))
+        return [
+            cls(*row) for row in zip(*(column.tolist() for column in scalars), added(sums.total), strict=True)
+        ]
+
+    def plus(self, other: LayerTotals) -> LayerTotals:
+        return LayerTotals(
+            rows=self.rows + other.rows,
+            l0=self.l0 + other.l0,
+            squared_error=self.squared_error + other.squared_error,
+            squared_norm=self.squared_norm + other.squared_norm,
+            total=self.total + other.total,
+        )
+
+    def fvu(self) -> float | None:
+        """Fraction of variance unexplained: sum ||x - x^||^2 / (sum ||x||^2 - ||sum x||^2 / rows).
+
+        None where the rows have no variance to explain, or a sum is not finite.
+        """
+        if not self.rows:
+            return None
+        with np.errstate(over="ignore", invalid="ignore"):
+            variance = self.squared_norm - float(self.total @ self.total) / self.rows
+        if not variance > NEGLIGIBLE_VARIANCE * self.squared_norm:
+            return None
+        ratio = self.squared_error / variance
+        return ratio if np.isfinite(ratio) else None
+
+    def mean_l0(self) -> float | None:
+        """Mean number of active features per activation; None without any."""
+        return self.l0 / self.rows if self.rows else None
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Seconds of work, or of waiting in `queue`, per stage. Stages overlap: the sum is no wall time."""
+
+    read: float = 0.0
+    tokenize: float = 0.0
+    queue: float = 0.0
+    pack: float = 0.0
+    forward: float = 0.0
+    sae: float = 0.0
+    analysis: float = 0.0
+    write: float = 0.0
+    commit: float = 0.0
+
+    def __add__(self, other: StageSeconds) -> StageSeconds:
+        return StageSeconds(*map(operator.add, STAGE_VALUES(self), STAGE_VALUES(other)))
+
+
+STAGE_VALUES = operator.attrgetter(*(field.name for field in fields(StageSeconds)))
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRows:
+    """Rows `result_rows` of a batch are the results of the samples at `part_rows` of a part."""
+
+    result: BatchResult
+    result_rows: IntArray  # (m,)
+    part_rows: IntArray  # (m,)
+    row_bytes: int  # about what one of them weighs in memory
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedPart:
+    """A part and the pieces of device batches that together cover each of its samples once."""
+
+    part: TokenizedPart
+    pieces: tuple[ResultRows, ...]
+    rejects: tuple[Reject, ...]  # all of the part, in any order
+    layers: tuple[LayerTotals, ...]  # one per SAE
+    seconds: StageSeconds
+
+    @property
+    def nbytes(self) -> int:
+        """About what its results weigh in memory: its share of the batches."""
+        return 1 + sum(piece.row_bytes * len(piece.result_rows) for piece in self.pieces)
+
+    def check_covered(self) -> None:
+        """Raises AssertionError unless every sample of the part is covered exactly once."""
+        n = len(self.part.samples)
+        covered = sorted(row for piece in self.pieces for row in piece.part_rows.tolist())
+        pairs_up = all(len(piece.result_rows) == len(piece.part_rows) for piece in self.pieces)
+        if not pairs_up or covered != list(range(n)):
+            part = self.part.part
+            raise AssertionError(
+                f"unit {part.file.unit} part {part.number}: {len(covered)} result rows"
+                f" do not cover its {n} samples exactly once"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class FileTotals:
+    """One file of an output folder."""
 
     name: str
-    architecture: str
-    d_model: int
-    n_layers: int
-    dtype: str
-    device: str
-    engine: str  # "packed", or "padded" where the model can't be packed
-    weights_sha256: str | None  # None where the weights came from a hub
-    saes: tuple[SaeInfo, ...]
-    cards: tuple[Fit, ...] = ()  # of each SAE, by its makers; empty where what is read is not comparable
-    settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTotals:
+    """All that was written for one input file."""
+
+    records: int
+    rows: int  # of metrics.parquet: samples
+    rejects: int
+    layers: tuple[LayerTotals, ...]  # one per SAE
+    fvu: tuple[float | None, ...]  # of each
+    seconds: StageSeconds
+    clipped: int  # activations that the stored type does not hold
+    files: tuple[FileTotals, ...]
 
     @property
-    def known_fits(self) -> tuple[Fit, ...]:
-        """Of each SAE what is known of it that files can be compared with."""
-        return self.cards or (Fit(),) * len(self.saes)
+    def bytes(self) -> int:
+        """Size of the files listed, the manifest not counted."""
+        return sum(file.bytes for file in self.files)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(sae.layer for sae in self.saes)
+
+@dataclass(frozen=True, slots=True)
+class FileFailed:
+    """Follows the parts of a file that turned out to be unusable after some of it was read."""
+
+    file: InputFile
+    error: FileError
+    parts: int  # handed on before
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """One number of a file at one SAE that is far from what it is measured by."""
+
+    layer: int
+    hook_name: str
+    kind: DepartureKind
+    against: Against
+    value: float
+    expected: float
+
+    def __str__(self) -> str:
+        what = "mean L0" if self.kind == "l0" else "FVU"
+        whose = "on its card" if self.against == "card" else "in the file before"
+        return f"{what} {self.value:.3g} at {self.hook_name}, {self.expected:.3g} {whose}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one file ended."""
+
+    kind: OutcomeKind
+    name: str
+    unit: str | None = None
+    folder: Path | None = None  # where the results are
+    rows: int = 0
+    rejects: int = 0
+    output_bytes: int = 0
+    seconds: float = 0.0  # first read to commit
+    fvu: tuple[float | None, ...] = ()  # per SAE
+    mean_l0: tuple[float | None, ...] = ()  # the same
+    readings: int = 0  # that each SAE made, of which these are means
+    clipped: int = 0  # activations that the stored type does not hold
+    departures: tuple[Departure, ...] = ()  # in what its SAEs are far from what is known of them
+    stages: StageSeconds | None = None
+    reason: str | None = None
+    message: str | None = None
+
+    def log_fields(self) -> dict[str, Any]:
+        fields = {
+            "outcome": self.kind,
+            "file": self.name,
+            "unit": self.unit,
+            "rows": self.rows,
+            "rejects": self.rejects,
+            "clipped": self.clipped or None,
+            "seconds": round(self.seconds, 2),
+            "folder": str(self.folder) if self.folder else None,
+            "reason": self.reason,
+            "message": self.message,
+        }
+        return {key: value for key, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedFile:
+    """A file of which everything came to the sink: complete, or failed with an error."""
+
+    file: InputFile
+    error: FileError | None
+    nbytes: int  # of its results in memory, about
+
+
+Arrival = FinishedPart | KeptPart | FileFailed  # at the sink
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the sink has of a unit from before."""
+
+    published: Path | None  # the folder that holds its results
+    extents: Mapping[int, PartExtent]  # by number, of parts that an earlier attempt stored
+
+
+@dataclass(frozen=True, slots=True)
+class InboxLoad:
+    """What waited at one look. Times are Unix times."""
+
+    files: int
+    bytes: int
+    oldest_at: float | None  # when the oldest was last written, None where none waits
+    counted_at: float
+    left: int = 0  # files that are somebody else's, and lie there all the same
+
+    def oldest_seconds(self, now: float) -> float:
+        """How old the oldest is by now, which goes on growing where nobody can look again."""
+        return 0.0 if self.oldest_at is None else max(0.0, now - self.oldest_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """Items that wait for a stage, and tokens that wait for the executor."""
+
+    tokenize: int
+    compute: int
+    write: int
+    tokens: int

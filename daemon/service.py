@@ -1,4 +1,4 @@
-"""Start, serve, drain, stop, in order. The first SIGTERM or SIGINT drains, the second forces; SIGHUP reloads.
+"""Start, serve, stop, in order. The first SIGTERM or SIGINT drains, the second forces; SIGHUP reloads.
 
 Knows the configuration and the lifecycle; what happens to a file is `daemon.pipeline`'s business.
 """
@@ -19,26 +19,11 @@ from importlib.metadata import version
 import structlog
 from prometheus_client import CollectorRegistry
 
-from daemon.build import (
-    QUEUED_RESULT_BYTES,
-    QUEUED_TEXT_BYTES,
-    Compute,
-    folders_of_use,
-    load_compute,
-    read_limits,
-    results_key,
-    with_settings,
-)
-from daemon.compute.buffers import keep_memory
-from daemon.compute.device import Device
-from daemon.compute.packing import Packer
 from daemon.config import Config
 from daemon.errors import ConfigError, MachineError, SyncFailed
-from daemon.heart import Heart
-from daemon.intake.inbox import Inbox
-from daemon.intake.inputs import InputNames
+from daemon.executor.device_thread import DeviceThread
 from daemon.machine import Machine, check_folders
-from daemon.observe import logs
+from daemon.model.buffers import keep_memory, memory_bytes, pool_bytes
 from daemon.observe.apart import apart
 from daemon.observe.board import DRAINING, StatusBoard
 from daemon.observe.health import LOADING, Health
@@ -47,13 +32,27 @@ from daemon.observe.metrics import Metrics
 from daemon.observe.notify import Notify
 from daemon.observe.page import status_routes
 from daemon.observe.progress import Progress
-from daemon.output.commit import Outbox
-from daemon.output.delivery import Delivery, Outcome
+from daemon.observe.recorder import Recorder, Tally
+from daemon.observe.snapshot import Snapshot
 from daemon.pause import FOLDERS, FoldersLost, Pause
-from daemon.pipeline import Limits, Pipeline, Tally
-from daemon.settings import AT_ONCE, Source, changes, is_in
+from daemon.pipeline import Pipeline
+from daemon.records import InboxLoad, Outcome
+from daemon.reload import Reload
+from daemon.settings import SettingsSource
+from daemon.source.inbox import Inbox
+from daemon.source.scan import count_waiting
+from daemon.supervisor import Supervisor
+from daemon.wiring import (
+    Compute,
+    folders_of_use,
+    input_names,
+    load_compute,
+    open_folders,
+    pipeline_of,
+    with_settings,
+)
 
-LOOK_SECONDS = 1.0  # between two looks for folders that are gone, or for changed settings
+LOOK_SECONDS = 1.0  # between two looks for folders that are gone
 
 log = structlog.get_logger()
 
@@ -72,7 +71,7 @@ def serve(
     once: bool,
     on_outcome: Callable[[Outcome], None] = ignore,
     load: Callable[[Config], Compute] = load_compute,
-    source: Source | None = None,
+    source: SettingsSource | None = None,
 ) -> Tally:
     """Run the daemon until it is told to stop, or with `once` until the inbox is drained.
 
@@ -102,11 +101,13 @@ def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return error
 
 
-def input_names(config: Config) -> InputNames:
-    """Which names in the inbox are inputs, and which sub-folders lensd made there."""
-    inbox, outbox = config.inbox.path.absolute(), config.outbox.path.absolute()
-    nested = outbox.relative_to(inbox).parts[:1] if outbox.is_relative_to(inbox) else ()
-    return InputNames(config.inbox.ignore, folders=nested)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    """One pipeline between one pair of open folders, and who records its work."""
+
+    inbox: Inbox
+    pipeline: Pipeline
+    recorder: Recorder
 
 
 class Service:
@@ -119,64 +120,65 @@ class Service:
         once: bool,
         on_outcome: Callable[[Outcome], None],
         load: Callable[[Config], Compute],
-        source: Source | None = None,
+        source: SettingsSource | None = None,
     ) -> None:
-        self.config = config
-        self.load_compute = load
         self.once = once
         self.on_outcome = on_outcome
-        self.source = source
+        self.load_compute = load
         self.stop = asyncio.Event()  # of the run
-        self.turn = asyncio.Event()  # of one pipeline, with the run or for another one with other settings
-        self.hung_up = asyncio.Event()  # SIGHUP came
+        self.end_turn = asyncio.Event()  # of one pipeline: the run ends, or another one takes over
         self.metrics = Metrics(CollectorRegistry())
-        self.device = Device()
+        self.device = DeviceThread()
         self.health = Health(self.device, stall_seconds=config.http.stall_seconds)
         self.progress = Progress()
-        self.board = StatusBoard(
-            inbox=config.inbox.path,
-            outbox=config.outbox.path,
-            metrics=self.metrics,
-            progress=self.progress,
-        )
         self.notify = Notify()
         self.pause = Pause(patient=not once, on_retry=self.metrics.observe_retry)
-        self.machine = Machine(
-            config.inbox.path,
-            config.outbox.path,
-            min_free_bytes=config.outbox.min_free_bytes,
-            pause=self.pause,
-        )
-        self.heart = Heart(
-            folders={"inbox": config.inbox.path, "outbox": config.outbox.path},
-            device=self.device,
+        inbox, outbox = config.inbox.path, config.outbox.path
+        self.board = StatusBoard(inbox=inbox, outbox=outbox, metrics=self.metrics, progress=self.progress)
+        self.machine = Machine(inbox, outbox, min_free_bytes=config.outbox.min_free_bytes, pause=self.pause)
+        self.supervisor = Supervisor(
+            self,
             health=self.health,
             machine=self.machine,
-            pause=self.pause,
             metrics=self.metrics,
-            progress=self.progress,
             board=self.board,
             notify=self.notify,
-            end=self.end,
         )
-        self.heart.names = input_names(config)
+        self.reload = Reload(
+            config,
+            source,
+            metrics=self.metrics,
+            on_change=self.take_up,
+            on_refused=self.board.refuse_settings,
+        )
+        self.turn: Turn | None = None  # the current one
         self.fatal: BaseException | None = None  # what ends the run from outside the pipeline
         self.main_task: asyncio.Task[object] | None = None
         self.tally = Tally()
 
+    @property
+    def config(self) -> Config:
+        return self.reload.config
+
     async def run(self) -> Tally:
+        """Start, serve, stop."""
+        async with self.started():
+            compute = await self.load()
+            async with self.reload.following(self.stop, self.notify, self.supervisor.see_end):
+                await self.serve(compute)
+        log.info("service.stopped", **dataclasses.asdict(self.tally))
+        return self.tally
+
+    @contextlib.asynccontextmanager
+    async def started(self) -> AsyncIterator[None]:
+        """Signals, endpoints and supervisor, around a run."""
         self.health.unmet.add(LOADING)
-        folders = {"inbox": str(self.config.inbox.path), "outbox": str(self.config.outbox.path)}
+        folders = {role: str(folder) for role, folder in self.machine.folders.items()}
         log.info("service.starting", version=version("lensd"), **folders)
         with self.signals():
-            async with self.http(), self.heart.beating():
+            async with self.http(), self.supervisor.watching():
                 try:
-                    compute = await self.load()
-                    self.health.unmet.discard(LOADING)
-                    async with self.following_settings():
-                        await self.work(compute)
-                    log.info("service.stopped", **dataclasses.asdict(self.tally))
-                    return self.tally
+                    yield
                 except* SyncFailed:
                     self.metrics.sync_errors_total.inc()
                     raise
@@ -192,6 +194,7 @@ class Service:
         info = compute.engine.info
         self.metrics.describe(info, compute.max_batch_tokens)
         self.board.describe(info, compute.max_batch_tokens)
+        self.health.unmet.discard(LOADING)
         log.info(
             "model.loaded",
             model=info.name,
@@ -204,18 +207,18 @@ class Service:
         )
         return compute
 
-    async def work(self, compute: Compute) -> None:
+    async def serve(self, compute: Compute) -> None:
         """Run pipelines until the run stops: another for changed settings, or once lost folders are back."""
         made_for = self.config
         with self.progress:
             while True:
-                self.turn = asyncio.Event()  # before the settings are taken: a later change sets it
+                self.end_turn = asyncio.Event()  # before the settings are taken: a later change sets it
                 config = self.config
                 if config is not made_for:
                     compute = await self.device.call(partial(with_settings, compute, config))
                     made_for = config
                 try:
-                    await self.drain(compute, config)
+                    await self.serve_turn(compute, config)
                     if self.once or self.stop.is_set():
                         return
                 except* FoldersLost as lost:
@@ -226,6 +229,30 @@ class Service:
                     self.progress.total = self.progress.done  # what was read is read again
                 await self.folders_back()
 
+    async def serve_turn(self, compute: Compute, config: Config) -> None:
+        """Open inbox and outbox and run a pipeline to its end."""
+        recorder = Recorder(
+            compute.engine.info,
+            metrics=self.metrics,
+            progress=self.progress,
+            tally=self.tally,
+            on_outcomes=self.settled,
+        )
+        async with open_folders(config, self.pause) as folders:
+            self.metrics.recovered_files_total.labels("staging_removed").inc(folders.removed)
+            pipeline = pipeline_of(
+                config, compute, folders, device=self.device, pause=self.pause, observer=recorder
+            )
+            self.turn = Turn(folders.inbox, pipeline, recorder)
+            self.notify.ready()
+            if self.stop.is_set():
+                self.end_turn.set()
+            try:
+                await pipeline.run(self.end_turn, once=self.once)
+            finally:
+                pipeline.sink.close()
+            self.tally.left = folders.inbox.left
+
     async def folders_back(self) -> None:
         """Wait until inbox and outbox are there and fit each other."""
         while (
@@ -234,74 +261,50 @@ class Service:
             self.pause.hold(FOLDERS, trouble)
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def drain(self, compute: Compute, config: Config) -> None:
-        """Open inbox and outbox and run a pipeline to its end."""
-        self.heart.names = names = input_names(config)
-        inbox = Inbox(
-            config.inbox.path,
-            names=names,
-            settle_seconds=config.inbox.settle_seconds,
-            rescan_seconds=config.inbox.rescan_seconds,
-            on_success=config.inbox.on_success,
-            pause=self.pause,
-        )
-        outbox = Outbox(config.outbox.path)
-        await self.pause.outlast(inbox.open, "start")
-        try:
-            removed = await self.pause.outlast(lambda: asyncio.to_thread(outbox.open), "start")
-            self.metrics.recovered_files_total.labels("staging_removed").inc(removed)
-            pipeline = self.assemble(compute, config, inbox, outbox)
-            self.heart.inbox, self.heart.pipeline = inbox, pipeline
-            self.notify.ready()
-            if self.stop.is_set():
-                self.turn.set()
-            try:
-                await pipeline.run(self.turn, once=self.once)
-            finally:
-                pipeline.delivery.close()
-        finally:
-            await asyncio.to_thread(outbox.close)
-            await inbox.close()
-
-    def assemble(self, compute: Compute, config: Config, inbox: Inbox, outbox: Outbox) -> Pipeline:
-        return Pipeline(
-            inbox=inbox,
-            delivery=Delivery(
-                inbox=inbox,
-                outbox=outbox,
-                info=compute.engine.info,
-                values=config.outbox.values,
-                settings=config.model_dump(mode="json"),
-                pause=self.pause,
-            ),
-            tokenizer=compute.tokenizer,
-            device=self.device,
-            study=compute.study,
-            packer=Packer(
-                compute.max_batch_tokens,
-                config.batching.max_batch_samples,
-                shares_prefixes=compute.engine.shares_prefixes,
-            ),
-            recipe=config.recipe,
-            read_limits=read_limits(config),
-            limits=Limits(
-                queued_text_bytes=QUEUED_TEXT_BYTES,
-                queued_tokens=config.batching.window_tokens,
-                queued_result_bytes=QUEUED_RESULT_BYTES,
-                max_attempts=config.inbox.max_attempts,
-            ),
-            results_key=results_key(config, compute.engine),
-            pause=self.pause,
-            tally=self.tally,
-            metrics=self.metrics,
-            progress=self.progress,
-            on_outcomes=self.settled,
-        )
-
     def settled(self, outcomes: Sequence[Outcome]) -> None:
         self.board.settle(*outcomes)
         for outcome in outcomes:
             self.on_outcome(outcome)
+
+    def snapshot(self) -> Snapshot:
+        """Describe this moment; implements `daemon.supervisor.Watched`."""
+        snapshot = Snapshot(
+            device_alive=self.device.alive,
+            device_busy_seconds=self.device.busy_seconds,
+            done=self.progress.done,
+            total=self.progress.total,
+            rate=self.progress.rate,
+        )
+        if self.turn is None:
+            return snapshot
+        inbox, pipeline = self.turn.inbox, self.turn.pipeline
+        device = pipeline.executor.info.device
+        return dataclasses.replace(
+            snapshot,
+            inbox=inbox.pending(),
+            recovered=inbox.take_recovered(),
+            found=inbox.take_found(),
+            queued=pipeline.queued(),
+            workload=self.turn.recorder.workload,
+            memory_bytes=memory_bytes(device),
+            pool_bytes=pool_bytes(device),
+        )
+
+    def count_waiting(self) -> InboxLoad:
+        return count_waiting(self.config.inbox.path, input_names(self.config))
+
+    def end(self, error: BaseException) -> None:
+        """End the run with this error, whatever it is at."""
+        if self.fatal is None and self.main_task is not None:
+            self.fatal = error
+            self.main_task.cancel()
+
+    def take_up(self, config: Config, *, at_once: bool) -> None:
+        """Changed settings hold; files under way are finished under the ones before, unless `at_once`."""
+        self.health.stall_seconds = config.http.stall_seconds
+        self.machine.min_free_bytes = config.outbox.min_free_bytes
+        if not at_once:
+            self.end_turn.set()
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -315,7 +318,7 @@ class Service:
                 self.health.unmet.add(DRAINING)
                 self.notify.stopping()
                 self.stop.set()
-                self.turn.set()
+                self.end_turn.set()
                 self.pause.give_up()
             else:
                 log.warning("service.forced", signal=received.name)
@@ -325,12 +328,12 @@ class Service:
             if on_terminal and not sys.stderr.isatty():  # which is gone
                 handle(signal.SIGHUP)
             else:
-                self.hung_up.set()
+                self.reload.asked.set()
 
         on_terminal = sys.stderr.isatty()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, handle, number)
-        if self.source is not None:
+        if self.reload.source is not None:
             loop.add_signal_handler(signal.SIGHUP, hang_up)
         try:
             yield
@@ -352,55 +355,3 @@ class Service:
         async with apart(lambda: serve_http(address, registry, health, routes)) as url:
             log.info("http.listening", url=url)
             yield
-
-    @contextlib.asynccontextmanager
-    async def following_settings(self) -> AsyncIterator[None]:
-        """Within the context settings are read again at SIGHUP and when their file changed."""
-        if self.source is None:
-            yield
-            return
-        task = asyncio.create_task(self.follow_settings(self.source))
-        task.add_done_callback(self.heart.see_end)
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.wait([task])
-
-    async def follow_settings(self, source: Source) -> None:
-        while not self.stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.hung_up.wait(), LOOK_SECONDS)
-            if self.hung_up.is_set() or await asyncio.to_thread(source.changed):
-                self.hung_up.clear()
-                self.notify.reloading()
-                await self.reload(source)
-                self.notify.ready()
-
-    async def reload(self, source: Source) -> None:
-        """Take up changed settings, or none of them. Files under way are finished under the ones before."""
-        before = self.config
-        try:
-            config = await asyncio.to_thread(source.read, before)
-        except ConfigError as error:
-            log.error("settings.rejected", message=str(error))
-            self.metrics.config_reloads_total.labels("rejected").inc()
-            self.board.refuse_settings(str(error))
-            return
-        changed = changes(before, config)
-        self.config = config
-        if any(is_in(key, ("log",)) for key in changed):
-            logs.configure(config.log.format, config.log.level)
-        self.health.stall_seconds = config.http.stall_seconds
-        self.machine.min_free_bytes = config.outbox.min_free_bytes
-        if not all(is_in(key, AT_ONCE) for key in changed):
-            self.turn.set()
-        log.info("settings.applied", changed=changed)
-        self.metrics.config_reloads_total.labels("applied").inc()
-        self.board.refuse_settings(None)
-
-    def end(self, error: BaseException) -> None:
-        """End the run with this error, whatever it is at."""
-        if self.fatal is None and self.main_task is not None:
-            self.fatal = error
-            self.main_task.cancel()

@@ -27,7 +27,7 @@ AT_ONCE = ("log", "http.stall_seconds", "outbox.min_free_bytes")  # these do not
 Stamp = tuple[int, int, int, int]
 
 
-class Source:
+class SettingsSource:
     """Where the settings come from. Make it before they are first read, so that no change is missed."""
 
     def __init__(self, read: Callable[[], Config], file: Path | None) -> None:

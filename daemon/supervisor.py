@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Protocol
 
@@ -20,8 +20,9 @@ from daemon.observe.board import DRAINING, PAUSED, StatusBoard
 from daemon.observe.health import DEVICE, EVENT_LOOP, HEARTBEAT_STALE_SECONDS, LOADING, Health
 from daemon.observe.metrics import Metrics
 from daemon.observe.notify import Notify, status_line
+from daemon.observe.snapshot import Snapshot
 from daemon.pause import REASONS
-from daemon.records import InboxLoad, Snapshot
+from daemon.records import InboxLoad
 
 LOOK_SECONDS = 1.0
 COUNT_SECONDS = 10.0  # between two counts of the inbox

@@ -12,8 +12,8 @@ from pathlib import Path
 from unittest import mock
 
 from daemon import heart, service
-from daemon.compute.packing import Batch
 from daemon.observe import health
+from daemon.records import Batch
 from tests.reliability.hooks import before_each_batch, bound_by_modes, gated
 
 BEAT_SECONDS = 0.05

@@ -9,9 +9,9 @@ from typing import Any
 from unittest import mock
 
 from daemon import heart, service
-from daemon.build import Compute
 from daemon.config import Config, load_config
-from daemon.settings import Source
+from daemon.settings import SettingsSource
+from daemon.wiring import Compute
 from tests.reliability.hooks import gated
 
 BEAT_SECONDS = 0.05
@@ -29,7 +29,7 @@ def reloading(file: str, reached: str = "", go: str = "") -> Iterator[None]:
         def read() -> Config:
             return load_config(Path(file), {}, given(told))
 
-        source = Source(read, Path(file))
+        source = SettingsSource(read, Path(file))
         return service.serve(read(), once=once, load=load, source=source)
 
     with (

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from daemon.intake.reader import ReadLimits, read_parts
-from daemon.records import Claim, FileIdentity, KeptPart, Part, PartExtent, Recipe, Source
+from daemon.recipes import Recipe
+from daemon.records import Claim, FileIdentity, InputFile, KeptPart, Part, PartExtent
+from daemon.source.reader import ReadLimits, read_parts
 
 NO_IDENTITY = FileIdentity(0, 0, 0, 0, 0)
 LIMITS = ReadLimits(
@@ -18,9 +19,9 @@ LIMITS = ReadLimits(
 )
 
 
-def unclaimed(path: Path | str, unit: str = "unit", name: str | None = None) -> Source:
+def unclaimed(path: Path | str, unit: str = "unit", name: str | None = None) -> InputFile:
     path = Path(path)
-    return Source(Claim(name or path.name, str(path), 1, NO_IDENTITY), sha256="", size=0, unit=unit)
+    return InputFile(Claim(name or path.name, str(path), 1, NO_IDENTITY), sha256="", size=0, unit=unit)
 
 
 async def parts_of(

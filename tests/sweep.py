@@ -28,14 +28,14 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from daemon.build import load_engine
-from daemon.compute.engine import Engine
-from daemon.compute.plain_hooks import PlainHooks
-from daemon.compute.plain_trace import Unreachable
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError
+from daemon.model.engine import Engine
+from daemon.model.plain_hooks import PlainHooks
+from daemon.model.plain_trace import Unreachable
 from daemon.tools.oracle import Oracle
 from daemon.tools.reference import ReferenceLayer
+from daemon.wiring import load_engine
 from tests import tiny
 from tests.compute.engines import random_texts
 from tests.families import FAMILIES, save_family

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from daemon import durable
 from daemon.errors import SyncFailed
+from daemon.fs import durable
 
 
 def make_folder_of(path, **contents: bytes | memoryview) -> None:

@@ -12,14 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from structlog.testing import capture_logs
 
-from daemon.columns import ANALYSIS_VERSION, analysis_columns
-from daemon.compute.device import Begun, Study
-from daemon.compute.packing import Batch
+from daemon.analysis.columns import ANALYSIS_VERSION, analysis_columns
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError, MachineError
-from daemon.output.delivery import Outcome
+from daemon.executor.runner import BatchRunner, Begun
 from daemon.pipeline import Tally
-from daemon.records import CONTRAST_RECIPE, Block
+from daemon.recipes import CONTRAST_RECIPE
+from daemon.records import Batch, BatchResult, Outcome
 from daemon.service import serve
 from tests import tiny
 
@@ -124,7 +123,7 @@ def test_content_published_under_an_older_analysis_is_new_work(tiny_toml, inbox,
     config = configured(tiny_toml, inbox)
     folders = []
     for version in (ANALYSIS_VERSION - 1, ANALYSIS_VERSION, ANALYSIS_VERSION):
-        monkeypatch.setattr("daemon.build.ANALYSIS_VERSION", version)
+        monkeypatch.setattr("daemon.wiring.ANALYSIS_VERSION", version)
         tiny.write_json(inbox / "study.json", records)
         _, (outcome,) = drain(config)
         folders.append((outcome.kind, outcome.folder))
@@ -362,22 +361,22 @@ class BrokenDevice(RuntimeError):
 def test_a_crashing_engine_commits_nothing_and_the_file_is_taken_up_again(tiny_toml, inbox, monkeypatch):
     tiny.write_json(inbox / "study.json", tiny.contrast_records(30))
     config = configured(tiny_toml, inbox, batching__max_batch_samples=8)
-    run, calls = Study.run, []
+    run, calls = BatchRunner.run, []
 
-    def crash(study: Study, batch: Batch) -> Block:
+    def crash(study: BatchRunner, batch: Batch) -> BatchResult:
         calls.append(batch)
         if len(calls) == 3:
             raise BrokenDevice
         return run(study, batch)
 
-    monkeypatch.setattr(Study, "run", crash)
+    monkeypatch.setattr(BatchRunner, "run", crash)
     with pytest.raises(ExceptionGroup) as caught:
         drain(config)
     assert caught.group_contains(BrokenDevice)
     assert list(config.outbox.path.glob("*/manifest.json")) == []
     assert [path.name for path in inbox.glob(".claimed/*/1/*")] == ["study.json"]
 
-    monkeypatch.setattr(Study, "run", run)
+    monkeypatch.setattr(BatchRunner, "run", run)
     tally, (outcome,) = drain(config)
     assert (tally.committed, outcome.rows) == (1, 30)
     assert list(inbox.glob(".claimed/*")) == []
@@ -390,15 +389,15 @@ def test_a_file_written_to_while_it_is_read_is_read_again(tiny_toml, inbox, monk
     path = inbox / "study.jsonl"
     path.write_text(json.dumps({"text": "first"}) + "\n")
     writer = path.open("a")
-    run = Study.run
+    run = BatchRunner.run
 
-    def write_meanwhile(study: Study, batch: Batch) -> Block:
+    def write_meanwhile(study: BatchRunner, batch: Batch) -> BatchResult:
         if not writer.closed:
             writer.write(json.dumps({"text": "second"}) + "\n")
             writer.close()
         return run(study, batch)
 
-    monkeypatch.setattr(Study, "run", write_meanwhile)
+    monkeypatch.setattr(BatchRunner, "run", write_meanwhile)
     tally, outcomes = drain(configured(tiny_toml, inbox))
     assert [outcome.kind for outcome in outcomes] == ["requeued", "committed"]
     assert (tally.requeued, tally.committed, tally.rows) == (1, 1, 2)
@@ -408,14 +407,14 @@ def test_a_file_written_to_while_it_is_read_is_read_again(tiny_toml, inbox, monk
 def batches_of(monkeypatch, fail=lambda batch: None) -> list[list[str]]:
     """Sample ids of every batch that reaches the device, where `fail` may raise."""
     batches: list[list[str]] = []
-    begin = Study.begin
+    begin = BatchRunner.begin
 
-    def watched(self: Study, batch: Batch) -> Begun:
+    def watched(self: BatchRunner, batch: Batch) -> Begun:
         batches.append([sample.sample.sample_id for sample in batch.samples])
         fail(batch)
         return begin(self, batch)
 
-    monkeypatch.setattr(Study, "begin", watched)
+    monkeypatch.setattr(BatchRunner, "begin", watched)
     return batches
 
 
@@ -466,11 +465,15 @@ def test_batches_that_overlap_give_what_they_give_one_by_one(tiny_toml, inbox, m
     expected = pq.read_table(one_by_one.folder / "metrics.parquet")
     shutil.rmtree(one_by_one.folder)
     (inbox / "done/study.json").rename(inbox / "study.json")
-    monkeypatch.setattr("daemon.compute.device.on_cuda", lambda device: True)
+    monkeypatch.setattr("daemon.executor.runner.on_cuda", lambda device: True)
     ends: list[str] = []
-    begin, finish = Study.begin, Study.finish
-    monkeypatch.setattr(Study, "begin", lambda self, batch: (ends.append("begin"), begin(self, batch))[1])
-    monkeypatch.setattr(Study, "finish", lambda self, begun: (ends.append("finish"), finish(self, begun))[1])
+    begin, finish = BatchRunner.begin, BatchRunner.finish
+    monkeypatch.setattr(
+        BatchRunner, "begin", lambda self, batch: (ends.append("begin"), begin(self, batch))[1]
+    )
+    monkeypatch.setattr(
+        BatchRunner, "finish", lambda self, begun: (ends.append("finish"), finish(self, begun))[1]
+    )
     tally, (outcome,) = drain(config)
     assert tally.rows == 40
     assert ends == ["begin", *["begin", "finish"] * 5, "finish"]
@@ -481,7 +484,7 @@ def test_batches_that_overlap_give_what_they_give_one_by_one(tiny_toml, inbox, m
 def test_a_batch_beyond_memory_is_halved_and_a_sample_beyond_it_set_aside(
     overlap, tiny_toml, inbox, monkeypatch
 ):
-    monkeypatch.setattr("daemon.compute.device.on_cuda", lambda device: overlap)
+    monkeypatch.setattr("daemon.executor.runner.on_cuda", lambda device: overlap)
     tiny.write_json(inbox / "study.json", tiny.contrast_records(30))
 
     def small_device(batch: Batch) -> None:

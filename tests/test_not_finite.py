@@ -14,9 +14,9 @@ import torch
 from sae_lens import SAE
 from transformers import AutoModelForCausalLM
 
-from daemon.compute.probe import packed_texts
 from daemon.config import Config, load_config
-from daemon.output.delivery import Outcome
+from daemon.model.probe import packed_texts
+from daemon.records import Outcome
 from daemon.service import serve
 from tests import tiny
 

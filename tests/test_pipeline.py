@@ -12,7 +12,15 @@ from daemon.batching.batcher import Batcher
 from daemon.errors import MachineError, OutOfMemory, SyncFailed
 from daemon.pipeline import Limits, Pipeline
 from daemon.records import PartExtent
-from tests.support.fakes import Event, FakeExecutor, FakeFile, FakeObserver, FakeSink, FakeSource, FakeTokenizer
+from tests.support.fakes import (
+    Event,
+    FakeExecutor,
+    FakeFile,
+    FakeObserver,
+    FakeSink,
+    FakeSource,
+    FakeTokenizer,
+)
 
 LIMITS = Limits(queued_text_bytes=1 << 20, queued_tokens=1000, queued_result_bytes=1 << 20, max_attempts=3)
 
@@ -173,11 +181,17 @@ async def test_a_file_begun_too_often_is_not_read():
 async def test_a_file_begun_before_runs_while_nothing_else_does():
     executor = FakeExecutor(4, hold=True)
     suspect = FakeFile("s", ["s", "s", "s"], attempt=2, per_part=1)
-    loop = Loop([FakeFile("a", letters(3))], [suspect], [FakeFile("b", letters(3))], executor=executor, tokens=1)
+    loop = Loop(
+        [FakeFile("a", letters(3))], [suspect], [FakeFile("b", letters(3))], executor=executor, tokens=1
+    )
     task = asyncio.create_task(loop.drain())
     while not task.done():
         await asyncio.sleep(0.001)
-        units = {entry.part.part.file.unit for number in executor._running for entry in executor.batches[number].entries}
+        units = {
+            entry.part.part.file.unit
+            for number in executor._running
+            for entry in executor.batches[number].entries
+        }
         assert units in (set(), {"a"}, {"s"}, {"b"})
         for number in [*executor._running]:
             executor.release(number)
@@ -185,7 +199,9 @@ async def test_a_file_begun_before_runs_while_nothing_else_does():
 
 
 async def test_a_batch_too_large_comes_back_as_smaller_ones():
-    loop = await Loop([FakeFile("f", letters(8), per_part=8)], executor=FakeExecutor(errors=[OutOfMemory("x")]), tokens=8).drain()
+    loop = await Loop(
+        [FakeFile("f", letters(8), per_part=8)], executor=FakeExecutor(errors=[OutOfMemory("x")]), tokens=8
+    ).drain()
     assert loop.sink.results["f"].records == dict.fromkeys(range(8), 1)
     assert [len(batch.entries) for batch in loop.executor.batches] == [8, 4, 4]
     assert loop.observer.limits == [4]
@@ -237,10 +253,12 @@ async def test_a_cancelled_run_gives_back():
 
 async def test_what_was_taken_is_finished_after_stop():
     executor = FakeExecutor(hold=True)
-    loop = Loop([FakeFile("f", letters(4), per_part=4)], [FakeFile("g", ["x"])], executor=executor)
+    loop = Loop([FakeFile("f", letters(8), per_part=4)], executor=executor)
     task = asyncio.create_task(loop.pipeline.run(loop.stop, once=False))
     await until(lambda: executor.running == 1)
     loop.stop.set()
     executor.release(0)
+    await until(lambda: len(executor.batches) == 2)
+    executor.release(1)
     await asyncio.wait_for(task, 60)
-    assert loop.ends[0] == ("f", "committed")
+    assert loop.ends == [("f", "committed")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from daemon.records import CONTRAST_RECIPE, Recipe
+from daemon.recipes import CONTRAST_RECIPE, Recipe
 
 PROMPT = "The bridge opened"
 

@@ -16,7 +16,7 @@ import pytest
 
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError
-from daemon.settings import AT_ONCE, AT_START, Source, changes, is_in
+from daemon.settings import AT_ONCE, AT_START, SettingsSource, changes, is_in
 from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import events, running, shared_daemons, wait_until
@@ -62,7 +62,7 @@ def test_every_key_that_is_named_is_a_setting():
 def test_a_change_is_told_once_the_file_is_whole_and_until_it_is_read(tmp_path):
     file = tmp_path / "lensd.toml"
     file.write_text("")
-    source = Source(lambda: load_config(file, {}, {}), file)
+    source = SettingsSource(lambda: load_config(file, {}, {}), file)
     assert not source.changed()
     replace(file, "[log]\nlevel = 'debug'\n")
     assert [source.changed(), source.changed(), source.changed()] == [False, True, True]
@@ -73,7 +73,7 @@ def test_a_change_is_told_once_the_file_is_whole_and_until_it_is_read(tmp_path):
 def test_a_file_that_is_away_for_a_moment_is_no_change(tmp_path):
     file = tmp_path / "lensd.toml"
     file.write_text("")
-    source = Source(lambda: load_config(file, {}, {}), file)
+    source = SettingsSource(lambda: load_config(file, {}, {}), file)
     file.rename(tmp_path / "away")
     assert [source.changed(), source.changed()] == [False, False]
     (tmp_path / "away").rename(file)
@@ -81,7 +81,7 @@ def test_a_file_that_is_away_for_a_moment_is_no_change(tmp_path):
 
 
 def test_without_a_file_nothing_changes():
-    source = Source(lambda: load_config(None, {}, {}), None)
+    source = SettingsSource(lambda: load_config(None, {}, {}), None)
     assert [source.changed(), source.changed()] == [False, False]
 
 
@@ -105,7 +105,7 @@ def test_without_a_file_nothing_changes():
 )
 def test_what_is_bad_or_needs_a_restart_is_refused_with_its_key(tmp_path, text, said):
     file = tmp_path / "lensd.toml"
-    source = Source(lambda: load_config(file, {}, {}), file)
+    source = SettingsSource(lambda: load_config(file, {}, {}), file)
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError, match=re.escape(said)):
         source.read(load_config(None, {}, {}))

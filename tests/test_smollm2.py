@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from daemon.columns import analysis_columns
+from daemon.analysis.columns import analysis_columns
 from daemon.config import PRESETS, load_config
-from daemon.output.delivery import Outcome
-from daemon.records import CONTRAST_RECIPE
+from daemon.recipes import CONTRAST_RECIPE
+from daemon.records import Outcome
 from daemon.service import serve
 from daemon.tools.verify import DEMO_SAMPLES, verify
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
-from daemon.compute.packed import PackedEngine
-from daemon.compute.sae import ARCHITECTURES
+from daemon.model.sae import ARCHITECTURES
+from daemon.model.trie_engine import PackedEngine
 from tests.sweep import CLASSES, Case, class_cases, sweep
 
 PLACES = [

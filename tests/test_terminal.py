@@ -16,12 +16,12 @@ import structlog
 
 from daemon.cli import main
 from daemon.errors import ConfigError
-from daemon.intake.failed import reason_of
-from daemon.intake.holdings import CLAIMED, FAILED
-from daemon.intake.inbox import Inbox
-from daemon.intake.retry import chosen, retry
+from daemon.escaping import escape_control, escape_lines, escape_name
 from daemon.observe.logs import configure
-from daemon.shown import visible, visible_lines, visible_name
+from daemon.source.claims import CLAIMED, FAILED
+from daemon.source.failed import reason_of
+from daemon.source.inbox import Inbox
+from daemon.source.retry import chosen, retry
 from daemon.tools.status import visible_texts
 from tests import tiny
 
@@ -85,15 +85,15 @@ def listed(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(("name", "shown"), HOSTILE.items(), ids=map(ascii, HOSTILE))
 def test_a_name_is_shown_so_that_nothing_obeys_it_and_once_only(name, shown):
-    assert visible_name(name) == shown
-    assert visible_name(shown) == shown
-    assert visible_name(name).isprintable()
-    assert not visible_name(name).startswith("-")
+    assert escape_name(name) == shown
+    assert escape_name(shown) == shown
+    assert escape_name(name).isprintable()
+    assert not escape_name(name).startswith("-")
 
 
 def test_a_text_of_lines_keeps_them():
-    assert visible_lines("a\x1b\nb\n") == "a\\x1b\nb\n"
-    assert visible("plain") == "plain"
+    assert escape_lines("a\x1b\nb\n") == "a\\x1b\nb\n"
+    assert escape_control("plain") == "plain"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
@@ -161,7 +161,7 @@ def test_who_may_not_put_files_back_is_told_so_in_a_line(inbox, monkeypatch, cap
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("daemon.durable.locked", refuse)
+    monkeypatch.setattr("daemon.fs.durable.locked", refuse)
     assert main(["retry", "--inbox", str(inbox)]) == 3
     said = capsys.readouterr().err
     assert said == f"lensd: {inbox}/.claimed/.failing: Permission denied: retry as the daemon's user\n"

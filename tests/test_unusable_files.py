@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from daemon import cli
-from daemon.compute import device
 from daemon.config import Config, load_config
 from daemon.errors import OutOfMemory
-from daemon.intake.tokenizer import Tokenizer
-from daemon.output.delivery import Outcome
+from daemon.executor import runner
 from daemon.pipeline import Tally
+from daemon.records import Outcome
 from daemon.service import serve
+from daemon.source.tokenizer import Tokenizer
 
 QUESTION = {"q": "{question}"}
 BAD = {
@@ -66,7 +66,7 @@ def test_it_fails_with_its_rejects_counted_and_publishes_nothing(
 ):
     content, flags, reason, count = BAD[where]
     if "out_of_memory" in reason:
-        monkeypatch.setattr(device.Study, "advance", no_memory)
+        monkeypatch.setattr(runner.Study, "advance", no_memory)
     (inbox / "bad.jsonl").write_text(content)
     if "memory" not in reason:
         key = "question" if "texts" in flags else "text"
@@ -113,7 +113,7 @@ def test_a_crash_leaves_it_to_the_next_start(tiny_toml, inbox, monkeypatch):
     (inbox / "bad.jsonl").write_text('{"text": ""}\n' * 5)
     config = configured(tiny_toml, inbox, {"inbox.part_records": 2})
     with monkeypatch.context() as crashing:
-        crashing.setattr("daemon.output.writer.UnitWriter.rejected_whole", lambda self: 1 / 0)
+        crashing.setattr("daemon.sink.writer.UnitWriter.rejected_whole", lambda self: 1 / 0)
         with pytest.raises(BaseExceptionGroup):
             drain(config)
     assert list((inbox.parent / "outbox/.staging").glob("*/*.parts/*")), "no part was stored"

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from daemon.compute.loading import load_tokenizer, locate_model
-from daemon.compute.smollm2 import default_cache_dir
+from daemon.model.loading import load_tokenizer, locate_model
+from daemon.model.smollm2 import default_cache_dir
 
 SHORTEST, LONGEST = 100, 600  # tokens of a document
 SYSTEM_TOKENS = 300

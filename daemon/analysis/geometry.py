@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from daemon.analysis.angles import line_angle
+from daemon.analysis.columns import SHAPE_CLASSES
 from daemon.analysis.sparse import SparseActs
 from daemon.analysis.spectra import (
     EXACT,
@@ -36,7 +37,6 @@ from daemon.analysis.spectra import (
     weighted_sums,
 )
 from daemon.analysis.threads import side_by_side
-from daemon.columns import SHAPE_CLASSES
 
 T = TypeVar("T")
 Parts = TypeVar("Parts", "Geometry", "Solved")
@@ -67,7 +67,7 @@ class Geometry:
     dimensionality: Tensor  # (N,) participation ratio (sum l)^2 / sum l^2
     eigenvalue_entropy: Tensor  # (N,) nats
     misalignment: Tensor  # (N,) degrees 0..90, centroid to axis; NaN where there is a shape about the origin
-    shape_class: Tensor  # (N,) int64, index into `daemon.columns.SHAPE_CLASSES`
+    shape_class: Tensor  # (N,) int64, index into `daemon.analysis.columns.SHAPE_CLASSES`
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from daemon.analysis.drift import axis_twist, centroid_drift, cross_layer_consistency
-from daemon.analysis.geometry import DecoderRows, Geometry, geometry
-from daemon.analysis.host import to_host
-from daemon.analysis.sparse import SparseActs
-from daemon.analysis.spectrum import gini, l2_norm, top_k_entropy
-from daemon.analysis.stability import Noise, noise_draws, stability
-from daemon.columns import (
+from daemon.analysis.columns import (
     CONTRAST_METRICS,
     SHAPE_CLASSES,
     Kind,
@@ -28,7 +22,14 @@ from daemon.columns import (
     layer_column,
     token_count_column,
 )
-from daemon.records import Contrast, FloatArray, LayerSums, Positions, Recipe
+from daemon.analysis.drift import axis_twist, centroid_drift, cross_layer_consistency
+from daemon.analysis.geometry import DecoderRows, Geometry, geometry
+from daemon.analysis.host import to_host
+from daemon.analysis.sparse import SparseActs
+from daemon.analysis.spectrum import gini, l2_norm, top_k_entropy
+from daemon.analysis.stability import Noise, noise_draws, stability
+from daemon.recipes import Contrast, Recipe
+from daemon.records import FloatArray, LayerSums, Positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def analyse(
     settings: StudySettings,
     noise: Noise | None,
 ) -> dict[str, npt.NDArray[np.generic]]:
-    """Each of `daemon.columns.analysis_columns` as an (n,) array, in that order.
+    """Each of `daemon.analysis.columns.analysis_columns` as an (n,) array, in that order.
 
     `token_counts` is (n, T), of tokens fed to the model. Counts are int64, classes objects of type str, all
     else float64, never infinite, with NaN where undefined. The contrast reads the first SAE, but for
@@ -91,7 +92,7 @@ def analyse(
 
 
 def layer_metrics(layer: LayerActivations, shape: Geometry) -> dict[str, Tensor]:
-    """Each of `daemon.columns.LAYER_COLUMNS` at N positions."""
+    """Each of `daemon.analysis.columns.LAYER_COLUMNS` at N positions."""
     acts = layer.acts
     error, relative_error = errors(layer)
     return {

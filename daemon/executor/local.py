@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from daemon.errors import OutOfMemory
 from daemon.executor.device_thread import DeviceThread, telling_out_of_memory
 from daemon.executor.runner import BatchRunner, BegunBatch
-from daemon.records import Batch, BatchResult, ModelInfo
+from daemon.model_info import ModelInfo
+from daemon.records import Batch, BatchResult
 
 OVERLAPPED_SLOTS = 3  # one batch that is read out, one that the device computes, one that waits for it
 

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from daemon.escaping import escape_control
 from daemon.observe.health import LOADING
 from daemon.observe.status import (
     HEALTHY,
@@ -35,17 +36,15 @@ from daemon.observe.status import (
     Totals,
 )
 from daemon.observe.wording import counted, duration, period
-from daemon.shown import visible
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
-    from daemon.intake.scan import InboxLoad
+    from daemon.model_info import ModelInfo
     from daemon.observe.metrics import Metrics
     from daemon.observe.progress import Progress
     from daemon.observe.workload import Workload
-    from daemon.output.delivery import Outcome
-    from daemon.records import ModelInfo
+    from daemon.records import InboxLoad, Outcome
 
 WINDOW_SECONDS = 900.0
 STEP_SECONDS = 5.0
@@ -89,14 +88,14 @@ class StatusBoard:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._inbox = visible(str(inbox.absolute()))
-        self._outbox = visible(str(outbox.absolute()))
+        self._inbox = escape_control(str(inbox.absolute()))
+        self._outbox = escape_control(str(outbox.absolute()))
         self._metrics = metrics
         self._progress = progress
         self._clock = clock
         self._wall_clock = wall_clock
         self._version = version("lensd")
-        self._host = visible(platform.node())
+        self._host = escape_control(platform.node())
         self._instance = secrets.token_hex(8)
         self._started_at = wall_clock()
         self._running: Running | None = None
@@ -116,7 +115,7 @@ class StatusBoard:
     def describe(self, info: ModelInfo, max_batch_tokens: int) -> None:
         """What was loaded."""
         self._running = Running(
-            model=visible(info.name),
+            model=escape_control(info.name),
             architecture=info.architecture,
             dtype=info.dtype,
             device=info.device,
@@ -129,7 +128,7 @@ class StatusBoard:
                     architecture=sae.architecture,
                     d_in=sae.d_in,
                     d_sae=sae.d_sae,
-                    source=visible(sae.source),
+                    source=escape_control(sae.source),
                     fvu=None,
                 )
                 for sae in info.saes
@@ -138,20 +137,20 @@ class StatusBoard:
 
     def refuse_settings(self, message: str | None) -> None:
         """Why changed settings were not taken up; None once they were."""
-        self._refused = None if message is None else visible(message)
+        self._refused = None if message is None else escape_control(message)
 
     def settle(self, *outcomes: Outcome) -> None:
         """Files came to their ends, one after the other."""
         now = self._wall_clock()
         shown = [
             SettledFile(
-                name=visible(outcome.name),
+                name=escape_control(outcome.name),
                 outcome=outcome.kind,
                 rows=outcome.rows,
                 rejects=outcome.rejects,
                 seconds=outcome.seconds,
                 reason=outcome.reason,
-                message=visible(message) if (message := told(outcome)) else None,
+                message=escape_control(message) if (message := told(outcome)) else None,
                 unit=outcome.unit,
                 at=now,
             )
@@ -317,13 +316,13 @@ class StatusBoard:
 
     def _alerts(self, stalled: list[str], unmet: list[str], now: Look, at: float) -> Iterable[Alert]:
         for reason in stalled:
-            yield Alert("critical", "Not live", visible(reason))
+            yield Alert("critical", "Not live", escape_control(reason))
         for reason in unmet:
             if reason.startswith(PAUSED):
-                message = visible(reason.removeprefix(PAUSED))
+                message = escape_control(reason.removeprefix(PAUSED))
                 yield Alert("critical", "Paused", f"{message}. Nothing is taken up until it is over.")
             elif reason not in (LOADING, DRAINING):
-                yield Alert("warning", "Not ready", visible(reason))
+                yield Alert("warning", "Not ready", escape_control(reason))
         quiet = now.when - self._progressed
         if quiet >= NO_PROGRESS_SECONDS and self._state(stalled, unmet) in HEALTHY:
             yield Alert("warning", "No progress", f"There is work, and none was done for {duration(quiet)}.")

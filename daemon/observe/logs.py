@@ -16,7 +16,7 @@ import structlog
 from structlog.typing import EventDict, ExcInfo
 
 from daemon.errors import LensdError
-from daemon.shown import visible, visible_lines
+from daemon.escaping import escape_control, escape_lines
 
 Format = Literal["auto", "console", "json"]
 
@@ -60,13 +60,15 @@ def configure(format: Format, level: str, stream: TextIO | None = None) -> None:
 
 def visible_fields(_logger: Any, _method: str, fields: EventDict) -> EventDict:
     """Names of files that others dropped are obeyed by no terminal; JSON escapes them by itself."""
-    return {name: visible(value) if isinstance(value, str) else value for name, value in fields.items()}
+    return {
+        name: escape_control(value) if isinstance(value, str) else value for name, value in fields.items()
+    }
 
 
 def visible_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
     text = io.StringIO()
     structlog.dev.plain_traceback(text, exc_info)
-    stream.write(visible_lines(text.getvalue()))
+    stream.write(escape_lines(text.getvalue()))
 
 
 def for_people(format: Format, stream: TextIO | None = None) -> bool:

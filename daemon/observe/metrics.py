@@ -21,16 +21,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
-from daemon.intake.reader import REJECT_REASONS
 from daemon.observe.histogram import ArrayHistogram
-from daemon.output.departures import AGAINST, KINDS
 from daemon.pause import REASONS, RETRIED
+from daemon.records import AGAINST, KINDS
+from daemon.source.reader import REJECT_REASONS
 
 if TYPE_CHECKING:
-    from daemon.compute.packing import Batch
-    from daemon.intake.scan import InboxLoad
-    from daemon.output.delivery import Outcome
-    from daemon.records import Block, ModelInfo, TokenizedPart
+    from daemon.model_info import ModelInfo
+    from daemon.observe.snapshot import Snapshot
+    from daemon.records import Batch, BatchResult, InboxLoad, Outcome, TokenizedPart
 
 FILE_OUTCOMES = ("committed", "failed", "duplicate", "requeued")
 SAMPLE_OUTCOMES = ("committed", "rejected")
@@ -284,24 +283,26 @@ class Metrics:
         self.tokens_total.labels("text").inc(sum(lengths))
         self.sequence_tokens.observe(lengths)
 
-    def observe_block(self, batch: Batch, block: Block, info: ModelInfo, pack_seconds: float = 0.0) -> None:
-        """One device batch."""
+    def observe_batch(
+        self, batch: Batch, result: BatchResult, info: ModelInfo, plan_seconds: float = 0.0
+    ) -> None:
+        """Count one batch."""
         self.batches_total.inc()
-        self.tokens_total.labels("computed").inc(block.computed_tokens)
-        self.tokens_total.labels("padding").inc(block.padding_tokens)
-        self.batch_tokens.observe(block.computed_tokens)
+        self.tokens_total.labels("computed").inc(result.computed_tokens)
+        self.tokens_total.labels("padding").inc(result.padding_tokens)
+        self.batch_tokens.observe(result.computed_tokens)
         self.batch_texts.observe(sum(len(sample.token_ids) for sample in batch.samples))
-        self.stage_duration_seconds.observe([pack_seconds], "pack")
-        self.stage_duration_seconds.observe([block.forward_seconds], "forward")
-        self.stage_duration_seconds.observe([block.sae_seconds], "sae")
-        self.stage_duration_seconds.observe([block.analysis_seconds], "analysis")
-        rows = [row for row, _ in block.not_finite]
+        self.stage_duration_seconds.observe([plan_seconds], "pack")
+        self.stage_duration_seconds.observe([result.forward_seconds], "forward")
+        self.stage_duration_seconds.observe([result.sae_seconds], "sae")
+        self.stage_duration_seconds.observe([result.analysis_seconds], "analysis")
+        rows = [row for row, _ in result.not_finite]
         if rows:
             self.rejects_total.labels("not_finite_activation").inc(len(rows))
-        counts = block.features.offsets[1:] - block.features.offsets[:-1]
-        counted = ~np.isin(block.features.sample_row, rows)
+        counts = result.features.offsets[1:] - result.features.offsets[:-1]
+        counted = ~np.isin(result.features.sample_row, rows)
         for number, sae in enumerate(info.saes):
-            self.feature_l0.observe(counts[(block.features.layer == number) & counted], str(sae.layer))
+            self.feature_l0.observe(counts[(result.features.layer == number) & counted], str(sae.layer))
 
     def observe_outcomes(self, outcomes: Sequence[Outcome], layers: tuple[int, ...]) -> None:
         """Files came to their ends; `layers` are the SAEs'."""
@@ -325,6 +326,19 @@ class Metrics:
         set_last(self.sae_fvu, layers, [outcome.fvu for outcome in committed])
         set_last(self.sae_mean_l0, layers, [outcome.mean_l0 for outcome in committed])
 
+    def observe_snapshot(self, snapshot: Snapshot, load: InboxLoad | None, now: float) -> None:
+        """Set the gauges that describe this moment; `load` is what waits in the inbox, `now` is monotonic."""
+        self.observe_device(snapshot.device_busy_seconds, now)
+        self.recovered_files_total.labels("taken_over").inc(snapshot.recovered)
+        self.rescan_found_total.inc(snapshot.found)
+        if load is not None:
+            self.observe_load(load)
+        if snapshot.queued is not None:
+            for stage in QUEUES:
+                self.queue_items.labels(stage).set(getattr(snapshot.queued, stage))
+            self.queue_tokens.set(snapshot.queued.tokens)
+            self.observe_memory(snapshot.memory_bytes, snapshot.pool_bytes)
+
     def observe_device(self, busy_seconds: float, now: float) -> None:
         """Set the busy ratio of the last minute; `busy_seconds` only grows, `now` is monotonic."""
         self._looks.append((now, busy_seconds))
@@ -340,11 +354,6 @@ class Metrics:
         self.inbox_bytes.set(load.bytes)
         self.inbox_left_files.set(load.left)
         self.oldest_pending_seconds.set(load.oldest_seconds(time.time()))
-
-    def observe_inbox(self, recovered: int, found: int) -> None:
-        """Since the last call: files taken over from dead processes, and found unasked."""
-        self.recovered_files_total.labels("taken_over").inc(recovered)
-        self.rescan_found_total.inc(found)
 
     def observe_disk(self, folders: dict[str, Path]) -> None:
         """Free space under each folder, and how much there is, by the folder's name in the configuration."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import structlog
 
-from daemon.shown import visible
+from daemon.escaping import escape_control
 
 SEND_SECONDS = 1.0  # a manager that does not read for so long misses the message
 
@@ -47,7 +47,7 @@ class Notify:
         """One line for people, as `systemctl status` shows it; sent where it differs from the last."""
         if text != self._told:
             self._told = text
-            self._send("STATUS=" + visible(" ".join(text.split())))
+            self._send("STATUS=" + escape_control(" ".join(text.split())))
 
     def alive(self) -> None:
         """Feed the watchdog, where there is one."""

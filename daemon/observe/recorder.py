@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import structlog
 
+from daemon.analysis.sae_fit import FitComparison
+from daemon.model_info import ModelInfo
 from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
-from daemon.observe.sae_fit import FitWatch
 from daemon.observe.workload import Workload
-from daemon.records import Batch, BatchResult, InputFile, KeptPart, ModelInfo, Outcome, Part, TokenizedPart
+from daemon.records import Batch, BatchResult, InputFile, KeptPart, Outcome, Part, TokenizedPart
 
 log = structlog.get_logger()
 
@@ -52,7 +53,7 @@ class Recorder:
         self._progress = progress
         self._tally = tally
         self._on_outcomes = on_outcomes
-        self._fits = FitWatch(info)
+        self._fits = FitComparison(info)
 
     def taken_up(self, file: InputFile) -> None:
         self.workload.begin(file)

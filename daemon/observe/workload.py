@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from daemon.records import PartExtent, Source
+    from daemon.records import InputFile, PartExtent
 
 
 @dataclass(slots=True)
@@ -44,11 +44,11 @@ class Workload:
         """Files under way."""
         return len(self._readings)
 
-    def begin(self, source: Source) -> None:
+    def begin(self, source: InputFile) -> None:
         compressed = source.claim.name.lower().endswith((".gz", ".zst"))
         self._readings[source.unit] = Reading(source.size, compressed)
 
-    def read(self, source: Source, extent: PartExtent, *, last: bool) -> None:
+    def read(self, source: InputFile, extent: PartExtent, *, last: bool) -> None:
         """One more part of a file was read."""
         reading = self._readings.get(source.unit)
         if reading is None:  # settled meanwhile

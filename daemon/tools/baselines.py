@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from daemon.compute.float64 import full_precision
-from daemon.compute.loading import LoadedModel, bridge_of
-from daemon.compute.sae import LoadedSae
+from daemon.model.float64 import full_precision
+from daemon.model.loading import LoadedModel, bridge_of
+from daemon.model.sae import LoadedSae
 from daemon.records import Positions, TokenizedSample
 
 T = TypeVar("T")

@@ -20,9 +20,9 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from daemon.compute.autotune import processor
 from daemon.config import Config
 from daemon.errors import ConfigError, MachineError
+from daemon.executor.autotune import processor
 from daemon.tools.bench_worker import AUTO, BARE, Loaded, Measured, baseline_process, lensd_process
 from daemon.tools.limit import ProductRate
 

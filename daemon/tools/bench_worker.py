@@ -23,18 +23,18 @@ from typing import TypeVar
 
 import torch
 
-from daemon.build import Compute, load_compute, load_parts, tokenizer_of
-from daemon.compute.buffers import trim
-from daemon.compute.packing import Batch, Packer
-from daemon.compute.preorder import preorder
+from daemon.batching.batcher import Batcher
 from daemon.config import Config
-from daemon.intake.tokenizer import Tokenizer
+from daemon.model.buffers import trim
+from daemon.model.trie import preorder
 from daemon.observe.logs import configure as configure_logs
-from daemon.records import TokenizedPart, TokenizedSample
+from daemon.records import Batch, TokenizedPart, TokenizedSample
 from daemon.service import serve
+from daemon.source.tokenizer import Tokenizer
 from daemon.tools.baselines import Baselines
 from daemon.tools.limit import ProductRate, Products, Work
 from daemon.tools.verify import tokenized_parts
+from daemon.wiring import Compute, load_compute, load_parts, tokenizer_of
 
 R = TypeVar("R")
 
@@ -109,7 +109,7 @@ class LensdWorker:
         return measured(self._variants[variant], self._samples)
 
     def _plan(self) -> list[Batch]:
-        packer = Packer(self._compute.max_batch_tokens, shares_prefixes=self._compute.engine.shares_prefixes)
+        packer = Batcher(self._compute.max_batch_tokens, shares_prefixes=self._compute.engine.shares_prefixes)
         for part in self._parts:
             packer.add(part)
         batches = []
@@ -121,7 +121,7 @@ class LensdWorker:
         """The batches of the auto setting through the engine and the analysis, and nothing else."""
         began = time.perf_counter()
         with torch.inference_mode():
-            for _ in self._compute.study.runs(self._planned):
+            for _ in self._compute.runner.runs(self._planned):
                 pass
         return time.perf_counter() - began
 
@@ -154,7 +154,7 @@ class LensdWorker:
 
 def unlimited(compute: Compute) -> Compute:
     """The same with batches limited by samples alone."""
-    return Compute(compute.engine, compute.study, compute.tokenizer, UNLIMITED)
+    return Compute(compute.engine, compute.runner, compute.tokenizer, UNLIMITED)
 
 
 def in_a_thread(function: Callable[[], R]) -> R:

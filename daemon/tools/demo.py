@@ -14,7 +14,7 @@ from rich.console import Console
 
 from daemon.config import Config
 from daemon.errors import LensdError, MachineError
-from daemon.output.delivery import Outcome
+from daemon.records import Outcome
 from daemon.service import serve
 from daemon.tools.report import print_published, read_manifest
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from daemon.compute.linear import product
-from daemon.compute.loading import LoadedModel
-from daemon.compute.preorder import Preorder
-from daemon.compute.sae import LoadedSae, hook_point
-from daemon.compute.trunk import HookPoint, Trunk
-from daemon.records import SaeInfo
+from daemon.model.loading import LoadedModel
+from daemon.model.onednn import product
+from daemon.model.sae import LoadedSae, hook_point
+from daemon.model.trie import Preorder
+from daemon.model.trunk import HookPoint, Trunk
+from daemon.model_info import SaeInfo
 
 ROWS = 1024  # of the products that are timed
 MEASURED_LAYERS = 6  # whose weights together exceed the caches
@@ -79,7 +79,7 @@ class ProductRate:
     """Multiply-adds per second."""
 
     torch: float  # torch.nn.functional.linear
-    packed: float  # daemon.compute.linear.product
+    packed: float  # daemon.model.onednn.product
 
     @property
     def fastest(self) -> float:

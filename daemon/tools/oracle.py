@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daemon.compute.loading import locate_model, resolve_device
-from daemon.compute.pickles import refused_pickles
-from daemon.compute.plain_hooks import PlainHooks
-from daemon.compute.plain_trace import Unreachable
-from daemon.compute.smollm2 import default_cache_dir
 from daemon.config import Config, SaeSection
 from daemon.errors import ConfigError
+from daemon.model.loading import locate_model, resolve_device
+from daemon.model.pickles import refused_pickles
+from daemon.model.plain_hooks import PlainHooks
+from daemon.model.plain_trace import Unreachable
+from daemon.model.smollm2 import default_cache_dir
 from daemon.records import FloatArray
 from daemon.tools.reference import ReferenceLayer
 

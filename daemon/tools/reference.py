@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from daemon.analysis.columns import CONTRAST_METRICS, analysis_columns, layer_column, token_count_column
 from daemon.analysis.stability import noise_bank, noise_draws
 from daemon.analysis.study import StudySettings
-from daemon.columns import CONTRAST_METRICS, analysis_columns, layer_column, token_count_column
-from daemon.records import Contrast, FloatArray, Recipe
+from daemon.recipes import Contrast, Recipe
+from daemon.records import FloatArray
 
 Value = float | int | str
 EncodeArray = Callable[[FloatArray], FloatArray]  # (M, d_in) -> (M, d_sae)
@@ -60,7 +61,7 @@ def reference_columns(
     n_tokens: Sequence[int],
     encode_first: EncodeArray,
 ) -> dict[str, Value]:
-    """Each of `daemon.columns.analysis_columns`, in that order; NaN where undefined."""
+    """Each of `daemon.analysis.columns.analysis_columns`, in that order; NaN where undefined."""
     names = recipe.text_names
     columns: dict[str, Value] = {}
     for name, tokens in zip(names, n_tokens, strict=True):
@@ -78,7 +79,7 @@ def reference_columns(
 
 
 def text_metrics(layer: ReferenceLayer, text: int) -> dict[str, Value]:
-    """`daemon.columns.LAYER_COLUMNS` of one text at one SAE."""
+    """`daemon.analysis.columns.LAYER_COLUMNS` of one text at one SAE."""
     x = as_float64(layer.target[text])
     feature_acts = as_float64(layer.feature_acts[text])
     error = float(np.linalg.norm(x - as_float64(layer.reconstruction[text])))

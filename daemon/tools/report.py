@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from daemon.columns import CONTRAST_METRICS
-from daemon.shown import visible
+from daemon.analysis.columns import CONTRAST_METRICS
+from daemon.escaping import escape_control
 
 if TYPE_CHECKING:
     from daemon.tools.verify import Verification
@@ -36,7 +36,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def plain_table(title: str) -> Table:
     return Table(
-        title=Text(visible(title), style="bold"),
+        title=Text(escape_control(title), style="bold"),
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -91,8 +91,8 @@ def print_published(console: Console, folder: Path) -> None:
     console.print(layer_table(folder))
     for file in read_manifest(folder)["files"]:
         size = f"{file['rows']} rows, {file['bytes'] / 1024:.0f} KiB"
-        console.print(Text(visible(f"{folder / file['name']}  {size}")), soft_wrap=True)
-    console.print(Text(visible(str(folder / "manifest.json"))), soft_wrap=True)
+        console.print(Text(escape_control(f"{folder / file['name']}  {size}")), soft_wrap=True)
+    console.print(Text(escape_control(str(folder / "manifest.json"))), soft_wrap=True)
 
 
 def print_verification(console: Console, verification: Verification) -> None:

@@ -24,28 +24,20 @@ from torch.profiler import ProfilerActivity, profile
 
 from daemon.analysis.geometry import DecoderRows
 from daemon.analysis.study import StudySettings
-from daemon.compute.device import Study
-from daemon.compute.encoding import FusedEncoder, can_split, jumprelu
-from daemon.compute.fused import can_fuse
-from daemon.compute.launched import finish, on_cuda
-from daemon.compute.linear import product, split_product
-from daemon.compute.loading import LoadedModel, ModelLocation
-from daemon.compute.packed import PackedEngine
-from daemon.compute.packing import Batch, Packer
-from daemon.compute.preorder import preorder
-from daemon.compute.sae import LoadedSae
-from daemon.compute.trunk import Trunk
-from daemon.records import (
-    CONTRAST_RECIPE,
-    PLAIN_RECIPE,
-    PartExtent,
-    Positions,
-    Recipe,
-    SaeInfo,
-    Sample,
-    TokenizedPart,
-    TokenizedSample,
-)
+from daemon.batching.batcher import Batcher
+from daemon.executor.runner import BatchRunner
+from daemon.model.cuda_streams import finish, on_cuda
+from daemon.model.encoding import FusedEncoder, can_split, jumprelu
+from daemon.model.fused import can_fuse
+from daemon.model.loading import LoadedModel, ModelLocation
+from daemon.model.onednn import product, split_product
+from daemon.model.sae import LoadedSae
+from daemon.model.trie import preorder
+from daemon.model.trie_engine import PackedEngine
+from daemon.model.trunk import Trunk
+from daemon.model_info import SaeInfo
+from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE, Recipe
+from daemon.records import Batch, PartExtent, Positions, Sample, TokenizedPart, TokenizedSample
 from daemon.tools.limit import Products, Work
 
 T = TypeVar("T")
@@ -219,7 +211,7 @@ def batches(samples: Sequence[Texts], recipe: Recipe, tokens: int) -> list[Batch
     )
     extent = PartExtent(number=0, first_record=0, records=len(samples), byte_offset=0)
     part: Any = SimpleNamespace(recipe=recipe, extent=extent, samples=())
-    packer = Packer(tokens, shares_prefixes=True)
+    packer = Batcher(tokens, shares_prefixes=True)
     packer.add(TokenizedPart(part, tokenized))
     planned = []
     while packer:
@@ -232,7 +224,7 @@ def each(function: Callable[[T], object], items: Sequence[T]) -> None:
         function(item)
 
 
-def every_block(study: Study, planned: Sequence[Batch]) -> None:
+def every_block(study: BatchRunner, planned: Sequence[Batch]) -> None:
     for _ in study.runs(planned):
         pass
 
@@ -285,7 +277,7 @@ def measure(
         rate = 2 * Products(work, dtype, device).rate().fastest
         samples = make(count, model.vocabulary)
         engine = engine_of(model, saes, positions, shape.l0, compiles)
-        study = Study(engine, StudySettings(0, 0.1, 8, 10, 50, positions))
+        study = BatchRunner(engine, StudySettings(0, 0.1, 8, 10, 50, positions))
         for tokens in sizes:
             planned = batches(samples, recipe, tokens)
             texts = [[ids for sample in batch.samples for ids in sample.token_ids] for batch in planned]

@@ -17,10 +17,10 @@ from rich.text import Text
 
 from daemon.config import Config
 from daemon.errors import ConfigError, MachineError
+from daemon.escaping import escape_control, escape_name
 from daemon.observe.status import HEALTHY, SettledFile, Status, from_json
 from daemon.observe.summary import DASH, figures, sentence, shares, uptime, what_runs
 from daemon.observe.wording import ago, count, duration, rate
-from daemon.shown import visible, visible_name
 
 TIMEOUT_SECONDS = 5.0
 STATUS_BYTES = 16 << 20  # what answers more is no daemon
@@ -75,7 +75,7 @@ def fetch(url: str) -> Status:
     Raises ConfigError for what is no URL, NoAnswer where nobody answers, MachineError where no status comes.
     """
     if not is_url(url):
-        raise ConfigError(f"--url {visible(url)}: expected http://HOST:PORT")
+        raise ConfigError(f"--url {escape_control(url)}: expected http://HOST:PORT")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{url.rstrip('/')}/status.json", timeout=TIMEOUT_SECONDS) as response:
@@ -125,7 +125,7 @@ def visible_texts(value: Any) -> Any:
         return {key: visible_texts(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [visible_texts(inner) for inner in value]
-    return visible(value) if isinstance(value, str) else value
+    return escape_control(value) if isinstance(value, str) else value
 
 
 def healthy(status: Status) -> bool:
@@ -187,7 +187,7 @@ def file_table(files: Sequence[SettledFile], at: float) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for file in files:
         published = file.outcome == "committed"
-        label = Text(visible_name(file.name))
+        label = Text(escape_name(file.name))
         if file.reason:
             label.append(f"\n{file.message or file.reason}", style="dim")
         table.add_row(

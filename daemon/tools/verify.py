@@ -21,27 +21,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from daemon.build import Compute, load_compute, read_limits, study_settings
-from daemon.columns import Column, analysis_columns, layer_column
-from daemon.compute.packing import Packer
+from daemon.analysis.columns import Column, analysis_columns, layer_column
+from daemon.batching.batcher import Batcher
 from daemon.config import Config
 from daemon.errors import ConfigError, FileError
-from daemon.intake.reader import read_parts
-from daemon.intake.tokenizer import Tokenizer
 from daemon.observe.progress import Progress
+from daemon.recipes import Recipe
 from daemon.records import (
     Claim,
     FileIdentity,
     FloatArray,
+    InputFile,
     Part,
     PartExtent,
-    Recipe,
-    Source,
     TokenizedPart,
     TokenizedSample,
 )
+from daemon.source.reader import read_parts
+from daemon.source.tokenizer import Tokenizer
 from daemon.tools.oracle import Oracle
 from daemon.tools.reference import ReferenceLayer, reference_columns
+from daemon.wiring import Compute, load_compute, read_limits, study_settings
 
 DEMO_SAMPLES = Path(__file__).parents[1] / "presets" / "demo.jsonl"
 UNLIMITED = 1 << 40
@@ -187,9 +187,9 @@ async def tokenized_parts(config: Config, tokenizer: Tokenizer, file: Path) -> l
         return tokenizer.tokenize([part async for part in parts if isinstance(part, Part)])
 
 
-def source_of(file: Path) -> Source:
+def source_of(file: Path) -> InputFile:
     """A file that nobody claimed."""
-    return Source(Claim(file.name, str(file), 1, FileIdentity(0, 0, 0, 0, 0)), sha256="", size=0, unit="")
+    return InputFile(Claim(file.name, str(file), 1, FileIdentity(0, 0, 0, 0, 0)), sha256="", size=0, unit="")
 
 
 def run_reference(
@@ -253,7 +253,7 @@ def run_batched(
     compute: Compute, recipe: Recipe, samples: Sequence[TokenizedSample], batch_size: int
 ) -> Batched:
     """Batches as the daemon forms them, of at most `batch_size` samples."""
-    packer = Packer(UNLIMITED, batch_size, shares_prefixes=compute.engine.shares_prefixes)
+    packer = Batcher(UNLIMITED, batch_size, shares_prefixes=compute.engine.shares_prefixes)
     packer.add(one_part(recipe, samples))
     columns: dict[str, list[Value]] = {
         column.name: [0] * len(samples) for column in analysis_columns(compute.engine.info.layers, recipe)
@@ -262,7 +262,7 @@ def run_batched(
     not_finite: set[int] = set()
     while packer:
         batch = packer.take()
-        block = compute.study.run(batch)
+        block = compute.runner.run(batch)
         rows = [entry.row for entry in batch.entries]
         not_finite |= {rows[row] for row, _ in block.not_finite}
         for name, values in block.columns.items():

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from daemon.analysis import geometry as module
+from daemon.analysis.columns import SHAPE_CLASSES
 from daemon.analysis.geometry import MAX_TABLE_BYTES, DecoderRows, Geometry, geometry, row_chunks
 from daemon.analysis.sparse import SparseActs, from_dense
-from daemon.columns import SHAPE_CLASSES
 from tests.analysis.synthetic import QUICK, random_acts, random_sae, residuals, to_dense
 
 tables = [MAX_TABLE_BYTES]  # bytes that a table of inner products may take

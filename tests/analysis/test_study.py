@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from daemon.analysis.columns import CONTRAST_METRICS, SHAPE_CLASSES, analysis_columns
 from daemon.analysis.features import StoredFeatures, feature_rows
 from daemon.analysis.geometry import DecoderRows, geometry
 from daemon.analysis.study import LayerActivations, analyse, layer_metrics, layer_sums
-from daemon.columns import CONTRAST_METRICS, SHAPE_CLASSES, analysis_columns
-from daemon.records import CONTRAST_RECIPE, PLAIN_RECIPE, Contrast, Recipe
+from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE, Contrast, Recipe
 from daemon.tools.reference import ReferenceLayer, reference_columns
 from tests.analysis.synthetic import (
     QUICK,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from daemon.compute.encoding import encoder_of
-from daemon.compute.loading import LoadedModel, ModelLocation, load_model
-from daemon.compute.packed import PackedEngine
-from daemon.compute.padded import PaddedEngine
-from daemon.compute.sae import LoadedSae, load_saes
 from daemon.config import SaeSection
+from daemon.model.encoding import encoder_of
+from daemon.model.loading import LoadedModel, ModelLocation, load_model
+from daemon.model.padded_engine import PaddedEngine
+from daemon.model.sae import LoadedSae, load_saes
+from daemon.model.trie_engine import PackedEngine
 from daemon.records import Positions
 from tests import tiny
 

@@ -103,8 +103,8 @@ http.time.sleep = lambda seconds: None  # between its own tries
 from pathlib import Path
 from daemon.cli import complain, exit_code
 import torch
-from daemon.compute.loading import load_model, locate_model
-from daemon.compute.sae import load_sae
+from daemon.model.loading import load_model, locate_model
+from daemon.model.sae import load_sae
 from daemon.config import SaeSection
 for line in sys.stdin:
     name, release, sae_id = json.loads(line)

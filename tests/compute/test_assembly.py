@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from daemon.compute.assembly import Assembly
-from daemon.compute.packing import Batch, Entry
+from daemon.batching.assembler import Assembler
+from daemon.recipes import PLAIN_RECIPE
 from daemon.records import (
-    PLAIN_RECIPE,
-    Block,
+    Batch,
+    BatchResult,
+    Entry,
     FeatureRows,
     LayerSums,
     Part,
@@ -38,7 +39,7 @@ def part_of(unit: str, number: int, n: int, rejects: tuple[Reject, ...] = ()) ->
     return TokenizedPart(part, tuple(TokenizedSample(sample, ((1, 2),)) for sample in samples))
 
 
-def block_of(n: int) -> Block:
+def block_of(n: int) -> BatchResult:
     """A block of n samples, of which sample i has l0 = i + 1 and residual sum (i, 1)."""
     none = np.zeros(0, dtype=np.int64)
     features = FeatureRows(
@@ -51,7 +52,7 @@ def block_of(n: int) -> Block:
         squared_norm=np.ones(n),
         total=np.stack([np.arange(float(n)), np.ones(n)], axis=1),
     )
-    return Block({}, features, (sums,), forward_seconds=4.0, sae_seconds=2.0, analysis_seconds=1.0)
+    return BatchResult({}, features, (sums,), forward_seconds=4.0, sae_seconds=2.0, analysis_seconds=1.0)
 
 
 @dataclasses.dataclass
@@ -68,8 +69,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def assembly(clock) -> Assembly:
-    return Assembly((2,), clock)
+def assembly(clock) -> Assembler:
+    return Assembler((2,), clock)
 
 
 def test_a_part_is_finished_when_its_last_sample_comes_back(assembly):
@@ -89,11 +90,10 @@ def test_a_batch_shared_by_parts_gives_each_its_own_rows(assembly):
         assembly.open(part)
     entries = (Entry(second, 1), Entry(first, 0), Entry(second, 0))
     finished = {
-        done.part.part.source.unit: done
-        for done in assembly.scatter(Batch(PLAIN_RECIPE, entries), block_of(3))
+        done.part.part.file.unit: done for done in assembly.scatter(Batch(PLAIN_RECIPE, entries), block_of(3))
     }
-    assert finished["u"].pieces[0].block_rows.tolist() == [1]
-    assert finished["v"].pieces[0].block_rows.tolist() == [0, 2]
+    assert finished["u"].pieces[0].result_rows.tolist() == [1]
+    assert finished["v"].pieces[0].result_rows.tolist() == [0, 2]
     assert finished["v"].pieces[0].part_rows.tolist() == [1, 0]
     assert finished["u"].layers[0].l0 == 2.0
     assert finished["v"].layers[0].l0 == 4.0

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from daemon.compute.attention import BlockPlan, Call, GroupedPlan, Plan
-from daemon.compute.fused import BLOCK, FlexPlan, block_pattern
-from daemon.compute.preorder import attention_blocks, preorder
+from daemon.model.attention import BlockPlan, Call, GroupedPlan, Plan
+from daemon.model.fused import BLOCK, FlexPlan, block_pattern
+from daemon.model.trie import attention_blocks, preorder
 from tests.compute.engines import random_texts
 
 HEADS, KEY_HEADS, D_HEAD = 4, 2, 8

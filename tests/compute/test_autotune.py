@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from daemon.compute import autotune
-from daemon.compute.autotune import auto_batch_tokens
-from daemon.compute.loading import ModelInfo
+from daemon.executor import autotune
+from daemon.executor.autotune import auto_batch_tokens
+from daemon.model.loading import ModelInfo
 from tests import tiny
 from tests.compute.engines import packed
 

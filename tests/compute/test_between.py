@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from daemon.compute.between import BLOCK, Heads, Nodes, add_norm, routines
-from daemon.compute.linear import row_chunks
-from daemon.compute.preorder import Preorder, preorder
+from daemon.model.between import BLOCK, Heads, Nodes, add_norm, routines
+from daemon.model.onednn import row_chunks
+from daemon.model.trie import Preorder, preorder
 from tests.torch_threads import torch_threads
 
 FOUND = routines()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.compute import buffers
-from daemon.compute.linear import works
+from daemon.model import buffers
+from daemon.model.onednn import works
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -20,8 +20,8 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 import torch
-from daemon.build import load_compute
-from daemon.compute.buffers import keep_memory, pool_bytes
+from daemon.wiring import load_compute
+from daemon.model.buffers import keep_memory, pool_bytes
 from daemon.config import load_config
 
 keep_memory()
@@ -44,7 +44,7 @@ LOADED = """
 import os, sys
 from pathlib import Path
 import torch
-from daemon.build import load_compute
+from daemon.wiring import load_compute
 from daemon.config import load_config
 from tests.compute.test_lanes import batch_of
 
@@ -54,11 +54,11 @@ with torch.inference_mode():
     os.write(1, f"mapped: {Path('/proc/self/maps').read_text().count('model.safetensors')}\\n".encode())
     for lengths in ([300, 290], [40] * 30, [9] * 250, [20] * 90, [7, 400, 31, 90, 150, 210, 500]):
         texts = [(n, *(token % 250 for token in range(1, length))) for n, length in enumerate(lengths)]
-        compute.study.run(batch_of([(text,) for text in texts]))
+        compute.runner.run(batch_of([(text,) for text in texts]))
 """
 
 HEAP = """
-from daemon.compute.buffers import heap_count, keep_memory, lasting
+from daemon.model.buffers import heap_count, keep_memory, lasting
 import numpy as np
 
 keep_memory()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon.compute.smollm2 import default_cache_dir, make_cache_folder
 from daemon.errors import ConfigError
+from daemon.model.smollm2 import default_cache_dir, make_cache_folder
 
 NOBODY = 48_213  # a user id without an entry
 HINT = "set LENSD_CACHE_DIR to a folder that this user may write"
@@ -20,7 +20,7 @@ PROGRAM = """
 import os, sys
 user = int(sys.argv[1])
 sys.path.insert(0, sys.argv[2])
-from daemon.compute.smollm2 import default_cache_dir, smollm2_folder
+from daemon.model.smollm2 import default_cache_dir, smollm2_folder
 from daemon.errors import ConfigError
 os.setgroups([]), os.setgid(user), os.setuid(user)
 try:

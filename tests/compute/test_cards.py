@@ -6,8 +6,8 @@ import pytest
 from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-from daemon.compute.cards import card_of
-from daemon.records import Fit
+from daemon.model.cards import card_of
+from daemon.model_info import Fit
 from tests import tiny
 
 HOOK = "blocks.1.hook_resid_post"

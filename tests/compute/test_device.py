@@ -3,12 +3,12 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from daemon.compute.device import Device
+from daemon.executor.device_thread import DeviceThread
 
 
 async def test_a_call_counts_as_work_from_its_first_second_on():
     now = [100.0]
-    device = Device(clock=lambda: now[0])
+    device = DeviceThread(clock=lambda: now[0])
     begun, end = threading.Event(), threading.Event()
 
     def work() -> str:

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from daemon.build import load_engine
-from daemon.compute.sae import LoadedSae, load_sae
 from daemon.config import SaeSection, load_config
 from daemon.errors import ConfigError
+from daemon.model.sae import LoadedSae, load_sae
+from daemon.wiring import load_engine
 from tests import tiny
 from tests.compute.damage import damage
 from tests.compute.engines import random_texts

@@ -5,12 +5,12 @@ import torch
 from sae_lens import GatedSAE, GatedSAEConfig
 from torch.testing import assert_close
 
-from daemon.compute import encoding
-from daemon.compute.encoding import FusedEncoder, PlainEncoder, encoder_of
-from daemon.compute.linear import PackedGatedMlp, PackedLinear, agrees, pack_linears, product
-from daemon.compute.sae import LoadedSae
-from daemon.compute.saeformat import TRANSCODERS
-from daemon.records import SaeInfo
+from daemon.model import encoding
+from daemon.model.encoding import FusedEncoder, PlainEncoder, encoder_of
+from daemon.model.onednn import PackedGatedMlp, PackedLinear, agrees, pack_linears, product
+from daemon.model.sae import LoadedSae
+from daemon.model.saeformat import TRANSCODERS
+from daemon.model_info import SaeInfo
 from tests import tiny
 
 HOOK = "blocks.1.hook_resid_post"

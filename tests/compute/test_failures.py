@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 
-from daemon.compute.failures import explain, explained, sense
 from daemon.errors import ConfigError, MachineError
+from daemon.model.failures import explain, explained, sense
 from tests import tiny
 from tests.compute.hub import hub_that_says, loader_from
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from daemon.compute.encoding import encoder_of
-from daemon.compute.float64 import full_precision
-from daemon.compute.packed import CannotPack, PackedEngine
 from daemon.config import load_config
 from daemon.errors import ConfigError
+from daemon.model.encoding import encoder_of
+from daemon.model.float64 import full_precision
+from daemon.model.trie_engine import CannotPack, PackedEngine
 from daemon.tools.verify import verify
 from tests import tiny
 from tests.compute.engines import dense, loaded, padded, random_texts

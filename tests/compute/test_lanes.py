@@ -10,31 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.analysis.study import StudySettings
-from daemon.compute import lanes
-from daemon.compute.between import routines
-from daemon.compute.device import Study
-from daemon.compute.lanes import (
+from daemon.batching import splitting
+from daemon.batching.splitting import (
     PIECE_TOKENS,
     PIECES_EACH,
     SHARED,
-    cut,
+    concat_results,
+    core_groups,
     done_after,
-    joined,
-    numbers,
+    split_batch,
 )
-from daemon.compute.lean import CompiledAttention
-from daemon.compute.packing import Batch, Entry
-from daemon.compute.preorder import preorder
-from daemon.records import (
-    CONTRAST_RECIPE,
-    PLAIN_RECIPE,
-    Block,
-    Part,
-    PartExtent,
-    Sample,
-    TokenizedPart,
-    TokenizedSample,
-)
+from daemon.executor.runner import BatchRunner
+from daemon.model.between import routines
+from daemon.model.lean import CompiledAttention
+from daemon.model.trie import preorder
+from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE
+from daemon.records import Batch, BatchResult, Entry, Part, PartExtent, Sample, TokenizedPart, TokenizedSample
 from tests import tiny
 from tests.compute.engines import packed, padded, random_texts
 from tests.families import save_family
@@ -82,7 +73,7 @@ def rows(batch: Batch) -> list[int]:
 def test_pieces_are_the_batch_in_its_order_and_compute_hardly_more(lengths, shared, cores):
     prefix = (0,) * shared
     batch = batch_of([((*prefix, *range(1 + n * 1000, 1 + n * 1000 + m)),) for n, m in enumerate(lengths)])
-    pieces, at_a_time = cut(batch, cores)
+    pieces, at_a_time = split_batch(batch, cores)
     assert [row for piece in pieces for row in rows(piece)] == rows(batch)
     assert cores % at_a_time == 0
     assert at_a_time <= len(pieces) <= max(1, PIECES_EACH * at_a_time)
@@ -93,7 +84,7 @@ def test_pieces_are_the_batch_in_its_order_and_compute_hardly_more(lengths, shar
 
 def test_pieces_of_like_samples_are_equal():
     batch = batch_of([(tuple(range(n * 100, n * 100 + 64)),) for n in range(64)])
-    pieces, at_a_time = cut(batch, 4)
+    pieces, at_a_time = split_batch(batch, 4)
     assert at_a_time == 4
     assert [len(piece.entries) for piece in pieces] == [16, 16, 16, 16]
 
@@ -101,12 +92,12 @@ def test_pieces_of_like_samples_are_equal():
 def test_a_prompt_that_all_samples_share_keeps_a_batch_whole():
     prompt = tuple(range(400))
     batch = batch_of([((*prompt, 1000 + n, 7),) for n in range(1000)])
-    assert cut(batch, 2) == ([batch], 1)
+    assert split_batch(batch, 2) == ([batch], 1)
 
 
 def test_samples_of_different_lengths_make_more_pieces_than_cores():
     lengths = [900, 300, 300, 300, 900, 300]
-    pieces, at_a_time = cut(
+    pieces, at_a_time = split_batch(
         batch_of([(tuple(range(n * 1000, n * 1000 + m)),) for n, m in enumerate(lengths)]), 2
     )
     work = [tokens_of(piece) for piece in pieces]
@@ -125,7 +116,7 @@ def test_samples_of_different_lengths_make_more_pieces_than_cores():
     ],
 )
 def test_numbers_of_pieces_divide_the_cores(tokens, cores, expected):
-    assert numbers(tokens, cores) == expected
+    assert core_groups(tokens, cores) == expected
 
 
 def contrast_batch(n: int) -> Batch:
@@ -140,16 +131,16 @@ def contrast_batch(n: int) -> Batch:
 def test_a_batch_in_pieces_gives_what_it_gives_in_one(
     positions, dtype, at_a_time, llama, saes, cores, monkeypatch
 ):
-    study = Study(
+    study = BatchRunner(
         packed(llama, saes, dtype, positions=positions), dataclasses.replace(SETTINGS, positions=positions)
     )
     batch = contrast_batch(23)
     whole = study.run(batch)
-    monkeypatch.setattr(lanes, "PIECE_TOKENS", 8)
-    monkeypatch.setattr(lanes, "SHARED", 1.0)
-    pieces, _ = cut(batch, cores)
+    monkeypatch.setattr(splitting, "PIECE_TOKENS", 8)
+    monkeypatch.setattr(splitting, "SHARED", 1.0)
+    pieces, _ = split_batch(batch, cores)
     assert len(pieces) >= cores
-    monkeypatch.setattr("daemon.compute.device.cut", lambda batch, cores: (pieces, at_a_time))
+    monkeypatch.setattr("daemon.executor.runner.cut", lambda batch, cores: (pieces, at_a_time))
     block = study.run(batch)
     near, flips = (1e-9, 0) if dtype == torch.float64 else (1e-3, 2)  # of features that hardly fire
     for name, column in whole.columns.items():
@@ -166,7 +157,7 @@ def test_a_batch_in_pieces_gives_what_it_gives_in_one(
     assert torch.get_num_threads() == cores
 
 
-def activations(block: Block) -> dict[tuple[int, int], float]:
+def activations(block: BatchResult) -> dict[tuple[int, int], float]:
     """By row and index."""
     features = block.features
     rows = np.repeat(np.arange(len(features.offsets) - 1), np.diff(features.offsets))
@@ -220,8 +211,8 @@ def test_only_an_engine_that_keeps_nothing_is_used_by_several_threads(llama, sae
 
 
 def test_a_block_alone_is_itself(llama, saes):
-    block = Study(packed(llama, saes), SETTINGS).run(contrast_batch(2))
-    assert joined([block], 1) is block
+    block = BatchRunner(packed(llama, saes), SETTINGS).run(contrast_batch(2))
+    assert concat_results([block], 1) is block
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from daemon.compute import lean
-from daemon.compute.between import routines
-from daemon.compute.lean import CompiledAttention, LeanLayer, TorchAttention
-from daemon.compute.linear import LEAST_STEP, filled_rows, row_chunks, works
-from daemon.compute.preorder import preorder
+from daemon.model import lean
+from daemon.model.between import routines
+from daemon.model.lean import CompiledAttention, LeanLayer, TorchAttention
+from daemon.model.onednn import LEAST_STEP, filled_rows, row_chunks, works
+from daemon.model.trie import preorder
 from tests import tiny
 from tests.compute.engines import packed, random_texts
 from tests.families import COMMON, FAMILIES, GROUPED, PACKED, save_family

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from daemon.compute.linear import (
+from daemon.model.onednn import (
     LEAST_STEP,
     TYPICAL_ROWS,
     chunk_sizes,

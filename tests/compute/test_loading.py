@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import BloomConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
-from daemon.compute.loading import context_of, load_model, locate_model
 from daemon.errors import ConfigError
+from daemon.model.loading import context_of, load_model, locate_model
 
 LONGROPE = {
     "rope_type": "longrope",

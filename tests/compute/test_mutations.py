@@ -20,9 +20,9 @@ import torch
 from sae_lens import SAE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from daemon.build import load_engine, tokenizer_of
 from daemon.config import load_config
 from daemon.errors import ConfigError
+from daemon.wiring import load_engine, tokenizer_of
 from tests import tiny
 from tests.compute.mutations import Case, mutate
 

@@ -7,8 +7,8 @@ import torch
 from structlog.testing import capture_logs
 from torch.testing import assert_close
 
-from daemon.compute.packed import CannotPack
-from daemon.compute.trunk import Trunk
+from daemon.model.trie_engine import CannotPack
+from daemon.model.trunk import Trunk
 from tests import tiny
 from tests.compute.engines import dense, loaded, packed, padded, random_texts
 from tests.families import PACKED, save_family

@@ -4,18 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.compute.packing import Entry, Packer, TrieCost, sample_cost, shared_length
-from daemon.compute.preorder import preorder
-from daemon.records import (
-    CONTRAST_RECIPE,
-    PLAIN_RECIPE,
-    Part,
-    PartExtent,
-    Recipe,
-    Sample,
-    TokenizedPart,
-    TokenizedSample,
-)
+from daemon.batching.batcher import Batcher, TrieCost, sample_cost, shared_length
+from daemon.model.trie import preorder
+from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE, Recipe
+from daemon.records import Entry, Part, PartExtent, Sample, TokenizedPart, TokenizedSample
 from tests.sources import unclaimed
 
 SOURCE = unclaimed("f")
@@ -33,7 +25,7 @@ def part(widths: list[int], recipe: Recipe = PLAIN_RECIPE, number: int = 0) -> T
     )
 
 
-def drain(packer: Packer) -> list[list[int]]:
+def drain(packer: Batcher) -> list[list[int]]:
     """Widths of the samples of each batch."""
     batches = []
     while packer:
@@ -47,7 +39,7 @@ def drain(packer: Packer) -> list[list[int]]:
     most=st.none() | st.integers(1, 5),
 )
 def test_every_sample_runs_once_within_the_limits_or_alone(widths, budget, most):
-    packer = Packer(budget, most, shares_prefixes=False)
+    packer = Batcher(budget, most, shares_prefixes=False)
     packer.add(part(widths))
     batches = drain(packer)
     assert sorted(width for batch in batches for width in batch) == sorted(widths)
@@ -58,7 +50,7 @@ def test_every_sample_runs_once_within_the_limits_or_alone(widths, budget, most)
 
 
 def test_texts_that_add_no_token_fill_a_batch_too():
-    packer = Packer(64, shares_prefixes=True)
+    packer = Batcher(64, shares_prefixes=True)
     packer.add(part([5] * 500))
     sizes = [len(batch) for batch in drain(packer)]
     assert sum(sizes) == 500
@@ -66,13 +58,13 @@ def test_texts_that_add_no_token_fill_a_batch_too():
 
 
 def test_samples_of_similar_length_share_a_batch():
-    packer = Packer(24, shares_prefixes=False)
+    packer = Batcher(24, shares_prefixes=False)
     packer.add(part([2, 12, 3, 11, 2, 3]))
     assert drain(packer) == [[2, 2, 3, 3], [11, 12]]
 
 
 def test_the_budget_counts_every_text_and_its_padding():
-    packer = Packer(30, shares_prefixes=False)
+    packer = Batcher(30, shares_prefixes=False)
     packer.add(part([5, 5, 5], CONTRAST_RECIPE))
     assert drain(packer) == [[5, 5], [5]]
 
@@ -81,19 +73,19 @@ def test_the_budget_counts_every_text_and_its_padding():
 def test_a_batch_may_have_exactly_the_tokens_of_the_budget(shares_prefixes):
     texts = [[(n,) * 5] for n in range(4)]
     for budget, sizes in ((20, [4]), (19, [3, 1])):
-        packer = Packer(budget, shares_prefixes=shares_prefixes)
+        packer = Batcher(budget, shares_prefixes=shares_prefixes)
         packer.add(part_of(texts))
         assert [len(batch) for batch in drain(packer)] == sizes
 
 
 def test_a_batch_may_have_exactly_the_samples_of_the_limit():
-    packer = Packer(1000, 3, shares_prefixes=False)
+    packer = Batcher(1000, 3, shares_prefixes=False)
     packer.add(part([4] * 8))
     assert [len(batch) for batch in drain(packer)] == [3, 3, 2]
 
 
 def test_recipes_never_share_a_batch_but_files_do():
-    packer = Packer(1000, shares_prefixes=False)
+    packer = Batcher(1000, shares_prefixes=False)
     packer.add(part([4], PLAIN_RECIPE, 0))
     packer.add(part([4], CONTRAST_RECIPE, 1))
     packer.add(part([4], PLAIN_RECIPE, 2))
@@ -102,7 +94,7 @@ def test_recipes_never_share_a_batch_but_files_do():
 
 def test_an_empty_packer_refuses():
     with pytest.raises(IndexError):
-        Packer(10, shares_prefixes=False).take()
+        Batcher(10, shares_prefixes=False).take()
 
 
 def part_of(token_ids: list[list[tuple[int, ...]]]) -> TokenizedPart:
@@ -119,7 +111,7 @@ tokens = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(tuple)
 
 @given(st.lists(st.lists(tokens, min_size=1, max_size=3), max_size=20), st.integers(1, 30))
 def test_packed_batches_stay_within_the_budget_of_their_trie(token_ids, budget):
-    packer = Packer(budget, shares_prefixes=True)
+    packer = Batcher(budget, shares_prefixes=True)
     packer.add(part_of(token_ids))
     seen = []
     while packer:
@@ -131,27 +123,27 @@ def test_packed_batches_stay_within_the_budget_of_their_trie(token_ids, budget):
 
 
 def test_batches_are_as_few_as_it_takes_and_of_about_the_same_cost():
-    packer = Packer(100, shares_prefixes=True)
+    packer = Batcher(100, shares_prefixes=True)
     packer.add(part_of([[tuple(range(100 * n, 100 * n + 9))] for n in range(13)]))
     assert [len(packer.take().samples) for _ in range(2)] == [7, 6]
     assert not packer
 
 
 def test_batches_of_samples_unlike_in_cost_are_of_about_the_same_cost():
-    packer = Packer(100, shares_prefixes=False)
+    packer = Batcher(100, shares_prefixes=False)
     packer.add(part([10] * 8 + [20] * 6))
     costs = [len(batch) * max(batch) for batch in drain(packer)]
     assert costs == [80, 80, 40]
 
 
 def test_a_beginning_that_all_share_counts_once():
-    packer = Packer(130, shares_prefixes=True)
+    packer = Batcher(130, shares_prefixes=True)
     packer.add(part_of([[(*range(100), 200 + n)] for n in (3, 1, 2)] + [[(7,) * 100]]))
     assert [len(packer.take().samples) for _ in range(2)] == [3, 1]
 
 
 def test_a_packed_batch_that_was_too_much_comes_back_in_halves():
-    packer = Packer(1000, shares_prefixes=True)
+    packer = Batcher(1000, shares_prefixes=True)
     packer.add(part_of([[(*range(10), 100 + n)] for n in range(6)]))
     packer.shrink(packer.take())
     assert packer.max_batch_tokens == 8
@@ -159,16 +151,16 @@ def test_a_packed_batch_that_was_too_much_comes_back_in_halves():
 
 
 def test_a_batch_of_two_that_was_too_much_comes_back_one_by_one():
-    packer = Packer(1000, shares_prefixes=True)
+    packer = Batcher(1000, shares_prefixes=True)
     packer.add(part_of([[(1,)], [(2,)]]))
     packer.shrink(packer.take())
     assert packer.max_batch_tokens == 1
     assert [len(batch) for batch in drain(packer)] == [1, 1]
 
 
-@pytest.mark.parametrize("give_back", [Packer.put_back, Packer.shrink])
+@pytest.mark.parametrize("give_back", [Batcher.put_back, Batcher.shrink])
 def test_what_is_given_back_waits_again(give_back):
-    packer = Packer(10, shares_prefixes=False)
+    packer = Batcher(10, shares_prefixes=False)
     packer.add(part([5, 5, 4]))
     batch = packer.take()
     left = packer.tokens
@@ -180,7 +172,7 @@ def test_what_is_given_back_waits_again(give_back):
 
 
 def test_the_next_batch_is_a_full_one_from_the_budget_on():
-    packer = Packer(10, shares_prefixes=False)
+    packer = Batcher(10, shares_prefixes=False)
     assert packer.thin
     packer.add(part([5, 4]))
     assert packer.thin
@@ -189,7 +181,7 @@ def test_the_next_batch_is_a_full_one_from_the_budget_on():
 
 
 def test_a_batch_that_is_planned_waits_for_no_company():
-    packer = Packer(10, shares_prefixes=False)
+    packer = Batcher(10, shares_prefixes=False)
     packer.add(part([6, 6]))
     packer.take()
     assert packer.tokens < packer.max_batch_tokens

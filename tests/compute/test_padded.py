@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from daemon.compute.float64 import full_precision
-from daemon.compute.padded import PaddedEngine
+from daemon.model.float64 import full_precision
+from daemon.model.padded_engine import PaddedEngine
 from tests import tiny
 from tests.compute.engines import dense, padded, random_texts
 

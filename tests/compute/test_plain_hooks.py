@@ -10,9 +10,9 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from daemon.compute import plain_hooks, plain_layer, plain_trace
-from daemon.compute.plain_hooks import PlainHooks
-from daemon.compute.plain_trace import Unreachable
+from daemon.model import plain_hooks, plain_layer, plain_trace
+from daemon.model.plain_hooks import PlainHooks
+from daemon.model.plain_trace import Unreachable
 from tests import tiny
 from tests.compute.engines import random_texts
 from tests.families import FAMILIES, save_family
@@ -192,5 +192,5 @@ def test_the_oracle_shares_nothing_with_what_it_checks():
             elif isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
     ours = {name for name in imported if name.startswith("daemon")}
-    assert ours == {"daemon.compute.float64", "daemon.compute.plain_layer", "daemon.compute.plain_trace"}
+    assert ours == {"daemon.model.float64", "daemon.model.plain_layer", "daemon.model.plain_trace"}
     assert not any(name.startswith(("transformer_lens", "sae_lens", "transformers")) for name in imported)

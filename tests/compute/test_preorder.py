@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.compute.attention import on_device
-from daemon.compute.preorder import Preorder, attention_blocks, preorder
+from daemon.model.attention import on_device
+from daemon.model.trie import Preorder, attention_blocks, preorder
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=12)
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from daemon.compute.loading import locate_model, resolve_device
-from daemon.compute.sae import load_saes
 from daemon.config import SaeSection
 from daemon.errors import ConfigError
+from daemon.model.loading import locate_model, resolve_device
+from daemon.model.sae import load_saes
 from tests import tiny
 
 

@@ -18,8 +18,8 @@ from sae_lens.saes.sae import SAEMetadata
 from structlog.testing import capture_logs
 from torch.testing import assert_close
 
-from daemon.compute.sae import LoadedSae
 from daemon.errors import ConfigError
+from daemon.model.sae import LoadedSae
 from tests import tiny
 from tests.compute.test_dictionaries import HOOK, as_before_version_6, load
 

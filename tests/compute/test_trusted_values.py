@@ -12,10 +12,10 @@ from sae_lens import SAE
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from daemon import build
-from daemon.build import load_engine
+from daemon import wiring
 from daemon.config import load_config
 from daemon.errors import ConfigError
+from daemon.wiring import load_engine
 from tests import tiny
 from tests.compute.engines import random_texts
 from tests.families import save_family
@@ -199,13 +199,13 @@ def test_families_that_transformer_lens_lacks_run_or_are_one_line(family, hook, 
 
 def test_the_model_is_loaded_once_where_it_is_clear_that_it_can_not_be_packed(tmp_path, monkeypatch):
     loads = []
-    load_model = build.load_model
+    load_model = wiring.load_model
 
     def counted(*args, **options):
         loads.append(args)
         return load_model(*args, **options)
 
-    monkeypatch.setattr(build, "load_model", counted)
+    monkeypatch.setattr(wiring, "load_model", counted)
     model = tiny.save_llama(tmp_path / "model")
     engine = chosen_engine(tmp_path, model, tiny.save_sae(tmp_path / "sae", "blocks.1.hook_mlp_out"))
     assert (engine.info.engine, len(loads)) == ("padded", 1)

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from daemon.build import load_engine
-from daemon.compute.float64 import full_precision
-from daemon.compute.loading import check_weights, load_model, locate_model
 from daemon.config import load_config
 from daemon.errors import ConfigError
+from daemon.model.float64 import full_precision
+from daemon.model.loading import check_weights, load_model, locate_model
+from daemon.wiring import load_engine
 from tests import families, tiny
 from tests.compute.damage import damage
 from tests.compute.engines import random_texts
@@ -272,7 +272,7 @@ def test_a_missing_shard_and_a_lost_entry_are_named(folder):
     ],
 )
 def test_a_quantised_checkpoint_names_the_package_that_it_needs(quantization, packages, folder, monkeypatch):
-    monkeypatch.setattr("daemon.compute.quantized.installed", lambda module: False)
+    monkeypatch.setattr("daemon.model.quantized.installed", lambda module: False)
     with pytest.raises(ConfigError, match=rf"which needs {packages}: pip install"):
         accept(configured(folder, quantization_config=quantization))
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.compute.loading import load_model, locate_model
-from daemon.compute.sae import load_sae
-from daemon.compute.smollm2 import WEIGHTS_SHA256, smollm2_folder
 from daemon.config import SaeSection, load_config, preset_names
 from daemon.errors import ConfigError, MachineError
+from daemon.model.loading import load_model, locate_model
+from daemon.model.sae import load_sae
+from daemon.model.smollm2 import WEIGHTS_SHA256, smollm2_folder
 from deploy import licences
 from tests import tiny
 from tests.reliability.daemons import Daemons, Job

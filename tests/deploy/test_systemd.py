@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from daemon.heart import EXTEND_SECONDS, HEARTBEAT_SECONDS
 
 from daemon.cli import parser
 from daemon.config import load_config
-from daemon.heart import EXTEND_SECONDS, HEARTBEAT_SECONDS
 from daemon.observe.health import HEARTBEAT_STALE_SECONDS
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"

@@ -10,9 +10,10 @@ from unittest import mock
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from daemon import durable, service
-from daemon.compute.packing import Batch
+from daemon import service
+from daemon.fs import durable
 from daemon.observe.metrics import Metrics
+from daemon.records import Batch
 from tests.reliability.hooks import before_each_batch
 
 FITTING_SAMPLES = 5

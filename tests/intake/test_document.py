@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from daemon.errors import FileError
-from daemon.intake import framing
-from daemon.intake.document import DocumentFramer
-from daemon.intake.framing import RecordFramer
-from daemon.intake.lines import RECORD_SEPARATOR, LineSplitter
-from daemon.intake.parsing import BRACKETS, TOKEN, Place, RawRecord
+from daemon.source.formats import framing
+from daemon.source.formats.document import DocumentFramer
+from daemon.source.formats.framing import RecordFramer
+from daemon.source.formats.lines import RECORD_SEPARATOR, LineSplitter
+from daemon.source.parsing import BRACKETS, TOKEN, Place, RawRecord
 
 MANY = 1 << 30
 DECODER = json.JSONDecoder(strict=False)

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from daemon.intake.filestatus import identity_of
 from daemon.records import FileIdentity
+from daemon.source.filestatus import identity_of
 
 
 def test_a_regular_file_is_known_by_its_metadata_and_nothing_else_is_one(tmp_path):

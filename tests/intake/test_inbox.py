@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from daemon import durable
-from daemon.intake import inbox as inbox_module
-from daemon.intake.inbox import Inbox
-from daemon.intake.names import numbered
-from daemon.intake.scan import count_waiting
+from daemon.fs import durable
 from daemon.records import Claim
+from daemon.source import inbox as inbox_module
+from daemon.source.inbox import Inbox
+from daemon.source.names import numbered
+from daemon.source.scan import count_waiting
 
 
 class Clock:
@@ -243,7 +243,7 @@ async def test_a_missed_event_is_found_by_the_rescan(tmp_path, monkeypatch):
         raise OSError("no inotify here")
         yield
 
-    monkeypatch.setattr("daemon.intake.watch.watchfiles.awatch", deaf)
+    monkeypatch.setattr("daemon.source.watch.watchfiles.awatch", deaf)
     async with opened(tmp_path) as inbox:
         claims = inbox.claims(asyncio.Event(), once=False)
         waiting = asyncio.create_task(anext(claims))
@@ -300,7 +300,7 @@ async def test_a_dead_process_gives_its_files_back_with_the_attempt_counted(tmp_
     program = """
 import asyncio, sys, os
 from pathlib import Path
-from daemon.intake.inbox import Inbox
+from daemon.source.inbox import Inbox
 async def main():
     inbox = Inbox(Path(sys.argv[1]), settle_seconds=0, rescan_seconds=1, on_success="move")
     await inbox.open()
@@ -466,7 +466,7 @@ async def test_files_that_no_event_told_of_are_counted(tmp_path, monkeypatch, to
             wake.set()
         await ended.wait()
 
-    monkeypatch.setattr("daemon.intake.watch.watch", watch)
+    monkeypatch.setattr("daemon.source.watch.watch", watch)
     (tmp_path / "early.json").write_text("[]")  # found by the first look, of which no event could tell
     stop = asyncio.Event()
     async with opened(tmp_path, rescan_seconds=1000 if told else 0.02) as inbox:

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from daemon import durable
-from daemon.intake import inbox as inbox_module
-from daemon.intake.inbox import Candidate, Inbox
-from daemon.lease import Lease, dead_leases, open_lock
+from daemon.fs import durable
+from daemon.fs.lease import Lease, dead_leases, open_lock
 from daemon.records import Claim
+from daemon.source import inbox as inbox_module
+from daemon.source.inbox import Candidate, Inbox
 
 
 @contextlib.asynccontextmanager
@@ -156,7 +156,7 @@ def test_a_lock_whose_lease_was_removed_meanwhile_is_not_a_lock(tmp_path, monkey
         (folder / ".lock").unlink()
         flock(lock, operation)
 
-    monkeypatch.setattr("daemon.lease.fcntl.flock", removed_meanwhile)
+    monkeypatch.setattr("daemon.fs.lease.fcntl.flock", removed_meanwhile)
     assert open_lock(folder) is None
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from daemon.intake.inputs import InputNames, is_input, is_unfinished
-from daemon.intake.scan import Scanner, count_waiting
+from daemon.source.inputs import InputNames, is_input, is_unfinished
+from daemon.source.scan import Scanner, count_waiting
 
 INPUTS = [
     *("a.json", "a.jsonl", "a.ndjson", "a.json.gz", "a.jsonl.zst", "A.JSON", "a.JsonL.GZ", "a b.json"),

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from daemon.errors import FileError
-from daemon.records import CONTRAST_RECIPE, Part, Recipe
+from daemon.recipes import CONTRAST_RECIPE, Recipe
+from daemon.records import Part
 from tests.sources import LIMITS, parts_of
 
 BOM = b"\xef\xbb\xbf"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.intake.names import NAME_BYTES, numbered, numbered_stem, printable
+from daemon.source.names import NAME_BYTES, numbered, numbered_stem, printable
 
 
 @given(name=st.binary(min_size=1, max_size=255), number=st.integers(0, 9999), room=st.integers(20, 255))

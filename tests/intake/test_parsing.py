@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from daemon.errors import SampleError
-from daemon.intake.parsing import Place, parse_value, to_sample
-from daemon.records import PLAIN_RECIPE, Recipe, Sample
+from daemon.recipes import PLAIN_RECIPE, Recipe
+from daemon.records import Sample
+from daemon.source.parsing import Place, parse_value, to_sample
 
 EXACT = (
     "0.1000000000000000055511151231257",

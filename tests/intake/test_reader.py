@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daemon.errors import FileError
-from daemon.intake import source as source_module
-from daemon.intake.source import open_content
-from daemon.records import CONTRAST_RECIPE, PLAIN_RECIPE, KeptPart, Part, Recipe, Reject
+from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE, Recipe
+from daemon.records import KeptPart, Part, Reject
+from daemon.source import content as source_module
+from daemon.source.content import open_content
 from tests.sources import LIMITS, parts_of
 
 GOOD = {"text": "fine"}
@@ -246,7 +247,7 @@ async def test_stored_parts_are_counted_and_not_read_again(tmp_path):
     stored = {part.extent.number: part.extent for part in (first, third)}
     kept, read_again, kept_last = await read(tmp_path, "f.jsonl", lines, stored=stored)
     assert (kept, kept_last) == tuple(
-        KeptPart(part.source, part.extent, part.last, part.recipe) for part in (first, third)
+        KeptPart(part.file, part.extent, part.last, part.recipe) for part in (first, third)
     )
     assert (read_again.extent, read_again.samples) == (second.extent, second.samples)
     elsewhere = {1: dataclasses.replace(second.extent, byte_offset=1)}

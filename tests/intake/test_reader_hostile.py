@@ -30,10 +30,11 @@ from pyarrow import feather, orc
 
 from daemon.config import InboxSection
 from daemon.errors import FileError
-from daemon.intake.lines import LineSplitter
-from daemon.intake.reader import ReadLimits
-from daemon.intake.source import Decompression
-from daemon.records import PLAIN_RECIPE, Part, Recipe
+from daemon.recipes import PLAIN_RECIPE, Recipe
+from daemon.records import Part
+from daemon.source.content import Decompression
+from daemon.source.formats.lines import LineSplitter
+from daemon.source.reader import ReadLimits
 from tests import sources
 from tests.sources import parts_of
 

@@ -11,8 +11,8 @@ import pytest
 
 from daemon.cli import main
 from daemon.errors import ConfigError
-from daemon.intake.inbox import Inbox
-from daemon.intake.retry import failed_files, retry
+from daemon.source.inbox import Inbox
+from daemon.source.retry import failed_files, retry
 
 HOSTILE = [
     "a.json",

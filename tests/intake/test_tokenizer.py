@@ -8,11 +8,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from daemon.compute.loading import ModelLocation, load_tokenizer
 from daemon.errors import ConfigError
-from daemon.intake.parsing import REJECT_REASONS
-from daemon.intake.tokenizer import Tokenizer
-from daemon.records import PLAIN_RECIPE, Part, PartExtent, Reject, Sample
+from daemon.model.loading import ModelLocation, load_tokenizer
+from daemon.recipes import PLAIN_RECIPE
+from daemon.records import Part, PartExtent, Reject, Sample
+from daemon.source.parsing import REJECT_REASONS
+from daemon.source.tokenizer import Tokenizer
 from tests import tiny
 from tests.sources import unclaimed
 
@@ -64,7 +65,7 @@ def test_eos_stands_for_a_bos_that_the_model_lacks_once():
 
 def test_parts_share_the_time_by_their_texts(monkeypatch):
     clock = SimpleNamespace(perf_counter=iter([10.0, 16.0]).__next__)
-    monkeypatch.setattr("daemon.intake.tokenizer.time", clock)
+    monkeypatch.setattr("daemon.source.tokenizer.time", clock)
     parts = tokenizer().tokenize([part_of("a", "b"), part_of(), part_of("c")])
     assert [part.part.tokenize_seconds for part in parts] == [4.0, 0.0, 2.0]
 

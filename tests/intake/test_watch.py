@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from daemon.intake import watch as module
-from daemon.intake.watch import watching
+from daemon.source import watch as module
+from daemon.source.watch import watching
 
 
 async def test_a_cancellation_is_not_lost_while_the_watcher_ends(tmp_path, monkeypatch):

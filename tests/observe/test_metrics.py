@@ -9,24 +9,24 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from daemon.compute.buffers import memory_bytes
-from daemon.compute.packing import Batch, Entry
-from daemon.intake.scan import InboxLoad
+from daemon.model.buffers import memory_bytes
+from daemon.model_info import ModelInfo, SaeInfo
 from daemon.observe.metrics import FILE_OUTCOMES, MEMORY_KINDS, STAGES, Metrics
-from daemon.output.delivery import Outcome
-from daemon.output.departures import Departure
-from daemon.output.totals import StageSeconds
+from daemon.recipes import PLAIN_RECIPE
 from daemon.records import (
-    PLAIN_RECIPE,
-    Block,
+    Batch,
+    BatchResult,
+    Departure,
+    Entry,
     FeatureRows,
-    ModelInfo,
+    InboxLoad,
+    Outcome,
     Part,
     PartExtent,
     Reject,
     RowMessage,
-    SaeInfo,
     Sample,
+    StageSeconds,
     TokenizedPart,
     TokenizedSample,
 )
@@ -134,7 +134,7 @@ def test_a_block_counts_what_the_model_really_ran(metrics):
         indices=np.zeros(6, dtype=np.uint32),
         values=np.zeros(6, dtype=np.float32),
     )
-    block = Block({}, features, (), 1.0, 2.0, 3.0, computed_tokens=10, padding_tokens=2)
+    block = BatchResult({}, features, (), 1.0, 2.0, 3.0, computed_tokens=10, padding_tokens=2)
     metrics.observe_block(Batch(PLAIN_RECIPE, (Entry(part, 0), Entry(part, 1))), block, INFO)
     assert value(metrics, "batches_total") == 1
     assert value(metrics, "tokens_total", kind="computed") == 10
@@ -188,7 +188,7 @@ def test_samples_that_are_not_finite_count_as_rejects_and_not_as_features(metric
         indices=np.zeros(5, dtype=np.uint32),
         values=np.zeros(5, dtype=np.float32),
     )
-    block = Block({}, features, (), 1.0, 2.0, 3.0, not_finite=(RowMessage(1, "m"),))
+    block = BatchResult({}, features, (), 1.0, 2.0, 3.0, not_finite=(RowMessage(1, "m"),))
     metrics.observe_block(Batch(PLAIN_RECIPE, (Entry(part, 0), Entry(part, 1))), block, INFO)
     assert value(metrics, "rejects_total", reason="not_finite_activation") == 1
     assert value(metrics, "feature_l0_sum", layer="3") == 2

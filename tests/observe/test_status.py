@@ -15,7 +15,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
-from daemon.intake.scan import InboxLoad
+from daemon.escaping import escape_control
+from daemon.model_info import ModelInfo, SaeInfo
 from daemon.observe.board import FILES_SHOWN, NO_PROGRESS_SECONDS, STEP_SECONDS, WINDOW_SECONDS, StatusBoard
 from daemon.observe.charts import line, nice_ceiling, runs
 from daemon.observe.health import LOADING, Health
@@ -28,11 +29,7 @@ from daemon.observe.status import Status, from_json, to_json
 from daemon.observe.summary import figures
 from daemon.observe.wording import ago, duration, eta, rate, size
 from daemon.observe.workload import Workload
-from daemon.output.delivery import Outcome
-from daemon.output.departures import Departure
-from daemon.output.totals import StageSeconds
-from daemon.records import ModelInfo, PartExtent, SaeInfo
-from daemon.shown import visible
+from daemon.records import Departure, InboxLoad, Outcome, PartExtent, StageSeconds
 from tests.sources import unclaimed
 
 HOOK = "blocks.{}.hook_resid_post"
@@ -378,7 +375,7 @@ def test_a_hostile_name_is_shown_as_text(daemon, name):
     page.encode()  # lone surrogates would refuse
     harmless = re.sub(r"<!doctype html>|</?[a-z0-9]+( [a-zA-Z-]+(=\"[^\"<>]*\")?)*>", "", page)
     assert "<" not in harmless
-    assert html.escape(visible(name)) in page
+    assert html.escape(escape_control(name)) in page
     assert page.count("<script") == 1
     assert not set(page) & {"\x1b", "\u202e", "\udce9"}
 

@@ -10,28 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
-from daemon.columns import SHAPE_CLASSES, analysis_columns
-from daemon.output.finished import BlockRows, FinishedPart
-from daemon.output.totals import LayerTotals, StageSeconds
-from daemon.output.writer import UnitWriter
+from daemon.analysis.columns import SHAPE_CLASSES, analysis_columns
+from daemon.model_info import ModelInfo, SaeInfo
+from daemon.recipes import CONTRAST_RECIPE, Recipe
 from daemon.records import (
-    CONTRAST_RECIPE,
-    Block,
+    BatchResult,
     Claim,
     FeatureRows,
     FileIdentity,
+    FinishedPart,
+    InputFile,
     LayerSums,
-    ModelInfo,
+    LayerTotals,
     Part,
     PartExtent,
-    Recipe,
     Reject,
-    SaeInfo,
+    ResultRows,
     Sample,
-    Source,
+    StageSeconds,
     TokenizedPart,
     TokenizedSample,
 )
+from daemon.sink.writer import UnitWriter
 
 D_IN = 4
 D_SAE = 64
@@ -65,8 +65,8 @@ INFO = ModelInfo(
 )
 
 
-def make_source(name: str = "sämple.jsonl", unit: str = UNIT) -> Source:
-    return Source(Claim(name, name, 1, FileIdentity(1, 2, 3, 4, 5)), sha256="c" * 64, size=99, unit=unit)
+def make_source(name: str = "sämple.jsonl", unit: str = UNIT) -> InputFile:
+    return InputFile(Claim(name, name, 1, FileIdentity(1, 2, 3, 4, 5)), sha256="c" * 64, size=99, unit=unit)
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ def activations_of(sample: Sample, recipe: Recipe) -> list[Activation]:
     return rows
 
 
-def make_block(samples: Sequence[Sample], recipe: Recipe = CONTRAST_RECIPE, dtype=np.float32) -> Block:
+def make_block(samples: Sequence[Sample], recipe: Recipe = CONTRAST_RECIPE, dtype=np.float32) -> BatchResult:
     """A device batch; its feature rows come in no useful order."""
     per_sample = [columns_of(sample, recipe) for sample in samples]
     names = [column.name for column in analysis_columns(INFO.layers, recipe)]
     rows = [(i, row) for i, sample in enumerate(samples) for row in activations_of(sample, recipe)]
     random.Random(len(samples)).shuffle(rows)
-    return Block(
+    return BatchResult(
         columns={name: np.array([values[name] for values in per_sample]) for name in names},
         features=FeatureRows(
             sample_row=np.array([i for i, _ in rows]),
@@ -153,7 +153,7 @@ def make_part(
     rejected: Sequence[int] = (),
     last: bool = False,
     recipe: Recipe = CONTRAST_RECIPE,
-    source: Source | None = None,
+    source: InputFile | None = None,
 ) -> TokenizedPart:
     """n records from `first_record` on, of which those in `rejected` are rejects."""
     records = range(first_record, first_record + n)
@@ -202,16 +202,16 @@ def finish(part: TokenizedPart, batches: Sequence[Sequence[int]] | None = None) 
     pieces = []
     for batch in batches:
         block = make_block([samples[row] for row in batch], part.part.recipe)
-        pieces.append(BlockRows(block, np.arange(len(batch)), np.array(batch), row_bytes=0))
+        pieces.append(ResultRows(block, np.arange(len(batch)), np.array(batch), row_bytes=0))
     return finished_from(part, pieces)
 
 
-def finished_from(part: TokenizedPart, pieces: Sequence[BlockRows]) -> FinishedPart:
+def finished_from(part: TokenizedPart, pieces: Sequence[ResultRows]) -> FinishedPart:
     layers = tuple(LayerTotals.zero(D_IN) for _ in INFO.saes)
     for piece in pieces:
         layers = tuple(
-            totals.plus(*LayerTotals.of_groups(sums, piece.block_rows, np.array([0])))
-            for totals, sums in zip(layers, piece.block.layers, strict=True)
+            totals.plus(*LayerTotals.of_groups(sums, piece.result_rows, np.array([0])))
+            for totals, sums in zip(layers, piece.result.layers, strict=True)
         )
     return FinishedPart(
         part=part,

@@ -17,13 +17,13 @@ from handmade import CONTRAST_RECIPE, INFO, UNIT, finish, make_part, make_source
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon import durable
 from daemon.errors import MachineError
-from daemon.output.commit import Outbox, Publication, Staged, complete, output_folder_name, seal
-from daemon.output.jsontext import to_json_lines
-from daemon.output.manifest import manifest
-from daemon.output.totals import UnitTotals
+from daemon.fs import durable
 from daemon.pause import FoldersLost
+from daemon.records import UnitTotals
+from daemon.sink.jsontext import to_json_lines
+from daemon.sink.manifest import manifest
+from daemon.sink.outbox import Outbox, Publication, Staged, complete, output_folder_name, seal
 
 CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -188,7 +188,7 @@ def test_among_others_only_what_is_published_already_is_dropped(outbox):
     assert [unit.publication.fresh for unit in units] == [False, True, True, True]
     assert visible(outbox) == {f"a-{UNIT}", *(f"{number}-{number:012x}" for number in range(3))}
     for unit in units:
-        assert outbox.published(unit.source.unit) == unit.publication.folder
+        assert outbox.published(unit.file.unit) == unit.publication.folder
 
 
 def test_publishing_again_after_an_interruption_changes_nothing(outbox):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from handmade import make_block, make_sample
 
-from daemon.output.featurerows import in_order
-from daemon.records import CONTRAST_RECIPE, FeatureRows
+from daemon.recipes import CONTRAST_RECIPE
+from daemon.records import FeatureRows
+from daemon.sink.feature_rows import in_order
 from tests.output.test_outliving import room_of
 
 KEYS = ("sample_row", "text", "layer", "position", "token_id")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from daemon.output.jsontext import to_json, to_json_lines
+from daemon.sink.jsontext import to_json, to_json_lines
 
 
 @pytest.mark.parametrize(

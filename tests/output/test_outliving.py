@@ -8,8 +8,8 @@ import mmap
 import numpy as np
 from handmade import make_block, make_sample
 
-from daemon.compute.device import outliving
-from daemon.records import CONTRAST_RECIPE
+from daemon.executor.runner import outliving
+from daemon.recipes import CONTRAST_RECIPE
 
 
 def room_of(array: np.ndarray) -> object:

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from daemon.output.parquet import ParquetFile
-from daemon.output.schema import features_options, features_schema
-from daemon.output.writer import FEATURES_GROUP_BYTES
+from daemon.sink.parquet import ParquetFile
+from daemon.sink.schema import features_options, features_schema
+from daemon.sink.writer import FEATURES_GROUP_BYTES
 
 TABLE = pa.table({"x": pa.array(range(10), pa.int64())})
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from handmade import expected_features, expected_metrics, finish, make_part, open_writer
 
-from daemon.output.commit import output_folder_name
+from daemon.sink.outbox import output_folder_name
 
 NAMES = ["a.jsonl", "b [1] * {x}=y.json.gz", "back\\slash?.json", "naïve 🧪 %20 #.jsonl", "rejects only.json"]
 

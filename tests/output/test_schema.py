@@ -5,9 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 from handmade import finish, make_part, open_writer
 
-from daemon.columns import analysis_columns
-from daemon.output.schema import features_schema, metrics_schema
-from daemon.records import CONTRAST_RECIPE, PLAIN_RECIPE
+from daemon.analysis.columns import analysis_columns
+from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE
+from daemon.sink.schema import features_schema, metrics_schema
 
 
 @pytest.mark.parametrize("recipe", [CONTRAST_RECIPE, PLAIN_RECIPE])

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from handmade import expected_features, expected_metrics, finish, make_part, open_writer
 
-from daemon.output.parquet import ParquetFile
-from daemon.output.schema import features_options
+from daemon.sink.parquet import ParquetFile
+from daemon.sink.schema import features_options
 from tests.spark import ask, needs_spark
 
 pytestmark = [needs_spark, pytest.mark.slow]

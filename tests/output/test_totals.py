@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from daemon.output.totals import LayerTotals, StageSeconds
-from daemon.records import LayerSums
+from daemon.records import LayerSums, LayerTotals, StageSeconds
 
 
 def sums_of(x: np.ndarray, reconstructed: np.ndarray) -> LayerSums:

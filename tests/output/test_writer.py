@@ -22,14 +22,13 @@ from handmade import (
     open_writer,
 )
 
-from daemon.output import parts as parts_module
-from daemon.output import writer as writer_module
-from daemon.output.finished import BlockRows, FinishedPart
-from daemon.output.parts import stored_extents
-from daemon.output.schema import features_schema, metrics_schema
-from daemon.output.tables import part_tables
-from daemon.output.totals import UnitTotals
-from daemon.records import PLAIN_RECIPE, Reject, TokenizedPart
+from daemon.recipes import PLAIN_RECIPE
+from daemon.records import FinishedPart, Reject, ResultRows, TokenizedPart, UnitTotals
+from daemon.sink import parts as parts_module
+from daemon.sink import writer as writer_module
+from daemon.sink.parts import stored_extents
+from daemon.sink.schema import features_schema, metrics_schema
+from daemon.sink.tables import part_tables
 
 
 def parts_of_a_file() -> list[TokenizedPart]:
@@ -77,7 +76,7 @@ def test_a_recipe_without_contrast_has_no_contrast_columns(tmp_path):
 
 def shared_batches(parts: list[TokenizedPart]) -> list[FinishedPart]:
     """Two batches, each with samples of every part, in reverse order."""
-    pieces: dict[int, list[BlockRows]] = {part.part.number: [] for part in parts}
+    pieces: dict[int, list[ResultRows]] = {part.part.number: [] for part in parts}
     for remainder in (1, 0):
         chosen = [
             (part, row)
@@ -89,7 +88,7 @@ def shared_batches(parts: list[TokenizedPart]) -> list[FinishedPart]:
         for part in parts:
             mine = [i for i, (owner, _) in enumerate(chosen) if owner is part]
             rows = [chosen[i][1] for i in mine]
-            pieces[part.part.number].append(BlockRows(block, np.array(mine), np.array(rows), row_bytes=0))
+            pieces[part.part.number].append(ResultRows(block, np.array(mine), np.array(rows), row_bytes=0))
     return [finished_from(part, pieces[part.part.number]) for part in parts]
 
 
@@ -160,7 +159,7 @@ def test_a_file_is_rejected_whole_where_no_part_of_any_attempt_has_a_row(tmp_pat
         earlier.write_part(finish(first))
         for writer in (earlier, open_writer(folder / "unit")):
             if writer is not earlier:
-                writer.keep_part(first.part.source, first.part.extent, last=False)
+                writer.keep_part(first.part.file, first.part.extent, last=False)
             writer.write_part(finish(rejected[1]))
             summary = writer.rejected_whole()
             assert (summary and summary.records) == expected
@@ -177,7 +176,7 @@ def test_float16_values_keep_what_fits_and_saturate(tmp_path):
     block = make_block(part.part.samples, dtype=np.float64)
     largest = int(block.features.values.argmax())
     block.features.values[largest] = 1e6
-    finished = finished_from(part, [BlockRows(block, np.arange(3), np.arange(3), row_bytes=0)])
+    finished = finished_from(part, [ResultRows(block, np.arange(3), np.arange(3), row_bytes=0)])
     write(tmp_path / "unit", [finished], values="float16")
     table = pq.read_table(tmp_path / "unit/features.parquet")
     assert table.schema.field("values").type == pa.list_(pa.float16())
@@ -311,7 +310,7 @@ def test_samples_of_several_files_in_one_batch_come_out_as_each_alone():
     begin = 0
     for part in parts:
         n = len(part.samples)
-        piece = BlockRows(block, np.arange(begin, begin + n), np.arange(n), row_bytes=0)
+        piece = ResultRows(block, np.arange(begin, begin + n), np.arange(n), row_bytes=0)
         begin += n
         together = part_tables(finished_from(part, [piece]), *schemas, INFO)
         alone = part_tables(finish(part), *schemas, INFO)

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from daemon import cli
-from daemon.build import load_compute
 from daemon.config import load_config
 from daemon.errors import LensdError
 from daemon.observe.logs import configure
 from daemon.service import serve
+from daemon.wiring import load_compute
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from daemon.durable import Operation
+from daemon.fs.durable import Operation
 
 Loss = Literal["unsynced", "zeroed", "halved"]
 Kind = Literal["folder", "file", "symlink"]

@@ -1,7 +1,7 @@
 """Faults for a daemon of the fork server, and a small job to try them on.
 
 The first half runs inside the daemon: hooks, each a context manager that watches the operations of
-`daemon.durable` and stops the process, or fails one, at a chosen place. The second half runs in the test:
+`daemon.fs.durable` and stops the process, or fails one, at a chosen place. The second half runs in the test:
 `Trial` is a job's folders and the daemons run on them, `Workers` runs trials two at a time.
 """
 
@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from daemon import durable
-from daemon.compute.device import Study
+from daemon.executor.runner import BatchRunner
+from daemon.fs import durable
 from tests import tiny
 from tests.reliability import ledger
 from tests.reliability.daemons import Daemons, Job
@@ -67,19 +67,19 @@ def traced(trace: str, act: Callable[[int, durable.Operation], None]) -> Iterato
             note(number=count, name=operation.name, path=str(operation.path), target=target)
             act(count, operation)
 
-    run = Study.run
+    run = BatchRunner.run
 
-    def run_and_note(study: Study, batch: Any) -> Any:
+    def run_and_note(study: BatchRunner, batch: Any) -> Any:
         entries = [(entry.part.part, entry.sample.sample.record_index) for entry in batch.entries]
-        note(computed=[[part.source.unit, index] for part, index in entries])
+        note(computed=[[part.file.unit, index] for part, index in entries])
         return run(study, batch)
 
-    Study.run = run_and_note  # type: ignore[method-assign]
+    BatchRunner.run = run_and_note  # type: ignore[method-assign]
     try:
         with durable.watch_operations(observe):
             yield
     finally:
-        Study.run = run  # type: ignore[method-assign]
+        BatchRunner.run = run  # type: ignore[method-assign]
         os.close(file)
 
 

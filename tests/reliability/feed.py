@@ -14,7 +14,7 @@ from typing import Literal
 import pyarrow.parquet as pq
 import zstandard
 
-from daemon import durable
+from daemon.fs import durable
 from tests.reliability.handling import waiting
 from tests.reliability.ledger import Dropped
 

@@ -14,10 +14,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-from daemon import durable
-from daemon.compute.device import Study
-from daemon.compute.packing import Batch
-from daemon.records import Block
+from daemon.executor.runner import BatchRunner
+from daemon.fs import durable
+from daemon.records import Batch, BatchResult
 
 PATIENCE_SECONDS = 5  # of a daemon that is to kill itself at some step
 LINUX_CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
@@ -114,11 +113,11 @@ def bound_by_modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def before_each_batch(before: Callable[[Batch], None]) -> Iterator[None]:
-    run = Study.run
+    run = BatchRunner.run
 
-    def call(study: Study, batch: Batch) -> Block:
+    def call(study: BatchRunner, batch: Batch) -> BatchResult:
         before(batch)
         return run(study, batch)
 
-    with mock.patch.object(Study, "run", call):
+    with mock.patch.object(BatchRunner, "run", call):
         yield

@@ -23,9 +23,9 @@ import zstandard
 
 from daemon.config import InboxSection
 from daemon.errors import FileError
-from daemon.intake.parsing import REJECT_REASONS
-from daemon.intake.reader import PartReader
 from daemon.records import Part, Reject, Sample
+from daemon.source.parsing import REJECT_REASONS
+from daemon.source.reader import PartReader
 from tests import sources
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import shared_daemons

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import durable
+from daemon.fs import durable
 from tests.reliability import disk_model, faults
 from tests.reliability.daemons import Daemons
 from tests.reliability.disk_model import LOSSES, Found, Loss, Recording

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from daemon.errors import FileError
+from daemon.model_info import ModelInfo, SaeInfo
+from daemon.recipes import PLAIN_RECIPE
 from daemon.records import (
-    PLAIN_RECIPE,
     Arrival,
     Batch,
     BatchResult,
@@ -27,12 +28,10 @@ from daemon.records import (
     InputFile,
     KeptPart,
     LayerSums,
-    ModelInfo,
     Outcome,
     Part,
     PartExtent,
     Presence,
-    SaeInfo,
     Sample,
     Stored,
     TokenizedPart,
@@ -75,7 +74,9 @@ class FakeFile:
     def file(self) -> InputFile | None:
         if self.unreadable:
             return None
-        return InputFile(self.claim, sha256=self.content, size=len(self.texts), unit=self.content or self.name)
+        return InputFile(
+            self.claim, sha256=self.content, size=len(self.texts), unit=self.content or self.name
+        )
 
     @property
     def error(self) -> FileError | None:
@@ -265,7 +266,7 @@ class FakeSink:
             if isinstance(arrival, FinishedPart):
                 arrival.check_covered()
                 for piece in arrival.pieces:
-                    for record in piece.block.columns["record"][piece.block_rows].tolist():
+                    for record in piece.result.columns["record"][piece.result_rows].tolist():
                         unit.records[record] = unit.records.get(record, 0) + 1
                 unit.rejects += [reject.record_index for reject in arrival.rejects]
         ended = []

@@ -9,9 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from daemon.compute.preorder import preorder
 from daemon.config import load_config
 from daemon.errors import ConfigError
+from daemon.model.trie import preorder
 from daemon.tools.bench import AUTO, BARE, BenchReport, VariantReport, bench
 from daemon.tools.bench_report import plot, print_bench, recommendations
 from daemon.tools.bench_worker import Loaded, Measured, baseline_process, lensd_process

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from daemon.columns import Column, analysis_columns
-from daemon.compute.packed import PackedEngine
-from daemon.compute.padded import PaddedEngine
+from daemon.analysis.columns import Column, analysis_columns
 from daemon.config import Config, load_config
 from daemon.errors import FileError
-from daemon.records import CONTRAST_RECIPE
+from daemon.model.padded_engine import PaddedEngine
+from daemon.model.trie_engine import PackedEngine
+from daemon.recipes import CONTRAST_RECIPE
 from daemon.tools import oracle
 from daemon.tools.verify import Verification, axis_gap, column_difference, verify
 from tests import tiny
@@ -112,12 +112,12 @@ def test_the_oracle_runs_no_engine_no_encoder_and_no_loader_of_the_daemon():
         for alias in node.names
     }
     assert ours == {
-        "daemon.compute.loading.locate_model",
-        "daemon.compute.loading.resolve_device",
-        "daemon.compute.pickles.refused_pickles",
-        "daemon.compute.plain_hooks.PlainHooks",
-        "daemon.compute.plain_trace.Unreachable",
-        "daemon.compute.smollm2.default_cache_dir",
+        "daemon.model.loading.locate_model",
+        "daemon.model.loading.resolve_device",
+        "daemon.model.pickles.refused_pickles",
+        "daemon.model.plain_hooks.PlainHooks",
+        "daemon.model.plain_trace.Unreachable",
+        "daemon.model.smollm2.default_cache_dir",
     }
 
 

@@ -17,7 +17,7 @@ from sae_lens import SAE
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from daemon.compute.smollm2 import default_cache_dir, smollm2_folder
+from daemon.model.smollm2 import default_cache_dir, smollm2_folder
 from daemon.tools.training.harvest import LAYERS, OUTLIER_RATIO, batches, contexts, load
 
 LOSS_CONTEXTS = 200

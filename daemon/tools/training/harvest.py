@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaModel
 
-from daemon.compute.smollm2 import default_cache_dir, smollm2_folder
+from daemon.model.smollm2 import default_cache_dir, smollm2_folder
 
 LAYERS = (7, 15, 22)
 CONTEXT_LENGTHS = (32, 64, 128, 256)  # users send short prompts and long documents alike

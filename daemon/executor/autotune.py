@@ -1,0 +1,131 @@
+"""Finds how many tokens a batch should have on this machine, by trying; remembers it.
+
+Knows nothing about files: random texts stand in for real ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import structlog
+import torch
+
+from daemon.analysis.threads import side_by_side
+from daemon.batching.splitting import core_groups
+from daemon.executor.device_thread import is_out_of_memory
+from daemon.libraries import LIBRARIES, library
+from daemon.model.engine import Engine
+
+CANDIDATES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384, 32768, 65536)}
+TEXT_TOKENS = 64  # of the texts that are tried
+TRIES = 3  # of which the first finds nothing ready
+MAX_SECONDS = 12.0  # after which nothing more is tried
+MAX_TRY_SECONDS = 3.0  # of one try: a larger batch would gain little, and keep results waiting
+STEADY = 1.15  # times the best try, that the next best takes on a machine with nothing else to do
+ENOUGH = 0.95  # of the best rate: of the batches that reach it the largest shares the most, here unseen
+
+log = structlog.get_logger()
+
+
+def auto_batch_tokens(engine: Engine, vocabulary: int, cache_dir: Path) -> int:
+    """`max_batch_tokens` for this engine on this machine, out of the cache where it was measured before."""
+    cached = cache_dir / "batching" / f"{machine_key(engine)}.json"
+    try:
+        return int(json.loads(cached.read_text())["max_batch_tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not measured here yet, or a file that something else wrote
+    tries = measure(engine, vocabulary)
+    rates = {size: round(size / min(seconds)) for size, seconds in tries.items()}
+    chosen = max(size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
+    log.info("batching.measured", max_batch_tokens=chosen, tokens_per_second=rates)
+    if steady(tries[chosen]):
+        remember(cached, {"max_batch_tokens": chosen, "tokens_per_second": rates})
+    else:
+        log.warning("batching.not_remembered", path=str(cached), reason="the machine is busy with other work")
+    return chosen
+
+
+def measure(engine: Engine, vocabulary: int) -> dict[int, list[float]]:
+    """Seconds of each try by tokens of a batch.
+
+    Every size has its turn before any has another, so that a slow moment of the machine hits one try of each.
+    Leaves out what memory does not hold, and what takes too long.
+    """
+    generator = np.random.Generator(np.random.PCG64(0))
+    sizes = CANDIDATES[torch.device(engine.info.device).type]
+    texts = {
+        size: generator.integers(0, vocabulary, (size // TEXT_TOKENS, TEXT_TOKENS)).tolist() for size in sizes
+    }
+    tries: dict[int, list[float]] = {}
+    deadline = time.perf_counter() + MAX_SECONDS
+    engine.extract(texts[sizes[0]])  # the first run of all takes seconds on an accelerator
+    for number in range(TRIES):
+        for size in sizes if not number else list(tries):
+            if tries and time.perf_counter() > deadline:
+                return tries
+            if size // 2 in tries and 2 * tries[size // 2][0] > MAX_TRY_SECONDS:
+                break
+            try:
+                began = time.perf_counter()
+                extract(engine, texts[size])
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or not tries:
+                    raise
+                break
+            tries.setdefault(size, []).append(time.perf_counter() - began)
+    return tries
+
+
+def extract(engine: Engine, texts: Sequence[Sequence[int]]) -> None:
+    """Read the texts as a batch is read: where the engine allows it, in pieces side by side."""
+    cores = torch.get_num_threads()
+    n = core_groups(sum(map(len, texts)), cores)[0] if engine.concurrent else 1
+    side_by_side(engine.extract, [texts[first::n] for first in range(n)], cores // n)
+
+
+def steady(seconds: list[float]) -> bool:
+    """Whether the best two tries of one size took about as long as each other."""
+    return len(seconds) > 1 and sorted(seconds)[1] <= STEADY * min(seconds)
+
+
+def machine_key(engine: Engine) -> str:
+    """Stands for all that a measured rate depends on."""
+    identity = [
+        processor(),
+        torch.get_num_threads(),
+        torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        version("torch"),
+        version("lensd"),
+        [name for name in LIBRARIES if library(name) is not None],
+        dataclasses.astuple(engine.info),
+    ]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def processor() -> str:
+    """The CPU's name as the kernel gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("model name")), platform.processor())
+
+
+def remember(path: Path, content: dict[str, object]) -> None:
+    """Write the cache; where that fails it is measured again next time."""
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(content))
+        draft.replace(path)
+    except OSError as error:
+        log.warning("batching.not_remembered", path=str(path), reason=error.strerror)

@@ -1,0 +1,165 @@
+"""The engine and the analysis as one function: a batch in, its result out. Knows no files.
+
+Everything here runs on the device thread; only NumPy arrays leave it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from daemon import mapped
+from daemon.analysis.features import feature_rows
+from daemon.analysis.stability import Noise, noise_bank
+from daemon.analysis.study import StudySettings, analyse, layer_sums
+from daemon.analysis.threads import side_by_side
+from daemon.batching.splitting import concat_results, split_batch
+from daemon.model.cuda_streams import finish, on_cuda
+from daemon.model.engine import Engine
+from daemon.model.extraction import Extraction, NotFinite, Started
+from daemon.model_info import ModelInfo
+from daemon.records import Batch, BatchResult, FeatureRows, RowMessage
+
+
+@dataclass(frozen=True, slots=True)
+class BegunBatch:
+    """A batch that the device may still read."""
+
+    batch: Batch
+    started: Started
+
+
+class BatchRunner:
+    """Runs batches: on a CPU each with `run`; on CUDA with `begin` and `finish`, so that two overlap."""
+
+    def __init__(self, engine: Engine, settings: StudySettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.can_overlap = on_cuda(engine.info.device)
+        self._noise = noise_of(engine, settings) if settings.positions in ("last", "all") else None
+        finish(engine.info.device)  # what was loaded is there, for every stream
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.engine.info
+
+    def run(self, batch: Batch) -> BatchResult:
+        """Every analysis column and the sparse features of a batch; on a CPU its pieces side by side."""
+        cores = torch.get_num_threads()
+        pieces, at_a_time = split_batch(batch, cores) if self.engine.concurrent else ([batch], 1)
+        results = side_by_side(lambda piece: self._finished(self.begin(piece)), pieces, cores // at_a_time)
+        return outliving(concat_results(results, at_a_time))
+
+    def runs(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
+        """`run` of each batch; where batches overlap, the next one begins before one is read out."""
+        if not self.can_overlap:
+            yield from map(self.run, batches)
+            return
+        before: BegunBatch | None = None
+        for batch in batches:
+            begun = self.begin(batch)
+            if before is not None:
+                yield self.finish(before)
+            before = begun
+        if before is not None:
+            yield self.finish(before)
+
+    def begin(self, batch: Batch) -> BegunBatch:
+        """Have the device read the texts of a batch."""
+        texts = [ids for sample in batch.samples for ids in sample.token_ids]
+        return BegunBatch(batch, self.engine.start(texts))
+
+    def finish(self, begun: BegunBatch) -> BatchResult:
+        """Encode and analyse a batch, beside what was begun after it."""
+        return outliving(self._finished(begun))
+
+    def _finished(self, begun: BegunBatch) -> BatchResult:
+        with begun.started.forward.followed():
+            return self._analysed(begun.batch, self.engine.finish(begun.started))
+
+    def _analysed(self, batch: Batch, extraction: Extraction) -> BatchResult:
+        samples = batch.samples
+        began = time.perf_counter()
+        columns = analyse(
+            layers=extraction.layers,
+            recipe=batch.recipe,
+            sample_ids=[sample.sample.sample_id for sample in samples],
+            token_counts=[[len(ids) for ids in sample.token_ids] for sample in samples],
+            settings=self.settings,
+            noise=self._noise,
+        )
+        n_texts = len(batch.recipe.templates)
+        not_finite = self._messages(extraction.not_finite, batch.recipe.text_names)
+        empty_rows(columns, [row for row, _ in not_finite])
+        return BatchResult(
+            columns=columns,
+            features=feature_rows(extraction.stored, n_texts),
+            layers=tuple(layer_sums(layer, n_texts) for layer in extraction.layers),
+            forward_seconds=extraction.forward_seconds,
+            sae_seconds=extraction.sae_seconds,
+            analysis_seconds=time.perf_counter() - began,
+            computed_tokens=extraction.computed_tokens,
+            padding_tokens=extraction.padding_tokens,
+            not_finite=not_finite,
+        )
+
+    def _messages(self, found: Sequence[NotFinite], names: Sequence[str]) -> tuple[RowMessage, ...]:
+        """One for each sample that has such a text: where it is not finite, and what helps."""
+        messages: dict[int, str] = {}
+        for text in found:
+            row, number = divmod(text.text, len(names))
+            if row not in messages:
+                messages[row] = not_finite_message(names[number], text, self.engine.info)
+        return tuple(RowMessage(*item) for item in sorted(messages.items()))
+
+
+def not_finite_message(name: str, found: NotFinite, info: ModelInfo) -> str:
+    sae = info.saes[found.sae]
+    wider = {"float16": "bfloat16 or float32", "bfloat16": "float64", "float32": "float64"}.get(info.dtype)
+    remedy = f"set model.dtype to {wider}" if wider else "leave it out"
+    if found.in_model:
+        where = (
+            sae.hook_name if sae.hook_name == sae.hook_name_out else f"{sae.hook_name} or {sae.hook_name_out}"
+        )
+        return f"text {name!r}: the model's values at {where} are not finite in {info.dtype}: {remedy}"
+    dtype = "float64" if info.dtype == "float64" else "float32"
+    return (
+        f"text {name!r}: what the SAE at {sae.hook_name} makes of it is not finite in {dtype}: {remedy},"
+        " or look whether the SAE belongs to this model"
+    )
+
+
+def empty_rows(columns: dict[str, npt.NDArray[np.generic]], rows: Sequence[int]) -> None:
+    """Leave no number in these rows of the float columns."""
+    for column in columns.values() if rows else ():
+        if column.dtype == np.float64:
+            column[rows] = np.nan
+
+
+def outliving(result: BatchResult) -> BatchResult:
+    """The same result; what outlives the batch, all but the sums of layers, is out of the next one's way."""
+    numbers = {name: column for name, column in result.columns.items() if column.dtype != object}
+    features = {field.name: getattr(result.features, field.name) for field in dataclasses.fields(FeatureRows)}
+    copies = mapped.copies([*numbers.values(), *features.values()])
+    return dataclasses.replace(
+        result,
+        columns=result.columns | dict(zip(numbers, copies[: len(numbers)], strict=True)),
+        features=FeatureRows(**dict(zip(features, copies[len(numbers) :], strict=True))),
+    )
+
+
+def noise_of(engine: Engine, settings: StudySettings) -> Noise:
+    """The noise bank, projected by the first SAE."""
+    info, encoder = engine.info, engine.encoders[0]
+    dtype = torch.float64 if info.dtype == "float64" else torch.float32
+    bank = noise_bank(settings.seed, info.saes[0].d_in, dtype).to(info.device)
+    with torch.inference_mode():
+        projected = encoder.project(settings.noise_sigma * bank)
+        sound = encoder.trusts_noise(projected)
+    return Noise(encoder.pre_acts, encoder.activate, projected, encoder.bounds.trusts, sound)

@@ -1,0 +1,58 @@
+"""What a dictionary's card says of it: its mean L0 and its FVU, where its makers measured them.
+
+SAELens's registry has such figures for releases; the metadata of some dictionaries has them too.
+Knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from daemon.model_info import Fit
+
+L0_KEYS = ("expected_l0", "l0")  # of the metadata, the first that is there
+FVU_KEYS = ("expected_fvu", "fvu")
+EXPLAINED_KEYS = ("expected_var_explained", "variance_explained", "explained_variance")
+NO_L0, NO_EXPLAINED = 0.0, 1.0  # what the registry has where nothing is known
+
+
+def card_of(sae: Any, release: str | None, sae_id: str | None) -> Fit:
+    """The card of a SAELens dictionary, which came from a folder where it has no release."""
+    metadata = vars(sae.cfg.metadata)
+    l0 = first_number(metadata, L0_KEYS)
+    fvu = first_number(metadata, FVU_KEYS)
+    explained = first_number(metadata, EXPLAINED_KEYS)
+    if release is not None and sae_id is not None:
+        registered = of_registry(release, sae_id)
+        l0 = registered.l0 if l0 is None else l0
+        fvu = registered.fvu if fvu is None and explained is None else fvu
+    if fvu is None and explained is not None:
+        fvu = 1 - explained
+    return Fit(l0, fvu)
+
+
+def of_registry(release: str, sae_id: str) -> Fit:
+    """What SAELens knows of a dictionary that it names."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    known = get_pretrained_saes_directory().get(release)
+    if known is None:
+        return Fit()
+    l0 = number(known.expected_l0.get(sae_id, NO_L0))
+    explained = number(known.expected_var_explained.get(sae_id, NO_EXPLAINED))
+    return Fit(
+        None if l0 in (None, NO_L0) else l0,
+        None if explained in (None, NO_EXPLAINED) else 1 - explained,
+    )
+
+
+def first_number(values: dict[str, Any], keys: tuple[str, ...]) -> float | None:
+    return next((found for key in keys if (found := number(values.get(key))) is not None), None)
+
+
+def number(value: Any) -> float | None:
+    """A finite number that is not negative; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        return None
+    return float(value)

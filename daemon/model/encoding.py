@@ -1,0 +1,259 @@
+"""An SAE taken apart into a product and an activation, so that noise can be added in between.
+
+encode(x) = activate(pre_acts(x)), and pre_acts(x + e) = pre_acts(x) + project(e): a bank of noise is
+projected once, not once per sample. Knows nothing about models, texts or samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import structlog
+import torch
+from torch import Tensor
+
+from daemon.analysis.geometry import DecoderRows, weighted_sum
+from daemon.analysis.sparse import SparseActs, from_dense
+from daemon.analysis.thresholds import Thresholds
+from daemon.model.onednn import Product, product, split_product
+from daemon.model.overflow import NORMALISING, Bounds
+from daemon.model.sae import LoadedSae
+from daemon.model.saeformat import TRANSCODERS
+
+PROBE_ROWS = 64
+PROBE_SCALES = (0.1, 1.0, 10.0, 100.0)  # of the residuals it is tried on
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # relative; in float32 a feature may flip
+
+log = structlog.get_logger()
+
+
+class Encoder(Protocol):
+    """One SAE. x: (N, d_in), in its dtype."""
+
+    decoder: DecoderRows
+    bounds: Bounds
+
+    @property
+    def affine(self) -> bool:
+        """Whether the decoding of a mean is the mean of decodings."""
+        ...
+
+    @property
+    def activate(self) -> Callable[[Tensor], Tensor]:
+        """(N, d_pre) -> dense feature activations (N, d_sae)."""
+        ...
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """(N, d_pre)."""
+        ...
+
+    def project(self, noise: Tensor) -> Tensor:
+        """What adding `noise` (M, d_in) to x adds to `pre_acts` (M, d_pre)."""
+        ...
+
+    def trusts_noise(self, projected: Tensor) -> Tensor:
+        """(M,) bool: the rows of projected noise (M, d_pre) that overflow beside no trusted x."""
+        ...
+
+    def finite(self, x: Tensor) -> Tensor:
+        """(N,) bool: the rows that are finite, and have finite pre-activations and activations."""
+        ...
+
+    def encode(self, x: Tensor) -> SparseActs: ...
+
+    def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
+        """The reconstruction (N, d_out), row by row, by the features that x has. It depends on x itself where
+        the dictionary normalises by statistics of x, or is a skip transcoder."""
+        ...
+
+
+def encoder_of(entry: LoadedSae, model_dtype: torch.dtype = torch.float32) -> Encoder:
+    """The fastest encoder of a dictionary that agrees with the dictionary's own, else that one.
+
+    `model_dtype` is what the residuals are before they are the dictionary's.
+    """
+    decoder = DecoderRows.of(entry.W_dec)
+    plain = PlainEncoder(entry, decoder)
+    build = ACTIVATIONS.get(entry.info.architecture)
+    if build is not None and entry.sae.cfg.normalize_activations == "none":
+        for multiply in (split_product, product) if can_split(entry, model_dtype) else (product,):
+            try:
+                fused = FusedEncoder(entry, decoder, build(entry.sae), multiply)
+                if agree(plain, fused, entry, model_dtype):
+                    return fused
+            except (TypeError, RuntimeError) as error:  # of a torch that has no such product
+                if multiply is product:
+                    raise
+                log.info("sae.not_split", sae=entry.info.source, reason=str(error))
+    log.info("sae.encoded_by_saelens", sae=entry.info.source, architecture=entry.info.architecture)
+    return plain
+
+
+def can_split(entry: LoadedSae, model_dtype: torch.dtype) -> bool:
+    """Whether what a dictionary reads is bfloat16 still, and worth a product of its own."""
+    return (
+        entry.W_dec.device.type == "cuda"
+        and entry.W_dec.dtype == torch.float32
+        and model_dtype == torch.bfloat16
+        and not entry.center_residual
+    )
+
+
+class PlainEncoder:
+    """SAELens's own encode and decode; noise is added to x itself.
+
+    SAELens keeps what it normalised by on the module, so one thread at a time may use it.
+    """
+
+    def __init__(self, entry: LoadedSae, decoder: DecoderRows) -> None:
+        self.decoder = decoder
+        self.bounds = Bounds.of(entry.sae)
+        self._entry = entry
+        self._d_sae = entry.info.d_sae
+
+    @property
+    def affine(self) -> bool:
+        return self._entry.sae.cfg.normalize_activations not in NORMALISING
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        return x
+
+    def project(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        return self._entry.encode(pre_acts)
+
+    def trusts_noise(self, projected: Tensor) -> Tensor:
+        lengths: Tensor = torch.linalg.vector_norm(projected, dim=-1)
+        return lengths < self.bounds.longest
+
+    def finite(self, x: Tensor) -> Tensor:
+        return self.bounds.finite(x, self._steps)
+
+    def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
+        sae = self._entry.sae
+        there_and_back = sae.run_time_activation_norm_fn_out(sae.run_time_activation_norm_fn_in(x))
+        return there_and_back, sae.process_sae_in(x) @ sae.W_enc, self._entry.encode(x)
+
+    def encode(self, x: Tensor) -> SparseActs:
+        return from_dense(self._entry.encode(x))
+
+    def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
+        self._entry.sae.run_time_activation_norm_fn_in(x)  # has the module keep the statistics of these rows
+        return self._entry.decode(acts.to_dense(self._d_sae), x)
+
+
+class FusedEncoder:
+    """One product with every bias folded in, and the activation on its result."""
+
+    affine = True
+
+    def __init__(
+        self,
+        entry: LoadedSae,
+        decoder: DecoderRows,
+        activate: Callable[[Tensor], Tensor],
+        multiply: Callable[[Tensor, Tensor | None], Product] = product,
+    ) -> None:
+        """`multiply` makes the product by W_enc: of what the model gives, not of any x."""
+        sae = entry.sae
+        W_enc = sae.W_enc.T.contiguous()  # (d_sae, d_in)
+        bias = sae.b_enc.double() if entry.info.architecture != "gated" else torch.zeros_like(W_enc[:, 0])
+        if sae.cfg.apply_b_dec_to_input and entry.info.architecture not in TRANSCODERS:
+            bias = bias - W_enc.double() @ sae.b_dec.double()
+        self.decoder = decoder
+        self.bounds = Bounds.of(sae)
+        self._product = multiply(W_enc, bias.to(W_enc.dtype))
+        self._project = product(W_enc, None)
+        self.activate = activate
+        self._b_dec = sae.b_dec
+        self._skip = None if entry.W_skip is None else product(entry.W_skip.contiguous(), None)
+        self._written = sae.W_dec
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            self._written = sae.W_dec / sae.W_dec.norm(dim=-1, keepdim=True)
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        return self._product(x)
+
+    def project(self, noise: Tensor) -> Tensor:
+        return self._project(noise)
+
+    def trusts_noise(self, projected: Tensor) -> Tensor:
+        return projected.abs().amax(-1) < self.bounds.pre_act
+
+    def finite(self, x: Tensor) -> Tensor:
+        return self.bounds.finite(x, self._steps)
+
+    def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
+        pre_acts = self._product(x)
+        return pre_acts, self.activate(pre_acts)
+
+    def encode(self, x: Tensor) -> SparseActs:
+        pre_acts = self._product(x)
+        if isinstance(self.activate, Thresholds):
+            return self.activate.compact(pre_acts)
+        return from_dense(self.activate(pre_acts))
+
+    def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
+        written = weighted_sum(acts.indices, acts.values, acts.counts, self._written)
+        reconstruction: Tensor = written + self._b_dec
+        return reconstruction if self._skip is None else reconstruction + self._skip(x)
+
+
+def standard(sae: Any) -> Callable[[Tensor], Tensor]:
+    activation: Callable[[Tensor], Tensor] = sae.activation_fn
+    return Thresholds(torch.zeros_like(sae.W_enc[0])) if type(activation) is torch.nn.ReLU else activation
+
+
+def jumprelu(sae: Any) -> Callable[[Tensor], Tensor]:
+    return Thresholds(sae.threshold.clamp(min=0))
+
+
+def topk(sae: Any) -> Callable[[Tensor], Tensor]:
+    if not sae.cfg.rescale_acts_by_decoder_norm:
+        return standard(sae)
+    norms = sae.W_dec.norm(dim=-1)
+    activation = standard(sae)
+    return lambda pre_acts: activation(pre_acts * norms)
+
+
+def gated(sae: Any) -> Callable[[Tensor], Tensor]:
+    scale = sae.r_mag.exp()
+
+    def activate(pre_acts: Tensor) -> Tensor:
+        magnitudes: Tensor = sae.activation_fn(pre_acts * scale + sae.b_mag)
+        return magnitudes.where(pre_acts + sae.b_gate > 0, 0)
+
+    return activate
+
+
+# By the name of SAELens's architecture.
+ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    "standard": standard,
+    "jumprelu": jumprelu,
+    "topk": topk,
+    "gated": gated,
+    "transcoder": standard,
+    "skip_transcoder": standard,
+    "jumprelu_transcoder": jumprelu,
+    "jumprelu_skip_transcoder": jumprelu,
+}
+
+
+def agree(plain: Encoder, fused: Encoder, entry: LoadedSae, model_dtype: torch.dtype) -> bool:
+    """Whether two encoders give the same features and reconstructions on random residuals of a model."""
+    dtype, device = entry.W_dec.dtype, entry.W_dec.device
+    noise = torch.randn(PROBE_ROWS, entry.info.d_in, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([scale * noise for scale in PROBE_SCALES]).to(model_dtype).to(device, dtype)
+    with torch.inference_mode():
+        expected, got = (encoder.encode(x) for encoder in (plain, fused))
+        pairs = [
+            (expected.to_dense(entry.info.d_sae), got.to_dense(entry.info.d_sae)),
+            (plain.decode(expected, x), fused.decode(expected, x)),
+        ]
+    return all(
+        bool(torch.linalg.vector_norm(b - a) <= PROBE_TOLERANCE[dtype] * torch.linalg.vector_norm(a))
+        for a, b in pairs
+    )

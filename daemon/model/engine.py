@@ -1,0 +1,48 @@
+"""The narrow interface behind which a model and its SAEs run. Knows no files and no samples.
+
+An engine belongs to the device's thread, which may have others use it side by side where it allows that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from daemon.model.encoding import Encoder
+from daemon.model.extraction import Extraction, Started
+from daemon.model_info import ModelInfo
+
+
+class Engine(Protocol):
+    """A model with its SAEs on one device."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def prepend_bos(self) -> bool: ...
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether tokens with which several texts begin are computed once, so that padding costs nothing."""
+        ...
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may have it read texts at the same time, each on cores of its own."""
+        ...
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]: ...
+
+    def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
+        """Read N texts, given as token ids, and encode them with every SAE: `start` and `finish`."""
+        ...
+
+    def start(self, texts: Sequence[Sequence[int]]) -> Started:
+        """Have the device read N texts; does not wait for it where it goes on by itself."""
+        ...
+
+    def finish(self, started: Started) -> Extraction:
+        """Wait until they are read, and encode them."""
+        ...

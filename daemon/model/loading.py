@@ -1,0 +1,389 @@
+"""Resolves a model's name to weights, a tokenizer and a Hugging Face module. Knows nothing about SAEs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from daemon.errors import ConfigError, MachineError
+from daemon.model.completeness import DERIVED, LayersRead, LoadReport, check_complete, check_model_finite
+from daemon.model.failures import explain, explained, explained_names, quiet_libraries, sense
+from daemon.model.pickles import refused_pickles
+from daemon.model.quantized import check_packages
+from daemon.model.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
+from daemon.model.weightfiles import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    TensorHeader,
+    check_floating,
+    model_tensors,
+    read_object,
+)
+from daemon.model_info import Fit, ModelInfo, SaeInfo
+
+BUNDLED = "smollm2-135m"
+NO_SETTINGS = {"_name_or_path", "transformers_version"}  # of a configuration: they change no result
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # rotary embeddings that turn by the longest text
+MOST_PARTS = 100_000  # layers, heads or experts that a configuration may ask for: building more takes hours
+COUNTS = re.compile(r"n_layers?|n_heads?|(?:num|n)_\w*(?:layers|heads|experts|blocks)")
+PROBE = "One text, 2 words\n"  # that every tokenizer is to encode
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLocation:
+    """Where a model's files are: `target` is what `from_pretrained` takes."""
+
+    name: str  # as shown to people
+    target: str
+    weights_sha256: str | None  # None for a hub's model
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A bare Hugging Face causal language model, and what is known of it."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any
+    location: ModelLocation
+    architecture: str
+    d_model: int
+    n_layers: int
+    vocabulary: int  # token ids are below it
+    context: int | None  # tokens of a text, at most; None where it reads any number
+    dtype: torch.dtype
+    device: str
+    report: LoadReport = field(default_factory=LoadReport)  # how its checkpoint fits: see `check_weights`
+    settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
+
+
+def locate_model(name: str, cache_dir: Path) -> ModelLocation:
+    """A bundled preset, a local folder, or a TransformerLens or Hugging Face name, in this order.
+
+    Raises ConfigError where a path is named that holds no model.
+    """
+    if not name.strip():
+        raise ConfigError("model.name is empty: name a preset, a folder or a model of the hub")
+    with explained(f"model {name}"):
+        if name == BUNDLED:
+            return ModelLocation(name, str(smollm2_folder(cache_dir)), WEIGHTS_SHA256)
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            check_folder(folder, f"model {name}")
+            return ModelLocation(folder.resolve().name, str(folder), folder_sha256(folder))
+        if folder.exists():
+            raise ConfigError(
+                f"model {name}: a file: give the folder that it lies in, in Hugging Face format"
+            )
+        if name.startswith((".", "/", "~")):
+            raise ConfigError(f"model {name}: no such folder")
+        from transformer_lens.loading_from_pretrained import get_official_model_name
+
+        try:
+            official = get_official_model_name(name)
+        except ValueError:  # not one of TransformerLens's names: take it as Hugging Face's
+            official = name
+        return ModelLocation(name, official, None)
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Look at a local model's files, their headers only. Raises ConfigError."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{what}: a PEFT adapter without its model: merge it into one (merge_and_unload),"
+                " save that, and give its folder"
+            )
+        raise ConfigError(f"{what}: no config.json there: give a folder in Hugging Face format")
+    config = read_object(folder / "config.json", what)
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            read_object(folder / name, what)
+    tensors = model_tensors(folder, what)
+    if config.get("quantization_config") is None:
+        check_types(tensors, what)
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{what}: has an adapter_config.json beside the weights, and lensd applies no adapters: merge it"
+            " (merge_and_unload), or remove it if the weights are to be read without"
+        )
+
+
+def check_types(tensors: Mapping[str, TensorHeader], what: str) -> None:
+    """Raises ConfigError for weights that are no floating-point numbers. Masks of older versions may be."""
+    check_floating({name: entry for name, entry in tensors.items() if not DERIVED.search(name)}, what)
+
+
+def fetch_weights(target: str, what: str) -> Path:
+    """Have the weights of a hub's model, or the index of their shards, in the local cache; the folder there.
+
+    Transformers takes whatever the hub answers for a file that is missing, and looks for pickled ones.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    names = (SINGLE_NAME, INDEX_NAME)
+    for name in names:
+        if isinstance(path := try_to_load_from_cache(target, name), str):
+            return Path(path).parent
+    unanswered: LocalEntryNotFoundError | None = None
+    for name in names:
+        try:
+            return Path(hf_hub_download(target, name)).parent
+        except LocalEntryNotFoundError as error:  # no answer, and not in the cache
+            unanswered = error
+        except EntryNotFoundError:
+            continue
+    if unanswered is not None:
+        raise unanswered
+    raise ConfigError(
+        f"{what}: the hub has no {SINGLE_NAME} of it, and lensd loads no pickled weights: use a version in"
+        " safetensors, or convert it where that does no harm"
+    )
+
+
+def folder_sha256(folder: Path) -> str:
+    """One hash over the weight files of a local model."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"model {folder}: no .safetensors there, and lensd loads no pickled weights (.bin, .pt): convert"
+            " them where that does no harm (from_pretrained, then save_pretrained)"
+        )
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(sha256_of(path).encode())
+    return digest.hexdigest()
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the first CUDA device if there is one. Raises ConfigError for one that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"model.device = {device!r}: {sense(error)}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device = {device!r}: no CUDA device here: use auto or cpu")
+    return device
+
+
+def load_tokenizer(location: ModelLocation) -> Any:
+    """A fast Hugging Face tokenizer. Raises ConfigError, or MachineError where the hub fails."""
+    from transformers import AutoTokenizer
+
+    what = f"model {location.name}: its tokenizer"
+    with explained(what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = AutoTokenizer.from_pretrained(location.target, trust_remote_code=False)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"model {location.name}: has no fast tokenizer: add a tokenizer.json (convert it by"
+                " transformers.convert_slow_tokenizer, then save_pretrained)"
+            )
+        special = set(tokenizer.all_special_tokens)
+        if not any(token not in special for token in tokenizer.get_vocab()):
+            raise ConfigError(
+                f"model {location.name}: its tokenizer has no vocabulary:"
+                " add the tokenizer.json that belongs to it"
+            )
+        tokenizer.backend_tokenizer.encode_batch_fast([PROBE], add_special_tokens=False)
+    return tokenizer
+
+
+def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> LoadedModel:
+    """The model as Hugging Face has it, in evaluation mode; `check_weights` is to accept its weights.
+
+    Raises ConfigError where it can't be had, MachineError where hub or memory do not allow it for now.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet_libraries()
+    what = f"model {location.name}"
+    with explained(what), warnings.catch_warnings(), refused_pickles(what):
+        warnings.simplefilter("ignore")
+        config = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
+        check_config(config, what)
+        of_hub = not Path(location.target).is_dir()
+        if of_hub:
+            fetch_weights(location.target, what)
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "attn_implementation": "eager",
+            "use_safetensors": True,
+            "trust_remote_code": False,
+        }
+        if dtype == torch.float64:  # grouped products of experts know no float64
+            options["experts_implementation"] = "eager"
+        with explained_names(config, what):
+            if getattr(config, "quantization_config", None) is None:
+                check_shapes(location, options, what)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                location.target, output_loading_info=True, **options
+            )
+        if of_hub and getattr(config, "quantization_config", None) is None:
+            check_types(model_tensors(fetch_weights(location.target, what), what), what)
+        model = model.to(device)
+        model.requires_grad_(False).eval()
+        tokenizer = load_tokenizer(location)
+        settings = settings_sha256(model.config, tokenizer)
+        config = model.config.get_text_config()
+        return LoadedModel(
+            model=model,
+            tokenizer=tokenizer,
+            location=location,
+            architecture=type(model).__name__,
+            d_model=int(config.hidden_size),
+            n_layers=int(config.num_hidden_layers),
+            vocabulary=int(model.get_input_embeddings().weight.shape[0]),
+            context=context_of(config),
+            dtype=dtype,
+            device=device,
+            report=LoadReport.of(info),
+            settings_sha256=settings,
+        )
+
+
+def settings_sha256(config: Any, tokenizer: Any) -> str:
+    """Hash of what besides weights makes a model's results: configuration, tokenizer and a hub's commit."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in NO_SETTINGS}
+    special = tokenizer.bos_token_id, tokenizer.eos_token_id
+    commit = getattr(config, "_commit_hash", None)
+    told = [settings, tokenizer.backend_tokenizer.to_str(), special, commit]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_config(config: Any, what: str) -> None:
+    """Raises ConfigError for a configuration that can't be built here, before much is spent on it."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        check_packages(quantization, what)
+    if name := unsound(config.to_dict()):
+        raise ConfigError(f"{what}: {name} in its config.json is NaN: correct it")
+    text = config.get_text_config()
+    for name, value in vars(text).items():
+        if COUNTS.fullmatch(name) and isinstance(value, int) and not 0 <= value <= MOST_PARTS:
+            raise ConfigError(
+                f"{what}: {name} = {value} in its config.json: no model has as many: correct it"
+            )
+    if int(getattr(text, "num_hidden_layers", 1)) < 1:
+        raise ConfigError(
+            f"{what}: num_hidden_layers = {text.num_hidden_layers} in its config.json: nothing to read"
+        )
+    if (context := context_of(text)) is not None and context < 1:
+        raise ConfigError(f"{what}: max_position_embeddings = {context} in its config.json: correct it")
+
+
+def unsound(settings: Mapping[str, Any]) -> str | None:
+    """The first setting, at any depth, that is NaN, which JSON does not have and Python reads."""
+    for name, value in settings.items():
+        if isinstance(value, float) and math.isnan(value):
+            return str(name)
+        if isinstance(value, Mapping) and (inner := unsound(value)):
+            return f"{name}.{inner}"
+    return None
+
+
+def check_shapes(location: ModelLocation, options: dict[str, Any], what: str) -> None:
+    """Raises ConfigError where a tensor's shape is not the model's; without memory for either."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        location.target, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    if wrong := {name: (tuple(has), tuple(wants)) for name, has, wants in info["mismatched_keys"]}:
+        name, (has, wants) = sorted(wrong.items())[0]
+        raise ConfigError(
+            f"{what}: config.json and weights do not belong together: {name} is {has}, where the"
+            f" configuration asks for {wants}{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}: use"
+            " the config.json that was saved with the weights"
+        )
+
+    report = LoadReport.of(info)
+    embeddings = LayersRead(model, -1)
+    if any(map(embeddings.has, report.missing)):  # another model's, which would fill the memory with chance
+        check_complete(what, model, report, MOST_PARTS)
+
+
+def check_weights(model: LoadedModel, last_layer: int) -> None:
+    """Accept the weights of the embeddings and of the layers up to `last_layer` (-1: embeddings alone).
+
+    Raises ConfigError where some are missing, left over or not finite. Those beyond are not read.
+    """
+    what = f"model {model.location.name}"
+    check_complete(what, model.model, model.report, last_layer)
+    check_model_finite(what, model.model, last_layer)
+
+
+def context_of(config: Any) -> int | None:
+    """How long a text a model of this Hugging Face configuration reads, whatever texts are beside it.
+
+    That is the positions it knows; less where rotary embeddings turn otherwise from some length on, that of
+    the longest text beside.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(of_type for of_type in rope.values() if isinstance(of_type, dict))]  # of layers
+    turning = [kind for kind in kinds if kind.get("rope_type") in LENGTH_DEPENDENT_ROPE]
+    lengths = [kind.get("original_max_position_embeddings") for kind in turning]
+    lengths.append(getattr(config, "max_position_embeddings", None))
+    return min((int(length) for length in lengths if length), default=None)
+
+
+def model_info(
+    model: LoadedModel, saes: Sequence[SaeInfo], engine: str, cards: Sequence[Fit] = ()
+) -> ModelInfo:
+    """What is said of a loaded model."""
+    return ModelInfo(
+        name=model.location.name,
+        architecture=model.architecture,
+        d_model=model.d_model,
+        n_layers=model.n_layers,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device,
+        engine=engine,
+        weights_sha256=model.location.weights_sha256,
+        settings_sha256=model.settings_sha256,
+        saes=tuple(saes),
+        cards=tuple(cards),
+    )
+
+
+def bridge_of(model: LoadedModel) -> Any:
+    """The model behind TransformerLens's hook names. It takes the module's parts over: use one or the other.
+
+    Raises ConfigError for a family that TransformerLens does not know or can't build.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    what = f"model {model.location.name}"
+    with explained(what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            bridge = TransformerBridge.boot_transformers(
+                model.location.target, hf_model=model.model, tokenizer=model.tokenizer, dtype=model.dtype
+            )
+        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            if isinstance(found := explain(what, error), MachineError):
+                raise found from error
+            raise ConfigError(
+                f"{what}: TransformerLens can't take {model.architecture} apart ({reason_of(error)}), and its"
+                " layers can't be read packed either: use a model of another family"
+            ) from error
+        return bridge.requires_grad_(False).eval()
+
+
+def reason_of(error: BaseException) -> str:
+    """Why TransformerLens refused: of a family that it lacks it names all those that it has."""
+    if "Could not determine supported architecture" in str(error):
+        return "a family that it does not know"
+    return sense(error)

@@ -1,0 +1,239 @@
+"""Which tokens of a text are read by the SAEs, and how several readings become one.
+
+`last`: the last token. `all`: every token is stored, the last one analysed. `mean` and `max`: the features of
+every token, pooled into one reading. The BOS token that lensd puts before a text is none of its tokens:
+with `all`, `mean` and `max` it is left out. Knows no model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from daemon.analysis.features import StoredFeatures
+from daemon.analysis.sparse import SparseActs, from_dense
+from daemon.analysis.study import LayerActivations
+from daemon.model.cuda_streams import finish
+from daemon.model.encoding import Encoder
+from daemon.model.extraction import Extraction, NotFinite, Readings, Started
+from daemon.model.overflow import all_finite
+from daemon.model.rereading import of_texts, reread
+from daemon.model.sae import LoadedSae
+from daemon.model_info import Fit
+from daemon.records import IntArray, Positions
+
+NOWHERE = -1  # position and token of features that belong to no one position
+POOLED_ROWS = 4096  # rows gathered at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What engines have in common: from residuals on, whatever ran the model."""
+
+    saes: tuple[LoadedSae, ...]
+    encoders: tuple[Encoder, ...]  # of each SAE
+    positions: Positions
+    device: str
+
+    @property
+    def prepend_bos(self) -> bool:
+        return self.saes[0].prepend_bos
+
+    def choose(self, path: IntArray, offsets: IntArray, token_ids: IntArray) -> Readings:
+        """See `choose_readings`."""
+        return choose_readings(path, offsets, token_ids, self.positions, skip=int(self.prepend_bos))
+
+    def finish(self, started: Started, start: Callable[[Sequence[Sequence[int]]], Started]) -> Extraction:
+        """Encode what was read, once it is; `start` reads texts again where that is not finite."""
+        forward_seconds = started.forward.seconds()
+        began = time.perf_counter()
+        with torch.inference_mode():
+            given = self._given(started)
+            if any(one.finite is not None for one in given):
+                started = reread(started, start)
+                given = self._given(started)
+            layers, stored = encode_readings(given, started.readings, self.positions)
+            not_finite = texts_not_finite(given, layers, started.readings)
+            finish(self.device)
+        return Extraction(
+            layers=layers,
+            stored=stored,
+            not_finite=not_finite,
+            computed_tokens=started.computed_tokens,
+            padding_tokens=started.padding_tokens,
+            forward_seconds=forward_seconds,
+            sae_seconds=time.perf_counter() - began,
+        )
+
+    def _given(self, started: Started) -> list[Given]:
+        return list(map(Given.of, self.saes, self.encoders, started.read, started.written))
+
+
+def comparable_cards(saes: Sequence[LoadedSae], positions: Positions) -> tuple[Fit, ...]:
+    """The dictionaries' cards, which are of single tokens; none where readings are pooled."""
+    return tuple(entry.card for entry in saes) if positions in ("last", "all") else ()
+
+
+def choose_readings(
+    path: IntArray, offsets: IntArray, token_ids: IntArray, positions: Positions, skip: int
+) -> Readings:
+    """`path` holds where each text's tokens were computed, text by text; `offsets` (N + 1,) where they begin.
+
+    `token_ids` are the tokens there; the first `skip` of each text are no tokens of its own.
+    """
+    lengths = np.diff(offsets)
+    if positions == "last":
+        last, n = offsets[1:] - 1, len(lengths)
+        return Readings(path[last], np.arange(n), np.arange(n + 1), lengths - 1, token_ids[last])
+    position = np.arange(len(path)) - np.repeat(offsets[:-1], lengths)
+    own = position >= skip
+    keep, rows = np.unique(path[own], return_inverse=True)
+    own_offsets = np.concatenate(([0], np.cumsum(lengths - skip)))
+    return Readings(keep, rows, own_offsets, position[own], token_ids[own])
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a model gives one SAE at K tokens."""
+
+    entry: LoadedSae
+    encoder: Encoder
+    x: Tensor  # (K, d_in) what it reads
+    target: Tensor  # (K, d_out) what its reconstruction is to equal: x, but of a transcoder
+    finite: Tensor | None  # (K,) bool: whether these, and what it makes of x, are; None where all are
+
+    @classmethod
+    def of(cls, entry: LoadedSae, encoder: Encoder, read: Tensor, written: Tensor) -> Given:
+        """`read` (K, d_in) and `written` (K, d_out) as the model has them."""
+        x = entry.residual(read)
+        finite = encoder.finite(x)
+        if written is read:
+            target = x
+        else:
+            target = entry.residual(written)
+            finite &= all_finite(target)
+        return cls(entry, encoder, x, target, None if finite.all() else finite)
+
+    def encoded(self) -> Encoded:
+        """Rows that are not finite are replaced: nothing that is made of them is kept."""
+        x, target = self.x, self.target
+        if self.finite is not None:
+            x = x.where(self.finite.unsqueeze(1), 1)
+            target = x if self.target is self.x else target.where(self.finite.unsqueeze(1), 1)
+        return Encoded(self.entry, self.encoder, x, target, self.encoder.encode(x))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What one SAE made of K readings."""
+
+    entry: LoadedSae
+    encoder: Encoder
+    x: Tensor  # (K, d_in) what it read
+    target: Tensor  # (K, d_out) what its reconstruction is to equal: x, but of a transcoder
+    acts: SparseActs
+
+    def select(self, rows: Tensor) -> Encoded:
+        x = self.x[rows]
+        target = x if self.target is self.x else self.target[rows]
+        return Encoded(self.entry, self.encoder, x, target, self.acts.select(rows))
+
+    def analysed(self) -> LayerActivations:
+        """The readings as they are analysed, with their reconstruction."""
+        return self._layer(self.acts, self.x, self.target, self.encoder.decode(self.acts, self.x))
+
+    def pooled(self, readings: Readings, positions: Positions) -> LayerActivations:
+        """The features of each text's readings as one: their mean, with the mean of x; or their maximum."""
+        rows = torch.from_numpy(readings.rows).to(self.x.device)
+        counts = torch.from_numpy(np.diff(readings.offsets)).to(self.x.device)
+        text = torch.repeat_interleave(torch.arange(len(counts), device=self.x.device), counts)  # (R,)
+        d_sae = self.entry.info.d_sae
+        features = self.x.new_zeros(len(counts) * d_sae)
+        for start in range(0, len(rows), POOLED_ROWS):
+            chunk = slice(start, start + POOLED_ROWS)
+            read = self.acts.select(rows[chunk])
+            slots = (text[chunk, None] * d_sae + read.indices)[read.active]
+            values = read.values[read.active]
+            if positions == "mean":
+                features.index_add_(0, slots, values)
+            else:
+                features.scatter_reduce_(0, slots, values, "amax")
+        dense = features.view(len(counts), d_sae)
+        if positions == "max":
+            return self._layer(from_dense(dense), None, None, None)
+        acts = from_dense(dense / counts.unsqueeze(1))
+        x = mean_of(self.x, rows, text, counts)
+        target = x if self.target is self.x else mean_of(self.target, rows, text, counts)
+        if self.encoder.affine:
+            return self._layer(acts, x, target, self.encoder.decode(acts, x))
+        reconstruction = mean_of(self.encoder.decode(self.acts, self.x), rows, text, counts)
+        return self._layer(acts, x, target, reconstruction)
+
+    def _layer(
+        self, acts: SparseActs, x: Tensor | None, target: Tensor | None, reconstruction: Tensor | None
+    ) -> LayerActivations:
+        return LayerActivations(
+            layer=self.entry.info.layer,
+            x=x,
+            target=target,
+            reconstruction=reconstruction,
+            acts=acts,
+            decoder=self.encoder.decoder,
+            d_sae=self.entry.info.d_sae,
+        )
+
+
+def mean_of(values: Tensor, rows: Tensor, text: Tensor, counts: Tensor) -> Tensor:
+    """Values (K, d) at the readings `rows` (R,) of the texts `text` (R,) -> the mean of each text (N, d)."""
+    total = values.new_zeros(len(counts), values.shape[1])
+    for start in range(0, len(rows), POOLED_ROWS):
+        chunk = slice(start, start + POOLED_ROWS)
+        total.index_add_(0, text[chunk], values[rows[chunk]])
+    return total / counts.unsqueeze(1)
+
+
+def encode_readings(
+    given: Sequence[Given], readings: Readings, positions: Positions
+) -> tuple[tuple[LayerActivations, ...], StoredFeatures]:
+    """What SAEs make of the tokens `readings.keep`."""
+    encoded = [one.encoded() for one in given]
+    if positions in ("mean", "max"):
+        pooled = tuple(one.pooled(readings, positions) for one in encoded)
+        n = len(readings.offsets) - 1
+        nowhere = np.full(n, NOWHERE)
+        every = tuple(layer.acts for layer in pooled)
+        return pooled, StoredFeatures(every, np.arange(n), np.arange(n + 1), nowhere, nowhere)
+    stored = StoredFeatures(
+        tuple(one.acts for one in encoded),
+        readings.rows,
+        readings.offsets,
+        readings.positions,
+        readings.token_ids,
+    )
+    if positions == "all":
+        last = torch.from_numpy(readings.last).to(encoded[0].x.device)
+        encoded = [one.select(last) for one in encoded]
+    return tuple(one.analysed() for one in encoded), stored
+
+
+def texts_not_finite(
+    given: Sequence[Given], layers: Sequence[LayerActivations], readings: Readings
+) -> tuple[NotFinite, ...]:
+    """Each text of whose readings one is not finite, or of which pooling made such."""
+    found: dict[int, NotFinite] = {}
+    for sae, (one, layer) in enumerate(zip(given, layers, strict=True)):
+        if one.finite is not None:
+            in_model = ~(all_finite(one.x) & all_finite(one.target))
+            for rows, whose in ((in_model, True), (~one.finite, False)):
+                for text in of_texts(rows.cpu().numpy(), readings).tolist():
+                    found.setdefault(text, NotFinite(text, sae, whose))
+        pooled = layer.acts.values.amax(-1).isfinite()  # (N,)
+        if not pooled.all():
+            for text in (~pooled).nonzero().squeeze(1).tolist():
+                found.setdefault(text, NotFinite(text, sae, in_model=False))
+    return tuple(found[text] for text in sorted(found))

@@ -1,0 +1,315 @@
+"""SAELens dictionaries, loaded and checked against a model. Knows nothing about batches or analysis."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from daemon.errors import ConfigError
+from daemon.model.cards import card_of
+from daemon.model.completeness import check_finite
+from daemon.model.failures import explained, quiet_libraries
+from daemon.model.pickles import refused_pickles
+from daemon.model.saeformat import ARCHITECTURES, TRANSCODERS, check_dictionary, check_folded, judged
+from daemon.model.smollm2 import sha256_of
+from daemon.model.weightfiles import check_floating, read_object, tensor_headers
+from daemon.model_info import Fit, SaeInfo
+
+HOOK_NAME = re.compile(r"blocks\.(\d+)\.\S+")
+RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+# Places whose raw values, less their mean, are what TransformerLens gives with centred writing weights.
+CENTRED = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
+WEIGHTS_NAME = "sae_weights.safetensors"
+
+
+class SaeSource(Protocol):
+    """Where a dictionary comes from; `daemon.config.SaeSection` is one."""
+
+    @property
+    def release(self) -> str | None: ...
+    @property
+    def id(self) -> str | None: ...
+    @property
+    def path(self) -> Path | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSae:
+    """A dictionary on the device with what its model must give it."""
+
+    info: SaeInfo
+    sae: Any  # sae_lens.SAE; the library's generics say nothing useful here
+    prepend_bos: bool
+    center_residual: bool  # it was trained on weights processed by TransformerLens
+    card: Fit = field(default_factory=Fit)  # what its makers measured
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """The places of the model that are needed: what is read, and of a transcoder what it predicts."""
+        return tuple(dict.fromkeys((self.info.hook_name, self.info.hook_name_out)))
+
+    @property
+    def W_dec(self) -> Tensor:
+        """(d_sae, d_out) decoder rows."""
+        weights: Tensor = self.sae.W_dec
+        return weights
+
+    def residual(self, x: Tensor) -> Tensor:
+        """What the dictionary reads or predicts, out of the model's own x: (..., d), in the SAE's dtype.
+
+        `center_writing_weights` makes every write to the residual stream sum to zero over d_model, which
+        equals subtracting that mean from the raw residual.
+        """
+        x = x.to(self.sae.dtype)
+        return x - x.mean(-1, keepdim=True) if self.center_residual else x
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(N, d_in) -> (N, d_sae) dense feature activations."""
+        feature_acts: Tensor = self.sae.encode(x)
+        return feature_acts
+
+    def decode(self, feature_acts: Tensor, x: Tensor) -> Tensor:
+        """(N, d_sae) and what was read (N, d_in) -> (N, d_out). Call right after the `encode` it belongs to:
+        SAEs with run-time normalisation keep its statistics from one to the other.
+        """
+        reconstruction: Tensor = self.sae.decode(feature_acts)
+        return reconstruction if self.W_skip is None else reconstruction + x @ self.W_skip.T
+
+    @property
+    def W_skip(self) -> Tensor | None:
+        """(d_out, d_in) what a skip transcoder adds to its reconstruction, per x."""
+        weights: Tensor | None = getattr(self.sae, "W_skip", None)
+        return weights
+
+
+def hook_point(hook_name: str) -> tuple[int, str]:
+    """`blocks.5.hook_resid_post` -> (5, "post"). Raises ValueError for another kind of name."""
+    match = RESIDUAL.fullmatch(hook_name)
+    if match is None:
+        raise ValueError(f"{hook_name} is no hook point of the residual stream")
+    return int(match[1]), match[2]
+
+
+def load_saes(
+    sources: Sequence[SaeSource], *, d_model: int, n_layers: int, device: str, dtype: torch.dtype
+) -> tuple[LoadedSae, ...]:
+    """Every dictionary, in order of layer, checked against the model's shape.
+
+    Raises ConfigError, naming the dictionary, where one can't be loaded or does not fit.
+    """
+    loaded = [load_sae(source, device=device, dtype=dtype) for source in sources]
+    for entry in loaded:
+        info = entry.info
+        if info.d_in != d_model and RESIDUAL.fullmatch(info.hook_name):
+            raise ConfigError(
+                f"SAE {info.source}: reads d_in = {info.d_in}, but the model has d_model = {d_model}: it"
+                " belongs to another model"
+            )
+        if info.layer >= n_layers:
+            raise ConfigError(
+                f"SAE {info.source}: hook {info.hook_name}, but the model has {n_layers} layers"
+            )
+    layers = [entry.info.layer for entry in loaded]
+    for layer in layers:
+        if layers.count(layer) > 1:
+            raise ConfigError(f"two SAEs at layer {layer}: columns are named by layer, so keep one of them")
+    if len({entry.prepend_bos for entry in loaded}) > 1:
+        raise ConfigError("the SAEs disagree on prepend_bos, so no one token sequence serves them all")
+    return tuple(sorted(loaded, key=lambda entry: entry.info.layer))
+
+
+def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae:
+    """One dictionary from a SAELens folder or release.
+
+    Raises ConfigError, or MachineError where the hub fails.
+    """
+    name = source.path.name if source.path is not None else f"{source.release}/{source.id}"
+    if source.path is not None:
+        sae = load_from_folder(source.path, device, dtype)
+    else:
+        sae = load_from_hub(source, device, dtype)
+    sae.requires_grad_(False)
+    sae.turn_off_forward_pass_hook_z_reshaping()  # engines give the heads side by side already
+    architecture = sae.cfg.architecture()
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"SAE {name}: architecture {architecture} is not supported: use one of {', '.join(ARCHITECTURES)}"
+        )
+    check_folded(sae.cfg.normalize_activations or "none", f"SAE {name}")
+    check_finite(f"SAE {name}", sae.state_dict().items())
+    hook_name, hook_name_out = hooks_of(sae, name)
+    kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
+    centred = bool(kwargs.get("center_writing_weights", False))
+    for hook in (hook_name, hook_name_out):
+        if centred and not CENTRED.fullmatch(hook):
+            raise ConfigError(
+                f"SAE {name}: was trained on weights that TransformerLens had processed, and what these give"
+                f" at {hook} can't be told from the model's own: use one with from_pretrained_no_processing"
+            )
+    prepend_bos = sae.cfg.metadata.prepend_bos
+    info = SaeInfo(
+        hook_name=hook_name,
+        hook_name_out=hook_name_out,
+        layer=layer_of(hook_name),
+        d_in=sae.cfg.d_in,
+        d_sae=sae.cfg.d_sae,
+        d_out=getattr(sae.cfg, "d_out", sae.cfg.d_in),
+        architecture=architecture,
+        source=name,
+        weights_sha256=sha256_of(source.path / WEIGHTS_NAME) if source.path else tensors_sha256(sae),
+        settings_sha256=settings_sha256(sae.cfg.to_dict()),
+    )
+    return LoadedSae(
+        info=info,
+        sae=sae,
+        prepend_bos=True if prepend_bos is None else bool(prepend_bos),
+        center_residual=centred,
+        card=card_of(sae, source.release, source.id),
+    )
+
+
+def hooks_of(sae: Any, name: str) -> tuple[str, str]:
+    """What a dictionary reads and what it reconstructs. Raises ConfigError."""
+    read = sae.cfg.metadata.hook_name
+    written = read
+    if sae.cfg.architecture() in TRANSCODERS:
+        written = getattr(sae.cfg.metadata, "hook_name_out", None)
+        if written is None:
+            raise ConfigError(f"SAE {name}: a transcoder whose metadata has no hook_name_out: add it")
+    for hook in (read, written):
+        if not HOOK_NAME.fullmatch(hook or ""):
+            raise ConfigError(
+                f"SAE {name}: hook {hook!r} is not supported: use a dictionary at a hook point of"
+                " TransformerLens inside a layer, such as blocks.L.hook_resid_post"
+            )
+    return read, written
+
+
+def layer_of(hook_name: str) -> int:
+    """`blocks.5.hook_mlp_out` -> 5."""
+    match = HOOK_NAME.fullmatch(hook_name)
+    assert match is not None, hook_name
+    return int(match[1])
+
+
+def last_layer_read(saes: Sequence[LoadedSae]) -> int:
+    """The last layer that dictionaries need computed; -1 where only the input of the first is read."""
+    hooks = [hook for entry in saes for hook in entry.hook_names]
+    return max(layer_of(hook) - hook.endswith("hook_resid_pre") for hook in hooks)
+
+
+def load_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
+    from sae_lens import SAE
+
+    what = f"SAE {path}"
+    with explained(what):
+        if path.is_file():
+            raise ConfigError(f"{what}: a file: give the folder that it lies in, in SAELens format")
+        for needed in ("cfg.json", WEIGHTS_NAME):
+            if not (path / needed).is_file():
+                pickled = [
+                    file.name for file in sorted(path.glob("*")) if file.suffix in (".pt", ".pth", ".bin")
+                ]
+                instead = f" (pickled weights, {pickled[0]}, are not loaded)" if pickled else ""
+                raise ConfigError(f"{what}: no {needed} there{instead}: give a folder in SAELens format")
+        tensors = tensor_headers(path / WEIGHTS_NAME, what)
+        check_floating(tensors, what)
+        shapes = {name: entry.shape for name, entry in tensors.items()}
+        cfg = read_object(path / "cfg.json", what)
+        if cfg.get("finetuning_scaling_factor") is True and "scaling_factor" not in shapes:
+            raise ConfigError(
+                f"{what}: its cfg.json says finetuning_scaling_factor, but its weights have no"
+                " scaling_factor: use complete weights, or set it to false"
+            )
+        if "scaling_factor" in shapes and is_neutral(path / WEIGHTS_NAME, "scaling_factor"):
+            del shapes["scaling_factor"]
+        check_dictionary(cfg, shapes, what)
+        return quietly(SAE.load_from_disk, path, device=device, dtype=str(dtype).removeprefix("torch."))
+
+
+def is_neutral(path: Path, name: str) -> bool:
+    """Whether a tensor of a file is all ones, as SAELens judges it."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(name).float()
+    return torch.allclose(tensor, torch.ones_like(tensor))
+
+
+def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype) -> Any:
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import (
+        NAMED_PRETRAINED_SAE_LOADERS,
+        get_conversion_loader_name,
+    )
+
+    what = f"SAE {source.release}/{source.id}"
+    quiet_libraries()
+    with explained(what), refused_pickles(what):
+        check_known(source, what)
+        load = NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(source.release)]
+        return quietly(
+            SAE.from_pretrained,
+            release=source.release,
+            sae_id=source.id,
+            device=device,
+            dtype=str(dtype).removeprefix("torch."),
+            converter=judged(load, what),
+        )
+
+
+def check_known(source: SaeSource, what: str) -> None:
+    """Raises ConfigError for a release or an id that SAELens's list does not have.
+
+    A repository of the hub may go by its own name.
+    """
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    releases = get_pretrained_saes_directory()
+    release, sae_id = source.release or "", source.id or ""
+    if release not in releases:
+        if release.count("/") != 1:
+            hint = difflib.get_close_matches(release, releases, n=3)
+            raise ConfigError(
+                f"{what}: Release {release} not found in SAELens's list, and no OWNER/NAME of the hub:"
+                f" {'did you mean ' + ' or '.join(hint) + '?' if hint else 'check the name'}"
+            )
+        return
+    ids = releases[release].saes_map
+    if sae_id not in ids:
+        hint = difflib.get_close_matches(sae_id, ids, n=3, cutoff=0.3) or list(ids)[:3]
+        raise ConfigError(f"{what}: that release has no such id: it has {', '.join(hint)} and more")
+
+
+def quietly(load: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a loader without its advice on how to load the model, which lensd follows by itself."""
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load(*args, **kwargs)
+
+
+def settings_sha256(settings: dict[str, Any]) -> str:
+    """Hash of a configuration as it was loaded, but for the device."""
+    told = {key: value for key, value in settings.items() if key != "device"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tensors_sha256(sae: Any) -> str:
+    """Hash of the parameters as loaded, for dictionaries that are no single file here."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().to(torch.float32).numpy().tobytes())
+    return digest.hexdigest()

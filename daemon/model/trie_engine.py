@@ -1,0 +1,269 @@
+"""The fast engine: every token computed once, in one packed sequence without padding.
+
+The bare Hugging Face module reads the texts' trie up to the last layer that an SAE reads. Knows nothing
+about analysis, files or samples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import structlog
+import torch
+from torch import Tensor, nn
+
+from daemon.analysis.threads import side_by_side
+from daemon.model.attention import (
+    IMPLEMENTATION,
+    Plan,
+    UnsupportedAttention,
+    attending,
+    plan_attention,
+    register,
+)
+from daemon.model.cuda_streams import Launched, moved
+from daemon.model.encoding import Encoder, FusedEncoder
+from daemon.model.extraction import Extraction, Started
+from daemon.model.fused import FlexPlan, can_fuse, fuse, unfuse
+from daemon.model.lean import LeanLayer, make_lean
+from daemon.model.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
+from daemon.model.onednn import TYPICAL_ROWS, chunk_sizes, filled_rows, pack_linears, packs, prepared_rows
+from daemon.model.plain_hooks import PlainHooks
+from daemon.model.plain_trace import Unreachable
+from daemon.model.positions import Reader, comparable_cards
+from daemon.model.probe import Difference, packed_texts
+from daemon.model.sae import LoadedSae, hook_point
+from daemon.model.trie import Preorder, preorder
+from daemon.model.trunk import Trunk, UnknownModel
+from daemon.model_info import ModelInfo
+from daemon.records import Positions
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}  # that packed attention knows
+PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: a second does for all of a small model's
+PREPARE_NUMBERS = 1 << 22  # in the result of an encoder's product, up to which its kernel is made ahead
+
+log = structlog.get_logger()
+
+
+class CannotPack(Exception):
+    """Packed runs of this model are not possible, or differ from plain ones."""
+
+    def __init__(self, reason: str, *, model_changed: bool = True) -> None:
+        super().__init__(reason)
+        self.model_changed = model_changed  # so that it must be loaded again
+
+
+class PackedEngine:
+    """Implements `daemon.model.engine.Engine` on packed tries."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        saes: Sequence[LoadedSae],
+        encoders: Sequence[Encoder],
+        positions: Positions,
+        *,
+        compiles: bool = False,
+    ) -> None:
+        """Changes the model: its attention and its linear layers, which it compiles if asked to.
+
+        Raises CannotPack.
+        """
+        self._reader = Reader(tuple(saes), tuple(encoders), positions, model.device)
+        self._info = model_info(
+            model, [entry.info for entry in saes], "packed", comparable_cards(saes, positions)
+        )
+        self._device, self._dtype = model.device, model.dtype
+        # A mask of four dimensions reaches the attention as it is, which then does not look at it.
+        self._no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
+        if elsewhere := [entry.info for entry in saes if len(entry.hook_names) > 1]:
+            raise CannotPack(
+                f"{elsewhere[0].source} predicts another place than it reads", model_changed=False
+            )
+        try:
+            self._trunk = Trunk(model.model, [hook_point(entry.info.hook_name) for entry in saes])
+        except (UnknownModel, ValueError) as error:
+            raise CannotPack(str(error), model_changed=False) from None
+        self._concurrent = model.device == "cpu" and keeps_nothing(model.model, encoders)
+        self._fused = False  # whether attention is one kernel
+        texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
+        plain = self._adopt(model, texts)
+        if compiles:
+            self._fuse(texts, plain)
+        self._trunk.drop_idle()
+        if self._rows is not int:  # weights are packed, and elsewhere
+            self._trunk.leave_files()
+        if self._concurrent:
+            prepare(self._trunk.layers, saes, encoders)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def prepend_bos(self) -> bool:
+        return self._reader.prepend_bos
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return True
+
+    @property
+    def concurrent(self) -> bool:
+        return self._concurrent
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        return self._reader.encoders
+
+    def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
+        """See `Engine.extract`."""
+        return self.finish(self.start(texts))
+
+    def start(self, texts: Sequence[Sequence[int]]) -> Started:
+        """See `Engine.start`."""
+        with Launched(self._device) as forward:
+            packed = preorder(texts)
+            run = packed.filled(self._rows(len(packed)))
+            readings = self._reader.choose(packed.path, packed.offsets, packed.tokens[packed.path])
+            residuals = self.residuals(run, moved(readings.keep, self._device))
+        return Started(texts, readings, residuals, residuals, forward, len(run), len(run) - len(packed))
+
+    def finish(self, started: Started) -> Extraction:
+        """See `Engine.finish`."""
+        return self._reader.finish(started, self.start)
+
+    def residuals(self, packed: Preorder, keep: Tensor) -> list[Tensor]:
+        """Per SAE the raw residuals (K, d_model) at the nodes `keep` (K,)."""
+        return self._run(packed, self._plan(packed), keep)
+
+    def _plan(self, packed: Preorder) -> Plan:
+        if self._fused:
+            return FlexPlan.of(packed, self._device)
+        return plan_attention(packed, self._device, self._dtype)
+
+    def _run(self, packed: Preorder, plan: Plan, keep: Tensor) -> list[Tensor]:
+        tokens, depth = (moved(row, self._device).unsqueeze(0) for row in (packed.tokens, packed.depth))
+        with torch.inference_mode(), attending(plan):
+            return self._trunk.run(tokens, depth, self._no_mask, keep)
+
+    def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Give the model packed attention and packed weights, and compare with how it ran before.
+
+        Returns how that was, by forward hooks, text by text: per hook name (tokens, d_model).
+        """
+        config = model.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if unknown := kinds - LAYER_TYPES:
+            raise CannotPack(f"layers of type {', '.join(sorted(unknown))}")
+        register()
+        try:
+            plain = self._plain(model, texts)
+            model.model.config._attn_implementation = IMPLEMENTATION
+            if config is not model.model.config:
+                config._attn_implementation = IMPLEMENTATION
+            self._rows = self._pack(texts)
+            plan = self._probe(texts, plain)
+        except (
+            UnsupportedAttention,
+            Unreachable,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            LookupError,
+        ) as error:
+            raise CannotPack(f"{type(error).__name__}: {first_line(error)}") from error
+        slides = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None))
+        if slides and self._trunk.layers and not plan.slides:
+            raise CannotPack("a sliding window that the attention is not told of")
+        return plain
+
+    def _pack(self, texts: Sequence[Sequence[int]]) -> Callable[[int], int]:
+        """Give the layers a faster form, where there is one; how many rows they then run for n nodes."""
+        packed = preorder(texts)
+        plan, keep = self._plan(packed), torch.from_numpy(packed.path).to(self._device)
+        lean = make_lean(self._trunk, plan, lambda: self._run(packed, plan, keep))
+        if lean == len(self._trunk.layers):
+            return filled_rows
+        return prepared_rows if pack_linears(self._trunk.layers) or lean else int
+
+    def _fuse(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
+        """Compile the layers, and on an accelerator the attention; leave them where that does not work."""
+        began = time.perf_counter()
+        try:
+            fuse(self._trunk.layers)
+            self._fused = can_fuse(self._device)
+            self._probe(texts, plain)
+        except Exception as error:  # of a compiler, a driver or a kernel: nothing is lost but speed
+            unfuse(self._trunk.layers)
+            self._fused = False
+            log.warning("engine.not_compiled", reason=f"{type(error).__name__}: {first_line(error)}")
+            return
+        log.info("engine.compiled", seconds=round(time.perf_counter() - began, 1))
+
+    def _probe(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> Plan:
+        """Run texts packed; how they were attended to. Raises CannotPack where it differs from `plain`."""
+        packed = preorder(texts)
+        plan = self._plan(packed)
+        got = self._run(packed, plan, torch.from_numpy(packed.path).to(self._device))
+        for entry, residuals in zip(self._reader.saes, got, strict=True):
+            hook_name = entry.info.hook_name
+            difference = Difference.of(plain[hook_name], residuals)
+            log.debug("engine.probe", hook_name=hook_name, worst=difference.worst, median=difference.median)
+            if not difference.within(self._dtype):
+                raise CannotPack(f"{hook_name}: packed and plain runs differ by {difference}")
+        return plan
+
+    def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Each text as the model runs it by itself."""
+        names = [entry.info.hook_name for entry in self._reader.saes]
+        plain = PlainHooks(model.model, names, model.vocabulary)
+        read = [plain.read(text) for text in texts]
+        return {name: torch.cat([values[name] for values in read]) for name in names}
+
+
+def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Sequence[Encoder]) -> None:
+    """Have oneDNN make its kernels for the numbers of rows that lean layers and encoders meet in a piece.
+
+    Those it makes while batches run lie in the middle of the room that batches work in, and stay there. It
+    only makes them by multiplying, which for a large model takes long: then some are left for later.
+    """
+    deadline = time.perf_counter() + PREPARE_SECONDS
+    lean = {
+        tuple(product.shape for product in layer.products): layer
+        for layer in layers
+        if isinstance(layer, LeanLayer)
+    }
+    dictionaries = {
+        (entry.info.d_sae, entry.info.d_in): encoder
+        for entry, encoder in zip(saes, encoders, strict=True)
+        if packs(entry.W_dec)
+    }
+
+    def multiply(rows: int) -> None:
+        if time.perf_counter() > deadline:
+            return
+        for layer in lean.values():
+            layer.multiply(rows)
+        for (d_sae, d_in), encoder in dictionaries.items():
+            if rows * d_sae <= PREPARE_NUMBERS:
+                encoder.pre_acts(torch.zeros(rows, d_in))
+
+    side_by_side(multiply, sorted(chunk_sizes(threads=1), key=lambda rows: abs(rows - TYPICAL_ROWS)))
+
+
+def keeps_nothing(model: nn.Module, encoders: Sequence[Encoder]) -> bool:
+    """Whether nothing of one text is left in modules while another thread reads the next."""
+    fused = all(isinstance(encoder, FusedEncoder) for encoder in encoders)
+    return fused and not any(LENGTH_DEPENDENT_ROPE & rope_types(module) for module in model.modules())
+
+
+def rope_types(module: nn.Module) -> set[str]:
+    """How a module turns heads by position, if it does: in one way, or in one for each kind of layer."""
+    kind = getattr(module, "rope_type", None)
+    return set(kind.values()) if isinstance(kind, dict) else {str(kind)}
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

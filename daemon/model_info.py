@@ -1,0 +1,55 @@
+"""Describes the loaded model and its dictionaries, as manifests, columns and metrics name them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well a dictionary does, as far as it is known."""
+
+    l0: float | None = None  # mean number of active features
+    fvu: float | None = None  # fraction of variance unexplained
+
+
+@dataclass(frozen=True, slots=True)
+class SaeInfo:
+    """One loaded dictionary, as the manifest and the columns name it."""
+
+    hook_name: str  # what it reads
+    hook_name_out: str  # what its reconstruction is to equal: of a transcoder another place
+    layer: int
+    d_in: int
+    d_sae: int
+    d_out: int
+    architecture: str
+    source: str  # release and id, or the path's last component
+    weights_sha256: str
+    settings_sha256: str = ""  # of all that its configuration says
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The loaded model, as the manifest and `lensd_model_info` name it."""
+
+    name: str
+    architecture: str
+    d_model: int
+    n_layers: int
+    dtype: str
+    device: str
+    engine: str  # "packed", or "padded" where the model can't be packed
+    weights_sha256: str | None  # None where the weights came from a hub
+    saes: tuple[SaeInfo, ...]
+    cards: tuple[Fit, ...] = ()  # of each SAE, by its makers; empty where what is read is not comparable
+    settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
+
+    @property
+    def known_fits(self) -> tuple[Fit, ...]:
+        """Of each SAE what is known of it that files can be compared with."""
+        return self.cards or (Fit(),) * len(self.saes)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sae.layer for sae in self.saes)

@@ -1,0 +1,93 @@
+"""Reads settings again at SIGHUP and when their file changed, and has them taken up. Knows no pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+import structlog
+
+from daemon.config import Config
+from daemon.errors import ConfigError
+from daemon.observe import logs
+from daemon.observe.metrics import Metrics
+from daemon.observe.notify import Notify
+from daemon.settings import AT_ONCE, SettingsSource, changes, is_in
+
+LOOK_SECONDS = 1.0  # between two looks at the file
+
+log = structlog.get_logger()
+
+
+class OnChange(Protocol):
+    """Takes up settings; `at_once` where none of those that changed waits for another pipeline."""
+
+    def __call__(self, config: Config, *, at_once: bool) -> None: ...
+
+
+class Reload:
+    """The settings that hold, and where they are read again; without a source they never change."""
+
+    def __init__(
+        self,
+        config: Config,
+        source: SettingsSource | None,
+        *,
+        metrics: Metrics,
+        on_change: OnChange,
+        on_refused: Callable[[str | None], None],
+    ) -> None:
+        """`on_refused` is told why changed settings were not taken up, and None once some were."""
+        self.config = config
+        self.source = source
+        self.asked = asyncio.Event()  # by SIGHUP
+        self._metrics = metrics
+        self._on_change = on_change
+        self._on_refused = on_refused
+
+    @contextlib.asynccontextmanager
+    async def following(
+        self, stop: asyncio.Event, notify: Notify, on_end: Callable[[asyncio.Task[None]], None]
+    ) -> AsyncIterator[None]:
+        """Within the context settings are read again; `on_end` is told how the task that does it ended."""
+        if self.source is None:
+            yield
+            return
+        task = asyncio.create_task(self._follow(self.source, stop, notify))
+        task.add_done_callback(on_end)
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _follow(self, source: SettingsSource, stop: asyncio.Event, notify: Notify) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.asked.wait(), LOOK_SECONDS)
+            if self.asked.is_set() or await asyncio.to_thread(source.changed):
+                self.asked.clear()
+                notify.reloading()
+                await self._read_again(source)
+                notify.ready()
+
+    async def _read_again(self, source: SettingsSource) -> None:
+        """Take up changed settings, or none of them."""
+        before = self.config
+        try:
+            config = await asyncio.to_thread(source.read, before)
+        except ConfigError as error:
+            log.error("settings.rejected", message=str(error))
+            self._metrics.config_reloads_total.labels("rejected").inc()
+            self._on_refused(str(error))
+            return
+        changed = changes(before, config)
+        self.config = config
+        if any(is_in(key, ("log",)) for key in changed):
+            logs.configure(config.log.format, config.log.level)
+        self._on_change(config, at_once=all(is_in(key, AT_ONCE) for key in changed))
+        log.info("settings.applied", changed=changed)
+        self._metrics.config_reloads_total.labels("applied").inc()
+        self._on_refused(None)

@@ -1,0 +1,80 @@
+"""One Parquet file, written in row groups of a steady size. Knows nothing about what the columns mean."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from daemon.records import FileTotals
+from daemon.sink.files import HashedFile
+
+BUFFER_BYTES = 64 << 10
+
+
+class ParquetFile:
+    """Gathers tables until they make a row group, so that small parts do not make a long footer.
+
+    `group_bytes` is the size in memory at which what was gathered is written. Row groups depend on the
+    tables and their order alone.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, *, group_bytes: int, options: dict[str, Any]) -> None:
+        self.path = path
+        self.rows = 0
+        self._schema = schema
+        self._group_bytes = group_bytes
+        self._options = options
+        self._gathered: list[pa.Table] = []
+        self._gathered_bytes = 0
+        self._file = HashedFile(path)
+        self._sink: pa.NativeFile | None = None  # with its writer, from the first row group on
+        self._writer: pq.ParquetWriter | None = None
+
+    def append(self, table: pa.Table) -> None:
+        """Add rows."""
+        if not len(table):
+            return
+        self.rows += len(table)
+        self._gathered.append(table)
+        self._gathered_bytes += table.nbytes
+        if self._gathered_bytes >= self._group_bytes:
+            self._flush()
+
+    def close(self) -> FileTotals:
+        """Write what is gathered, and the footer; what the file then is."""
+        self._flush()
+        assert self._writer is not None
+        assert self._sink is not None
+        self._writer.close()
+        self._sink.close()
+        self._file.close()
+        return self._file.totals(self.rows)
+
+    def discard(self) -> None:
+        """Let go of the file, its content no longer wanted."""
+        self._gathered = []
+        if self._file.closed:
+            return
+        if self._sink is not None:  # what it still holds would else be written whenever it is collected
+            with contextlib.suppress(OSError):
+                self._sink.close()
+        self._file.close()
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            self._sink = pa.BufferedOutputStream(pa.PythonFile(self._file, mode="w"), BUFFER_BYTES)
+            self._writer = pq.ParquetWriter(self._sink, self._schema, **self._options)
+        if self._gathered:
+            group = self._group()
+            self._writer.write_table(group, row_group_size=len(group))
+
+    def _group(self) -> pa.Table:
+        """What is gathered, which is gathered no longer."""
+        gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
+        if len(gathered) == 1:
+            return gathered[0]
+        return pa.concat_tables(gathered)  # not combined: that would hold a row group twice

@@ -1,0 +1,259 @@
+"""Bytes of an input file: hashed, read in chunks, decompressed. Knows nothing about records.
+
+What is compressed is known by its first bytes, whatever its name says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import aiofiles.threadpool
+import zstandard
+from aiofiles.threadpool.binary import AsyncBufferedReader
+
+from daemon.errors import FileError
+from daemon.source.formats.kinds import Compression, check_kind, compression_of, opens_json
+
+CHUNK_BYTES = 1 << 20
+COMPRESSED: tuple[Compression, ...] = (".gz", ".zst")
+SLICE_BYTES = 1 << 10  # of compressed input at a time: a slice of a bomb is at most some 32 MiB
+BOMB_BYTES = 16 << 20  # of content, below which no ratio is suspicious
+ZSTD_WINDOW_BYTES = 128 << 20  # what `zstd --long` writes; a stream's last bytes, which are held
+ZSTD_HEADER_BYTES = 18  # of a frame, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """An open file at its start, and what it holds."""
+
+    sha256: str  # of the file as it lies there, compressed or not
+    size: int  # bytes
+    file: BinaryIO
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def is_compressed(name: str) -> bool:
+    return name.lower().endswith(COMPRESSED)
+
+
+def open_content(path: Path) -> Content:
+    """Open and hash a file. Blocks.
+
+    Raises FileError where the file is gone, is no regular file or can't be read.
+    """
+    with contextlib.ExitStack() as on_error:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = on_error.enter_context(os.fdopen(descriptor, "rb"))
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise FileError("not_a_file", "it is no regular file any more: drop it again")
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+            file.seek(0)
+        except OSError as error:
+            raise unreadable(error) from None
+        on_error.pop_all()
+    return Content(sha256, size, file)
+
+
+def unreadable(error: OSError) -> Exception:
+    """The error as what it says of the file; itself where it says something of the machine."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return FileError("vanished", "the file was removed while lensd worked on it: drop it again")
+    if isinstance(error, PermissionError):
+        return FileError("unreadable", "lensd may not read the file: give its user read access")
+    return FileError(
+        "unreadable", f"the file can't be read ({error.strerror}): check the disk, drop it again"
+    )
+
+
+class Decompressor(Protocol):
+    """A zlib or zstandard decompression object: one member of a stream."""
+
+    @property
+    def unused_data(self) -> bytes: ...
+    @property
+    def eof(self) -> bool: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+async def chunks(
+    file: BinaryIO,
+    suffix: Compression | None,
+    *,
+    max_bytes: int,
+    max_ratio: int,
+    max_window_bytes: int = ZSTD_WINDOW_BYTES,
+) -> AsyncIterator[bytes]:
+    """A file's content, uncompressed, in chunks; `suffix` is what the name says of its compression.
+
+    The limits are those of `Decompression`. Raises FileError where the compressed stream is damaged, ends
+    early or is over a limit, or where the file can't be read.
+    """
+    content = aiofiles.threadpool.wrap(file)
+    chunk = await read_chunk(content, CHUNK_BYTES // 4)
+    compression = compression_by(chunk, suffix)
+    if compression is None:
+        while chunk:
+            yield chunk
+            chunk = await read_chunk(content, CHUNK_BYTES)
+        return
+    stream = Decompression(
+        compression, max_bytes=max_bytes, max_ratio=max_ratio, max_window_bytes=max_window_bytes
+    )
+    while chunk:
+        pieces = stream.feed(chunk)
+        while piece := await asyncio.to_thread(next_chunk, pieces):
+            yield piece
+        chunk = await read_chunk(content, CHUNK_BYTES // 4)
+    stream.finish()
+
+
+def compression_by(head: bytes, suffix: Compression | None) -> Compression | None:
+    """How a file that begins so is compressed: its content counts, its name only where that says nothing.
+
+    Raises FileError where the name says that it is compressed and it is something else that has a name.
+    """
+    found = compression_of(head)
+    if found is not None or suffix is None or opens_json(head):
+        return found
+    check_kind(head)
+    return suffix
+
+
+async def read_chunk(content: AsyncBufferedReader, size: int) -> bytes:
+    try:
+        return await content.read(size)
+    except OSError as error:
+        raise unreadable(error) from None
+
+
+def next_chunk(pieces: Iterator[bytes]) -> bytes:
+    """Pieces joined to a chunk of a useful size; nothing at the end."""
+    chunk = bytearray()
+    for piece in pieces:
+        chunk += piece
+        if len(chunk) >= CHUNK_BYTES:
+            break
+    return bytes(chunk)
+
+
+class Decompression:
+    """A gzip or zstandard stream of one or more members, fed in pieces.
+
+    Raises FileError where it unpacks to more than `max_bytes`, or to more than `max_ratio` times the input so
+    far and over 16 MiB, or where a zstandard frame needs a window of more than `max_window_bytes`.
+    """
+
+    def __init__(
+        self,
+        suffix: Compression,
+        *,
+        max_bytes: int = 64 << 30,
+        max_ratio: int = 1000,
+        max_window_bytes: int = ZSTD_WINDOW_BYTES,
+    ) -> None:
+        self._suffix = suffix
+        self._max_bytes = max_bytes
+        self._max_ratio = max_ratio
+        self._max_window_bytes = max_window_bytes
+        self._member: Decompressor | None = None
+        self._header = b""  # of the member, what has come of it
+        self._ended = False  # a member did
+        self._taken = 0  # bytes of input
+        self._made = 0  # bytes of content
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """What these bytes add to the content, in pieces of bounded size."""
+        for start in range(0, len(data), SLICE_BYTES):
+            rest = data[start : start + SLICE_BYTES]
+            self._taken += len(rest)
+            while rest := self._between_members(rest):
+                if self._member is None:
+                    self._member = self._new_member()
+                if len(self._header) < ZSTD_HEADER_BYTES:
+                    self._header += rest[: ZSTD_HEADER_BYTES - len(self._header)]
+                try:
+                    piece = self._member.decompress(rest)
+                except (zlib.error, zstandard.ZstdError) as error:
+                    raise self._refused() or self._damaged(str(error)) from None
+                self._made += len(piece)
+                self._check_size()
+                yield piece
+                rest = b""
+                if self._member.eof:
+                    rest = self._member.unused_data
+                    self._member = None
+                    self._ended = True
+
+    def _new_member(self) -> Decompressor:
+        self._header = b""
+        if self._suffix == ".gz":
+            return zlib.decompressobj(wbits=31)
+        return zstandard.ZstdDecompressor(max_window_size=self._max_window_bytes).decompressobj()
+
+    def _refused(self) -> FileError | None:
+        """What a sound zstandard frame asks for and does not get, by its header; None where it is damaged."""
+        if self._suffix != ".zst":
+            return None
+        try:
+            frame = zstandard.get_frame_parameters(self._header)
+        except zstandard.ZstdError:
+            return None
+        if frame.window_size > self._max_window_bytes:
+            return FileError(
+                "zstd_window_too_large",
+                f"the .zst stream needs a window of {frame.window_size} bytes, more than"
+                f" inbox.max_zstd_window_bytes = {self._max_window_bytes}: raise the limit, or compress it"
+                " with a smaller --long",
+            )
+        if frame.dict_id:
+            return FileError(
+                "zstd_dictionary",
+                f"the .zst stream needs the dictionary {frame.dict_id}, which lensd does not have:"
+                " compress it without one",
+            )
+        return None
+
+    def _check_size(self) -> None:
+        if self._made > self._max_bytes:
+            raise FileError(
+                "decompressed_too_large",
+                f"the {self._suffix} stream unpacks to more than inbox.max_decompressed_bytes ="
+                f" {self._max_bytes}: split the file, or raise the limit",
+            )
+        if self._made > max(BOMB_BYTES, self._max_ratio * self._taken):
+            raise FileError(
+                "compression_bomb",
+                f"the {self._suffix} stream unpacks to more than inbox.max_compression_ratio ="
+                f" {self._max_ratio} times its size: drop it uncompressed, or raise the limit",
+            )
+
+    def _between_members(self, data: bytes) -> bytes:
+        """The data without the zeros that may pad a gzip file after a member."""
+        started = self._member is not None or not self._ended
+        return data if started or self._suffix != ".gz" else data.lstrip(b"\0")
+
+    def finish(self) -> None:
+        if self._member is not None:
+            raise self._damaged("it ends in the middle")
+
+    def _damaged(self, why: str) -> FileError:
+        return FileError(
+            "corrupt_compression", f"the {self._suffix} stream is damaged ({why}): compress it again"
+        )

@@ -1,0 +1,300 @@
+"""One record's bytes to a Sample, or to the reason why not. Knows no files, formats or tokenizers.
+
+Invalid UTF-8 arrives as surrogate escapes, so that it costs one record and not the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from daemon.errors import SampleError
+from daemon.recipes import BUILT_IN_RECIPES, Recipe
+from daemon.records import Reject, Sample
+
+REJECT_REASONS = (
+    "malformed_json",
+    "not_an_object",
+    "invalid_utf8",
+    "lone_surrogate",
+    "not_finite",
+    "duplicate_key",
+    "missing_field",
+    "bad_field",
+    "nesting_too_deep",
+    "record_too_large",
+    "text_too_long",
+    "empty_text",
+    "out_of_memory",
+    "not_finite_activation",
+    "unknown_token",
+)
+
+ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
+SURROGATE = re.compile("[\ud800-\udfff]")
+MARK = "\ud800"  # around a Number
+# A string or a bracket; possessive, so that no text makes it slow; `close` is empty if a string never ends.
+TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+|)*+(?P<close>"?)|[\[{]|[\]}]', re.DOTALL)
+BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record is in its file."""
+
+    record_index: int
+    line: int
+    byte_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """One record as it stands in the file; `text` is None where it was too large to keep."""
+
+    place: Place
+    text: str | None
+
+
+def check_unicode(raw: str) -> None:
+    """Raises SampleError where the record's own text holds bytes that are not UTF-8."""
+    if not raw.isascii() and ESCAPED_BYTE.search(raw):
+        raise SampleError("invalid_utf8", "has bytes that are not UTF-8: save the file as UTF-8")
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise SampleError("not_finite", f"has {name}, which is not JSON: use null or a number")
+
+
+class Number(str):
+    """A number with a fraction or an exponent, as it was written: nothing is rounded on its way through.
+
+    It stands between two lone surrogates, which no text of a usable record has: the encoder writes it as a
+    string, and `extra_of` takes the quotes away together with them.
+    """
+
+    __slots__ = ()
+
+    @property
+    def written(self) -> str:
+        return self[1:-1]
+
+
+def exact_number(text: str) -> Number:
+    """Raises SampleError where float64, which every reader takes it for, has no finite number for it."""
+    if ("e" in text or "E" in text or len(text) > 300) and not math.isfinite(float(text)):
+        raise SampleError("not_finite", "has a number beyond the range of float64: use a smaller one")
+    return Number(MARK + text + MARK)
+
+
+def exact_integer(text: str) -> int | Number:
+    return Number(f"{MARK}-0{MARK}") if text == "-0" else int(text)
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise SampleError("duplicate_key", f"has the key {printable(twice)} twice: keep one")
+    return result
+
+
+EXTRA = json.JSONEncoder(ensure_ascii=False)
+LENIENT = json.JSONDecoder(strict=False)
+DECODER = json.JSONDecoder(
+    object_pairs_hook=unique_object, parse_constant=refuse_constant, parse_float=exact_number
+)
+# Slower, since it calls Python for every integer: only -0 is another number as an int of Python.
+DECODER_OF_MINUS_ZERO = json.JSONDecoder(
+    object_pairs_hook=unique_object,
+    parse_constant=refuse_constant,
+    parse_float=exact_number,
+    parse_int=exact_integer,
+)
+MINUS_ZERO = re.compile(r"(?:^|[\[:,\s])-0(?![.\deE])")
+
+
+def parse_value(raw: str, max_nesting: int) -> Any:
+    """The JSON value that `raw` is. Raises SampleError."""
+    check_unicode(raw)
+    if raw.count("[") + raw.count("{") > max_nesting and depth_of(raw) > max_nesting:
+        raise SampleError(
+            "nesting_too_deep", f"nests deeper than inbox.max_nesting = {max_nesting}: flatten it"
+        )
+    decoder = DECODER_OF_MINUS_ZERO if "-0" in raw and MINUS_ZERO.search(raw) else DECODER
+    try:
+        return decoder.decode(raw)
+    except json.JSONDecodeError as error:
+        raise SampleError(
+            "malformed_json", f"is not JSON: {error.msg} at its character {error.pos + 1}: correct it"
+        ) from None
+    except ValueError:  # Python refuses integers of over 4300 digits
+        raise SampleError("not_finite", "has a number of over 4300 digits: shorten it") from None
+    except RecursionError:
+        raise too_deep() from None
+
+
+def too_deep() -> SampleError:
+    """For a record that `inbox.max_nesting` admits but this Python can't follow."""
+    return SampleError("nesting_too_deep", "nests too deep to be read: flatten it")
+
+
+def depth_of(raw: str) -> int:
+    """How deep brackets nest, strings left out."""
+    deepest = depth = 0
+    for token in TOKEN.finditer(raw):
+        depth += BRACKETS.get(token[0], 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def parsed_object(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object that the bytes are, checked no further; None where they are none, or damaged."""
+    try:
+        value = LENIENT.decode(raw.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def is_record(value: Mapping[str, Any], recipes: Sequence[frozenset[str]]) -> bool:
+    """Whether the object has all the fields of one of the recipes."""
+    return any(fields <= value.keys() for fields in recipes)
+
+
+def choose_recipe(values: Iterable[Any]) -> Recipe | None:
+    """The built-in recipe of the first object that has all the fields of one."""
+    for value in values:
+        if isinstance(value, dict):
+            for recipe in BUILT_IN_RECIPES:
+                if recipe.fields <= value.keys():
+                    return recipe
+    return None
+
+
+def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
+    """Raises SampleError where the record lacks what the recipe needs.
+
+    Strings are used as they are, numbers as they were written, booleans as JSON writes them. What neither a
+    text nor a column uses goes into `extra`, in the record's order.
+    """
+    if not isinstance(value, dict):
+        raise not_an_object(value)
+    check_surrogates(value)
+    fields = recipe.fields
+    texts = recipe.render({field: field_text(value, field) for field in sorted(fields)})
+    sample_id, domain, complexity = sample_id_of(value), domain_of(value), complexity_of(value)
+    used = set(fields)
+    for name, column in (("id", sample_id), ("domain", domain), ("complexity", complexity)):
+        if column is not None or value.get(name) is None:
+            used.add(name)
+    extra = {name: item for name, item in value.items() if name not in used}
+    return Sample(
+        record_index=place.record_index,
+        sample_id=sample_id if sample_id is not None else str(place.record_index),
+        domain=domain,
+        complexity=complexity,
+        extra=extra_of(extra) if extra else None,
+        texts=texts,
+        line=place.line,
+        byte_offset=place.byte_offset,
+    )
+
+
+def not_an_object(value: Any) -> SampleError:
+    return SampleError("not_an_object", f"is a JSON {json_type(value)}, not an object: write one as {{...}}")
+
+
+def extra_of(fields: dict[str, Any]) -> str:
+    """The fields as one JSON object, numbers as they were written."""
+    return EXTRA.encode(fields).replace(f'"{MARK}', "").replace(f'{MARK}"', "")
+
+
+def domain_of(record: dict[str, Any]) -> str | None:
+    """The domain as text; None where it is absent, null, or an object or array."""
+    domain = record.get("domain")
+    return as_text(domain) if isinstance(domain, str | int) else None
+
+
+def complexity_of(record: dict[str, Any]) -> float | None:
+    """The complexity; None where it is no number."""
+    complexity = record.get("complexity")
+    if isinstance(complexity, Number):
+        return float(complexity.written)
+    if isinstance(complexity, bool) or not isinstance(complexity, int):
+        return None
+    try:
+        return float(complexity)
+    except OverflowError:
+        raise SampleError(
+            "not_finite", "field 'complexity' is beyond the range of float64: use a smaller number"
+        ) from None
+
+
+def check_surrogates(value: Any) -> None:
+    """Raises SampleError where a string holds a lone surrogate, which no UTF-8 file can store."""
+    if isinstance(value, str):
+        if not value.isascii() and not isinstance(value, Number) and SURROGATE.search(value):
+            raise SampleError(
+                "lone_surrogate", r"has an unpaired \ud800-\udfff escape, which is no character: drop it"
+            )
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not key.isascii():
+                check_surrogates(key)
+            check_surrogates(item)
+    elif isinstance(value, list):
+        for item in value:
+            check_surrogates(item)
+
+
+def field_text(record: dict[str, Any], field: str) -> str:
+    if field not in record:
+        raise SampleError("missing_field", f"has no field {field!r}, which the texts need: add it")
+    value = record[field]
+    if not isinstance(value, str | int):
+        raise SampleError("bad_field", f"field {field!r} is a JSON {json_type(value)}: make it a string")
+    return as_text(value)
+
+
+def as_text(value: str | int) -> str:
+    """A string as it is, a number as it was written, a boolean as JSON writes it."""
+    if isinstance(value, str):
+        return value.written if isinstance(value, Number) else value
+    return json.dumps(value)
+
+
+def json_type(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")  # an int, or a Number
+
+
+def sample_id_of(value: Any) -> str | None:
+    """The record's own id, where it has one that can be shown."""
+    if not isinstance(value, dict):
+        return None
+    found = value.get("id")
+    if isinstance(found, bool) or not isinstance(found, str | int) or found == "":
+        return None
+    text = as_text(found)
+    return None if SURROGATE.search(text) else text
+
+
+def printable(text: str) -> str:
+    """A field name for a message: never long, never unprintable."""
+    return ascii(text if len(text) <= 60 else text[:57] + "...")
+
+
+def rejected(place: Place, error: SampleError, sample_id: str | None = None) -> Reject:
+    return Reject(
+        record_index=place.record_index,
+        sample_id=sample_id,
+        line=place.line,
+        byte_offset=place.byte_offset,
+        reason=error.reason,
+        message=f"line {place.line}: the record {error}",
+    )

@@ -1,0 +1,257 @@
+"""Input files to parts of samples and rejects. Knows nothing about tokens, models or outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal, NoReturn
+
+from daemon.errors import FileError, SampleError
+from daemon.recipes import BUILT_IN_RECIPES, Recipe
+from daemon.records import InputFile, KeptPart, Part, PartExtent, Reject, Sample
+from daemon.rejects import RejectSummary
+from daemon.source.content import ZSTD_WINDOW_BYTES, chunks
+from daemon.source.formats.framing import RecordFramer
+from daemon.source.formats.kinds import Compression
+from daemon.source.formats.orientation import explain
+from daemon.source.parsing import (
+    REJECT_REASONS,
+    RawRecord,
+    choose_recipe,
+    not_an_object,
+    parse_value,
+    rejected,
+    sample_id_of,
+    to_sample,
+    too_deep,
+)
+
+__all__ = ["REJECT_REASONS", "PartReader", "ReadLimits", "read_parts"]
+
+NAME = re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?\Z", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLimits:
+    max_record_bytes: int
+    max_nesting: int
+    max_decompressed_bytes: int  # of a compressed file
+    max_compression_ratio: int
+    part_records: int
+    part_bytes: int = 4 << 20  # of raw records, after which a part ends early
+    max_zstd_window_bytes: int = ZSTD_WINDOW_BYTES
+
+
+def format_of(name: str) -> tuple[Literal["json", "jsonl"], Compression | None]:
+    """`json` or `jsonl`, and the compression's suffix if any: what a name says, which content may overrule.
+
+    Raises FileError for another name.
+    """
+    match = NAME.search(name)
+    if match is None:
+        raise FileError(
+            "unsupported_format", "the name must end in .json, .jsonl or .ndjson, optionally .gz or .zst"
+        )
+    compression: Compression | None = None
+    if match[2]:
+        compression = ".gz" if match[2].lower() == ".gz" else ".zst"
+    return "json" if match[1].lower() == "json" else "jsonl", compression
+
+
+async def read_parts(
+    file: BinaryIO,
+    source: InputFile,
+    *,
+    recipe: Recipe | None,
+    limits: ReadLimits,
+    stored: Mapping[int, PartExtent],
+) -> AsyncIterator[Part | KeptPart]:
+    """An open file of any size as parts, in flat memory; see `PartReader`.
+
+    Raises FileError where the file as a whole can't be used, possibly after some parts.
+    """
+    reader = PartReader(source, recipe=recipe, limits=limits, stored=stored)
+    content = chunks(
+        file,
+        format_of(source.claim.name)[1],
+        max_bytes=limits.max_decompressed_bytes,
+        max_ratio=limits.max_compression_ratio,
+        max_window_bytes=limits.max_zstd_window_bytes,
+    )
+    async for chunk in content:
+        for part in await asyncio.to_thread(reader.feed, chunk):
+            yield part
+    for part in await asyncio.to_thread(reader.finish):
+        yield part
+
+
+class PartReader:
+    """Cuts one file's content into parts of consecutive records, the last one marked.
+
+    `recipe` None lets the file choose: the first record with all the fields of a built-in recipe decides. A
+    part whose extent is in `stored` is only counted. Where parts begin depends on the content and the limits
+    alone.
+    """
+
+    def __init__(
+        self,
+        source: InputFile,
+        *,
+        recipe: Recipe | None,
+        limits: ReadLimits,
+        stored: Mapping[int, PartExtent] | None = None,
+    ) -> None:
+        """Raises FileError where the file's name tells no format."""
+        self._source = source
+        self._recipe = recipe
+        self._limits = limits
+        self._stored = stored or {}
+        recipes = BUILT_IN_RECIPES if recipe is None else (recipe,)
+        self._fields = [one.fields for one in recipes]
+        self._framer = RecordFramer(
+            limits.max_record_bytes,
+            named_lines=format_of(source.claim.name)[0] == "jsonl",
+            recipes=self._fields,
+        )
+        self._group: list[RawRecord] = []
+        self._weight = 0
+        self._whole: list[RawRecord] = []  # a part's worth, held back until it is known not to be the last
+        self._number = 0
+        self._usable = False  # some record is
+        self._rejected = RejectSummary()  # as long as none is
+        self._seconds = 0.0  # of work since the last part
+
+    def feed(self, chunk: bytes) -> list[Part | KeptPart]:
+        """The parts that are sure to be whole with this chunk, none of them the last. Raises FileError."""
+        began = time.perf_counter()
+        parts: list[Part | KeptPart] = []
+        for record in self._framer.feed(chunk):
+            if self._whole:
+                parts.append(self._part(self._whole, last=False, began=began))
+                began = time.perf_counter()
+                self._whole = []
+            self._take(record)
+        self._seconds += time.perf_counter() - began
+        return parts
+
+    def finish(self) -> list[Part | KeptPart]:
+        """The remaining parts. Raises FileError where the content ended too early, or held nothing usable."""
+        began = time.perf_counter()
+        parts: list[Part | KeptPart] = []
+        for record in self._framer.finish():
+            if self._whole:
+                parts.append(self._part(self._whole, last=False, began=began))
+                self._whole = []
+            self._take(record)
+        rest = self._whole or self._group
+        if not rest:
+            raise FileError("empty", "the file holds no records")
+        parts.append(self._part(rest, last=True, began=began))
+        self._check_usable()
+        return parts
+
+    def _take(self, record: RawRecord) -> None:
+        self._group.append(record)
+        self._weight += len(record.text or "")
+        if len(self._group) == self._limits.part_records or self._weight >= self._limits.part_bytes:
+            self._whole, self._group, self._weight = self._group, [], 0
+
+    def _part(self, group: list[RawRecord], *, last: bool, began: float) -> Part | KeptPart:
+        first = group[0].place
+        extent = PartExtent(self._number, first.record_index, len(group), first.byte_offset)
+        self._number += 1
+        if self._recipe is not None and self._stored.get(extent.number) == extent:
+            self._usable = True  # for all that is known here
+            return KeptPart(self._source, extent, last, self._recipe)
+        self._recipe, samples, rejects = self._interpret(group)
+        if self._stored.get(extent.number) == extent:  # the first part: it had to say what the recipe is
+            return KeptPart(self._source, extent, last, self._recipe)
+        seconds = self._seconds + time.perf_counter() - began
+        self._seconds = 0.0
+        return Part(
+            file=self._source,
+            extent=extent,
+            last=last,
+            recipe=self._recipe,
+            samples=samples,
+            rejects=rejects,
+            read_seconds=seconds,
+        )
+
+    def _interpret(self, group: list[RawRecord]) -> tuple[Recipe, tuple[Sample, ...], tuple[Reject, ...]]:
+        """`interpret`, and what it says of the file as a whole. Raises FileError where no recipe fits."""
+        try:
+            recipe, samples, rejects = interpret(group, self._recipe, self._limits)
+        except FileError as error:
+            raise self._explained(len(group)) or error from None
+        self._usable = self._usable or bool(samples)
+        if not self._usable:
+            self._rejected.add(rejects)
+        return recipe, samples, rejects
+
+    def _check_usable(self) -> None:
+        """Raises FileError where every record was rejected; what later stages reject is not known yet."""
+        if not self._usable:
+            records = self._rejected.records
+            raise self._explained(records) or self._rejected.error()
+
+    def _explained(self, records: int) -> FileError | None:
+        return explain(self._framer.beginning, records, self._fields)
+
+
+def interpret(
+    group: list[RawRecord], recipe: Recipe | None, limits: ReadLimits
+) -> tuple[Recipe, tuple[Sample, ...], tuple[Reject, ...]]:
+    """Each raw record as a sample or a reject, and the recipe, chosen here if none was given."""
+    values = [parsed(raw, limits) for raw in group]
+    if recipe is None:
+        recipe = choose_recipe(values) or complain_of(group, values)
+    samples: list[Sample] = []
+    rejects: list[Reject] = []
+    for raw, value in zip(group, values, strict=True):
+        try:
+            if isinstance(value, SampleError):
+                raise value
+            samples.append(to_sample(value, recipe, raw.place))
+        except SampleError as error:
+            rejects.append(rejected(raw.place, error, sample_id_of(value)))
+        except RecursionError:
+            rejects.append(rejected(raw.place, too_deep()))
+    return recipe, tuple(samples), tuple(rejects)
+
+
+def parsed(raw: RawRecord, limits: ReadLimits) -> Any:
+    """The record's JSON value, or the SampleError that it is."""
+    try:
+        if raw.text is None or size_of(raw.text) > limits.max_record_bytes:
+            raise SampleError(
+                "record_too_large",
+                f"is larger than inbox.max_record_bytes = {limits.max_record_bytes}: shorten it",
+            )
+        return parse_value(raw.text, limits.max_nesting)
+    except SampleError as error:
+        return error
+
+
+def size_of(text: str) -> int:
+    """Bytes of a raw record."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
+
+
+def complain_of(group: list[RawRecord], values: list[Any]) -> NoReturn:
+    """Raises the FileError of a file in which no record says what its texts are."""
+    if any(isinstance(value, dict) for value in values):
+        wanted = " nor ".join(" and ".join(sorted(recipe.fields)) for recipe in BUILT_IN_RECIPES)
+        raise FileError(
+            "no_recipe",
+            f"the records have neither {wanted} among their fields:"
+            " name your own in [texts] of the configuration",
+        )
+    summary = RejectSummary()
+    for raw, value in zip(group, values, strict=True):
+        error = value if isinstance(value, SampleError) else not_an_object(value)
+        summary.add([rejected(raw.place, error)])
+    raise summary.error("first ")

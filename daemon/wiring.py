@@ -1,0 +1,270 @@
+"""Builds what a configuration asks for: the model's side at the start, then pipelines between two folders.
+
+The one place that knows both the configuration and the constructors. Importing it imports torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+
+from daemon.analysis.columns import ANALYSIS_VERSION
+from daemon.analysis.study import StudySettings
+from daemon.batching.batcher import Batcher
+from daemon.config import Config
+from daemon.executor.autotune import auto_batch_tokens
+from daemon.executor.device_thread import DeviceThread
+from daemon.executor.local import LocalExecutor
+from daemon.executor.runner import BatchRunner
+from daemon.libraries import LIBRARIES, library
+from daemon.model.buffers import keep_memory, lasting
+from daemon.model.encoding import encoder_of
+from daemon.model.engine import Engine
+from daemon.model.failures import explained
+from daemon.model.fused import can_fuse
+from daemon.model.loading import LoadedModel, check_weights, load_model, locate_model, resolve_device
+from daemon.model.padded_engine import PaddedEngine
+from daemon.model.sae import LoadedSae, last_layer_read, load_saes
+from daemon.model.smollm2 import default_cache_dir
+from daemon.model.trie_engine import CannotPack, PackedEngine
+from daemon.pause import Pause
+from daemon.pipeline import Limits, Pipeline
+from daemon.ports import Observer
+from daemon.sink.folder import FolderSink
+from daemon.sink.outbox import Outbox
+from daemon.source.folder import FolderSource
+from daemon.source.inbox import Inbox
+from daemon.source.inputs import InputNames
+from daemon.source.reader import ReadLimits
+from daemon.source.tokenizer import Tokenizer
+
+log = structlog.get_logger()
+
+QUEUED_TEXT_BYTES = 16 << 20
+QUEUED_RESULT_BYTES = 64 << 20
+PART_BYTES = 4 << 20  # of raw records; a part's results are held in memory until it is whole
+PART_BYTES_OF_ALL = 64 << 10  # where every token is stored: its features weigh hundreds of times as much
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """The model's side, ready to run."""
+
+    engine: Engine
+    runner: BatchRunner
+    tokenizer: Tokenizer
+    max_batch_tokens: int
+
+
+def folders_of_use(config: Config) -> dict[str, Path]:
+    """Folders that hold what a run reads, by what they are: none of them can be the inbox."""
+    folders = {"the cache of models": default_cache_dir(), "the model's folder": Path(config.model.name)}
+    for sae in config.sae:
+        if sae.path is not None:
+            folders[f"the folder of the dictionary {sae.path.name}"] = sae.path
+    return {what: folder for what, folder in folders.items() if folder.is_dir()}
+
+
+def load_compute(config: Config) -> Compute:
+    """Load the model, the SAEs and the tokenizer; call it on the device thread (it takes seconds).
+
+    Raises ConfigError where something can't be found or does not fit together.
+    """
+    keep_memory()
+    with lasting():
+        engine, model = load_engine(config)
+        runner = BatchRunner(engine, study_settings(config))
+    if engine.info.device == "cpu" and (missing := [name for name in LIBRARIES if library(name) is None]):
+        log.warning(
+            "code.not_compiled", missing=missing, message="installed without a C compiler: runs slower"
+        )
+    max_batch_tokens = config.batching.max_batch_tokens
+    if max_batch_tokens == "auto":
+        max_batch_tokens = auto_batch_tokens(engine, model.vocabulary, default_cache_dir())
+    return Compute(
+        engine=engine,
+        runner=runner,
+        tokenizer=tokenizer_of(model, config, prepend_bos=engine.prepend_bos),
+        max_batch_tokens=max_batch_tokens,
+    )
+
+
+def tokenizer_of(model: LoadedModel, config: Config, *, prepend_bos: bool) -> Tokenizer:
+    return Tokenizer(
+        model.tokenizer,
+        prepend_bos=prepend_bos,
+        max_text_tokens=config.batching.max_text_tokens,
+        context=model.context,
+        vocabulary=model.vocabulary,
+    )
+
+
+def with_settings(compute: Compute, config: Config) -> Compute:
+    """The same model and SAEs under changed settings; call it on the device thread."""
+    with lasting():
+        runner = BatchRunner(compute.engine, study_settings(config))
+    return dataclasses.replace(
+        compute,
+        runner=runner,
+        tokenizer=compute.tokenizer.limited(config.batching.max_text_tokens),
+    )
+
+
+def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
+    """The model and its dictionaries, their weights accepted. Raises ConfigError or MachineError."""
+    device = resolve_device(config.model.device)
+    dtype = getattr(torch, config.model.dtype)
+    model = load_model(locate_model(config.model.name, default_cache_dir()), device=device, dtype=dtype)
+    saes = load_saes(
+        config.sae,
+        d_model=model.d_model,
+        n_layers=model.n_layers,
+        device=device,
+        dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+    )
+    check_weights(model, last_layer_read(saes))
+    return model, saes
+
+
+def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
+    """The packed engine; the padded one where the model can't be packed. With the model that it runs.
+
+    Raises ConfigError or MachineError.
+    """
+    with explained(f"model {config.model.name}"):
+        return try_engines(config)
+
+
+def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
+    model, saes = load_parts(config)
+    encoders = [encoder_of(entry, model.dtype) for entry in saes]
+    positions = config.analysis.positions
+    try:
+        compiles = config.model.compile == "auto" and can_fuse(model.device)
+        if compiles:  # and finds it again at the next start
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_cache_dir() / "inductor"))
+        return PackedEngine(model, saes, encoders, positions, compiles=compiles), model
+    except CannotPack as error:
+        log.warning("engine.padded", model=model.location.name, reason=str(error))
+        changed = error.model_changed
+    if changed:
+        del model  # before there is a second one
+        model, saes = load_parts(config)
+    return PaddedEngine(model, saes, encoders, positions), model
+
+
+def study_settings(config: Config) -> StudySettings:
+    return StudySettings(**config.analysis.model_dump())
+
+
+def read_limits(config: Config) -> ReadLimits:
+    return ReadLimits(
+        max_record_bytes=config.inbox.max_record_bytes,
+        max_nesting=config.inbox.max_nesting,
+        max_decompressed_bytes=config.inbox.max_decompressed_bytes,
+        max_compression_ratio=config.inbox.max_compression_ratio,
+        max_zstd_window_bytes=config.inbox.max_zstd_window_bytes,
+        part_records=config.inbox.part_records,
+        part_bytes=PART_BYTES_OF_ALL if config.analysis.positions == "all" else PART_BYTES,
+    )
+
+
+def results_key(config: Config, engine: Engine) -> str:
+    """Stands for everything besides the input's content that changes results."""
+    info = engine.info
+    identity = {
+        "analysis": ANALYSIS_VERSION,
+        "config": config.results_fingerprint(),
+        "model": [info.weights_sha256 or info.name, info.settings_sha256],
+        "saes": [dataclasses.astuple(sae) for sae in info.saes],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def input_names(config: Config) -> InputNames:
+    """Which names in the inbox are inputs, and which sub-folders lensd made there."""
+    inbox, outbox = config.inbox.path.absolute(), config.outbox.path.absolute()
+    nested = outbox.relative_to(inbox).parts[:1] if outbox.is_relative_to(inbox) else ()
+    return InputNames(config.inbox.ignore, folders=nested)
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """An open inbox and an open outbox."""
+
+    inbox: Inbox
+    outbox: Outbox
+    removed: int  # folders of half-made results that dead processes had left
+
+
+@contextlib.asynccontextmanager
+async def open_folders(config: Config, pause: Pause) -> AsyncIterator[Folders]:
+    """Open the inbox and the outbox, waiting out what the machine refuses for a while; close both."""
+    inbox = Inbox(
+        config.inbox.path,
+        names=input_names(config),
+        settle_seconds=config.inbox.settle_seconds,
+        rescan_seconds=config.inbox.rescan_seconds,
+        on_success=config.inbox.on_success,
+        pause=pause,
+    )
+    outbox = Outbox(config.outbox.path)
+    await pause.outlast(inbox.open, "start")
+    try:
+        removed = await pause.outlast(lambda: asyncio.to_thread(outbox.open), "start")
+        yield Folders(inbox, outbox, removed)
+    finally:
+        await asyncio.to_thread(outbox.close)
+        await inbox.close()
+
+
+def pipeline_of(
+    config: Config,
+    compute: Compute,
+    folders: Folders,
+    *,
+    device: DeviceThread,
+    pause: Pause,
+    observer: Observer,
+) -> Pipeline:
+    """A pipeline from the inbox through the device to the outbox."""
+    return Pipeline(
+        FolderSource(
+            folders.inbox,
+            recipe=config.recipe,
+            limits=read_limits(config),
+            results_key=results_key(config, compute.engine),
+            pause=pause,
+        ),
+        LocalExecutor(device, compute.runner),
+        FolderSink(
+            folders.outbox,
+            info=compute.engine.info,
+            values=config.outbox.values,
+            settings=config.model_dump(mode="json"),
+            pause=pause,
+        ),
+        tokenizer=compute.tokenizer,
+        batcher=Batcher(
+            compute.max_batch_tokens,
+            config.batching.max_batch_samples,
+            shares_prefixes=compute.engine.shares_prefixes,
+        ),
+        observer=observer,
+        limits=Limits(
+            queued_text_bytes=QUEUED_TEXT_BYTES,
+            queued_tokens=config.batching.window_tokens,
+            queued_result_bytes=QUEUED_RESULT_BYTES,
+            max_attempts=config.inbox.max_attempts,
+        ),
+    )
