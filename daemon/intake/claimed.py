@@ -14,7 +14,7 @@ Presence = Literal["same", "changed", "gone"]
 
 def presences(claims: Sequence[Claim]) -> list[Presence]:
     """Whether each file is still what it was when it was claimed."""
-    return [presence(claim, identity_of(claim.at)) for claim in claims]
+    return [presence(claim, identity_of(claim.path)) for claim in claims]
 
 
 def presence(claim: Claim, now: FileIdentity | None) -> Presence:
