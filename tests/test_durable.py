@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_an_error_names_its_file_and_nothing_is_replaced(function, path, code, t
 
 def test_a_refused_fsync_is_told_from_what_can_be_tried_again():
     with pytest.raises(SyncFailed, match=r"/dev/null: fsync failed: Invalid argument: check the disk"):
-        durable.fsync_file("/dev/null")
+        durable.fsync_file(Path("/dev/null"))
 
 
 def test_a_file_that_cannot_take_it_all_is_an_error(tmp_path):
@@ -135,7 +136,7 @@ def test_a_rename_replaces_a_file_and_a_move_does_not(tmp_path):
 
 @pytest.mark.parametrize("function", [durable.rename, durable.move_without_replacing])
 def test_the_error_of_a_move_names_both_its_paths(function, tmp_path):
-    source, target = str(tmp_path / "gone"), str(tmp_path / "new")
+    source, target = tmp_path / "gone", tmp_path / "new"
     with pytest.raises(FileNotFoundError) as caught:
         function(source, target)
-    assert (caught.value.filename, caught.value.filename2) == (source, target)
+    assert (str(caught.value.filename), str(caught.value.filename2)) == (str(source), str(target))

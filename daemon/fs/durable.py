@@ -44,7 +44,6 @@ class Operation:
     target: Path | None = None
 
 
-AnyPath = str | Path
 Observer = Callable[[Operation], None]
 _observers: list[Observer] = []
 
@@ -59,22 +58,11 @@ def watch_operations(observer: Observer) -> Iterator[None]:
         _observers.remove(observer)
 
 
-def announce(name: OperationName, path: AnyPath, target: AnyPath | None = None) -> None:
+def announce(name: OperationName, path: Path, target: Path | None = None) -> None:
     if _observers:
-        operation = Operation(name, Path(path), None if target is None else Path(target))
+        operation = Operation(name, path, target)
         for observer in _observers:
             observer(operation)
-
-
-@contextlib.contextmanager
-def naming(path: AnyPath) -> Iterator[None]:
-    """Have an OSError say which file it is about, as those of writes do not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 class NewFile(io.FileIO):
@@ -90,11 +78,13 @@ class NewFile(io.FileIO):
         announce("write", self._path)
         view = memoryview(data).cast("B")
         written = 0
-        with naming(self._path):
+        try:
             while written < len(view):
                 count = super().write(view[written:])
                 assert count, "a blocking file takes at least one byte"
                 written += count
+        except OSError as error:  # which does not say what it is about
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         return written
 
 
@@ -103,23 +93,23 @@ def create(path: Path) -> NewFile:
     return NewFile(path)
 
 
-def write_whole(path: AnyPath, content: ReadableBuffer) -> None:
+def write_whole(path: Path, content: ReadableBuffer) -> None:
     """Write a new file. Neither it nor the folder's entry is flushed: see `fsync_file` and `fsync_folder`."""
-    with create(Path(path)) as file:
+    with create(path) as file:
         file.write(content)
 
 
-def fsync_file(path: AnyPath) -> None:
+def fsync_file(path: Path) -> None:
     """Flush one file's data and metadata to disk. Raises SyncFailed where the disk refuses."""
     fsync_path("fsync_file", path, os.O_RDONLY)
 
 
-def fsync_folder(path: AnyPath) -> None:
+def fsync_folder(path: Path) -> None:
     """Flush a folder's entries to disk. Raises SyncFailed where the disk refuses."""
     fsync_path("fsync_folder", path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def fsync_path(name: OperationName, path: AnyPath, flags: int) -> None:
+def fsync_path(name: OperationName, path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         announce(name, path)
@@ -141,7 +131,7 @@ def make_folder(path: Path) -> None:
     path.mkdir(exist_ok=True)
 
 
-def make_new_folder(path: AnyPath) -> None:
+def make_new_folder(path: Path) -> None:
     """Create a folder that must not exist yet (FileExistsError)."""
     announce("mkdir", path)
     os.mkdir(path)
@@ -156,13 +146,13 @@ def make_empty_folder(path: Path) -> None:
         make_new_folder(path)
 
 
-def rename(source: AnyPath, target: AnyPath) -> None:
+def rename(source: Path, target: Path) -> None:
     """Move within one file system, atomically. Replaces a file; a folder that holds anything refuses."""
     announce("rename", source, target)
     os.rename(source, target)
 
 
-def move_without_replacing(source: AnyPath, target: AnyPath) -> bool:
+def move_without_replacing(source: Path, target: Path) -> bool:
     """Move a file to a name that must be free. False, and nothing moved, where it is taken."""
     renamed = rename_without_replacing(source, target)
     if renamed is not None:
@@ -176,7 +166,7 @@ def move_without_replacing(source: AnyPath, target: AnyPath) -> bool:
     return True
 
 
-def rename_without_replacing(source: AnyPath, target: AnyPath) -> bool | None:
+def rename_without_replacing(source: Path, target: Path) -> bool | None:
     """One atomic step, and no hard link, which the kernel may deny on another user's file.
 
     None where this file system or C library can't.
@@ -194,7 +184,7 @@ def rename_without_replacing(source: AnyPath, target: AnyPath) -> bool | None:
     raise OSError(code, os.strerror(code), str(source), None, str(target))
 
 
-def unlink(path: AnyPath) -> None:
+def unlink(path: Path) -> None:
     """Remove a file's name."""
     announce("unlink", path)
     os.unlink(path)

@@ -1,7 +1,7 @@
-"""The sparse activations of one part, out of its device batches, in the order in which they are stored.
+"""Gathers the sparse activations of one part from its device batches, in the order in which they are stored.
 
-They outweigh all else that is written, and come together while the device is at other batches: so they are
-there once besides the batches', in memory of their own. Knows nothing about samples, tables and files.
+They are the bulk of the output, and are gathered while the device runs other batches: so they are copied row
+by row, once, into memory outside the heap. Knows nothing about samples, tables and files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def in_order(
 ) -> tuple[FeatureRows, int]:
     """Feature rows of several batches, sorted by sample, text, SAE and position, and how many were clipped.
 
-    With those of each come numbers (n,): by which each sample of the batch is to be known, -1 for one whose
-    rows are not wanted. Activations are stored as the nearest number that the type holds; clipped are those
-    that it does not hold, being too large, or too small to be above 0.
+    Each batch comes with a number for each of its samples (n,), which is -1 where its rows are not wanted.
+    An activation that `value_type` does not hold, too large or too small to be above 0, is clipped to the
+    nearest number that the type holds.
     """
     keys = np.concatenate([keys_of(batch, *one) for batch, one in enumerate(found)], axis=1)
     sample, text, layer, position, token_id, batch, begin, length = keys[:, np.lexsort(keys[3::-1])]
@@ -39,7 +39,7 @@ def in_order(
 
 
 def keys_of(batch: int, features: FeatureRows, numbers: IntArray) -> IntArray:
-    """Of each wanted row: its keys, the batch, where its activations begin there, and how many (8, R)."""
+    """Columns (8, R) of the wanted rows: five keys, the batch, where activations begin there, how many."""
     sample = numbers[features.sample_row]
     known = (sample, features.text, features.layer, features.position, features.token_id)
     begin, length = features.offsets[:-1], np.diff(features.offsets)
@@ -47,7 +47,7 @@ def keys_of(batch: int, features: FeatureRows, numbers: IntArray) -> IntArray:
 
 
 def narrowed(values: npt.NDArray[Any], kind: np.dtype[Any]) -> tuple[npt.NDArray[Any], int]:
-    """Activations, which are above 0, as a type that may hold less; and how many it does not hold."""
+    """Convert activations, which are above 0, to a type that may hold less; count those it does not hold."""
     if kind.itemsize >= values.dtype.itemsize:
         return values.astype(kind, copy=False), 0
     info = np.finfo(kind)

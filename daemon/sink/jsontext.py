@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -48,13 +47,8 @@ def to_json_lines(content: dict[str, Any]) -> bytes:
 
 
 def fields_of(value: DataclassInstance) -> dict[str, Any]:
-    """The fields of a dataclass, their values as they are: what takes `dataclasses.asdict` a deep copy."""
-    return {name: getattr(value, name) for name in names_of(type(value))}
-
-
-@functools.cache
-def names_of(kind: type[DataclassInstance]) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(kind))
+    """The fields of a dataclass, their values not copied, as `dataclasses.asdict` would."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def readable_name(name: str) -> str:

@@ -37,7 +37,7 @@ def part_tables(
     lacks a column.
     """
     finished.check_covered()
-    if not finished.pieces:
+    if not finished.part.samples:  # all of its records were rejected
         return PartTables(metrics.empty_table(), features.empty_table(), clipped=0)
     rows, clipped = feature_rows(finished, features)
     return PartTables(

@@ -156,7 +156,7 @@ class Claims:
 
     def _let_go(self, claims: Sequence[Claim], *, flush: bool = True) -> None:
         """Flush the folders that the files left, and hold them no longer."""
-        for folder in {os.path.dirname(claim.at) for claim in claims} if flush else ():  # noqa: PTH120 - text
+        for folder in {claim.path.parent for claim in claims} if flush else ():
             with contextlib.suppress(FileNotFoundError):
                 durable.fsync_folder(folder)
         for claim in claims:

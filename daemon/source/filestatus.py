@@ -19,10 +19,10 @@ KINDS = (
 )
 
 
-def identity_of(path: str | Path) -> FileIdentity | None:
+def identity_of(path: Path) -> FileIdentity | None:
     """What a regular file is, by its metadata; None for anything else, or nothing. Raises OSError."""
     try:
-        status = os.lstat(path)
+        status = path.lstat()
     except FileNotFoundError:
         return None
     return FileIdentity(status.st_dev, *stamp(status)) if stat.S_ISREG(status.st_mode) else None

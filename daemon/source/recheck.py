@@ -11,7 +11,7 @@ from daemon.source.filestatus import identity_of
 
 def presences(claims: Sequence[Claim]) -> list[Presence]:
     """Whether each file is still what it was when it was claimed."""
-    return [presence(claim, identity_of(claim.at)) for claim in claims]
+    return [presence(claim, identity_of(claim.path)) for claim in claims]
 
 
 def presence(claim: Claim, now: FileIdentity | None) -> Presence:
