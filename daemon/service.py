@@ -39,7 +39,6 @@ from daemon.intake.inbox import Inbox
 from daemon.intake.inputs import InputNames
 from daemon.machine import Machine, check_folders
 from daemon.observe import logs
-from daemon.observe.apart import apart
 from daemon.observe.board import DRAINING, StatusBoard
 from daemon.observe.health import LOADING, Health
 from daemon.observe.http import serve_http
@@ -47,6 +46,7 @@ from daemon.observe.metrics import Metrics
 from daemon.observe.notify import Notify
 from daemon.observe.page import status_routes
 from daemon.observe.progress import Progress
+from daemon.observe.threaded_server import threaded_server
 from daemon.output.commit import Outbox
 from daemon.output.delivery import Delivery, Outcome
 from daemon.pause import FOLDERS, FoldersLost, Pause
@@ -349,7 +349,7 @@ class Service:
             return
         address, registry, health = self.config.http.address, self.metrics.registry, self.health
         routes = status_routes(lambda: self.board.status(health))
-        async with apart(lambda: serve_http(address, registry, health, routes)) as url:
+        async with threaded_server(lambda: serve_http(address, registry, health, routes)) as url:
             log.info("http.listening", url=url)
             yield
 

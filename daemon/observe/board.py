@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from daemon.observe.formatting import counted, duration, period
 from daemon.observe.health import LOADING
 from daemon.observe.status import (
     HEALTHY,
@@ -34,7 +35,6 @@ from daemon.observe.status import (
     Status,
     Totals,
 )
-from daemon.observe.wording import counted, duration, period
 from daemon.shown import visible
 
 if TYPE_CHECKING:
