@@ -70,9 +70,7 @@ def environment() -> Environment:
         auto_reload=False,
     )
     environment.globals.update(FORMATS, DASH=summary.DASH, WIDTH=charts.WIDTH, HEIGHT=charts.HEIGHT)
-    for (
-        name
-    ) in environment.list_templates():  # all now: an upgrade may replace the files under a running daemon
+    for name in environment.list_templates():  # before an upgrade replaces the files under a running daemon
         environment.get_template(name)
     return environment
 
