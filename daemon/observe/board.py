@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from daemon.escaping import escape_control
+from daemon.observe.formatting import counted, duration, period
 from daemon.observe.health import LOADING
 from daemon.observe.status import (
     HEALTHY,
@@ -35,7 +36,6 @@ from daemon.observe.status import (
     Status,
     Totals,
 )
-from daemon.observe.wording import counted, duration, period
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector

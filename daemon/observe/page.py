@@ -1,8 +1,8 @@
 """The status page: `/` as HTML that needs no script, `/status.json`, and the page's own style and script.
 
-The server draws everything. The script fetches the page again now and then and puts in what changed, so there
-is one rendering, and one place where what others wrote (file names) is escaped. Every address in it is
-relative, so that it works under any prefix that a reverse proxy takes away. Knows the status, no more.
+The server renders everything from `templates/`, which escape every value: file names, for one, are written by
+others. The script fetches the page again now and then and replaces the parts that changed. Every address is
+relative, so that the page works under any prefix that a reverse proxy removes. Knows the status only.
 """
 
 from __future__ import annotations
@@ -14,20 +14,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aiohttp import web
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from daemon.observe.markup import Html, tag
-from daemon.observe.sections import SECTIONS, announcement, footer, header
-from daemon.observe.status import HEALTHY, Status, to_json
+from daemon.observe import charts, formatting, sections, summary
+from daemon.observe.status import Status, to_json
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 REFRESH_SECONDS = 5  # where scripts are off
 
 SCRIPT = "script.js"
+FORMATS = {  # functions that the templates call
+    function.__name__: function
+    for function in (
+        formatting.ago,
+        formatting.count,
+        formatting.counted,
+        formatting.duration,
+        formatting.iso_time,
+        formatting.period,
+        formatting.plural,
+        formatting.utc_minute,
+    )
+}
 
 
 def status_headers(script: str) -> dict[str, str]:
-    """Of everything that is served. The browser runs this one script and loads what the daemon serves."""
+    """Return every response's headers: a browser runs this one script and loads from the daemon only."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {
         "Cache-Control": "no-store",
@@ -45,11 +58,29 @@ def page_script() -> str:
     return (STATIC / SCRIPT).read_text(encoding="utf-8")
 
 
+@functools.cache
+def environment() -> Environment:
+    """Return the templates' environment, in which every value is escaped and a missing one is an error."""
+    environment = Environment(
+        loader=PackageLoader("daemon.observe"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    environment.globals.update(FORMATS, DASH=summary.DASH, WIDTH=charts.WIDTH, HEIGHT=charts.HEIGHT)
+    for name in environment.list_templates():  # before an upgrade replaces the files under a running daemon
+        environment.get_template(name)
+    return environment
+
+
 def status_routes(status: Callable[[], Status]) -> list[web.RouteDef]:
-    """The page's routes; `status` is asked at each request."""
+    """Return the page's routes; each request calls `status`."""
     files = {path.name: path.read_bytes() for path in sorted(STATIC.iterdir()) if path.suffix in TYPES}
     revision = hashlib.sha256(b"".join(files.values())).hexdigest()[:12]
     headers = status_headers(page_script())
+    environment()
 
     async def index(_: web.Request) -> web.Response:
         text = document(status(), revision)
@@ -73,38 +104,24 @@ def status_routes(status: Callable[[], Status]) -> list[web.RouteDef]:
 
 
 def document(status: Status, revision: str) -> str:
-    """The whole page. `revision` names the style and script that belong to it."""
-    return "<!doctype html>\n" + tag(
-        "html",
-        head(status),
-        tag(
-            "body",
-            tag("p", id="silence", role="alert", hidden=True),
-            header(status),
-            announcement(status),
-            tag("main", *(section(status) for section in SECTIONS)),
-            footer(),
-            tag(
-                "script", Html(page_script())
-            ),  # inline: without a slash at its end a prefix has no other files
-        ),
-        lang="en",
-        data_revision=revision,
-        data_instance=status.instance,
-    )
-
-
-def head(status: Status) -> Html:
-    grave = sum(alert.level != "note" for alert in status.alerts)
-    count = f"({grave}) " if grave else ""
-    icon = "icon.svg" if status.state in HEALTHY and not grave else "icon-alert.svg"
-    return tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("title", f"{count}{status.state} · lensd {status.host}"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("link", rel="icon", href=f"static/{icon}"),
-        tag("link", rel="stylesheet", href="static/style.css"),
-        tag("noscript", tag("meta", http_equiv="refresh", content=REFRESH_SECONDS)),
+    """Return the whole page. `revision` names the style and script that belong to it."""
+    template = environment().get_template("page.html")
+    return template.render(
+        status=status,
+        revision=revision,
+        script=page_script(),
+        refresh_seconds=REFRESH_SECONDS,
+        title=sections.title(status),
+        icon=sections.icon(status),
+        sentence=summary.sentence(status),
+        what_runs=summary.what_runs(status),
+        uptime=summary.uptime(status),
+        figures=summary.figures(status),
+        window=sections.span(status),
+        charts=sections.charts(status),
+        stages=sections.stage_shares(status),
+        stages_bar=charts.bar(summary.shares(status)),
+        stages_label=sections.stages_label(status),
+        shows_sources=sections.shows_sources(status.running),
+        free_space=sections.free_space(status),
     )

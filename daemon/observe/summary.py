@@ -1,11 +1,11 @@
-"""The status in words and a few figures, the same on the page and in the terminal. Knows neither."""
+"""Sums up the status in words and a few figures, for the page and the terminal. Knows neither."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from daemon.observe.formatting import ago, count, counted, duration, eta, size
 from daemon.observe.status import HEALTHY, Status
-from daemon.observe.wording import ago, count, counted, duration, eta, size
 
 OLD_COUNT_SECONDS = 30.0  # after which the age of a count is told with it
 DASH = "\N{EN DASH}"  # where there is no value
@@ -13,7 +13,7 @@ DASH = "\N{EN DASH}"  # where there is no value
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A value with its name and what to know about it."""
+    """A value with its name and a remark."""
 
     name: str
     value: str
@@ -21,7 +21,7 @@ class Figure:
 
 
 def sentence(status: Status) -> str:
-    """The state in a few more words."""
+    """Return the state in a few more words."""
     backlog = status.backlog
     waits = count(backlog.files) if backlog.files else "none"
     waiting = f"{counted(backlog.files_under_way, 'file')} under way, {waits} waiting"
@@ -42,7 +42,7 @@ def what_runs(status: Status) -> str:
 
 
 def uptime(status: Status) -> str:
-    """To the minute, so that it changes seldom."""
+    """Return the uptime to the minute, so that the text changes seldom."""
     seconds = status.uptime_seconds
     return "under a minute" if seconds < 60 else duration(seconds // 60 * 60)
 
@@ -69,7 +69,7 @@ def figures(status: Status) -> tuple[Figure, ...]:
 
 
 def waiting_note(status: Status) -> str:
-    """How much that is, and since when nobody could look, if so."""
+    """Return the size and age of the files that wait, with the age of the count where it is old."""
     backlog = status.backlog
     if backlog.counted_at is None:
         return "not counted yet"
@@ -102,6 +102,6 @@ def time_left_note(status: Status) -> str:
 
 
 def shares(status: Status) -> tuple[tuple[str, float], ...]:
-    """Of the stages in the work of the window; nothing where there was none."""
+    """Return each stage's share of the work in the window; empty where no work was done."""
     total = sum(stage.seconds for stage in status.stages)
     return tuple((stage.name, stage.seconds / total) for stage in status.stages) if total else ()

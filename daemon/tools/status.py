@@ -18,9 +18,9 @@ from rich.text import Text
 from daemon.config import Config
 from daemon.errors import ConfigError, MachineError
 from daemon.escaping import escape_control, escape_name
+from daemon.observe.formatting import ago, count, duration, rate
 from daemon.observe.status import HEALTHY, SettledFile, Status, from_json
 from daemon.observe.summary import DASH, figures, sentence, shares, uptime, what_runs
-from daemon.observe.wording import ago, count, duration, rate
 
 TIMEOUT_SECONDS = 5.0
 STATUS_BYTES = 16 << 20  # what answers more is no daemon

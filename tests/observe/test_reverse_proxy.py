@@ -15,9 +15,9 @@ from urllib.parse import urljoin
 import aiohttp
 import pytest
 
-from daemon.observe.apart import apart
 from daemon.observe.http import serve_http
 from daemon.observe.page import status_routes
+from daemon.observe.threaded_server import threaded_server
 from tests.observe.browser import CHROMIUM, Page, chromium, tab
 from tests.observe.test_status import INFO, Daemon
 
@@ -76,7 +76,7 @@ def daemon() -> Daemon:
 @pytest.fixture
 async def upstream(daemon) -> AsyncIterator[str]:
     routes = status_routes(daemon.status)
-    async with apart(
+    async with threaded_server(
         lambda: serve_http("127.0.0.1:0", daemon.metrics.registry, daemon.health, routes)
     ) as url:
         yield url
@@ -179,8 +179,8 @@ async def test_every_endpoint_takes_the_slashes_that_a_proxy_adds(upstream):
 
 
 def test_no_file_that_is_served_names_a_path_of_the_root():
-    folder = Path(status_routes.__globals__["STATIC"])
-    for file in folder.iterdir():
+    static = Path(status_routes.__globals__["STATIC"])
+    for file in (*static.iterdir(), *static.with_name("templates").iterdir()):
         text = file.read_text(encoding="utf-8")
         for root in ('fetch("/', "url(/", 'url("/', 'href="/', 'src="/'):
             assert root not in text, (file.name, root)

@@ -11,9 +11,9 @@ import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from daemon.observe.apart import apart
 from daemon.observe.health import Health
 from daemon.observe.http import SHUTDOWN_SECONDS, serve_http
+from daemon.observe.threaded_server import threaded_server
 from tests.observe.test_http import FakeDevice, get
 
 ANSWER_BYTES = 4 << 20
@@ -73,7 +73,9 @@ async def test_the_server_ends_within_its_own_time_out(kind):
     health = Health(FakeDevice(), stall_seconds=60.0)
     routes = [web.get("/large", large)]
     async with asyncio.timeout(PATIENCE):
-        async with apart(lambda: serve_http("127.0.0.1:0", CollectorRegistry(), health, routes)) as url:
+        async with threaded_server(
+            lambda: serve_http("127.0.0.1:0", CollectorRegistry(), health, routes)
+        ) as url:
             clients = contextlib.AsyncExitStack()
             connections = [await clients.enter_async_context(client(url, send)) for _ in range(3)]
             for one in connections:

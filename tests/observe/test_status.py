@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import re
 import sys
 import threading
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin
 
 import aiohttp
 import pytest
+from markupsafe import escape
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
@@ -19,15 +21,14 @@ from daemon.escaping import escape_control
 from daemon.model_info import ModelInfo, SaeInfo
 from daemon.observe.board import FILES_SHOWN, NO_PROGRESS_SECONDS, STEP_SECONDS, WINDOW_SECONDS, StatusBoard
 from daemon.observe.charts import line, nice_ceiling, runs
+from daemon.observe.formatting import ago, duration, eta, rate, size
 from daemon.observe.health import LOADING, Health
 from daemon.observe.http import serve_http
-from daemon.observe.markup import join, tag
 from daemon.observe.metrics import Metrics
 from daemon.observe.page import document, status_routes
 from daemon.observe.progress import Progress
 from daemon.observe.status import Status, from_json, to_json
 from daemon.observe.summary import figures
-from daemon.observe.wording import ago, duration, eta, rate, size
 from daemon.observe.workload import Workload
 from daemon.records import Departure, InboxLoad, Outcome, PartExtent, StageSeconds
 from tests.sources import unclaimed
@@ -375,7 +376,7 @@ def test_a_hostile_name_is_shown_as_text(daemon, name):
     page.encode()  # lone surrogates would refuse
     harmless = re.sub(r"<!doctype html>|</?[a-z0-9]+( [a-zA-Z-]+(=\"[^\"<>]*\")?)*>", "", page)
     assert "<" not in harmless
-    assert html.escape(escape_control(name)) in page
+    assert str(escape(escape_control(name))) in page
     assert page.count("<script") == 1
     assert not set(page) & {"\x1b", "\u202e", "\udce9"}
 
@@ -397,11 +398,45 @@ def test_the_page_needs_no_script_to_be_true(daemon):
     assert not re.search(r" on[a-z]+=", page)
 
 
-def test_markup_escapes_what_is_put_into_it():
-    assert tag("p", "<b>", title='"x"') == '<p title="&quot;x&quot;">&lt;b&gt;</p>'
-    assert tag("p", tag("b", "&"), None) == "<p><b>&amp;</b></p>"
-    assert tag("meta", data_live=True, hidden=False) == "<meta data-live>"
-    assert join("<", tag("br")) == "&lt;<br>"
+class Elements(HTMLParser):
+    """The elements of a page in their order, each with the names of its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, list[str]]] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, [name for name, _ in attrs]))
+
+
+def with_every_text(value: Any, text: str) -> Any:
+    """A status in which every text is `text`, but for the state, which is one of a few words."""
+    if dataclasses.is_dataclass(value):
+        changed = {
+            item.name: with_every_text(getattr(value, item.name), text)
+            for item in dataclasses.fields(value)
+            if item.name != "state"
+        }
+        return dataclasses.replace(value, **changed)
+    if isinstance(value, tuple):
+        return tuple(with_every_text(item, text) for item in value)
+    return text if isinstance(value, str) else value
+
+
+def test_every_text_of_a_status_is_escaped(daemon):
+    stages = StageSeconds(write=1.0)
+    daemon.board.describe(INFO, 512)
+    daemon.settle(Outcome("committed", "a", "u", Path("o"), rows=1, stages=stages, fvu=(0.1, 0.2)))
+    daemon.settle(Outcome("failed", "f.json", reason="empty", message="m"))
+    daemon.run(30, samples=1)
+    status = daemon.status()
+    text = "'\"><i id=\"x\" title='y'>&</i></section>{{ 7 * 7 }}{% raw %}"
+    page = document(with_every_text(status, text), text)
+    assert Elements(page).found == Elements(document(with_every_text(status, "plain"), "plain")).found
+    assert page.count(escape(text)) > 30
+    assert text not in page
 
 
 def test_a_line_breaks_where_nothing_is_known():
@@ -410,8 +445,9 @@ def test_a_line_breaks_where_nothing_is_known():
         [(20, 2.0), (15, 3.0)],
         [(0, 4.0)],
     ]
-    drawn = line([(60, 0.0), (30, 5.0), (0, 10.0)], window=60, gap=60, top=10, label="x")
-    assert "M0.0 100.0 L300.0 50.0 L600.0 0.0" in drawn
+    drawn = line([(60, 0.0), (30, 5.0), (0, 10.0)], window=60, gap=60, top=10)
+    assert drawn.stroke == "M0.0 100.0 L300.0 50.0 L600.0 0.0"
+    assert drawn.area == "M0.0 100.0 L300.0 50.0 L600.0 0.0 L600.0 100 L0.0 100 Z"
 
 
 def test_scales_end_in_round_numbers():

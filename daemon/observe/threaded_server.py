@@ -1,4 +1,4 @@
-"""Something that serves, on a thread and an event loop of its own. Does not know what it serves."""
+"""Runs a server on a thread and an event loop of its own. Knows nothing about what is served."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ log = structlog.get_logger()
 
 
 @contextlib.asynccontextmanager
-async def apart(serving: Callable[[], contextlib.AbstractAsyncContextManager[T]]) -> AsyncIterator[T]:
-    """Enter `serving()` on another thread's event loop, and give what it gives.
+async def threaded_server(
+    serving: Callable[[], contextlib.AbstractAsyncContextManager[T]],
+) -> AsyncIterator[T]:
+    """Enter `serving()` on another thread's event loop, and yield the value that it yields.
 
-    It goes on while the caller's loop stalls. What it raises on entering is raised here.
+    The server keeps answering while the caller's loop stalls. Raises what `serving()` raises on entering.
     """
     entered: Future[tuple[T, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 

@@ -1,6 +1,8 @@
-"""Numbers and names as people read them, on the page and in the terminal."""
+"""Formats numbers and times as people read them, on the page and in the terminal."""
 
 from __future__ import annotations
+
+from datetime import UTC, datetime
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -10,7 +12,7 @@ def count(number: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 file`, `2 files`."""
+    """Return a number with its noun: `1 file`, `2 files`."""
     return f"{count(number)} {plural(number, noun)}"
 
 
@@ -19,14 +21,14 @@ def plural(number: int, noun: str) -> str:
 
 
 def rate(number: float) -> str:
-    """Three figures, and no decimals that nobody reads."""
+    """Return a number to about three digits."""
     if number == 0:
         return "0"
     return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else count(number)
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: `8 s`, `3 min 20 s`, `2 h 5 min`, `4 d 3 h`."""
+    """Return a time's two largest units: `8 s`, `3 min 20 s`, `2 h 5 min`, `4 d 3 h`."""
     if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 10 or seconds == int(seconds) else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -40,12 +42,12 @@ def duration(seconds: float) -> str:
 
 
 def period(seconds: float) -> str:
-    """After "the last": `minute`, `5 min`."""
+    """Return a duration as it follows "the last": `minute`, `5 min`."""
     return "minute" if seconds == 60 else duration(seconds)
 
 
 def ago(seconds: float) -> str:
-    """Since when; whole units only, so that it changes seldom."""
+    """Return how long ago something was, in one unit, so that the text changes seldom."""
     if seconds < 5:
         return "just now"
     if seconds < 60:
@@ -68,3 +70,13 @@ def eta(seconds: float | None, *, estimated: bool) -> str:
         return "not known yet"
     text = duration(round(seconds)) if seconds >= 1 else "under 1 s"
     return f"about {text}" if estimated else text
+
+
+def iso_time(at: float) -> str:
+    """Return a Unix time as ISO 8601 in UTC, to the second."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+
+
+def utc_minute(at: float) -> str:
+    """Return a Unix time as people read it: `2026-01-31 09:05 UTC`."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
