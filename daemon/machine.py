@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from daemon.errors import ConfigError, MachineError
+from daemon.folders import folder_trouble, leftover_trouble, parent_trouble, place_trouble
 from daemon.fs.durable import make_folder
-from daemon.fs.folders import folder_trouble, leftover_trouble, parent_trouble, place_trouble
 from daemon.observe.formatting import size
 from daemon.pause import DISK, FOLDERS, Pause, describe
 

@@ -16,11 +16,11 @@ from typing import TypeVar
 
 from daemon.errors import MachineError
 from daemon.escaping import escape_control
+from daemon.records import PAUSE_REASONS
 
 T = TypeVar("T")
 
-DISK, DESCRIPTORS, FOLDERS = REASONS = ("disk", "descriptors", "folders")
-RETRIED = ("start", "claim", "read", "forward", "write", "settle")  # what may be tried again
+DISK, DESCRIPTORS, FOLDERS = PAUSE_REASONS
 REASON_OF = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMLINK), DISK),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.ENOMEM), DESCRIPTORS),

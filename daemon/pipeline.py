@@ -20,7 +20,7 @@ from daemon.batching.assembler import Assembler
 from daemon.batching.batcher import Batcher
 from daemon.channel import Channel, EndOfStream
 from daemon.errors import FileError, MachineError, OutOfMemory, SyncFailed
-from daemon.ports import Executor, Observer, OpenFile, Sink, Source
+from daemon.ports import Executor, Observer, OpenFile, Sink, Source, Tokenizer
 from daemon.records import (
     Arrival,
     Batch,
@@ -36,7 +36,6 @@ from daemon.records import (
     TokenizedPart,
 )
 from daemon.settlement import Settlement
-from daemon.source.tokenizer import Tokenizer
 
 SAMPLE_BYTES = 1024  # that a sample takes in memory besides its texts, until it is written
 MAX_WAIT_SECONDS = 0.05  # that a partial batch waits for more samples, where some are on their way

@@ -88,6 +88,13 @@ class Source(Protocol):
         """Put back every claimed file that has no outcome; without `flush`, sync nothing."""
 
 
+class Tokenizer(Protocol):
+    """Turns texts into token ids."""
+
+    def tokenize(self, parts: Sequence[Part]) -> list[TokenizedPart]:
+        """Tokenize the samples of parts; those without tokens of use become rejects. Blocks."""
+
+
 class Executor(Protocol):
     """Runs batches through the model, the SAEs and the analysis."""
 

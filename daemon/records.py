@@ -23,6 +23,8 @@ Presence = Literal["same", "changed", "gone"]  # of a claimed file
 OutcomeKind = Literal["committed", "failed", "duplicate", "requeued"]
 DepartureKind = Literal["l0", "fvu"]
 Against = Literal["card", "file_before"]
+PAUSE_REASONS = ("disk", "descriptors", "folders")  # why nothing is taken up
+RETRIED = ("start", "claim", "read", "forward", "write", "settle")  # what may be tried again
 KINDS: tuple[DepartureKind, ...] = get_args(DepartureKind)
 AGAINST: tuple[Against, ...] = get_args(Against)
 

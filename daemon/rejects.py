@@ -1,4 +1,4 @@
-"""Says why no record of a file can be used: its rejects by reason. Knows no files, formats or outputs."""
+"""The reasons for which a record is rejected, and why a file of rejects alone fails. Knows no files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,24 @@ from typing import Any, Literal
 
 from daemon.errors import FileError
 from daemon.records import Reject
+
+REJECT_REASONS = (
+    "malformed_json",
+    "not_an_object",
+    "invalid_utf8",
+    "lone_surrogate",
+    "not_finite",
+    "duplicate_key",
+    "missing_field",
+    "bad_field",
+    "nesting_too_deep",
+    "record_too_large",
+    "text_too_long",
+    "empty_text",
+    "out_of_memory",
+    "not_finite_activation",
+    "unknown_token",
+)
 
 
 class RejectSummary:

@@ -19,6 +19,7 @@ from importlib.metadata import version
 import structlog
 from prometheus_client import CollectorRegistry
 
+from daemon.analysis.sae_fit import FitComparison
 from daemon.config import Config
 from daemon.errors import ConfigError, MachineError, SyncFailed
 from daemon.executor.device_thread import DeviceThread
@@ -236,6 +237,7 @@ class Service:
             metrics=self.metrics,
             progress=self.progress,
             tally=self.tally,
+            departures=FitComparison(compute.engine.info).of,
             on_outcomes=self.settled,
         )
         async with open_folders(config, self.pause) as folders:

@@ -21,8 +21,7 @@ from daemon.observe.health import DEVICE, EVENT_LOOP, HEARTBEAT_STALE_SECONDS, L
 from daemon.observe.metrics import Metrics
 from daemon.observe.notify import Notify, status_line
 from daemon.observe.snapshot import Snapshot
-from daemon.pause import REASONS
-from daemon.records import InboxLoad
+from daemon.records import PAUSE_REASONS, InboxLoad
 
 LOOK_SECONDS = 1.0
 COUNT_SECONDS = 10.0  # between two counts of the inbox
@@ -157,7 +156,7 @@ class Supervisor:
     def _tell_pause(self) -> None:
         """Tell why claiming pauses, in metrics, readiness and log."""
         reasons, health = self._machine.reasons, self._health
-        for reason in REASONS:
+        for reason in PAUSE_REASONS:
             self._metrics.paused.labels(reason).set(reason in reasons)
         health.unmet = {text for text in health.unmet if not text.startswith(PAUSED)}
         health.unmet |= {f"{PAUSED}{message}" for message in reasons.values()}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from daemon import heart, service
+from daemon import service, supervisor
 from daemon.observe import health
 from daemon.records import Batch
 from tests.reliability.hooks import before_each_batch, bound_by_modes, gated
@@ -23,11 +23,11 @@ SYS_EXIT = {"x86_64": 60, "aarch64": 93}.get(platform.machine())  # <asm/unistd.
 
 @contextlib.contextmanager
 def quick(dead_seconds: float = 3600.0) -> Iterator[None]:
-    """A hook: heartbeats come often; a daemon without its device stays for `dead_seconds`."""
+    """A hook: looks come often; a daemon without its device stays for `dead_seconds`."""
     with (
-        mock.patch.object(heart, "HEARTBEAT_SECONDS", BEAT_SECONDS),
-        mock.patch.object(heart, "COUNT_SECONDS", BEAT_SECONDS),
-        mock.patch.object(heart, "DEVICE_DEAD_SECONDS", dead_seconds),
+        mock.patch.object(supervisor, "LOOK_SECONDS", BEAT_SECONDS),
+        mock.patch.object(supervisor, "COUNT_SECONDS", BEAT_SECONDS),
+        mock.patch.object(supervisor, "DEVICE_DEAD_SECONDS", dead_seconds),
     ):
         yield
 
@@ -42,18 +42,18 @@ def quick_bound_by_modes() -> Iterator[None]:
 @contextlib.contextmanager
 def stalling_loop(stall: str) -> Iterator[None]:
     """A hook: while the file `stall` is there the event loop stands still."""
-    sample = heart.Heart.sample
+    look = supervisor.Supervisor.look
 
-    def stall_and_sample(self: heart.Heart) -> None:
+    def stall_and_look(self: supervisor.Supervisor) -> None:
         while Path(stall).exists():
             time.sleep(0.01)
-        sample(self)
+        look(self)
 
     with (
         quick(),
-        mock.patch.object(heart, "HEARTBEAT_STALE_SECONDS", STALE_SECONDS),
+        mock.patch.object(supervisor, "HEARTBEAT_STALE_SECONDS", STALE_SECONDS),
         mock.patch.object(health, "HEARTBEAT_STALE_SECONDS", STALE_SECONDS),
-        mock.patch.object(heart.Heart, "sample", stall_and_sample),
+        mock.patch.object(supervisor.Supervisor, "look", stall_and_look),
     ):
         yield
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from daemon import heart, service
+from daemon import service, supervisor
 from daemon.config import Config, load_config
 from daemon.settings import SettingsSource
 from daemon.wiring import Compute
@@ -34,7 +34,7 @@ def reloading(file: str, reached: str = "", go: str = "") -> Iterator[None]:
 
     with (
         mock.patch("__main__.serve", serve),
-        mock.patch.object(heart, "HEARTBEAT_SECONDS", BEAT_SECONDS),
+        mock.patch.object(supervisor, "LOOK_SECONDS", BEAT_SECONDS),
         mock.patch.object(service, "LOOK_SECONDS", LOOK_SECONDS),
         gated(reached, go) if go else contextlib.nullcontext(),
     ):

@@ -15,8 +15,8 @@ from structlog.testing import capture_logs
 from daemon.analysis.columns import ANALYSIS_VERSION, analysis_columns
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError, MachineError
-from daemon.executor.runner import BatchRunner, Begun
-from daemon.pipeline import Tally
+from daemon.executor.runner import BatchRunner, BegunBatch
+from daemon.observe.recorder import Tally
 from daemon.recipes import CONTRAST_RECIPE
 from daemon.records import Batch, BatchResult, Outcome
 from daemon.service import serve
@@ -409,7 +409,7 @@ def batches_of(monkeypatch, fail=lambda batch: None) -> list[list[str]]:
     batches: list[list[str]] = []
     begin = BatchRunner.begin
 
-    def watched(self: BatchRunner, batch: Batch) -> Begun:
+    def watched(self: BatchRunner, batch: Batch) -> BegunBatch:
         batches.append([sample.sample.sample_id for sample in batch.samples])
         fail(batch)
         return begin(self, batch)

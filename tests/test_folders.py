@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from daemon.errors import ConfigError
-from daemon.fs.folders import folder_trouble
+from daemon.folders import folder_trouble
 from daemon.machine import check_folders
 
 SUBFOLDERS = ["inbox/done", "inbox/failed", "inbox/.claimed", "outbox/.staging", "outbox/.units"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import heart, machine
+from daemon import machine, supervisor
 from daemon.machine import Machine
 from daemon.observe import health
 from daemon.pause import FOLDERS, Pause
@@ -379,6 +379,6 @@ def test_folders_that_do_not_answer_are_a_reason_to_pause(tmp_path):
 
 
 def test_by_default_trouble_shows_in_time():
-    assert heart.HEARTBEAT_SECONDS + health.HEARTBEAT_STALE_SECONDS < VISIBLE_SECONDS
-    assert 2 * heart.HEARTBEAT_SECONDS + machine.UNANSWERED_SECONDS < VISIBLE_SECONDS
-    assert 2 * heart.HEARTBEAT_SECONDS < VISIBLE_SECONDS < heart.DEVICE_DEAD_SECONDS
+    assert supervisor.LOOK_SECONDS + health.HEARTBEAT_STALE_SECONDS < VISIBLE_SECONDS
+    assert 2 * supervisor.LOOK_SECONDS + machine.UNANSWERED_SECONDS < VISIBLE_SECONDS
+    assert 2 * supervisor.LOOK_SECONDS < VISIBLE_SECONDS < supervisor.DEVICE_DEAD_SECONDS

@@ -11,7 +11,7 @@ from daemon import cli
 from daemon.config import Config, load_config
 from daemon.errors import OutOfMemory
 from daemon.executor import runner
-from daemon.pipeline import Tally
+from daemon.observe.recorder import Tally
 from daemon.records import Outcome
 from daemon.service import serve
 from daemon.source.tokenizer import Tokenizer

@@ -22,9 +22,8 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from daemon.observe.histogram import ArrayHistogram
-from daemon.pause import REASONS, RETRIED
-from daemon.records import AGAINST, KINDS
-from daemon.source.reader import REJECT_REASONS
+from daemon.records import AGAINST, KINDS, PAUSE_REASONS, RETRIED
+from daemon.rejects import REJECT_REASONS
 
 if TYPE_CHECKING:
     from daemon.model_info import ModelInfo
@@ -140,9 +139,9 @@ class Metrics:
             Label("against", AGAINST),
         )
         self.paused = self._gauge(
-            "paused", "1 while nothing is taken up for this reason.", Label("reason", REASONS)
+            "paused", "1 while nothing is taken up for this reason.", Label("reason", PAUSE_REASONS)
         )
-        for reason in REASONS:
+        for reason in PAUSE_REASONS:
             self.paused.labels(reason)
 
     def _declare_moment(self) -> None:

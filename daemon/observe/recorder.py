@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import structlog
 
-from daemon.analysis.sae_fit import FitComparison
 from daemon.model_info import ModelInfo
 from daemon.observe.metrics import Metrics
 from daemon.observe.progress import Progress
 from daemon.observe.workload import Workload
-from daemon.records import Batch, BatchResult, InputFile, KeptPart, Outcome, Part, TokenizedPart
+from daemon.records import Batch, BatchResult, Departure, InputFile, KeptPart, Outcome, Part, TokenizedPart
 
 log = structlog.get_logger()
 
@@ -45,15 +44,17 @@ class Recorder:
         metrics: Metrics,
         progress: Progress,
         tally: Tally,
+        departures: Callable[[Outcome], tuple[Departure, ...]],
         on_outcomes: Callable[[Sequence[Outcome]], None],
     ) -> None:
+        """`departures` tells what of a file is far from what is known of its SAEs."""
         self.workload = Workload()
         self._info = info
         self._metrics = metrics
         self._progress = progress
         self._tally = tally
         self._on_outcomes = on_outcomes
-        self._fits = FitComparison(info)
+        self._departures = departures
 
     def taken_up(self, file: InputFile) -> None:
         self.workload.begin(file)
@@ -100,7 +101,7 @@ class Recorder:
 
     def _compared(self, outcome: Outcome) -> Outcome:
         """The outcome with what is far from what is known of its SAEs."""
-        found = self._fits.of(outcome)
+        found = self._departures(outcome)
         return dataclasses.replace(outcome, departures=found) if found else outcome
 
     def _count(self, outcome: Outcome) -> None:

@@ -17,24 +17,6 @@ from daemon.errors import SampleError
 from daemon.recipes import BUILT_IN_RECIPES, Recipe
 from daemon.records import Reject, Sample
 
-REJECT_REASONS = (
-    "malformed_json",
-    "not_an_object",
-    "invalid_utf8",
-    "lone_surrogate",
-    "not_finite",
-    "duplicate_key",
-    "missing_field",
-    "bad_field",
-    "nesting_too_deep",
-    "record_too_large",
-    "text_too_long",
-    "empty_text",
-    "out_of_memory",
-    "not_finite_activation",
-    "unknown_token",
-)
-
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 SURROGATE = re.compile("[\ud800-\udfff]")
 MARK = "\ud800"  # around a Number

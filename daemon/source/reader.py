@@ -18,7 +18,6 @@ from daemon.source.formats.framing import RecordFramer
 from daemon.source.formats.kinds import Compression
 from daemon.source.formats.orientation import explain
 from daemon.source.parsing import (
-    REJECT_REASONS,
     RawRecord,
     choose_recipe,
     not_an_object,
@@ -28,8 +27,6 @@ from daemon.source.parsing import (
     to_sample,
     too_deep,
 )
-
-__all__ = ["REJECT_REASONS", "PartReader", "ReadLimits", "read_parts"]
 
 NAME = re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?\Z", re.IGNORECASE)
 

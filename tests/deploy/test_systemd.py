@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from daemon.heart import EXTEND_SECONDS, HEARTBEAT_SECONDS
 
 from daemon.cli import parser
 from daemon.config import load_config
 from daemon.observe.health import HEARTBEAT_STALE_SECONDS
+from daemon.supervisor import EXTEND_SECONDS, LOOK_SECONDS
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 NAMES = ("lensd.service", "lensd@.service")
@@ -143,7 +143,7 @@ def test_instances_do_not_share_a_port_with_each_other_or_the_one():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_times_fit_the_daemons(name):
-    assert float(value(name, "WatchdogSec")) > HEARTBEAT_STALE_SECONDS > HEARTBEAT_SECONDS
+    assert float(value(name, "WatchdogSec")) > HEARTBEAT_STALE_SECONDS > LOOK_SECONDS
     assert float(value(name, "TimeoutStopSec")) > EXTEND_SECONDS > HEARTBEAT_STALE_SECONDS
     assert int(value(name, "StartLimitBurst")) > load_config(None, {}).inbox.max_attempts
     assert value(name, "LimitCORE") == "0"

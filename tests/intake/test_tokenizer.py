@@ -12,7 +12,7 @@ from daemon.errors import ConfigError
 from daemon.model.loading import ModelLocation, load_tokenizer
 from daemon.recipes import PLAIN_RECIPE
 from daemon.records import Part, PartExtent, Reject, Sample
-from daemon.source.parsing import REJECT_REASONS
+from daemon.rejects import REJECT_REASONS
 from daemon.source.tokenizer import Tokenizer
 from tests import tiny
 from tests.sources import unclaimed

@@ -74,7 +74,7 @@ def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return shared_daemons(request, tmp_path_factory)
 
 
-def watched_job(folder: Path, manager: Manager, hook: str = "quick_heart", **hook_args: str) -> Job:
+def watched_job(folder: Path, manager: Manager, hook: str = "quick_supervisor", **hook_args: str) -> Job:
     (folder / "inbox").mkdir()
     return Job(
         folder / "inbox",

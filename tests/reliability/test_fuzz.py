@@ -24,7 +24,7 @@ import zstandard
 from daemon.config import InboxSection
 from daemon.errors import FileError
 from daemon.records import Part, Reject, Sample
-from daemon.source.parsing import REJECT_REASONS
+from daemon.rejects import REJECT_REASONS
 from daemon.source.reader import PartReader
 from tests import sources
 from tests.reliability.daemons import Daemons, Job
