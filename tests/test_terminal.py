@@ -15,7 +15,7 @@ import pytest
 import structlog
 
 from daemon.cli import main
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, FileError
 from daemon.escaping import escape_control, escape_lines, escape_name
 from daemon.observe.logs import configure
 from daemon.source.claims import CLAIMED, FAILED
@@ -72,7 +72,7 @@ def inbox(tmp_path: Path) -> Path:
         await box.open()
         async for claims in box.claims(asyncio.Event(), once=True):
             for claim in claims:
-                await box.fail(claim, "bad", FORGED, None)
+                await box.fail(claim, FileError("bad", FORGED), None)
         await box.close()
 
     asyncio.run(fail_all())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from daemon.errors import FileError
 from daemon.fs import durable
 from daemon.records import Claim
 from daemon.source import inbox as inbox_module
@@ -272,7 +273,7 @@ async def test_a_failed_file_lies_beside_its_reason(tmp_path):
     async with opened(tmp_path) as inbox:
         claims = inbox.claims(asyncio.Event(), once=True)
         (claim,) = await anext(claims)
-        await inbox.fail(claim, "malformed_json", "what happened", "ab12")
+        await inbox.fail(claim, FileError("malformed_json", "what happened"), "ab12")
         await claims.aclose()
     reason = json.loads((tmp_path / "failed/a.json.reason.json").read_text())
     assert (reason["name"], reason["reason"], reason["message"]) == (

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from daemon.errors import FileError
 from daemon.fs import durable
 from daemon.fs.lease import Lease, dead_leases, open_lock
 from daemon.records import Claim
@@ -174,7 +175,7 @@ async def test_failures_replace_neither_files_nor_notes(tmp_path, either_move):
         for name, content in (("a.json.reason.json", "0"), ("a.json", "1"), ("a.json", "2")):
             (tmp_path / name).write_text(content)
             (claim,) = await all_claims(inbox)
-            await inbox.fail(claim, "empty", "nothing", None)
+            await inbox.fail(claim, FileError("empty", "nothing"), None)
     failed = contents(tmp_path / "failed")
     files = {name: text for name, text in failed.items() if not text.startswith("{")}
     notes = {name: json.loads(text)["name"] for name, text in failed.items() if text.startswith("{")}
@@ -191,7 +192,7 @@ async def test_a_name_without_room_for_the_note_is_cut(tmp_path):
     (tmp_path / name).write_text("[")
     async with opened(tmp_path) as inbox:
         (claim,) = await all_claims(inbox)
-        await inbox.fail(claim, "empty", "nothing", None)
+        await inbox.fail(claim, FileError("empty", "nothing"), None)
     (file, note) = sorted(contents(tmp_path / "failed"))
     assert note == f"{file}.reason.json"
     assert json.loads((tmp_path / "failed" / note).read_text())["name"] == name

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from daemon.cli import main
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, FileError
 from daemon.source.inbox import Inbox
 from daemon.source.retry import failed_files, retry
 
@@ -33,7 +33,7 @@ async def fail_all(inbox: Path) -> list[str]:
 
     async for claims in box.claims(asyncio.Event(), once=True):
         for claim in claims:
-            await box.fail(claim, "bad", f"it is bad: attempt {claim.attempt}", "0" * 64)
+            await box.fail(claim, FileError("bad", f"it is bad: attempt {claim.attempt}"), "0" * 64)
     await box.close()
     return [failed.path.name for failed in failed_files(inbox)]
 

@@ -65,7 +65,7 @@ INFO = ModelInfo(
 )
 
 
-def make_source(name: str = "sämple.jsonl", unit: str = UNIT) -> InputFile:
+def make_file(name: str = "sämple.jsonl", unit: str = UNIT) -> InputFile:
     return InputFile(Claim(name, name, 1, FileIdentity(1, 2, 3, 4, 5)), sha256="c" * 64, size=99, unit=unit)
 
 
@@ -153,13 +153,13 @@ def make_part(
     rejected: Sequence[int] = (),
     last: bool = False,
     recipe: Recipe = CONTRAST_RECIPE,
-    source: InputFile | None = None,
+    file: InputFile | None = None,
 ) -> TokenizedPart:
     """n records from `first_record` on, of which those in `rejected` are rejects."""
     records = range(first_record, first_record + n)
     samples = tuple(make_sample(i, recipe) for i in records if i not in rejected)
     part = Part(
-        source=source or make_source(),
+        file=file or make_file(),
         extent=PartExtent(number, first_record, n, 100 * first_record),
         last=last,
         recipe=recipe,
@@ -223,7 +223,7 @@ def finished_from(part: TokenizedPart, pieces: Sequence[ResultRows]) -> Finished
 
 
 def open_writer(staging: Path | str, recipe: Recipe = CONTRAST_RECIPE, **options: object) -> UnitWriter:
-    settings = {"source": make_source(), "recipe": recipe, "info": INFO, "values": "float32"} | options
+    settings = {"file": make_file(), "recipe": recipe, "info": INFO, "values": "float32"} | options
     return UnitWriter(Path(staging), **settings)
 
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from handmade import CONTRAST_RECIPE, INFO, UNIT, finish, make_part, make_source, open_writer
+from handmade import CONTRAST_RECIPE, INFO, UNIT, finish, make_file, make_part, open_writer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,14 +42,14 @@ def stage(outbox: Outbox, name: str = "a.jsonl", unit: str = UNIT) -> tuple[Stag
     writer = open_writer(outbox.staging(unit))
     writer.write_part(finish(make_part(0, 0, 5, rejected=(2,), last=True)))
     totals = writer.write()
-    staged = Staged(make_source(name, unit), writer.staging, content_for(totals, name))
+    staged = Staged(make_file(name, unit), writer.staging, content_for(totals, name))
     complete(staged)
     return staged, totals
 
 
 def content_for(totals: UnitTotals, name: str = "a.jsonl") -> dict[str, object]:
     return manifest(
-        source=make_source(name),
+        file=make_file(name),
         recipe=CONTRAST_RECIPE,
         info=INFO,
         totals=totals,

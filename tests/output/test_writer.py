@@ -17,8 +17,8 @@ from handmade import (
     finish,
     finished_from,
     make_block,
+    make_file,
     make_part,
-    make_source,
     open_writer,
 )
 
@@ -247,7 +247,7 @@ def test_unexpected_parts_are_bugs(tmp_path):
         with pytest.raises(AssertionError, match="not expected"):
             writer.write_part(finish(make_part(number, 0, 3)))
     with pytest.raises(AssertionError, match="not expected"):
-        writer.write_part(finish(make_part(1, 3, 2, source=make_source(unit="f" * 12))))
+        writer.write_part(finish(make_part(1, 3, 2, file=make_file(unit="f" * 12))))
     with pytest.raises(AssertionError, match="last part is missing"):
         writer.write()
     writer.write_part(finish(make_part(3, 6, 1, last=True)))
@@ -328,8 +328,8 @@ def test_parts_of_an_earlier_attempt_are_the_same_as_new_ones(tmp_path):
     again = open_writer(tmp_path / "unit")
     stored = stored_extents(again.parts)
     assert stored == {number: parts[number].part.part.extent for number in (0, 2)}
-    again.keep_part(make_source(), stored[2], last=True)
-    again.keep_part(make_source(), stored[0], last=False)
+    again.keep_part(make_file(), stored[2], last=True)
+    again.keep_part(make_file(), stored[0], last=False)
     assert [again.has(number) for number in range(3)] == [True, False, True]
     again.write_part(parts[1])
     totals = again.write()
