@@ -51,6 +51,7 @@ async def only_reject(tmp_path: Path, line: bytes | str, **options: object) -> R
         (b'{"text": "\xed\xa0\x80"}', "invalid_utf8"),
         (r'{"text": "\ud83d"}', "lone_surrogate"),
         (r'{"text": "fine", "note": ["\udc00"]}', "lone_surrogate"),
+        (r'{"text": "fine", "note": {"\udc00": 1}}', "lone_surrogate"),
         ('{"text": "a", "x": NaN}', "not_finite"),
         ('{"text": "a", "x": -Infinity}', "not_finite"),
         ('{"text": "a", "x": 1e999}', "not_finite"),
