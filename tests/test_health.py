@@ -20,7 +20,7 @@ import pytest
 from daemon import heart, machine
 from daemon.machine import Machine
 from daemon.observe import health
-from daemon.pause import FOLDERS, Pause
+from daemon.pause import DISK, FOLDERS, Pause
 from tests import health_hooks, tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import end, events, running, shared_daemons, wait_until
@@ -376,6 +376,18 @@ def test_folders_that_do_not_answer_are_a_reason_to_pause(tmp_path):
     assert pause.reasons == {}
     watched.see_unanswered()
     assert pause.reasons == {}
+
+
+@pytest.mark.parametrize(("free", "reasons"), [(99, {DISK}), (100, set())])
+def test_a_disk_with_exactly_its_floor_free_is_no_reason_to_pause(tmp_path, monkeypatch, free, reasons):
+    for name in ("inbox", "outbox"):
+        (tmp_path / name).mkdir()
+    pause = Pause()
+    watched = Machine(tmp_path / "inbox", tmp_path / "outbox", min_free_bytes=100, pause=pause)
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    watched.look()
+    assert pause.reasons.keys() == reasons
 
 
 def test_by_default_trouble_shows_in_time():

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import pytest
 from handmade import CONTRAST_RECIPE, INFO, finish, make_part
 
+from daemon import durable
 from daemon.errors import FileError
 from daemon.intake.inbox import Inbox
 from daemon.output.commit import Outbox
 from daemon.output.delivery import Delivery, Outcome
 from daemon.output.finished import FinishedPart
 from daemon.output.staging import FileFailed
+from daemon.output.tables import PartTables
+from daemon.output.writer import UnitWriter
+from daemon.pause import Pause
 from daemon.records import Claim, KeptPart, Source
 
 BROKEN = FileError("malformed_json", "it ends in the middle: export it again")
@@ -34,6 +40,7 @@ class Work:
             info=INFO,
             values="float32",
             settings={},
+            pause=Pause(retry_seconds=0.0),
             clock=lambda: self.now,
         )
 
@@ -116,6 +123,24 @@ async def test_a_part_that_an_earlier_attempt_stored_counts_and_another_of_it_do
         (outcome,) = await work.delivery.publish([unit])
         assert (outcome.kind, outcome.rows) == ("committed", 6)
         assert work.stored == []
+
+
+async def test_a_part_stored_before_the_disk_was_full_is_not_stored_again(tmp_path, monkeypatch):
+    write_part = UnitWriter.write_part
+    tried: list[int] = []
+
+    def full_once(writer: UnitWriter, finished: FinishedPart, tables: PartTables | None = None) -> None:
+        tried.append(finished.part.part.number)
+        if tried == [0, 1]:
+            raise OSError(errno.ENOSPC, "no space left")
+        write_part(writer, finished, tables)
+
+    monkeypatch.setattr(UnitWriter, "write_part", full_once)
+    async with working(tmp_path) as work:
+        (source,) = await work.sources("a.json")
+        (outcome,) = await work.settle([part_of(source, 0), part_of(source, 1, last=True)])
+        assert tried == [0, 1, 1]
+        assert (outcome.kind, outcome.rows) == ("committed", 6)
 
 
 async def test_a_file_that_broke_fails_when_all_parts_on_their_way_have_come(tmp_path):
@@ -210,6 +235,19 @@ async def test_a_file_that_changed_is_no_duplicate_and_no_failure_but_read_again
         ]
         assert [(one.kind, one.reason) for one in outcomes] == [("requeued", "changed")] * 2
         assert {path.name for path in work.inbox.path.glob("*.json")} == {"known.json", "bad.json"}
+
+
+@pytest.mark.parametrize("options", [{}, {"flush": False}], ids=["flushed", "not flushed"])
+async def test_a_forced_stop_puts_files_back_and_keeps_their_parts(tmp_path, options):
+    operations: list[str] = []
+    async with working(tmp_path) as work:
+        (source,) = await work.sources("a.json")
+        await work.delivery.write([part_of(source, 0)])
+        with durable.watch_operations(lambda operation: operations.append(operation.name)):
+            await work.delivery.give_back(**options)
+        assert ("fsync_folder" in operations) == (options == {})
+        assert (work.inbox.path / "a.json").is_file()
+        assert [path.suffix for path in work.stored] == [".parts"]
 
 
 def test_the_log_says_of_an_outcome_what_there_is_to_say():
