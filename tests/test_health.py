@@ -361,12 +361,15 @@ def test_a_folder_that_may_not_be_written_is_not_ready_until_it_may(daemons, use
 
 
 def test_folders_that_do_not_answer_are_a_reason_to_pause(tmp_path):
-    now = [0.0]
+    now = [100.0]
     pause = Pause()
     watched = Machine(tmp_path, tmp_path, min_free_bytes=0, pause=pause, clock=lambda: now[0])
 
     def hang() -> str | None:
-        now[0] += machine.UNANSWERED_SECONDS + 1
+        now[0] += machine.UNANSWERED_SECONDS
+        watched.see_unanswered()
+        assert pause.reasons == {}
+        now[0] += 1
         watched.see_unanswered()
         assert "no answer for 11 s" in pause.reasons[FOLDERS]
         return None
