@@ -146,6 +146,7 @@ def test_limits_of_decompression_name_the_setting_that_raises_them(suffix):
         with pytest.raises(FileError, match=setting) as caught:
             list(Decompression(suffix, **limits).feed(packed))
         assert caught.value.reason == reason
+    assert sum(map(len, Decompression(suffix, max_ratio=4 * ratio).feed(packed))) == 17 << 20
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
