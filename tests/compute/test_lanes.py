@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from daemon.analysis.study import StudySettings
@@ -69,6 +69,9 @@ def rows(batch: Batch) -> list[int]:
     shared=st.integers(0, 300),
     cores=st.integers(1, 9),
 )
+@example(lengths=[600], shared=0, cores=2)
+@example(lengths=[6, 562, 17, 29], shared=0, cores=2)
+@example(lengths=[19, 586, 29], shared=13, cores=8)
 @settings(deadline=None)
 def test_pieces_are_the_batch_in_its_order_and_compute_hardly_more(lengths, shared, cores):
     prefix = (0,) * shared
@@ -95,14 +98,23 @@ def test_a_prompt_that_all_samples_share_keeps_a_batch_whole():
     assert split_batch(batch, 2) == ([batch], 1)
 
 
+@pytest.mark.parametrize(("prompt", "expected"), [(50, ([1, 1], 2)), (51, ([2], 1))])
+def test_pieces_may_compute_a_twentieth_once_more_and_no_token_over(prompt, expected):
+    shared = tuple(range(prompt))
+    batch = batch_of([((*shared, *range(1000, 1525 - prompt)),), ((*shared, *range(2000, 2475)),)])
+    assert tokens_of(batch) == 1000
+    pieces, at_a_time = split_batch(batch, 2)
+    assert ([len(piece.entries) for piece in pieces], at_a_time) == expected
+
+
 def test_samples_of_different_lengths_make_more_pieces_than_cores():
-    lengths = [900, 300, 300, 300, 900, 300]
     pieces, at_a_time = split_batch(
-        batch_of([(tuple(range(n * 1000, n * 1000 + m)),) for n, m in enumerate(lengths)]), 2
+        batch_of([(tuple(range(n * 2000, n * 2000 + m)),) for n, m in enumerate([600, 1200, 600])]), 2
     )
     work = [tokens_of(piece) for piece in pieces]
     assert at_a_time == 2
-    assert done_after(work, 2) <= 1.05 * sum(work) / 2
+    assert work == [600, 1200, 600]
+    assert done_after(work, 2) == sum(work) / 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from daemon.errors import SampleError
 from daemon.recipes import PLAIN_RECIPE, Recipe
 from daemon.records import Sample
-from daemon.source.parsing import Place, parse_value, to_sample
+from daemon.source.parsing import Place, parse_value, printable, to_sample
 
 EXACT = (
     "0.1000000000000000055511151231257",
@@ -93,3 +93,19 @@ def test_a_number_beyond_float64_is_a_reject(field, number):
     with pytest.raises(SampleError) as caught:
         sample_of(f'{{"text": "a", "{field}": {number}}}' if field != "text" else f'{{"text": {number}}}')
     assert caught.value.reason == "not_finite"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 32])
+def test_a_record_may_nest_exactly_as_deep_as_the_limit(depth):
+    raw = "[" * (depth - 1) + '{"text": "[{"}' + "]" * (depth - 1)
+    assert parse_value(raw, depth) == json.loads(raw)
+    beside = f"[{raw}, {raw}]"  # as deep, with more brackets than the limit
+    assert parse_value(beside, depth + 1) == json.loads(beside)
+    with pytest.raises(SampleError) as caught:
+        parse_value(beside, depth)
+    assert caught.value.reason == "nesting_too_deep"
+
+
+def test_a_field_name_of_exactly_60_characters_is_shown_whole_and_a_longer_one_in_as_many():
+    assert printable("k" * 60) == repr("k" * 60)
+    assert printable("k" * 61) == repr("k" * 57 + "...")

@@ -147,12 +147,26 @@ def test_limits_of_decompression_name_the_setting_that_raises_them(suffix):
         with pytest.raises(FileError, match=setting) as caught:
             list(Decompression(suffix, **limits).feed(packed))
         assert caught.value.reason == reason
+    assert sum(map(len, Decompression(suffix, max_ratio=4 * ratio).feed(packed))) == 17 << 20
 
 
-def test_what_compresses_well_and_is_small_is_no_bomb():
-    packed = bomb(15)
-    assert len(packed) * 1000 < 15 << 20
-    assert sum(map(len, Decompression(".zst", max_ratio=1).feed(packed))) == 15 << 20
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_stream_may_unpack_to_exactly_the_limit(suffix):
+    content = LINE * 9
+    packed = gzip.compress(content) if suffix == ".gz" else zstandard.compress(content)
+    assert b"".join(Decompression(suffix, max_bytes=len(content)).feed(packed)) == content
+    with pytest.raises(FileError) as caught:
+        list(Decompression(suffix, max_bytes=len(content) - 1).feed(packed))
+    assert caught.value.reason == "decompressed_too_large"
+
+
+def test_what_compresses_well_is_no_bomb_up_to_16_mebibytes():
+    packed = bomb(16)
+    assert len(packed) * 1000 < 16 << 20
+    assert sum(map(len, Decompression(".zst", max_ratio=1).feed(packed))) == 16 << 20
+    with pytest.raises(FileError) as caught:
+        list(Decompression(".zst", max_ratio=1).feed(packed + zstandard.compress(b" ")))
+    assert caught.value.reason == "compression_bomb"
 
 
 @pytest.mark.parametrize("window_log", [28, 30, 31])

@@ -104,6 +104,14 @@ async def test_a_request_without_sense_gets_plain_text(registry, health):
             assert b"lensd_files_total" in body
 
 
+async def test_plain_text_says_when_a_histogram_with_a_label_began(registry, health):
+    async with serve_http("127.0.0.1:0", registry, health) as ours:
+        _, _, text = await ask(f"{ours}/metrics", "text/plain;version=0.0.4", None)
+    families = {family.name: family for family in prometheus_text(text.decode())}
+    (began,) = families["lensd_feature_l0_created"].samples
+    assert began.labels == {"layer": "7"}
+
+
 async def test_every_counter_and_histogram_says_when_it_began(registry, health):
     """As deploy/README.md has it; by both formats' own parsers."""
     async with serve_http("127.0.0.1:0", registry, health) as ours:

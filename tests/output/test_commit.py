@@ -294,7 +294,9 @@ def copied_by(*command: str) -> Callable[[Path, Path], None]:
 COPIES = {
     "cp": copied_by("cp", "-rL", "{source} {target}"),
     "rsync": copied_by("rsync", "-aL", "{source}/ {target}"),
-    "tar": copied_by("tar", "-chf - -C {source} . | (mkdir {target} && tar -xf - -C {target})"),
+    "tar": copied_by(
+        "tar", "-chf {target}.tar -C {source} . && mkdir {target} && tar -xf {target}.tar -C {target}"
+    ),
     "zip": copied_by("zip", "-qr {target}.zip {source} && mkdir {target}"),
     "copytree": copy_tree,
 }

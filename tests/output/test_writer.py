@@ -274,7 +274,7 @@ def test_a_record_that_is_neither_sample_nor_reject_is_a_bug(tmp_path):
         writer.write_part(dataclasses.replace(finished, rejects=()))
 
 
-def test_abandoning_keeps_the_parts_and_discarding_removes_them(tmp_path):
+def test_abandoning_keeps_the_parts(tmp_path):
     writer = open_writer(tmp_path / "unit")
     writer.abandon()
     for part in parts_of_a_file():
@@ -283,9 +283,6 @@ def test_abandoning_keeps_the_parts_and_discarding_removes_them(tmp_path):
     writer.abandon()
     writer.abandon()
     assert [path.name for path in tmp_path.iterdir()] == ["unit.parts"]
-    writer.discard_parts()
-    writer.discard_parts()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_of_one_part_has_no_part_file(tmp_path):
