@@ -3,7 +3,7 @@
 On a CPU that is the C library's heap, which would else give large pieces back and have the system clear them
 anew, page by page, for the next batch; on CUDA it is torch's allocator, which keeps them by itself.
 What is there before the first batch lies by itself (`lasting`), and what outlives its batch goes elsewhere
-(`daemon.mapped`). Knows nothing about what is computed.
+(`daemon.mmap_arrays`). Knows nothing about what is computed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def keep_memory() -> None:
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """What is allocated meanwhile is to stay: each larger piece is mapped by itself. After `keep_memory`.
+    """Map each larger allocation made meanwhile by itself, for memory that stays. After `keep_memory`.
 
     In the heap what loading a model frees would be holes between what stays, and batches would work in those.
     """

@@ -17,7 +17,7 @@ from daemon.records import IntArray
 
 
 @dataclass(frozen=True, slots=True)
-class Preorder:
+class Trie:
     """The trie of N texts, of n nodes."""
 
     tokens: IntArray  # (n,) token ids
@@ -29,7 +29,7 @@ class Preorder:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def filled(self, n: int) -> Preorder:
+    def filled(self, n: int) -> Trie:
         """With nodes up to `n` of them that no text has, each of them all by itself.
 
         Their token is that with which the first text begins, so that they are no worse than a text.
@@ -48,7 +48,7 @@ class Preorder:
         return self.path[self.offsets[1:] - 1]
 
 
-def preorder(texts: Sequence[Sequence[int]]) -> Preorder:
+def build_trie(texts: Sequence[Sequence[int]]) -> Trie:
     """The trie of N texts in any order. Raises ValueError for an empty one."""
     if empty := [number for number, text in enumerate(texts) if not len(text)]:
         raise ValueError(f"text {empty[0]} is empty")
@@ -73,7 +73,7 @@ def preorder(texts: Sequence[Sequence[int]]) -> Preorder:
     node = first[owner] + position - shared[owner]
     in_order = np.argsort(order)
     offsets = np.concatenate(([0], np.cumsum(lengths[in_order])))
-    return Preorder(
+    return Trie(
         tokens=ids[text, depth],
         depth=depth,
         end=first[closes[text, depth]],

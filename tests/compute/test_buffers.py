@@ -46,7 +46,7 @@ from pathlib import Path
 import torch
 from daemon.wiring import load_compute
 from daemon.config import load_config
-from tests.compute.test_lanes import batch_of
+from tests.compute.test_splitting import batch_of
 
 torch.set_num_threads(2)
 with torch.inference_mode():

@@ -11,26 +11,13 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#include "../level.h"
+#include "clones.h"
 
-#if defined(__AVX512F__) /* as many as a register holds: wider vectors are taken apart one number at a time */
-#define WIDTH 16
-#define SPAN 4   /* vectors of a head that are summed up at a time, for ROWS queries: as many as registers hold */
-#define PAIRED 2 /* tiles whose keys are scored at a time, for 2 * ROWS queries */
-#elif defined(__AVX__)
-#define WIDTH 8
-#define SPAN 2
-#define PAIRED 1
-#else
-#define WIDTH 4
-#define SPAN 2
-#define PAIRED 1
-#endif
-#define BLOCK 16 /* queries that read the same tiles; a multiple of every WIDTH */
+#define WIDTH 8  /* numbers in a vector, which is a register of AVX2 */
+#define SPAN 2   /* vectors of a head that are summed up at a time, for ROWS queries: as many as registers hold */
+#define BLOCK 16 /* queries that read the same tiles; a multiple of WIDTH */
 #define ROWS 4   /* rows of a product that are worked on together */
 #define ALIGNMENT 64
-
-#define INLINE static inline __attribute__((always_inline))
 
 typedef float vector __attribute__((vector_size(4 * WIDTH)));
 typedef float loose __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias)); /* anywhere in memory */
@@ -106,7 +93,7 @@ INLINE float over_norm(const float *x, int64_t d, float epsilon) {
 }
 
 /* Rows `from` to `to` of two (n, d): x += y, and normed = x over its root mean square. */
-void lensd_add_norm(float *x, const float *y, float *normed, int64_t d, float epsilon, int64_t from, int64_t to) {
+CLONES void lensd_add_norm(float *x, const float *y, float *normed, int64_t d, float epsilon, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
         float *row = x + i * d;
         for (int64_t j = 0; j < d; j++) row[j] += y[i * d + j];
@@ -131,7 +118,7 @@ INLINE void turned(const float *restrict from, const float *restrict bias, float
 }
 
 /* Rows `from` to `to` of what the products gave, made ready for attention. */
-void lensd_turn(Attention *a, const Given *given, int64_t from, int64_t to) {
+CLONES void lensd_turn(Attention *a, const Given *given, int64_t from, int64_t to) {
     int64_t tiles = tiles_of(a->n), d_head = a->d_head, stride = (a->heads + 2 * a->key_heads) * d_head;
     const float *bias = given->bias;
     whole odd = {0};
@@ -160,18 +147,14 @@ void lensd_turn(Attention *a, const Given *given, int64_t from, int64_t to) {
         if (odd[k]) a->odd = 1;
 }
 
-/* scores[r][t] = of query r with the keys of tile t, of one or two. */
-INLINE void score(float *const *queries, const float *const *tiles, int64_t d_head, vector *const *scores,
-                  const int n_tiles) {
-    vector sums[2 * ROWS][2] = {{{0}}};
+/* scores[r][0] = the scores of query r with the keys of one tile. */
+INLINE void score(float *const *queries, const float *tile, int64_t d_head, vector *const *scores) {
+    vector sums[2 * ROWS] = {{0}};
     for (int64_t j = 0; j < d_head; j++) {
-        vector keys[2];
-        for (int t = 0; t < n_tiles; t++) keys[t] = *(const loose *)(tiles[t] + j * WIDTH);
-        for (int r = 0; r < 2 * ROWS; r++)
-            for (int t = 0; t < n_tiles; t++) sums[r][t] += keys[t] * queries[r][j];
+        vector keys = *(const loose *)(tile + j * WIDTH);
+        for (int r = 0; r < 2 * ROWS; r++) sums[r] += keys * queries[r][j];
     }
-    for (int r = 0; r < 2 * ROWS; r++)
-        for (int t = 0; t < n_tiles; t++) scores[r][t] = sums[r][t];
+    for (int r = 0; r < 2 * ROWS; r++) *scores[r] = sums[r];
 }
 
 /* Masks the scores of a query with the keys of some tiles, and makes them shares, but for what is returned: 1 / sum. */
@@ -235,14 +218,9 @@ INLINE void attend(const Attention *a, int64_t block, int64_t key_head, const in
             queries[r] = a->queries + (node[r] * a->heads + head) * a->d_head;
             shares[r] = scores + r * n_tiles;
         }
-        for (int64_t t = 0; t < n_tiles; t += PAIRED) {
-            const float *tile[2];
-            for (int k = 0; k < PAIRED && t + k < n_tiles; k++) tile[k] = keys + tiles[t + k] * a->d_head * WIDTH;
+        for (int64_t t = 0; t < n_tiles; t++) {
             for (int r = 0; r < 2 * ROWS; r++) of_row[r] = scores + r * n_tiles + t;
-            if (t + PAIRED <= n_tiles)
-                score(queries, tile, a->d_head, of_row, PAIRED);
-            else
-                score(queries, tile, a->d_head, of_row, 1);
+            score(queries, keys + tiles[t] * a->d_head * WIDTH, a->d_head, of_row);
         }
         for (int r = 0; r < 2 * ROWS; r++) over[r] = soften(a, node[r], tiles, n_tiles, scores + r * n_tiles);
         for (int r = 0; r < 2 * ROWS; r += ROWS)
@@ -262,7 +240,7 @@ INLINE void attend(const Attention *a, int64_t block, int64_t key_head, const in
 }
 
 /* Attention of blocks `from` to `to` of BLOCK queries. d_head is a multiple of WIDTH. Returns -1 without memory. */
-int lensd_attend(const Attention *a, int64_t from, int64_t to) {
+CLONES int lensd_attend(const Attention *a, int64_t from, int64_t to) {
     int64_t all_tiles = tiles_of(a->n);
     int32_t *tiles = malloc((all_tiles + 1) * sizeof(int32_t));
     int32_t *latest = malloc((all_tiles + 1) * sizeof(int32_t)); /* one past the last node that a tile is seen by */
