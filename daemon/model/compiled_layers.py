@@ -1,5 +1,4 @@
-"""Kernels that torch makes at start-up for an accelerator: layers with their small operations run together,
-and packed attention that keeps no scores.
+"""Kernels that torch compiles at start-up for an accelerator: of whole layers, and of attention over a trie.
 
 Both need Triton, which comes with torch's builds for CUDA. Knows no texts, and of a model only its layers.
 """
@@ -36,7 +35,7 @@ def can_compile(device: str) -> bool:
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
-    """Compile what each layer does, for any number of tokens. `restore_layers` takes it back."""
+    """Compile each layer for any number of tokens. `restore_layers` takes it back."""
     for layer in layers:
         layer.forward = compiled(layer.forward)
 

@@ -115,7 +115,7 @@ def fuse_layers(trunk: Trunk, plan: Plan, run: Callable[[], object]) -> int:
     `run` runs the trunk on some texts by `plan`.
     """
     found = routines()
-    matching = list(map(is_of_the_kind, trunk.layers))
+    matching = list(map(has_llama_parts, trunk.layers))
     if found is None or not any(matching):
         return 0
     replaced = 0
@@ -128,7 +128,7 @@ def fuse_layers(trunk: Trunk, plan: Plan, run: Callable[[], object]) -> int:
     return replaced
 
 
-def is_of_the_kind(layer: Any) -> bool:
+def has_llama_parts(layer: Any) -> bool:
     """Whether a layer has the parts of one of Llama's, and no others."""
     if names(layer) != PARTS or names(layer.self_attn) != ATTENTION_PARTS or names(layer.mlp) != MLP_PARTS:
         return False

@@ -1,8 +1,8 @@
-"""Packs token sequences into one: their trie, numbered in preorder.
+"""Merges token sequences into one: their trie, numbered in preorder.
 
 Sequences that begin alike share those tokens, so that each is computed once. Node j carries its token, its
 depth (the position id) and `end[j]`, one past its last descendant; node i may attend to node j exactly when
-j <= i < end[j]. That one rule is causal attention, block-diagonal packing and tree attention.
+j <= i < end[j]. That one rule is causal, block-diagonal and tree attention.
 Knows no torch, no model and no samples.
 """
 
@@ -30,9 +30,9 @@ class Trie:
         return len(self.tokens)
 
     def filled(self, n: int) -> Trie:
-        """With nodes up to `n` of them that no text has, each of them all by itself.
+        """The same with more nodes, up to `n`, that belong to no text and attend to themselves only.
 
-        Their token is that with which the first text begins, so that they are no worse than a text.
+        Their token is the first of the first text: a token that overflows alone does so in that text too.
         """
         more = n - len(self)
         return replace(

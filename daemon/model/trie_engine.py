@@ -1,6 +1,6 @@
-"""The fast engine: every token computed once, in one packed sequence without padding.
+"""The fast engine: computes every token once, in the trie of a batch's texts, without padding.
 
-The bare Hugging Face module reads the texts' trie up to the last layer that an SAE reads. Knows nothing
+The bare Hugging Face module reads the trie up to the last layer that an SAE reads. Knows nothing
 about analysis, files or samples.
 """
 
@@ -45,7 +45,7 @@ from daemon.model_info import ModelInfo
 from daemon.native.threads import side_by_side
 from daemon.records import Positions
 
-LAYER_TYPES = {"full_attention", "sliding_attention"}  # that packed attention knows
+LAYER_TYPES = {"full_attention", "sliding_attention"}  # that attention over a trie knows
 PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: a second does for all of a small model's
 PREPARE_NUMBERS = 1 << 22  # in the result of an encoder's product, up to which its kernel is made ahead
 
@@ -53,7 +53,7 @@ log = structlog.get_logger()
 
 
 class CannotPack(Exception):
-    """Packed runs of this model are not possible, or differ from plain ones."""
+    """Runs of this model over a trie are not possible, or differ from plain ones."""
 
     def __init__(self, reason: str, *, model_changed: bool = True) -> None:
         super().__init__(reason)
@@ -61,7 +61,7 @@ class CannotPack(Exception):
 
 
 class TrieEngine:
-    """Implements `daemon.model.engine.Engine` on packed tries."""
+    """Implements `daemon.model.engine.Engine` on tries."""
 
     def __init__(
         self,
@@ -155,9 +155,9 @@ class TrieEngine:
             return self._trunk.run(tokens, depth, self._no_mask, keep)
 
     def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Give the model packed attention and packed weights, and compare with how it ran before.
+        """Give the model attention over a trie and packed weights, and compare its values with those before.
 
-        Returns how that was, by forward hooks, text by text: per hook name (tokens, d_model).
+        Returns the values before, by forward hooks, text by text: per hook name (tokens, d_model).
         """
         config = model.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -193,7 +193,7 @@ class TrieEngine:
         return padded_rows if pack_linears(self._trunk.layers) or fused else int
 
     def _compile(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
-        """Compile the layers, and on an accelerator the attention; leave them where that does not work."""
+        """Compile the layers, and on an accelerator the attention; restore them where that does not work."""
         began = time.perf_counter()
         try:
             compile_layers(self._trunk.layers)
@@ -207,7 +207,7 @@ class TrieEngine:
         log.info("engine.compiled", seconds=round(time.perf_counter() - began, 1))
 
     def _probe(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> Plan:
-        """Run texts packed; how they were attended to. Raises CannotPack where it differs from `plain`."""
+        """Run texts as a trie; returns their plan. Raises CannotPack where values differ from `plain`."""
         trie = build_trie(texts)
         plan = self._plan(trie)
         got = self._run(trie, plan, torch.from_numpy(trie.path).to(self._device))
@@ -220,7 +220,7 @@ class TrieEngine:
         return plan
 
     def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Each text as the model runs it by itself."""
+        """The values of each text run by itself: per hook name (tokens, d_model)."""
         names = [entry.info.hook_name for entry in self._stage.saes]
         plain = PlainHooks(model.model, names, model.vocabulary)
         read = [plain.read(text) for text in texts]
@@ -230,8 +230,8 @@ class TrieEngine:
 def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Sequence[Encoder]) -> None:
     """Have oneDNN make its kernels for the numbers of rows that fused layers and encoders meet in a piece.
 
-    Those it makes while batches run lie in the middle of the room that batches work in, and stay there. It
-    only makes them by multiplying, which for a large model takes long: then some are left for later.
+    Kernels made while batches run would stay in the heap and fragment it. oneDNN makes a kernel only by
+    multiplying, which takes long for a large model: then some are left for later.
     """
     deadline = time.perf_counter() + PREPARE_SECONDS
     fused = {
@@ -258,7 +258,7 @@ def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Se
 
 
 def keeps_nothing(model: nn.Module, encoders: Sequence[Encoder]) -> bool:
-    """Whether nothing of one text is left in modules while another thread reads the next."""
+    """Whether modules keep nothing of one text while another thread reads the next."""
     fused = all(isinstance(encoder, FusedEncoder) for encoder in encoders)
     return fused and not any(LENGTH_DEPENDENT_ROPE & rope_types(module) for module in model.modules())
 

@@ -1,11 +1,11 @@
-/* What a decoder layer of Llama's kind does between its matrix products, in float32: norm, rotary embedding and
- * attention over a packed trie.
+/* The work of a decoder layer of Llama's kind between its matrix products, in float32: norm, rotary embedding and
+ * attention over a trie.
  *
  * Written for short texts: keys lie in tiles of a vector's width, transposed, so that one load serves a score of as
  * many keys, and a block of queries reads only the tiles that one of them attends to. Whoever attends to whom is told
  * by one number for each node: i attends to j exactly when j <= i < end[j].
- * Plain C with the vector extensions of GCC and Clang, built once for each level of processor; knows no Python. Each
- * function works on a range of nodes, so that threads may share the work.
+ * Plain C with the vector extensions of GCC and Clang; knows no Python. Each function works on a range of nodes, so
+ * that threads may share the work.
  */
 #include <math.h>
 #include <stdint.h>
@@ -27,20 +27,19 @@ typedef int32_t loose_whole __attribute__((vector_size(4 * WIDTH), aligned(4), m
 /* A layer's attention over n nodes, made ready by `lensd_turn`. */
 typedef struct {
     int64_t n, heads, key_heads, d_head;
-    float *queries;     /* (n, heads, d_head) turned; then what each attends to */
+    float *queries;     /* (n, heads, d_head) turned; then the result of each */
     float *keys;        /* (key heads, tiles, d_head, WIDTH) turned */
     float *values;      /* (n, key heads, d_head) */
     const int32_t *end; /* (tiles * WIDTH) one past each node's last descendant; 0 past n */
     const int32_t *depth;
     int32_t window;     /* a query attends to less than so many tokens before it; 0 for all */
-    int32_t odd;        /* whether a value is not finite, so that a share of 0 must not touch it */
+    int32_t odd;        /* whether a value is not finite: then a share of 0 must skip it */
 } Attention;
 
-/* What the products gave, and what they gave it of. */
+/* The result of the products, and the hidden states that they read. */
 typedef struct {
-    int64_t first;    /* the node of the first row */
-    const float *qkv; /* (rows, heads + 2 key heads, d_head) */
-    const float *x;   /* (rows, d_model), read by the products as it was: what they gave is to be divided by its norm */
+    const float *qkv; /* (n, heads + 2 key heads, d_head) */
+    const float *x;   /* (n, d_model), before the norm: the result is still to be divided by it */
     int64_t d_model;
     float epsilon;           /* of the norm */
     float scale;             /* of scores */
@@ -117,15 +116,14 @@ INLINE void turned(const float *restrict from, const float *restrict bias, float
     }
 }
 
-/* Rows `from` to `to` of what the products gave, made ready for attention. */
+/* Makes nodes `from` to `to` of the products' result ready for attention. */
 CLONES void lensd_turn(Attention *a, const Given *given, int64_t from, int64_t to) {
     int64_t tiles = tiles_of(a->n), d_head = a->d_head, stride = (a->heads + 2 * a->key_heads) * d_head;
     const float *bias = given->bias;
     whole odd = {0};
-    for (int64_t r = from; r < to; r++) {
-        int64_t i = given->first + r;
-        float over = over_norm(given->x + r * given->d_model, given->d_model, given->epsilon);
-        const float *row = given->qkv + r * stride, *cos = given->cos + i * d_head, *sin = given->sin + i * d_head;
+    for (int64_t i = from; i < to; i++) {
+        float over = over_norm(given->x + i * given->d_model, given->d_model, given->epsilon);
+        const float *row = given->qkv + i * stride, *cos = given->cos + i * d_head, *sin = given->sin + i * d_head;
         for (int64_t head = 0; head < a->heads; head++)
             turned(row + head * d_head, bias ? bias + head * d_head : NULL, over, cos, sin, given->scale, d_head,
                    a->queries + (i * a->heads + head) * d_head, 1);
@@ -147,7 +145,7 @@ CLONES void lensd_turn(Attention *a, const Given *given, int64_t from, int64_t t
         if (odd[k]) a->odd = 1;
 }
 
-/* scores[r][0] = the scores of query r with the keys of one tile. */
+/* *scores[r] = the scores of query r with the keys of one tile. */
 INLINE void score(float *const *queries, const float *tile, int64_t d_head, vector *const *scores) {
     vector sums[2 * ROWS] = {{0}};
     for (int64_t j = 0; j < d_head; j++) {
@@ -157,7 +155,7 @@ INLINE void score(float *const *queries, const float *tile, int64_t d_head, vect
     for (int r = 0; r < 2 * ROWS; r++) *scores[r] = sums[r];
 }
 
-/* Masks the scores of a query with the keys of some tiles, and makes them shares, but for what is returned: 1 / sum. */
+/* Masks the scores of a query with the keys of some tiles and makes them shares times their sum; returns 1 / sum. */
 INLINE float soften(const Attention *a, int32_t i, const int32_t *tiles, int64_t n_tiles, vector *scores) {
     whole lane;
     for (int k = 0; k < WIDTH; k++) lane[k] = k;
@@ -198,7 +196,7 @@ INLINE void gather_values(const Attention *a, const float *values, const int32_t
         for (int v = 0; v < spanned; v++) *(loose *)(out[r] + v * WIDTH) = sums[r][v] * over[r];
 }
 
-/* What the queries of one block attend to, for one key head and the heads that share it. */
+/* Attention of the queries of one block, for one key head and the heads that share it. */
 INLINE void attend(const Attention *a, int64_t block, int64_t key_head, const int32_t *tiles, int64_t n_tiles,
                    vector *scores) {
     int64_t group = a->heads / a->key_heads, first = block * BLOCK;

@@ -38,7 +38,6 @@ class Given(ctypes.Structure):
     """`Given` of the C source."""
 
     _fields_ = [
-        ("first", INTEGER),
         *[(name, POINTER) for name in ("qkv", "x")],
         ("d_model", INTEGER),
         *[(name, NUMBER) for name in ("epsilon", "scale")],
@@ -128,7 +127,6 @@ class Heads:
         qkv = project(x)
         assert qkv.shape == (n, self.heads * self.d_head + 2 * width)
         given = Given(
-            first=0,
             qkv=qkv.data_ptr(),
             x=x.data_ptr(),
             d_model=x.shape[1],

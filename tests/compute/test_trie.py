@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.model.attention import masked
@@ -30,6 +30,7 @@ def attended(packed: Trie, block: int) -> np.ndarray:
 
 
 @given(texts)
+@settings(deadline=None)
 def test_every_prefix_is_one_node_with_its_token_depth_and_descendants(given_texts):
     packed = build_trie(given_texts)
     nodes = slow_trie(given_texts)
@@ -41,6 +42,7 @@ def test_every_prefix_is_one_node_with_its_token_depth_and_descendants(given_tex
 
 
 @given(texts)
+@settings(deadline=None)
 def test_paths_lead_through_the_prefixes_of_each_text(given_texts):
     packed = build_trie(given_texts)
     nodes = slow_trie(given_texts)
@@ -51,6 +53,7 @@ def test_paths_lead_through_the_prefixes_of_each_text(given_texts):
 
 
 @given(texts, st.integers(1, 9))
+@settings(deadline=None)
 def test_blocks_hold_exactly_the_pairs_of_a_token_and_what_came_before_it(given_texts, block):
     packed = build_trie(given_texts)
     nodes = slow_trie(given_texts)
@@ -59,6 +62,7 @@ def test_blocks_hold_exactly_the_pairs_of_a_token_and_what_came_before_it(given_
 
 
 @given(texts, st.integers(1, 9))
+@settings(deadline=None)
 def test_blocks_take_every_query_once_and_no_more_than_told_at_a_time(given_texts, block):
     packed = build_trie(given_texts)
     runs = [range(len(packed))[entry.queries] for entry in attention_blocks(packed.end, block)]
@@ -67,6 +71,7 @@ def test_blocks_take_every_query_once_and_no_more_than_told_at_a_time(given_text
 
 
 @given(texts, st.integers(0, 40), st.integers(1, 9))
+@settings(deadline=None)
 def test_nodes_to_fill_up_with_are_by_themselves(given_texts, more, block):
     packed = build_trie(given_texts)
     filled = packed.filled(len(packed) + more)
