@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from daemon.model.attention import BlockPlan, Call, Plan, attending, current
 from daemon.model.onednn import (
     FUSED_ACTIVATIONS,
-    OneDnnGatedMlp,
+    GatedMlp,
     OneDnnLinear,
+    TorchLinear,
     agrees,
-    packs,
+    linear,
     row_chunks,
 )
 from daemon.model.trunk import Trunk
@@ -43,18 +44,18 @@ class FusedDecoderLayer(nn.Module):
         before, between = layer.input_layernorm, layer.post_attention_layernorm
         self._found, self._heads = found, heads
         # without bias: the compiled code divides by the norm, then adds the bias
-        self._qkv = OneDnnLinear(torch.cat([q.weight, k.weight, v.weight]) * before.weight, None)
-        self._out = OneDnnLinear(attention.o_proj.weight, attention.o_proj.bias)
+        self._qkv = linear(torch.cat([q.weight, k.weight, v.weight]) * before.weight, None)
+        self._out = linear(attention.o_proj.weight, attention.o_proj.bias)
         self._epsilon = epsilon(between)
-        self._mlp = OneDnnGatedMlp(
-            OneDnnLinear(mlp.gate_proj.weight * between.weight, mlp.gate_proj.bias),
-            OneDnnLinear(mlp.up_proj.weight * between.weight, mlp.up_proj.bias),
-            OneDnnLinear(mlp.down_proj.weight, mlp.down_proj.bias),
-            FUSED_ACTIVATIONS[type(mlp.act_fn).__name__],
+        self._mlp = GatedMlp(
+            linear(mlp.gate_proj.weight * between.weight, mlp.gate_proj.bias),
+            linear(mlp.up_proj.weight * between.weight, mlp.up_proj.bias),
+            linear(mlp.down_proj.weight, mlp.down_proj.bias),
+            mlp.act_fn,
         )
 
     @property
-    def products(self) -> tuple[OneDnnLinear, OneDnnLinear, OneDnnGatedMlp]:
+    def products(self) -> tuple[OneDnnLinear | TorchLinear, OneDnnLinear | TorchLinear, GatedMlp]:
         """The modules that multiply."""
         return self._qkv, self._out, self._mlp
 
@@ -135,8 +136,8 @@ def has_llama_parts(layer: Any) -> bool:
     linears = [getattr(layer.self_attn, name) for name in ATTENTION_PARTS]
     linears += [getattr(layer.mlp, name) for name in MLP_PARTS - {"act_fn"}]
     return type(layer.mlp.act_fn).__name__ in FUSED_ACTIVATIONS and all(
-        type(linear) is nn.Linear and linear.weight.dtype == torch.float32 and packs(linear.weight)
-        for linear in linears
+        type(one) is nn.Linear and one.weight.dtype == torch.float32 and one.weight.device.type == "cpu"
+        for one in linears
     )
 
 

@@ -1,6 +1,6 @@
-"""Matrix products by oneDNN's packed weights, twice as fast as torch's own on a CPU without MKL's kernels.
+"""Matrix products by oneDNN's packed weights, where they are faster than torch's own; and gated MLPs.
 
-Replaces the linear layers of a module and fuses gated MLPs. Knows nothing about attention or batches.
+Replaces the linear layers of a module. Knows nothing about attention or batches.
 """
 
 from __future__ import annotations
@@ -58,8 +58,14 @@ def by_chunks(function: Product, x: Tensor) -> Tensor:
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether oneDNN has a packed product for such weights here."""
-    return weight.device.type == "cpu" and weight.dtype in AGREEMENT and works(weight.dtype)
+    """Whether such weights are multiplied by oneDNN here."""
+    on_cpu = weight.device.type == "cpu" and weight.dtype in AGREEMENT
+    return on_cpu and faster(weight.dtype) and works(weight.dtype)
+
+
+def faster(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is faster than torch on this processor: with AVX2 alone it is not, in float32."""
+    return dtype != torch.float32 or torch.backends.cpu.get_cpu_capability() != "AVX2"
 
 
 @functools.cache
@@ -137,15 +143,42 @@ class OneDnnLinear(nn.Module):
         return result
 
 
-class OneDnnGatedMlp(nn.Module):
-    """down(act(gate(x)) * up(x)) + plus, with activation, product and sum inside the matrix products."""
+class TorchLinear(nn.Module):
+    """A linear layer by torch's own product."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: (out, in); copies it, so that a mapped weight file can be let go."""
+        super().__init__()
+        self.weight, self.bias = weight.clone(), bias
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in)."""
+        return self.weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> OneDnnLinear | TorchLinear:
+    """The faster of the two. weight: (out, in)."""
+    return OneDnnLinear(weight, bias) if packs(weight) else TorchLinear(weight, bias)
+
+
+class GatedMlp(nn.Module):
+    """down(act(gate(x)) * up(x)) + plus; in oneDNN all of that happens inside the matrix products."""
 
     def __init__(
-        self, gate: OneDnnLinear, up: OneDnnLinear, down: OneDnnLinear, act: tuple[str, str]
+        self,
+        gate: OneDnnLinear | TorchLinear,
+        up: OneDnnLinear | TorchLinear,
+        down: OneDnnLinear | TorchLinear,
+        act: nn.Module,
     ) -> None:
+        """All three products of one kind; the activation is one of FUSED_ACTIVATIONS."""
         super().__init__()
-        self.gate, self.up, self.down = gate, up, down
-        self._act, self._algorithm = act
+        self.gate, self.up, self.down, self.act = gate, up, down, act
 
     @property
     def shape(self) -> torch.Size:
@@ -154,10 +187,17 @@ class OneDnnGatedMlp(nn.Module):
 
     def forward(self, x: Tensor, plus: Tensor) -> Tensor:
         """x, plus: (n, d_model), n one of `chunk_sizes`."""
+        gate, up, down = self.gate, self.up, self.down
+        if not (
+            isinstance(gate, OneDnnLinear) and isinstance(up, OneDnnLinear) and isinstance(down, OneDnnLinear)
+        ):
+            added: Tensor = down(self.act(gate(x)).mul_(up(x))).add_(plus)
+            return added
         multiply = torch.ops.mkldnn._linear_pointwise
-        gate = multiply(x, self.gate.packed, self.gate.bias, self._act, [], self._algorithm)
-        hidden = multiply.binary(x, gate, self.up.packed, self.up.bias, "mul")
-        result: Tensor = multiply.binary(hidden, plus, self.down.packed, self.down.bias, "add")
+        act, algorithm = FUSED_ACTIVATIONS[type(self.act).__name__]
+        gated = multiply(x, gate.packed, gate.bias, act, [], algorithm)
+        hidden = multiply.binary(x, gated, up.packed, up.bias, "mul")
+        result: Tensor = multiply.binary(hidden, plus, down.packed, down.bias, "add")
         return result
 
 

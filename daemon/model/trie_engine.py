@@ -30,9 +30,11 @@ from daemon.model.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
 from daemon.model.onednn import (
     TYPICAL_ROWS,
     chunk_sizes,
+    faster,
     pack_linears,
     packs,
     padded_rows,
+    works,
 )
 from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
@@ -100,7 +102,7 @@ class TrieEngine:
         self._trunk.drop_idle()
         if self._rows is not int:  # weights are trie, and elsewhere
             self._trunk.leave_files()
-        if self._concurrent:
+        if self._concurrent and faster(torch.float32) and works(torch.float32):
             prepare(self._trunk.layers, saes, encoders)
 
     @property

@@ -5,7 +5,7 @@ import torch
 from sae_lens import GatedSAE, GatedSAEConfig
 from torch.testing import assert_close
 
-from daemon.model import encoding
+from daemon.model import encoding, onednn
 from daemon.model.encoding import FusedEncoder, PlainEncoder, encoder_of
 from daemon.model.onednn import OneDnnLinear, agrees, pack_linears, product
 from daemon.model.sae import LoadedSae
@@ -14,6 +14,12 @@ from daemon.model_info import SaeInfo
 from tests import tiny
 
 HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(autouse=True)
+def onednn_is_faster(monkeypatch):
+    """On every processor these tests multiply by packed weights."""
+    monkeypatch.setattr(onednn, "faster", lambda dtype: True)
 
 
 def loaded(architecture: str, dtype: torch.dtype = torch.float64, **settings: object) -> LoadedSae:

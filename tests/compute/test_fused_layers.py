@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from daemon.model import fused_layers
+from daemon.model import fused_layers, onednn
 from daemon.model.fused_layers import FusedDecoderLayer
 from daemon.model.onednn import ROW_STEP, OneDnnLinear, padded_rows, row_chunks, works
 from daemon.model.trie import build_trie
@@ -16,10 +16,16 @@ from tests.families import COMMON, FAMILIES, GROUPED, PACKED, save_family
 
 FUSED = {"llama", "mistral", "qwen2"}  # with a window that counts, and with biases
 
-pytestmark = [
-    pytest.mark.skipif(not works(torch.float32), reason="needs oneDNN's packed products"),
-    pytest.mark.skipif(routines() is None, reason="installed without a C compiler"),
-]
+pytestmark = pytest.mark.skipif(routines() is None, reason="installed without a C compiler")
+
+
+@pytest.fixture(params=["onednn", "torch"], autouse=True)
+def products(request, monkeypatch) -> str:
+    """Every test here runs with the products of both."""
+    if request.param == "onednn" and not works(torch.float32):
+        pytest.skip("needs oneDNN's packed products")
+    monkeypatch.setattr(onednn, "faster", lambda dtype: request.param == "onednn")
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,9 @@ def test_layers_of_the_kind_are_fused_in_float32_and_all_others_as_they_were(fam
     assert not any(isinstance(layer, FusedDecoderLayer) for layer in layers_of(engine))
 
 
-def test_products_see_few_numbers_of_rows(llama, sae, monkeypatch):
+def test_products_of_onednn_see_few_numbers_of_rows(products, llama, sae, monkeypatch):
+    if products == "torch":
+        pytest.skip("makes no kernels by the number of rows")
     engine = packed(llama, [sae], torch.float32)
     met: set[int] = set()
     multiply = OneDnnLinear._multiply

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from daemon.model import onednn
 from daemon.model.onednn import (
     ROW_STEP,
     TYPICAL_ROWS,
@@ -15,6 +16,12 @@ from daemon.model.onednn import (
     summands_of,
 )
 from tests.torch_threads import torch_threads
+
+
+@pytest.fixture(autouse=True)
+def onednn_is_faster(monkeypatch):
+    """On every processor these tests multiply by packed weights."""
+    monkeypatch.setattr(onednn, "faster", lambda dtype: True)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 16, 17, 300, 1000])
