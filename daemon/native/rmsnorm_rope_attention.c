@@ -263,5 +263,3 @@ CLONES int lensd_attend(const Attention *a, int64_t from, int64_t to) {
     free(scores);
     return result;
 }
-
-int lensd_width(void) { return WIDTH; }
