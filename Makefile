@@ -20,7 +20,7 @@ help:
 	@echo "make test    every test"
 	@echo "make test-newest   every test with the newest versions that pyproject.toml allows, in .venv-newest"
 	@echo "make test-oldest   every test with the oldest, in .venv-oldest"
-	@echo "make check   format, lint, types and the fast tests"
+	@echo "make check   format, lint, types, imports and the fast tests"
 	@echo "make bench   speed and memory beside what people run instead: deploy/bench/"
 	@echo "make sweep   every family, hook point and dictionary class against plain modules and SAELens"
 	@echo "make format  rewrite the code in the house format"
@@ -55,6 +55,7 @@ check: $(READY)
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-logo --no-cache
 	@.venv/bin/python -m pytest $(SHARED) -m "not slow"
 
 bench: $(READY)

@@ -26,17 +26,17 @@ from daemon.executor.autotune import auto_batch_tokens
 from daemon.executor.device_thread import DeviceThread
 from daemon.executor.local import LocalExecutor
 from daemon.executor.runner import BatchRunner
-from daemon.libraries import LIBRARIES, library
 from daemon.model.buffers import keep_memory, lasting
+from daemon.model.compiled_layers import can_compile
 from daemon.model.encoding import encoder_of
 from daemon.model.engine import Engine
 from daemon.model.failures import explained
-from daemon.model.fused import can_fuse
 from daemon.model.loading import LoadedModel, check_weights, load_model, locate_model, resolve_device
 from daemon.model.padded_engine import PaddedEngine
 from daemon.model.sae import LoadedSae, last_layer_read, load_saes
 from daemon.model.smollm2 import default_cache_dir
-from daemon.model.trie_engine import CannotPack, PackedEngine
+from daemon.model.trie_engine import CannotPack, TrieEngine
+from daemon.native.library import NAME, library
 from daemon.pause import Pause
 from daemon.pipeline import Limits, Pipeline
 from daemon.ports import Observer
@@ -84,9 +84,9 @@ def load_compute(config: Config) -> Compute:
     with lasting():
         engine, model = load_engine(config)
         runner = BatchRunner(engine, study_settings(config))
-    if engine.info.device == "cpu" and (missing := [name for name in LIBRARIES if library(name) is None]):
+    if engine.info.device == "cpu" and library() is None:
         log.warning(
-            "code.not_compiled", missing=missing, message="installed without a C compiler: runs slower"
+            "code.not_compiled", missing=[NAME], message="installed without a C compiler: runs slower"
         )
     max_batch_tokens = config.batching.max_batch_tokens
     if max_batch_tokens == "auto":
@@ -150,10 +150,10 @@ def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
     encoders = [encoder_of(entry, model.dtype) for entry in saes]
     positions = config.analysis.positions
     try:
-        compiles = config.model.compile == "auto" and can_fuse(model.device)
+        compiles = config.model.compile == "auto" and can_compile(model.device)
         if compiles:  # and finds it again at the next start
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_cache_dir() / "inductor"))
-        return PackedEngine(model, saes, encoders, positions, compiles=compiles), model
+        return TrieEngine(model, saes, encoders, positions, compiles=compiles), model
     except CannotPack as error:
         log.warning("engine.padded", model=model.location.name, reason=str(error))
         changed = error.model_changed

@@ -6,7 +6,7 @@ import pytest
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
 from daemon.model.sae import ARCHITECTURES
-from daemon.model.trie_engine import PackedEngine
+from daemon.model.trie_engine import TrieEngine
 from tests.sweep import CLASSES, Case, class_cases, sweep
 
 PLACES = [
@@ -39,7 +39,7 @@ def test_every_class_that_loads_is_swept_with_every_normalisation():
 
 
 def test_the_sweep_sees_a_difference(tmp_path, monkeypatch):
-    right = PackedEngine.residuals
-    monkeypatch.setattr(PackedEngine, "residuals", lambda *args: [x * (1 + 1e-4) for x in right(*args)])
+    right = TrieEngine.residuals
+    monkeypatch.setattr(TrieEngine, "residuals", lambda *args: [x * (1 + 1e-4) for x in right(*args)])
     (row,) = sweep("llama", [Case("blocks.1.hook_resid_post", "standard")], tmp_path)
     assert row.fails

@@ -1,4 +1,4 @@
-"""How two readings of a sample differ: between two of its texts, or between two layers of one text.
+"""Compares two texts of a sample, or two layers of one text.
 
 Everything is (N,) float64 over N pairs; NaN where a side has nothing to compare.
 """

@@ -16,7 +16,7 @@ from daemon.records import FeatureRows, FloatArray, IntArray
 
 @dataclass(frozen=True, slots=True)
 class StoredFeatures:
-    """What is stored of N texts: R rows per SAE, text by text."""
+    """The features to store of N texts: R rows per SAE, text by text."""
 
     acts: tuple[SparseActs, ...]  # one per SAE, of K positions
     rows: IntArray  # (R,) into `acts`: texts may share a position

@@ -1,10 +1,10 @@
-"""The shape of a weighted cloud of decoder rows: the inertia-tensor geometry of what fired.
+"""The shape of weighted decoder rows: the inertia-tensor geometry of the active features.
 
 With weights w = m / sum(m) on decoder rows r_i, centroid c = sum w_i r_i and tensor
 C = sum w_i (r_i - c)(r_i - c)^T (d_in x d_in). C is never formed: with S the matrix of rows
 sqrt(w_i) (r_i - c), C = S^T S has the same non-zero eigenvalues as the n x n Gram matrix S S^T, whose
-principal eigenvector u gives the principal axis S^T u / ||S^T u||. Nor is S, where the inner products of all
-decoder rows fit in memory: with K those of the active rows and D = diag(w),
+principal eigenvector u gives the principal axis S^T u / ||S^T u||. Nor is S, where compiled code reads the
+inner products of all decoder rows from a table: with K those of the active rows and D = diag(w),
 S S^T = D^(1/2) (K - 1 (K w)^T - (K w) 1^T + w^T K w) D^(1/2).
 
 All of it runs in float64, whatever the input: the shape is made of ratios of eigenvalues, and the Gram
@@ -13,9 +13,8 @@ matrix squares the condition of S, so float32 resolves b/a and c/a only down to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,33 +22,18 @@ from torch.nn import functional as F
 
 from daemon.analysis.angles import line_angle
 from daemon.analysis.columns import SHAPE_CLASSES
+from daemon.analysis.eigen import eigen, kernels
 from daemon.analysis.sparse import SparseActs
-from daemon.analysis.spectra import (
-    EXACT,
-    SLIM_FROM,
-    Clouds,
-    LookedUp,
-    kernels,
-    looked_up,
-    looks_up,
-    spectra_later,
-    sums_exactly,
-    weighted_sums,
-)
-from daemon.analysis.threads import side_by_side
+from daemon.native.eigen import routine, table_eigen
 
-T = TypeVar("T")
-Parts = TypeVar("Parts", "Geometry", "Solved")
-
-MAX_GATHERED = 1 << 19  # elements of what a chunk's rows are worked out in: 4 MiB, which caches hold
+MAX_GATHERED = 1 << 19  # numbers in the rows gathered for a chunk: 4 MiB, which caches hold
 GATHERED_SHARE = 32  # of an accelerator's memory, in bytes: 1 / 32 of it
 MAX_TABLE_BYTES = 128 << 20  # of all inner products of one dictionary
 WIDTH_SLACK = 1.25  # the widest row of a chunk has at most this many times the features of its narrowest,
-WIDTH_SLACK_LOOKED_UP = 4.0  # where only the weights are as wide as the widest,
 WIDTH_FLOOR = 16  # unless it has no more than this
 RELATIVE_EPSILON = 1e-12  # an eigenvalue below this share of the largest is rounding: 0
 POINT_EPSILON = 1e-24  # a squared length below this share of sum w_i ||r_i||^2 is rounding: 0
-CANCELLED = 1e-2  # a cloud below this share of that loses digits in the difference of inner products
+CANCELLED = 1e-2  # a spread below this share of that loses digits in the difference of inner products
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,98 +56,69 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class DecoderRows:
-    """The rows of one dictionary's decoder, and what is worked out about them once."""
+    """The rows of one dictionary's decoder; and, for compiled code, numbers about them that never change."""
 
     W_dec: Tensor  # (d_sae, d_in)
+    exact: Tensor | None  # (d_sae, d_in) the same in float64
     inner: Tensor | None  # (d_sae, d_sae) float64 inner products; None where they would be too large
-    summed: Tensor  # W_dec, in float64 unless a routine sums float32 exactly
 
     @classmethod
     def of(cls, W_dec: Tensor, max_bytes: int = MAX_TABLE_BYTES) -> DecoderRows:
-        if 8 * len(W_dec) ** 2 > max_bytes:
-            return cls(W_dec, None, W_dec)
+        if W_dec.device.type != "cpu" or routine() is None or 8 * len(W_dec) ** 2 > max_bytes:
+            return cls(W_dec, None, None)
         exact = W_dec.double()
-        return cls(W_dec, exact @ exact.T, W_dec if sums_exactly(W_dec) else exact)
+        return cls(W_dec, exact, exact @ exact.T)
 
     @property
-    def most(self) -> int:
-        """How many numbers a chunk of rows may need."""
+    def max_gathered(self) -> int:
+        """How many numbers the rows gathered for a chunk may have."""
         if self.W_dec.device.type != "cuda":
             return MAX_GATHERED
         return torch.cuda.get_device_properties(self.W_dec.device).total_memory // (8 * GATHERED_SHARE)
 
-    @property
-    def at_one_go(self) -> bool:
-        """Whether a routine takes many rows of different widths, and no matrices are formed."""
-        return self.inner is not None and looks_up(self.inner)
 
-    def elements(self) -> Callable[[int], int]:
-        """How many numbers a row of so many features needs at a time."""
-        d_in = self.W_dec.shape[1]
-        if self.inner is None:
-            return lambda width: width * d_in
-        return (lambda width: width + d_in) if self.at_one_go else (lambda width: width * width)
+@dataclass(frozen=True, slots=True)
+class WeightedRows:
+    """Weighted decoder rows at N positions."""
+
+    indices: Tensor  # (N, width) int64
+    weights: Tensor  # (N, width) float64, zero beyond the counts
+    counts: Tensor  # (N,) int64
+
+    @classmethod
+    def of(cls, acts: SparseActs) -> WeightedRows:
+        magnitudes = acts.values.double()
+        # a row that has no sum, or an infinite one, weighs nothing
+        weights = (magnitudes / magnitudes.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
+        return cls(acts.indices, weights, acts.counts)
+
+    def narrowed(self, rows: slice | Tensor, width: int) -> WeightedRows:
+        """Some of the rows, none of which has more than `width` features."""
+        return WeightedRows(self.indices[rows, :width], self.weights[rows, :width], self.counts[rows])
 
 
 def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
-    """The geometry of N sparse activations. Waits for the device once.
-
-    Rows are taken by ascending count, in chunks that bound what is gathered; on a CPU these run side by side,
-    or pieces of them.
-    """
-    order = acts.counts.argsort()
-    ordered = acts.select(order)
-    slack = WIDTH_SLACK_LOOKED_UP if decoder.at_one_go else WIDTH_SLACK
-    planned = list(row_chunks(ordered.counts.tolist(), decoder.elements(), decoder.most, slack))
-    slim_from = EXACT if acts.values.dtype == torch.float64 else SLIM_FROM
-
-    def clouds(chunk: tuple[slice, int]) -> Clouds:
-        rows, width = chunk
-        return _weighed(ordered.indices[rows, :width], ordered.values[rows, :width], ordered.counts[rows])
-
-    def whole(chunk: tuple[slice, int]) -> Geometry:
-        return _shape(_begun(clouds(chunk), decoder, slim_from)(), ordered.counts[chunk[0]])
-
-    if decoder.at_one_go and decoder.inner is not None:
-        groups = [clouds(chunk) for chunk in planned]
-        found = looked_up(decoder.inner, groups, slim_from)
-        solved = [_looked_up(*one, decoder) for one in zip(groups, found, strict=True)]
-        shapes = [_shape(one, group.counts) for one, group in zip(solved, groups, strict=True)]
-        shape = _joined(Geometry, shapes)
-    elif decoder.W_dec.device.type == "cpu":
-        shape = _joined(Geometry, side_by_side(whole, planned))
-    else:  # what is done once costs one call
-        begun = (_begun(clouds(chunk), decoder, slim_from) for chunk in planned)
-        shape = _shape(_joined(Solved, list(one_ahead(begun))), ordered.counts)
+    """The geometry of N sparse activations."""
+    order = acts.counts.argsort()  # neighbours of like width waste little
+    ordered = WeightedRows.of(acts.select(order))
+    solved = None if decoder.inner is None else _by_table(ordered, decoder, decoder.inner)
+    shape = _shape(_by_rows(ordered, decoder) if solved is None else solved, ordered.counts)
     inverse = order.argsort()
     return Geometry(**{field.name: getattr(shape, field.name)[inverse] for field in fields(Geometry)})
 
 
-def one_ahead(begun: Iterator[Callable[[], T]]) -> Iterator[T]:
-    """What each gives when it is called, which is once the next is begun."""
-    before: Callable[[], T] | None = None
-    for this in begun:
-        if before is not None:
-            yield before()
-        before = this
-    if before is not None:
-        yield before()
-
-
-def row_chunks(
-    ascending: list[int], elements: Callable[[int], int], most: int, slack: float = WIDTH_SLACK
-) -> Iterator[tuple[slice, int]]:
+def row_chunks(ascending: list[int], d_in: int, max_gathered: int) -> Iterator[tuple[slice, int]]:
     """Runs of rows of similar width, and each run's width; one empty run if there are no rows.
 
-    `elements` is how many numbers a row of a width needs; a run of several rows needs at most `most`.
+    A run of several rows gathers at most `max_gathered` numbers, d_in for each feature.
     """
     start = 0
     for stop in range(1, len(ascending) + 1):
         at_end = stop == len(ascending)
         width = max(1, ascending[stop - 1])
         following = width if at_end else max(1, ascending[stop])
-        too_wide = following > max(WIDTH_FLOOR, slack * ascending[start])
-        too_large = (stop + 1 - start) * elements(following) > most
+        too_wide = following > max(WIDTH_FLOOR, WIDTH_SLACK * ascending[start])
+        too_large = (stop + 1 - start) * following * d_in > max_gathered
         if at_end or too_wide or too_large:
             yield slice(start, stop), width
             start = stop
@@ -173,46 +128,68 @@ def row_chunks(
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """What the shapes of a few positions are made of."""
+    """The numbers that the shapes of N positions are made of."""
 
-    eigenvalues: Tensor  # (rows, width) of S S^T, descending
-    axis: Tensor  # (rows, d_in) S^T u for its principal eigenvector u
-    centroid: Tensor  # (rows, d_in)
-    moment: Tensor  # (rows,) sum w_i ||r_i||^2
-
-
-def _joined(kind: type[Parts], pieces: Sequence[Parts]) -> Parts:
-    """One Geometry, or Solved, of several; what is less wide is filled up with zeros."""
-
-    def together(name: str) -> Tensor:
-        tensors = [getattr(piece, name) for piece in pieces]
-        if name == "eigenvalues":
-            widest = max(tensor.shape[1] for tensor in tensors)
-            tensors = [F.pad(tensor, (0, widest - tensor.shape[1])) for tensor in tensors]
-        return torch.cat(tensors)
-
-    return kind(**{field.name: together(field.name) for field in fields(kind)})
+    eigenvalues: Tensor  # (N, width) of S S^T, descending
+    axis: Tensor  # (N, d_in) S^T u for its principal eigenvector u
+    centroid: Tensor  # (N, d_in)
+    moment: Tensor  # (N,) sum w_i ||r_i||^2
 
 
-def _weighed(indices: Tensor, values: Tensor, counts: Tensor) -> Clouds:
-    """indices, values: (rows, width), counts: (rows,)."""
-    magnitudes = values.double()
-    # a row that has no sum, or an infinite one, weighs nothing
-    weights = (magnitudes / magnitudes.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
-    return Clouds(indices.contiguous(), weights.contiguous(), counts.contiguous())
+def _by_rows(rows: WeightedRows, decoder: DecoderRows) -> Solved:
+    """By the decoder rows themselves, in chunks that bound the gathered rows; `rows` by ascending count."""
+    chunks = row_chunks(rows.counts.tolist(), decoder.W_dec.shape[1], decoder.max_gathered)
+    pieces = [_gathered(rows.narrowed(chunk, width), decoder.W_dec) for chunk, width in chunks]
+    width = rows.indices.shape[1]
+    return Solved(
+        eigenvalues=torch.cat([_padded(piece.eigenvalues, width) for piece in pieces]),
+        axis=torch.cat([piece.axis for piece in pieces]),
+        centroid=torch.cat([piece.centroid for piece in pieces]),
+        moment=torch.cat([piece.moment for piece in pieces]),
+    )
 
 
-def _begun(clouds: Clouds, decoder: DecoderRows, slim_from: int) -> Callable[[], Solved]:
-    """What can be begun is; the call ends it."""
-    if decoder.inner is None:
-        return _gathered(clouds, decoder.W_dec, slim_from)
-    (found,) = looked_up(decoder.inner, [clouds], slim_from)
-    solved = _looked_up(clouds, found, decoder)
-    return lambda: solved
+def _gathered(rows: WeightedRows, W_dec: Tensor) -> Solved:
+    """Exact for the smallest spread; takes (rows, width, d_in) of memory."""
+    indices, weights, counts = rows.indices, rows.weights, rows.counts
+    if W_dec.device.type == "cuda" and (ours := kernels()) is not None:
+        spread, centroid, moment = ours.centred(W_dec, indices, weights, counts)  # S
+    else:
+        decoders = W_dec[indices].double()
+        moment = (weights * torch.linalg.vector_norm(decoders, dim=-1).square()).sum(-1)
+        centroid = (weights.unsqueeze(1) @ decoders).squeeze(1)
+        spread = decoders.sub_(centroid.unsqueeze(1)).mul_(weights.sqrt().unsqueeze(-1))
+    found = eigen(spread @ spread.mT, counts)
+    return Solved(found.values, (found.principal.unsqueeze(1) @ spread).squeeze(1), centroid, moment)
+
+
+def _by_table(rows: WeightedRows, decoder: DecoderRows, inner: Tensor) -> Solved | None:
+    """By the table of inner products; spreads too small for their differences by the rows themselves.
+
+    None where the compiled code does not converge.
+    """
+    indices, weights, counts = rows.indices, rows.weights, rows.counts
+    found = table_eigen(inner, indices, weights, counts)
+    if found is None or decoder.exact is None:
+        return None
+    eigenvalues, principal, moment, square = found
+    centroid = weighted_sum(indices, weights, counts, decoder.exact)
+    scaled = weights.sqrt() * principal
+    axis = weighted_sum(indices, scaled, counts, decoder.exact) - scaled.sum(-1, keepdim=True) * centroid
+    small = ((moment - square <= CANCELLED * moment) & (counts > 1)).nonzero().squeeze(1)
+    if len(small):
+        again = _by_rows(rows.narrowed(small, indices.shape[1]), decoder)
+        eigenvalues[small], moment[small] = again.eigenvalues, again.moment
+        axis[small], centroid[small] = again.axis, again.centroid
+    return Solved(eigenvalues, axis, centroid, moment)
+
+
+def _padded(values: Tensor, width: int) -> Tensor:
+    return F.pad(values, (0, width - values.shape[1]))
 
 
 def _shape(solved: Solved, counts: Tensor) -> Geometry:
-    """The geometry of clouds of `counts` (rows,) decoder rows."""
+    """The geometry of `counts` (N,) weighted rows at each of N positions."""
     eigenvalues = _clean_eigenvalues(solved.eigenvalues, counts, POINT_EPSILON * solved.moment)
     has_shape = eigenvalues[:, 0] > 0
     axis = _where(has_shape, solved.axis / torch.linalg.vector_norm(solved.axis, dim=-1, keepdim=True))
@@ -233,43 +210,6 @@ def _shape(solved: Solved, counts: Tensor) -> Geometry:
     )
 
 
-def _gathered(clouds: Clouds, W_dec: Tensor, slim_from: int = EXACT) -> Callable[[], Solved]:
-    """By the rows themselves: exact for the smallest cloud, (rows, width, d_in) of memory."""
-    indices, weights, counts = clouds.indices, clouds.weights, clouds.counts
-    if W_dec.device.type == "cuda" and (ours := kernels()) is not None:
-        spread, centroid, moment = ours.centred(W_dec, indices, weights, counts)  # S
-    else:
-        decoders = W_dec[indices].double()
-        moment = (weights * torch.linalg.vector_norm(decoders, dim=-1).square()).sum(-1)
-        centroid = (weights.unsqueeze(1) @ decoders).squeeze(1)
-        spread = decoders.sub_(centroid.unsqueeze(1)).mul_(weights.sqrt().unsqueeze(-1))
-    found = spectra_later(spread @ spread.mT, counts, slim_from)
-
-    def solved() -> Solved:
-        spectra = found()
-        axis = (spectra.principal.unsqueeze(1) @ spread).squeeze(1)
-        return Solved(spectra.eigenvalues, axis, centroid, moment)
-
-    return solved
-
-
-def _looked_up(clouds: Clouds, found: LookedUp, decoder: DecoderRows) -> Solved:
-    """By the table of inner products; clouds too small for differences of those by the rows themselves."""
-    indices, weights, counts = clouds.indices, clouds.weights, clouds.counts
-    eigenvalues, moment = found.spectra.eigenvalues, found.moment
-    centroid = exact_sum(indices, weights, counts, decoder.summed)
-    scaled = weights.sqrt() * found.spectra.principal
-    axis = exact_sum(indices, scaled, counts, decoder.summed) - scaled.sum(-1, keepdim=True) * centroid
-    small = ((moment - found.square <= CANCELLED * moment) & (counts > 1)).nonzero().squeeze(1)
-    d_in = decoder.W_dec.shape[1]
-    for chunk, width in row_chunks(counts[small].tolist(), lambda width: width * d_in, decoder.most):
-        rows = small[chunk]
-        exact = _gathered(Clouds(indices[rows, :width], weights[rows, :width], counts[rows]), decoder.W_dec)()
-        eigenvalues[rows] = F.pad(exact.eigenvalues, (0, eigenvalues.shape[1] - width))
-        axis[rows], centroid[rows], moment[rows] = exact.axis, exact.centroid, exact.moment
-    return Solved(eigenvalues, axis, centroid, moment)
-
-
 def weighted_sum(indices: Tensor, weights: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
     """sum_i weights_i rows[indices_i]: (N, width) twice, (N,), (M, d) -> (N, d), no (N, width, d) in between.
 
@@ -279,13 +219,6 @@ def weighted_sum(indices: Tensor, weights: Tensor, counts: Tensor, rows: Tensor)
         sums: Tensor = ours.weighted_sums(rows, indices, weights, counts)
         return sums
     return F.embedding_bag(indices, rows, mode="sum", per_sample_weights=weights)
-
-
-def exact_sum(indices: Tensor, weights: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
-    """`weighted_sum` in float64, of rows as `DecoderRows.summed` has them."""
-    if sums_exactly(rows):
-        return weighted_sums(rows, indices, weights, counts)
-    return weighted_sum(indices, weights, counts, rows)
 
 
 def _clean_eigenvalues(descending: Tensor, counts: Tensor, point: Tensor) -> Tensor:

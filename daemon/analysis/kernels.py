@@ -1,9 +1,9 @@
-"""Kernels for sums and clouds of decoder rows on CUDA: what lies around a centroid, and spectra.
+"""Kernels for weighted decoder rows on CUDA: sums, centring, eigenvalues and principal eigenvectors.
 
-cuSOLVER takes one small matrix after the other. The host's cores are quicker (`spectra.c`), but the device
+cuSOLVER takes one small matrix after the other. The host's cores are quicker (`eigen.c`), but the device
 waits for them. Here a block of threads has a matrix in its registers for Householder's reduction to a
 tridiagonal (Golub & Van Loan, 8.3.1); a thread finds each eigenvalue by bisection (Sturm counts, 8.4.1),
-and each principal eigenvector by inverse iteration shifted above the spectrum, as in `spectra.c`.
+and each principal eigenvector by inverse iteration shifted above all eigenvalues, as in `eigen.c`.
 
 Written in Triton, which comes with torch's builds for CUDA: import it where there is one.
 """
@@ -17,21 +17,14 @@ from torch import Tensor
 
 WIDEST = 128  # rows of a matrix that the registers of a block hold
 TILES = (128, 64, 32)  # rows of what is left of a matrix: a reduction goes on in the least that holds it
-# The warps that share each of them, and the registers of a thread: the most blocks at once without spilling.
-SHARED = {
-    torch.float64: ((16, 128), (4, 255), (1, 255)),
-    torch.float32: ((8, 255), (4, 96), (1, 128)),
-}
-HALVINGS = {torch.float64: 50, torch.float32: 26}  # of an interval of twice Gershgorin's radius
-# Inverse iteration stays off the principal eigenvalue by this share of it, more than a bisection is off. A
-# step divides another eigenvector's share by its distance over that.
-SHIFT = {torch.float64: 1e-11, torch.float32: 4e-6}
-STEPS = {torch.float64: 2, torch.float32: 4}
-# A squared length in a matrix of trace 1 that is nothing: float32's kernels take what is below 1e-38 for 0.
-NOTHING = {torch.float64: 1e-290, torch.float32: 1e-30}
+SHARED = ((16, 128), (4, 255), (1, 255))  # warps of each tile and registers of a thread: no spills
+HALVINGS = 50  # of an interval of twice Gershgorin's radius
+SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays off it
+STEPS = 2  # each divides another eigenvector's share by its distance over the shift
+NOTHING = 1e-290  # a squared length in a matrix of trace 1 that is nothing
 LANES = 32  # eigenvectors that one warp finds
 PIVOT = tl.constexpr(1e-30)  # of a trace of 1; a pivot of a Sturm sequence is not below it
-STRIP = 256  # coordinates of a cloud that a block of threads takes
+STRIP = 256  # coordinates of a row that a block of threads takes
 
 
 def centred(W_dec: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,12 +60,11 @@ def weighted_sums(table: Tensor, indices: Tensor, weights: Tensor, counts: Tenso
     return sums
 
 
-def spectra_on_device(gram: Tensor, counts: Tensor, exact: bool = True) -> tuple[Tensor, Tensor]:
+def eigen_on_device(gram: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """gram: (rows, width, width) float64, width at most WIDEST, zero beyond the first `counts` (rows,).
 
-    Unless `exact` the reduction is in float32, of a matrix scaled to a trace of 1. Returns the eigenvalues
-    (rows, width), descending, and the unit eigenvectors (rows, width) of the first, arbitrary where that is
-    not above 0. The device's current stream does it; nothing waits.
+    Returns the eigenvalues (rows, width), descending, and the unit eigenvectors (rows, width) of the first,
+    arbitrary where that is not above 0. Runs on the device's current stream; nothing waits.
     """
     gram, counts = gram.contiguous(), counts.contiguous()
     rows, width = gram.shape[:2]
@@ -80,27 +72,26 @@ def spectra_on_device(gram: Tensor, counts: Tensor, exact: bool = True) -> tuple
     if not rows:
         return eigenvalues, vectors
     traces = gram.diagonal(dim1=1, dim2=2).sum(-1)
-    dtype = torch.float64 if exact else torch.float32
-    diagonal, beside, tau = gram.new_zeros(3, width, rows, dtype=dtype).unbind()  # a column a matrix
+    diagonal, beside, tau = gram.new_zeros(3, width, rows).unbind()  # a column a matrix
     start, pivots = gram.new_zeros(2, width, rows).unbind()
-    reflectors = gram.new_empty(gram.shape, dtype=dtype)
+    reflectors = torch.empty_like(gram)
     tile = max(TILES[-1], triton.next_power_of_2(width))
     with torch.cuda.device(gram.device):
-        for size, following, (warps, registers) in zip(TILES, (*TILES[1:], 0), SHARED[dtype], strict=True):
+        for size, following, (warps, registers) in zip(TILES, (*TILES[1:], 0), SHARED, strict=True):
             if size <= tile:
                 reduce[rows,](
-                    *(gram, traces, counts, diagonal, beside, tau, reflectors, rows, width, NOTHING[dtype]),
+                    *(gram, traces, counts, diagonal, beside, tau, reflectors, rows, width, NOTHING),
                     N=size,
                     FOLLOWING=following,
                     num_warps=warps,
                     maxnreg=registers,
                 )
         tridiagonals = diagonal, beside, traces, counts, eigenvalues
-        bisect[rows,](*tridiagonals, rows, width, HALVINGS[dtype], N=tile, num_warps=tile // 32)
+        bisect[rows,](*tridiagonals, rows, width, HALVINGS, N=tile, num_warps=tile // 32)
         groups = triton.cdiv(rows, LANES)
         iterate[groups,](
-            *(*tridiagonals, start, pivots, rows, width, SHIFT[dtype]),
-            STEPS=STEPS[dtype],
+            *(*tridiagonals, start, pivots, rows, width, SHIFT),
+            STEPS=STEPS,
             N=LANES,
             num_warps=1,
         )
@@ -110,7 +101,7 @@ def spectra_on_device(gram: Tensor, counts: Tensor, exact: bool = True) -> tuple
 
 @triton.jit(do_not_specialize=("width",))
 def centre(W_dec, indices, weights, counts, spread, centroid, moment, width, d, strips, N: tl.constexpr):
-    """A strip of coordinates of one cloud."""
+    """A strip of coordinates of one position's rows."""
     row, strip = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n = tl.load(counts + row)
     j = strip * N + tl.arange(0, N)

@@ -1,4 +1,4 @@
-"""How well the strongest features of a residual survive noise.
+"""Measures how well the strongest features of a residual survive noise.
 
 The noise of a text is a function of (seed, sample id, text name) alone, so a result does not depend on how
 samples are batched, ordered or restarted. An SAE's pre-activations are linear in x, so the whole bank is
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from daemon.analysis.thresholds import Thresholds
 from daemon.records import IntArray
 
 NOISE_BANK_SIZE = 256  # rows; a byte of a hash is a row
@@ -73,13 +72,9 @@ def stability(noise: Noise, x: Tensor, draws: Tensor, top_k: int) -> tuple[Tenso
     """
     n, k = draws.shape
     pre_acts = noise.pre_acts(x)
-    sets = None
-    if isinstance(noise.activate, Thresholds):
-        sets = noise.activate.strongest(pre_acts, noise.projected, draws, top_k)
-    if sets is None:
-        rows = max(1, MAX_ACTIVATED[x.device.type] // (k + 1))
-        pieces = [slice(start, start + rows) for start in range(0, max(1, n), rows)]
-        sets = torch.cat([_sets(noise, pre_acts[piece], draws[piece], top_k) for piece in pieces])
+    rows = max(1, MAX_ACTIVATED[x.device.type] // (k + 1))
+    pieces = [slice(start, start + rows) for start in range(0, max(1, n), rows)]
+    sets = torch.cat([_sets(noise, pre_acts[piece], draws[piece], top_k) for piece in pieces])
     jaccard = _similarity(sets).where(noise.defined(x, draws).unsqueeze(1), torch.nan)
     return jaccard.mean(-1), jaccard.std(-1, correction=0)
 

@@ -1,4 +1,4 @@
-"""Everything that is said about a batch of samples, from the activations of its texts.
+"""Computes every analysis column of a batch of samples from the activations of its texts.
 
 N = n samples x T texts positions, sample-major: row = sample * T + text. Knows nothing about models,
 files or configuration; runs on whatever device its inputs are on, and hands back NumPy arrays.
@@ -25,8 +25,8 @@ from daemon.analysis.columns import (
 from daemon.analysis.drift import axis_twist, centroid_drift, cross_layer_consistency
 from daemon.analysis.geometry import DecoderRows, Geometry, geometry
 from daemon.analysis.host import to_host
+from daemon.analysis.magnitudes import gini, l2_norm, top_k_entropy
 from daemon.analysis.sparse import SparseActs
-from daemon.analysis.spectrum import gini, l2_norm, top_k_entropy
 from daemon.analysis.stability import Noise, noise_draws, stability
 from daemon.recipes import Contrast, Recipe
 from daemon.records import FloatArray, LayerSums, Positions
@@ -34,7 +34,7 @@ from daemon.records import FloatArray, LayerSums, Positions
 
 @dataclass(frozen=True, slots=True)
 class LayerActivations:
-    """What one SAE gave at N positions."""
+    """One SAE's activations at N positions, and their reconstruction."""
 
     layer: int
     x: Tensor | None  # (N, d_in) what the SAE read; None where features are the maximum of several readings
@@ -125,7 +125,7 @@ def errors(layer: LayerActivations) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Perturbation:
-    """What the stability of a batch of samples needs besides x."""
+    """The noise and settings by which a batch's stability is measured."""
 
     noise: Noise | None
     sample_ids: Sequence[str]
@@ -182,7 +182,7 @@ def _last_layers_consistency(layers: Sequence[LayerActivations], rows: Tensor) -
 
 
 def _text_rows(names: tuple[str, ...], name: str, readings: Tensor) -> Tensor:
-    """The rows (n,) of N readings that hold one text of each sample."""
+    """The rows (n,) of N that hold one text of each sample."""
     return torch.arange(names.index(name), len(readings), len(names), device=readings.device)
 
 
@@ -198,7 +198,7 @@ def _as_kind(values: FloatArray, kind: Kind) -> npt.NDArray[np.generic]:
 
 
 def layer_sums(layer: LayerActivations, n_texts: int) -> LayerSums:
-    """What FVU and mean L0 are made of, per sample of `n_texts` readings; zeros for FVU without x."""
+    """The sums behind FVU and mean L0, per sample of `n_texts` rows; zeros for FVU without x."""
     l0 = layer.acts.counts.double().view(-1, n_texts).sum(-1)
     n = len(l0)
     if layer.target is None or layer.reconstruction is None:

@@ -19,11 +19,11 @@ import numpy as np
 import structlog
 import torch
 
-from daemon.analysis.threads import side_by_side
-from daemon.batching.splitting import core_groups
+from daemon.batching.splitting import piece_count
 from daemon.executor.device_thread import is_out_of_memory
-from daemon.libraries import LIBRARIES, library
 from daemon.model.engine import Engine
+from daemon.native.library import library
+from daemon.native.threads import side_by_side
 
 CANDIDATES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384, 32768, 65536)}
 TEXT_TOKENS = 64  # of the texts that are tried
@@ -87,9 +87,8 @@ def measure(engine: Engine, vocabulary: int) -> dict[int, list[float]]:
 
 def extract(engine: Engine, texts: Sequence[Sequence[int]]) -> None:
     """Read the texts as a batch is read: where the engine allows it, in pieces side by side."""
-    cores = torch.get_num_threads()
-    n = core_groups(sum(map(len, texts)), cores)[0] if engine.concurrent else 1
-    side_by_side(engine.extract, [texts[first::n] for first in range(n)], cores // n)
+    n = piece_count(sum(map(len, texts)), torch.get_num_threads()) if engine.concurrent else 1
+    side_by_side(engine.extract, [texts[first::n] for first in range(n)])
 
 
 def steady(seconds: list[float]) -> bool:
@@ -105,7 +104,7 @@ def machine_key(engine: Engine) -> str:
         torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         version("torch"),
         version("lensd"),
-        [name for name in LIBRARIES if library(name) is not None],
+        library() is not None,
         dataclasses.astuple(engine.info),
     ]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from daemon import mapped
+from daemon import mmap_arrays
 from daemon.analysis.features import feature_rows
 from daemon.analysis.stability import Noise, noise_bank
 from daemon.analysis.study import StudySettings, analyse, layer_sums
-from daemon.analysis.threads import side_by_side
 from daemon.batching.splitting import concat_results, split_batch
 from daemon.model.cuda_streams import finish, on_cuda
 from daemon.model.engine import Engine
 from daemon.model.extraction import Extraction, NotFinite, Started
 from daemon.model_info import ModelInfo
+from daemon.native.threads import side_by_side
 from daemon.records import Batch, BatchResult, FeatureRows, RowMessage
 
 
@@ -51,10 +51,9 @@ class BatchRunner:
 
     def run(self, batch: Batch) -> BatchResult:
         """Every analysis column and the sparse features of a batch; on a CPU its pieces side by side."""
-        cores = torch.get_num_threads()
-        pieces, at_a_time = split_batch(batch, cores) if self.engine.concurrent else ([batch], 1)
-        results = side_by_side(lambda piece: self._finished(self.begin(piece)), pieces, cores // at_a_time)
-        return outliving(concat_results(results, at_a_time))
+        pieces = split_batch(batch, torch.get_num_threads()) if self.engine.concurrent else [batch]
+        results = side_by_side(lambda piece: self._finished(self.begin(piece)), pieces)
+        return detach_from_heap(concat_results(results))
 
     def runs(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
         """`run` of each batch; where batches overlap, the next one begins before one is read out."""
@@ -77,7 +76,7 @@ class BatchRunner:
 
     def finish(self, begun: BegunBatch) -> BatchResult:
         """Encode and analyse a batch, beside what was begun after it."""
-        return outliving(self._finished(begun))
+        return detach_from_heap(self._finished(begun))
 
     def _finished(self, begun: BegunBatch) -> BatchResult:
         with begun.started.forward.followed():
@@ -142,11 +141,11 @@ def empty_rows(columns: dict[str, npt.NDArray[np.generic]], rows: Sequence[int])
             column[rows] = np.nan
 
 
-def outliving(result: BatchResult) -> BatchResult:
-    """The same result; what outlives the batch, all but the sums of layers, is out of the next one's way."""
+def detach_from_heap(result: BatchResult) -> BatchResult:
+    """The same result, whose large arrays lie outside the heap: long-lived allocations fragment it."""
     numbers = {name: column for name, column in result.columns.items() if column.dtype != object}
     features = {field.name: getattr(result.features, field.name) for field in dataclasses.fields(FeatureRows)}
-    copies = mapped.copies([*numbers.values(), *features.values()])
+    copies = mmap_arrays.copies([*numbers.values(), *features.values()])
     return dataclasses.replace(
         result,
         columns=result.columns | dict(zip(numbers, copies[: len(numbers)], strict=True)),

@@ -2,8 +2,8 @@
 
 On a CPU that is the C library's heap, which would else give large pieces back and have the system clear them
 anew, page by page, for the next batch; on CUDA it is torch's allocator, which keeps them by itself.
-What is there before the first batch lies by itself (`lasting`), and what outlives its batch goes elsewhere
-(`daemon.mapped`). Knows nothing about what is computed.
+Allocations before the first batch are mapped by themselves (`lasting`); arrays that outlive their batch lie
+elsewhere (`daemon.mmap_arrays`). Knows nothing about the computation.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def keep_memory() -> None:
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """What is allocated meanwhile is to stay: each larger piece is mapped by itself. After `keep_memory`.
+    """Map each larger allocation made meanwhile by itself, for memory that stays. After `keep_memory`.
 
-    In the heap what loading a model frees would be holes between what stays, and batches would work in those.
+    In the heap, loading a model would leave holes between long-lived pieces, and batches would work in those.
     """
     set_heap(M_MMAP_THRESHOLD, LASTING_BYTES)
     try:

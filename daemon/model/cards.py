@@ -1,4 +1,4 @@
-"""What a dictionary's card says of it: its mean L0 and its FVU, where its makers measured them.
+"""Reads a dictionary's card: the mean L0 and the FVU that its makers measured.
 
 SAELens's registry has such figures for releases; the metadata of some dictionaries has them too.
 Knows no model.
@@ -33,7 +33,7 @@ def card_of(sae: Any, release: str | None, sae_id: str | None) -> Fit:
 
 
 def of_registry(release: str, sae_id: str) -> Fit:
-    """What SAELens knows of a dictionary that it names."""
+    """The card in SAELens's registry of a dictionary that it names."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     known = get_pretrained_saes_directory().get(release)

@@ -136,7 +136,7 @@ def check_complete(what: str, model: Any, report: LoadReport, last_layer: int) -
 
 
 def remedy(missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    """What to do about names that do not fit."""
+    """The remedy for names that do not fit."""
     left_over = list(unexpected)
     for pattern, whose, advice in WRAPPERS:
         if any(pattern.search(name) for name in left_over):

@@ -1,7 +1,7 @@
-"""Work that a device goes on with while the host does something else.
+"""Starts work on a device without waiting for it, and overlaps it with the next batch's. Knows no model.
 
-On CUDA a forward pass is only started by the host, and what is made of it runs on a stream of its own, beside
-the next batch's forward pass. On a CPU everything is done once it was asked for. Knows no model.
+On CUDA the host only starts a forward pass; its results are encoded and analysed on a stream of their own,
+beside the next batch's forward pass. On a CPU every call has ended when it returns.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 
-class Launched:
-    """What the device is asked for between entering and leaving; CUDA may still be at it afterwards."""
+class Launch:
+    """The operations started between entering and leaving; CUDA may run them still afterwards."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._marks: list[Any] = []  # events on CUDA, elsewhere seconds
 
-    def __enter__(self) -> Launched:
+    def __enter__(self) -> Launch:
         self._mark()
         return self
 
@@ -41,7 +41,7 @@ class Launched:
         self._marks.append(event)
 
     def seconds(self) -> float:
-        """How long it took. Waits for its end."""
+        """The seconds that they took. Waits for their end."""
         began, ended = self._marks
         if not on_cuda(self._device):
             return float(ended - began)
@@ -50,7 +50,7 @@ class Launched:
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
-        """What is asked for within comes after it, beside what was launched since, and is done on leaving."""
+        """Run operations after these, beside those launched since. Waits for their end on leaving."""
         if not on_cuda(self._device):
             yield
             return
@@ -74,12 +74,12 @@ def on_cuda(device: str) -> bool:
 
 
 def finish(device: str) -> None:
-    """Wait for what this thread's stream was asked for."""
+    """Wait for the operations of this thread's stream."""
     if on_cuda(device):
         torch.cuda.current_stream(device).synchronize()
 
 
-def moved(values: npt.NDArray[np.integer[Any]], device: str | torch.device) -> Tensor:
+def to_device(values: npt.NDArray[np.integer[Any]], device: str | torch.device) -> Tensor:
     """On the device; to CUDA by pinned memory, so that the host goes on while it is copied."""
     on_host = torch.from_numpy(values)
     if torch.device(device).type == "cuda":

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from daemon.analysis.geometry import DecoderRows, weighted_sum
 from daemon.analysis.sparse import SparseActs, from_dense
-from daemon.analysis.thresholds import Thresholds
 from daemon.model.onednn import Product, product, split_product
 from daemon.model.overflow import NORMALISING, Bounds
 from daemon.model.sae import LoadedSae
@@ -49,7 +48,7 @@ class Encoder(Protocol):
         ...
 
     def project(self, noise: Tensor) -> Tensor:
-        """What adding `noise` (M, d_in) to x adds to `pre_acts` (M, d_pre)."""
+        """The change of `pre_acts` (M, d_pre) by adding `noise` (M, d_in) to x."""
         ...
 
     def trusts_noise(self, projected: Tensor) -> Tensor:
@@ -191,10 +190,7 @@ class FusedEncoder:
         return pre_acts, self.activate(pre_acts)
 
     def encode(self, x: Tensor) -> SparseActs:
-        pre_acts = self._product(x)
-        if isinstance(self.activate, Thresholds):
-            return self.activate.compact(pre_acts)
-        return from_dense(self.activate(pre_acts))
+        return from_dense(self.activate(self._product(x)))
 
     def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
         written = weighted_sum(acts.indices, acts.values, acts.counts, self._written)
@@ -204,11 +200,12 @@ class FusedEncoder:
 
 def standard(sae: Any) -> Callable[[Tensor], Tensor]:
     activation: Callable[[Tensor], Tensor] = sae.activation_fn
-    return Thresholds(torch.zeros_like(sae.W_enc[0])) if type(activation) is torch.nn.ReLU else activation
+    return activation
 
 
 def jumprelu(sae: Any) -> Callable[[Tensor], Tensor]:
-    return Thresholds(sae.threshold.clamp(min=0))
+    threshold = sae.threshold.clamp(min=0)
+    return lambda pre_acts: pre_acts.where(pre_acts > threshold, 0)
 
 
 def topk(sae: Any) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""What passes between the steps of an engine. Knows no model."""
+"""The messages between the steps of an engine. Knows no model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from daemon.analysis.features import StoredFeatures
 from daemon.analysis.study import LayerActivations
-from daemon.model.cuda_streams import Launched
+from daemon.model.cuda_streams import Launch
 from daemon.records import IntArray
 
 
 @dataclass(frozen=True, slots=True)
-class Readings:
-    """Which of the computed tokens are encoded, and which of these each text reads."""
+class ReadPositions:
+    """The computed tokens that are encoded, and those of them that belong to each text."""
 
     keep: IntArray  # (K,) computed tokens that are encoded
     rows: IntArray  # (R,) what the texts read in turn, as rows of `keep`
@@ -34,26 +34,26 @@ class Started:
     """A forward pass over N texts that the device may still be at."""
 
     texts: Sequence[Sequence[int]]
-    readings: Readings
+    readings: ReadPositions
     read: Sequence[Tensor]  # per SAE what it reads (K, d_in), as the model has it
     written: Sequence[Tensor]  # per SAE what it is to reconstruct (K, d_out): the same but for transcoders
-    forward: Launched
+    forward: Launch  # the forward pass
     computed_tokens: int  # token positions that the model runs, padding included
     padding_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class NotFinite:
-    """A text of whose readings at an SAE one holds NaN or infinity."""
+    """A text with NaN or infinity at one of its positions at an SAE."""
 
     text: int
     sae: int
-    in_model: bool  # what the model gives the SAE; else what the SAE makes of it
+    in_model: bool  # in the model's values; else in the SAE's
 
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """What N texts gave: one reading of each to analyse, and the features to store."""
+    """The results of N texts: one position of each to analyse, and the features to store."""
 
     layers: tuple[LayerActivations, ...]  # one per SAE, N rows in the order of the texts
     stored: StoredFeatures

@@ -165,7 +165,7 @@ def of_the_machine(what: str, error: BaseException) -> MachineError | None:
 
 
 def of_the_repository(what: str, error: BaseException) -> ConfigError | None:
-    """What the hub said of a repository, by a class of its own."""
+    """The hub's answer about a repository, by the class of its error."""
     known = names(error)
     if "GatedRepoError" in known:
         return ConfigError(
@@ -196,7 +196,7 @@ def of_the_repository(what: str, error: BaseException) -> ConfigError | None:
 
 
 def of_the_status(what: str, error: BaseException) -> ConfigError | MachineError | None:
-    """What the status of an answer means."""
+    """The meaning of an answer's status."""
     status = status_of(error)
     if status is None or status < 400:
         return None
@@ -308,7 +308,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def sense(error: BaseException) -> str:
-    """What a library's message says, on one line and not long: its first line that is not a heading."""
+    """The sense of a library's message on one short line: its first line that is not a heading."""
     text = COLOUR.sub("", str(error))
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     said = ""

@@ -342,7 +342,7 @@ def context_of(config: Any) -> int | None:
 def model_info(
     model: LoadedModel, saes: Sequence[SaeInfo], engine: str, cards: Sequence[Fit] = ()
 ) -> ModelInfo:
-    """What is said of a loaded model."""
+    """The description of a loaded model."""
     return ModelInfo(
         name=model.location.name,
         architecture=model.architecture,

@@ -1,6 +1,6 @@
-"""Matrix products by packed weights (oneDNN), which a CPU without Intel's own kernels runs twice as fast.
+"""Matrix products by oneDNN's packed weights, where they are faster than torch's own; and gated MLPs.
 
-Replaces the linear layers of a module and fuses gated MLPs. Knows nothing about attention or batches.
+Replaces the linear layers of a module. Knows nothing about attention or batches.
 """
 
 from __future__ import annotations
@@ -14,54 +14,58 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-TYPICAL_ROWS = 512  # of a batch; the packed form is laid out for about that many
+TYPICAL_ROWS = 512  # of a product; the packed layout is chosen for about that many
+ROW_STEP = 16  # the numbers of rows that products run with are multiples of it
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of a replacement to what it replaces
 
 # How oneDNN calls the activation of a gated MLP: name and algorithm.
 FUSED_ACTIVATIONS = {"SiLU": ("swish", ""), "SiLUActivation": ("swish", ""), "GELUTanh": ("gelu", "tanh")}
 
 SUMMANDS = 3  # bfloat16 numbers of 8 bits each that hold the 24 of a float32
-LEAST_STEP = 16  # rows
-STEPS = 16  # to a doubling of the rows
 
 Product = Callable[[Tensor], Tensor]
 
 
-def prepared_rows(rows: int) -> int:
-    """The number from `rows` up that packed products are run with; less than a sixteenth more, or 16.
-
-    oneDNN prepares a kernel for each number of rows it meets, which takes a millisecond and about half a MiB,
-    and keeps a thousand: with few numbers to meet, that is done once.
-    """
-    step = max(LEAST_STEP, (1 << rows.bit_length()) // (2 * STEPS))
-    return -(-rows // step) * step
-
-
-def filled_rows(rows: int) -> int:
-    """The number from `rows` up that runs in `row_chunks`."""
-    return -(-rows // LEAST_STEP) * LEAST_STEP
+def padded_rows(rows: int) -> int:
+    """The least multiple of ROW_STEP from `rows` up."""
+    return -(-rows // ROW_STEP) * ROW_STEP
 
 
 def row_chunks(rows: int) -> list[slice]:
-    """Rows in pieces of about as many as products do well with, each a multiple of LEAST_STEP if all are.
+    """Rows in chunks of about TYPICAL_ROWS for each thread, each a multiple of ROW_STEP if all rows are.
 
-    So few numbers of rows are met, with less to fill up than by `prepared_rows`, and what passes between
-    products stays in the caches.
+    oneDNN makes a kernel of half a MiB for each number of rows it meets; few numbers make few kernels.
     """
-    units = -(-rows // LEAST_STEP)
+    steps = -(-rows // ROW_STEP)
     n = max(1, round(rows / (TYPICAL_ROWS * torch.get_num_threads())))
-    bounds = [units * i // n * LEAST_STEP for i in range(n)]
-    return [slice(*piece) for piece in itertools.pairwise([*bounds, rows])]
+    bounds = [steps * i // n * ROW_STEP for i in range(n)]
+    return [slice(*chunk) for chunk in itertools.pairwise([*bounds, rows])]
 
 
 def chunk_sizes(threads: int) -> range:
-    """The numbers of rows, whole LEAST_STEPs, that a piece of `row_chunks` may have."""
-    return range(LEAST_STEP, TYPICAL_ROWS * threads * 3 // 2, LEAST_STEP)
+    """The numbers of rows that chunks may have, where all rows are a multiple of ROW_STEP."""
+    return range(ROW_STEP, TYPICAL_ROWS * threads * 3 // 2, ROW_STEP)
+
+
+def by_chunks(function: Product, x: Tensor) -> Tensor:
+    """function(x) for x (n, in), chunk by chunk; `function` gets multiples of ROW_STEP only."""
+    n = len(x)
+    more = padded_rows(n) - n
+    x = F.pad(x, (0, 0, 0, more)) if more else x
+    results = [function(x[rows]) for rows in row_chunks(len(x))]
+    result = results[0] if len(results) == 1 else torch.cat(results)
+    return result[:n]
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether oneDNN has a packed product for such weights here."""
-    return weight.device.type == "cpu" and weight.dtype in AGREEMENT and works(weight.dtype)
+    """Whether such weights are multiplied by oneDNN here."""
+    on_cpu = weight.device.type == "cpu" and weight.dtype in AGREEMENT
+    return on_cpu and faster(weight.dtype) and works(weight.dtype)
+
+
+def faster(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is faster than torch on this processor: with AVX2 alone it is not, in float32."""
+    return dtype != torch.float32 or torch.backends.cpu.get_cpu_capability() != "AVX2"
 
 
 @functools.cache
@@ -87,15 +91,7 @@ def product(weight: Tensor, bias: Tensor | None) -> Product:
     """x (N, in) -> x @ weight.T + bias (N, out), for weights (out, in) that stay as they are."""
     if not packs(weight):
         return lambda x: F.linear(x, weight, bias)
-    packed = pack(weight)
-
-    def multiply(x: Tensor) -> Tensor:
-        more = prepared_rows(len(x)) - len(x)
-        filled = F.pad(x, (0, 0, 0, more)) if more else x
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(filled, packed, bias, "none", [], "")
-        return result[: len(x)]
-
-    return multiply
+    return OneDnnLinear(weight, bias)
 
 
 def split_product(weight: Tensor, bias: Tensor | None) -> Product:
@@ -123,7 +119,7 @@ def summands_of(weight: Tensor) -> list[Tensor]:
     return summands
 
 
-class PackedLinear(nn.Module):
+class OneDnnLinear(nn.Module):
     """A linear layer by packed weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -138,42 +134,75 @@ class PackedLinear(nn.Module):
         return self.packed.shape
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
+        rows = by_chunks(self._multiply, x.flatten(0, -2))
+        return rows.view(*x.shape[:-1], rows.shape[1])
+
+    def _multiply(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return result
 
 
-class PackedGatedMlp(nn.Module):
-    """down(act(gate(x)) * up(x)), and more to be added, with all of that inside the matrix products."""
+class TorchLinear(nn.Module):
+    """A linear layer by torch's own product."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: (out, in); copies it, so that a mapped weight file can be let go."""
+        super().__init__()
+        self.weight, self.bias = weight.clone(), bias
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in)."""
+        return self.weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> OneDnnLinear | TorchLinear:
+    """The faster of the two. weight: (out, in)."""
+    return OneDnnLinear(weight, bias) if packs(weight) else TorchLinear(weight, bias)
+
+
+class GatedMlp(nn.Module):
+    """down(act(gate(x)) * up(x)) + plus; in oneDNN all of that happens inside the matrix products."""
 
     def __init__(
-        self, gate: PackedLinear, up: PackedLinear, down: PackedLinear, act: tuple[str, str]
+        self,
+        gate: OneDnnLinear | TorchLinear,
+        up: OneDnnLinear | TorchLinear,
+        down: OneDnnLinear | TorchLinear,
+        act: nn.Module,
     ) -> None:
+        """All three products of one kind; the activation is one of FUSED_ACTIVATIONS."""
         super().__init__()
-        self.gate, self.up, self.down = gate, up, down
-        self._act, self._algorithm = act
+        self.gate, self.up, self.down, self.act = gate, up, down, act
 
     @property
     def shape(self) -> torch.Size:
         """(d_mlp, d_model)."""
         return self.gate.shape
 
-    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """x: (n, d_model), plus: the same."""
-        ops = torch.ops.mkldnn._linear_pointwise
-        gate = ops(x, self.gate.packed, self.gate.bias, self._act, [], self._algorithm)
-        hidden = ops.binary(x, gate, self.up.packed, self.up.bias, "mul")
-        down = self.down
-        result: Tensor = (
-            down(hidden) if plus is None else ops.binary(hidden, plus, down.packed, down.bias, "add")
-        )
+    def forward(self, x: Tensor, plus: Tensor) -> Tensor:
+        """x, plus: (n, d_model), n one of `chunk_sizes`."""
+        gate, up, down = self.gate, self.up, self.down
+        if not (
+            isinstance(gate, OneDnnLinear) and isinstance(up, OneDnnLinear) and isinstance(down, OneDnnLinear)
+        ):
+            added: Tensor = down(self.act(gate(x)).mul_(up(x))).add_(plus)
+            return added
+        multiply = torch.ops.mkldnn._linear_pointwise
+        act, algorithm = FUSED_ACTIVATIONS[type(self.act).__name__]
+        gated = multiply(x, gate.packed, gate.bias, act, [], algorithm)
+        hidden = multiply.binary(x, gated, up.packed, up.bias, "mul")
+        result: Tensor = multiply.binary(hidden, plus, down.packed, down.bias, "add")
         return result
 
 
 def pack_linears(layers: Iterable[nn.Module]) -> int:
-    """Replace the linear layers and the gated MLPs in `layers`; how many were.
-
-    Where oneDNN has nothing for them, they stay. A gated MLP is fused only if that gives the same result.
-    """
+    """Replace the linear layers in `layers` where oneDNN has a product for them; returns how many."""
     replaced = 0
     for layer in layers:
         for module in list(layer.modules()):
@@ -181,14 +210,10 @@ def pack_linears(layers: Iterable[nn.Module]) -> int:
                 if (packed := packed_linear(child)) is not None:
                     setattr(module, name, packed)
                     replaced += 1
-        for module in list(layer.modules()):
-            for name, child in list(module.named_children()):
-                if (fused := fused_mlp(child)) is not None:
-                    setattr(module, name, fused)
     return replaced
 
 
-def packed_linear(module: nn.Module) -> PackedLinear | None:
+def packed_linear(module: nn.Module) -> OneDnnLinear | None:
     """The packed form of a linear layer, or of Hugging Face's transposed one."""
     if type(module) is nn.Linear:
         weight, bias = module.weight, module.bias
@@ -196,22 +221,7 @@ def packed_linear(module: nn.Module) -> PackedLinear | None:
         weight, bias = module.weight.T, module.bias  # (in, out) there
     else:
         return None
-    return PackedLinear(weight, bias) if packs(weight) else None
-
-
-def fused_mlp(module: nn.Module) -> PackedGatedMlp | None:
-    """The fused form of a gated MLP, if it is one: same parts, same result."""
-    gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
-    act = FUSED_ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
-    if act is None or not (
-        isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and isinstance(down, PackedLinear)
-    ):
-        return None
-    fused = PackedGatedMlp(gate, up, down, act)
-    x = torch.randn(4, gate.packed.shape[1], generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        same = agrees(module(x.to(gate.packed.dtype)), fused(x.to(gate.packed.dtype)))
-    return fused if same else None
+    return OneDnnLinear(weight, bias) if packs(weight) else None
 
 
 def agrees(expected: Tensor, got: Tensor) -> bool:

@@ -23,7 +23,7 @@ NORMALISING = ("layer_norm", "constant_norm_rescale")  # by statistics of each r
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What nothing overflows within: the lengths of x, and the largest magnitude of a pre-activation."""
+    """Bounds within which nothing overflows: on the length of x, and on the magnitude of a pre-activation."""
 
     shortest: float
     longest: float

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from daemon.errors import ConfigError
-from daemon.model.cuda_streams import Launched, moved
+from daemon.model.cuda_streams import Launch, to_device
 from daemon.model.encoding import Encoder
 from daemon.model.extraction import Extraction, Started
 from daemon.model.failures import sense
@@ -26,7 +26,7 @@ from daemon.model.hook_points import canonical, hook_points_of
 from daemon.model.loading import LoadedModel, bridge_of, model_info
 from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
-from daemon.model.positions import Reader, comparable_cards
+from daemon.model.positions import SaeStage, comparable_cards
 from daemon.model.probe import Difference, padded_texts
 from daemon.model.sae import LoadedSae, layer_of
 from daemon.model_info import ModelInfo
@@ -55,7 +55,7 @@ class PaddedEngine:
         other values there than the model by itself, or where plain modules can't tell.
         """
         points = [hook_points_of(entry) for entry in saes]
-        self._reader = Reader(tuple(saes), tuple(encoders), positions, model.device)
+        self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.device)
         self._info = model_info(
             model, [entry.info for entry in saes], "padded", comparable_cards(saes, positions)
         )
@@ -78,7 +78,7 @@ class PaddedEngine:
 
     @property
     def prepend_bos(self) -> bool:
-        return self._reader.prepend_bos
+        return self._stage.prepend_bos
 
     @property
     def shares_prefixes(self) -> bool:
@@ -90,11 +90,11 @@ class PaddedEngine:
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
-        return self._reader.encoders
+        return self._stage.encoders
 
     @property
     def saes(self) -> tuple[LoadedSae, ...]:
-        return self._reader.saes
+        return self._stage.saes
 
     def _try(self, texts: Sequence[Sequence[int]], plain: Sequence[dict[str, Tensor]] | Unreachable) -> None:
         """Run texts as one padded batch. Raises ConfigError where values are not those of `plain`."""
@@ -120,10 +120,10 @@ class PaddedEngine:
                     raise ConfigError(self._refusal(point, text, expected[point], difference))
 
     def _absent(self, point: str) -> str:
-        """That the model lacks a hook point: whose it is, and what may be meant."""
+        """The message that the model lacks a hook point: whose it is, and which may be meant."""
         source = next(
             entry.info.source
-            for entry, *places in zip(self._reader.saes, self._read, self._written, strict=True)
+            for entry, *places in zip(self._stage.saes, self._read, self._written, strict=True)
             if point in places
         )
         known = {name.lower(): name for name in self._bridge.hook_dict}
@@ -153,7 +153,7 @@ class PaddedEngine:
 
     def _check_widths(self, values: dict[str, Tensor]) -> None:
         """Raises ConfigError where a dictionary does not fit the places it reads and predicts."""
-        for entry, read, written in zip(self._reader.saes, self._read, self._written, strict=True):
+        for entry, read, written in zip(self._stage.saes, self._read, self._written, strict=True):
             info = entry.info
             check_width(info.source, info.hook_name, info.d_in, values[read])
             check_width(info.source, info.hook_name_out, info.d_out, values[written])
@@ -199,20 +199,22 @@ class PaddedEngine:
 
     def start(self, texts: Sequence[Sequence[int]]) -> Started:
         """See `Engine.start`."""
-        with Launched(self._device) as forward:
+        with Launch(self._device) as forward:
             tokens, inside = padded_tokens(texts)
             lengths = inside.sum(1)
-            readings = self._reader.choose(
+            readings = self._stage.choose(
                 path=np.flatnonzero(inside),
                 offsets=np.concatenate(([0], np.cumsum(lengths))),
                 token_ids=tokens[inside],
             )
-            read, written = self._kept(moved(tokens, self._device), moved(readings.keep, self._device))
+            read, written = self._kept(
+                to_device(tokens, self._device), to_device(readings.keep, self._device)
+            )
         return Started(texts, readings, read, written, forward, tokens.size, tokens.size - int(lengths.sum()))
 
     def finish(self, started: Started) -> Extraction:
         """See `Engine.finish`."""
-        return self._reader.finish(started, self.start)
+        return self._stage.finish(started, self.start)
 
     def _kept(self, padded: Tensor, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         read, written = self.residuals(padded)
@@ -237,7 +239,7 @@ def padded_tokens(texts: Sequence[Sequence[int]]) -> tuple[IntArray, BoolArray]:
 
 
 def by_token(activation: Tensor, tokens: Tensor) -> Tensor | None:
-    """What a hook point gives, as (rows, width, d); None where it is of another shape.
+    """A hook point's values as (rows, width, d); None where they are of another shape.
 
     Some modules work on all rows as one.
     """
@@ -252,7 +254,7 @@ def by_token(activation: Tensor, tokens: Tensor) -> Tensor | None:
 def plain_values(
     model: LoadedModel, points: Sequence[str], texts: Sequence[Sequence[int]]
 ) -> list[dict[str, Tensor]] | Unreachable:
-    """What plain modules give: of each text, per hook point (length, d); or why they can't tell.
+    """The values of plain modules: of each text, per hook point (length, d); or why they can't tell.
 
     Raises ConfigError where the model does not run.
     """

@@ -115,7 +115,7 @@ def mlp_out(trace: LayerTrace) -> Tap:
 
 
 def resid_mid(trace: LayerTrace) -> Tap:
-    """What a module reads between attention and MLP."""
+    """The values that a module reads between attention and MLP."""
     try:
         sequential = after_attention(trace)
     except Unreachable:
@@ -160,7 +160,7 @@ def post_norm(trace: LayerTrace, path: str) -> str:
 
 
 def normalized(trace: LayerTrace, norm: str) -> Tap:
-    """What a norm gives before its weight: centred or not, as explains what it gives."""
+    """A norm's result before its weight: centred or not, whichever explains the result."""
     module = trace.block.get_submodule(norm)
     x, expected = trace.get(norm, "in"), trace.get(norm, "out").double()
     own = [float(getattr(module, name)) for name in EPSILONS if hasattr(module, name)]
@@ -213,7 +213,7 @@ def attention_input(trace: LayerTrace, which: str) -> Tap:
 
 
 def part_of_product(trace: LayerTrace, qkv: Tensor, z: Tensor, part: int) -> Change:
-    """What takes queries (0), keys (1) or values (2) out of one product of all three.
+    """The function that takes queries (0), keys (1) or values (2) out of one product of all three.
 
     They lie one after the other, or so within each head. A first token attends to itself alone, so that the
     right way is the one by which its values are what attention gives. Raises Unreachable.

@@ -1,4 +1,4 @@
-"""What goes through the modules of one decoder layer for one short text. Knows no hook names."""
+"""Records the inputs and outputs of one decoder layer's modules for one short text. Knows no hook names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Tap:
 
 @dataclass(slots=True)
 class LayerTrace:
-    """What went into and came out of the modules of a layer for one text, by path and side, in order."""
+    """The inputs and outputs of a layer's modules for one text, by path and side, in order."""
 
     block: nn.Module
     config: Any  # of the language model

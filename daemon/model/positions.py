@@ -1,7 +1,7 @@
-"""Which tokens of a text are read by the SAEs, and how several readings become one.
+"""Chooses the token positions of a text that SAEs read, encodes them, and pools them.
 
 `last`: the last token. `all`: every token is stored, the last one analysed. `mean` and `max`: the features of
-every token, pooled into one reading. The BOS token that lensd puts before a text is none of its tokens:
+every token, pooled into one row. The BOS token that lensd puts before a text is none of its tokens:
 with `all`, `mean` and `max` it is left out. Knows no model.
 """
 
@@ -20,7 +20,7 @@ from daemon.analysis.sparse import SparseActs, from_dense
 from daemon.analysis.study import LayerActivations
 from daemon.model.cuda_streams import finish
 from daemon.model.encoding import Encoder
-from daemon.model.extraction import Extraction, NotFinite, Readings, Started
+from daemon.model.extraction import Extraction, NotFinite, ReadPositions, Started
 from daemon.model.overflow import all_finite
 from daemon.model.rereading import of_texts, reread
 from daemon.model.sae import LoadedSae
@@ -32,8 +32,8 @@ POOLED_ROWS = 4096  # rows gathered at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
-    """What engines have in common: from residuals on, whatever ran the model."""
+class SaeStage:
+    """The stage after the forward pass, which all engines share: encodes the values that SAEs read."""
 
     saes: tuple[LoadedSae, ...]
     encoders: tuple[Encoder, ...]  # of each SAE
@@ -44,12 +44,12 @@ class Reader:
     def prepend_bos(self) -> bool:
         return self.saes[0].prepend_bos
 
-    def choose(self, path: IntArray, offsets: IntArray, token_ids: IntArray) -> Readings:
+    def choose(self, path: IntArray, offsets: IntArray, token_ids: IntArray) -> ReadPositions:
         """See `choose_readings`."""
         return choose_readings(path, offsets, token_ids, self.positions, skip=int(self.prepend_bos))
 
     def finish(self, started: Started, start: Callable[[Sequence[Sequence[int]]], Started]) -> Extraction:
-        """Encode what was read, once it is; `start` reads texts again where that is not finite."""
+        """Wait for the forward pass and encode its values; `start` reads texts again that are not finite."""
         forward_seconds = started.forward.seconds()
         began = time.perf_counter()
         with torch.inference_mode():
@@ -75,13 +75,13 @@ class Reader:
 
 
 def comparable_cards(saes: Sequence[LoadedSae], positions: Positions) -> tuple[Fit, ...]:
-    """The dictionaries' cards, which are of single tokens; none where readings are pooled."""
+    """The dictionaries' cards, which are of single tokens; none where positions are pooled."""
     return tuple(entry.card for entry in saes) if positions in ("last", "all") else ()
 
 
 def choose_readings(
     path: IntArray, offsets: IntArray, token_ids: IntArray, positions: Positions, skip: int
-) -> Readings:
+) -> ReadPositions:
     """`path` holds where each text's tokens were computed, text by text; `offsets` (N + 1,) where they begin.
 
     `token_ids` are the tokens there; the first `skip` of each text are no tokens of its own.
@@ -89,17 +89,17 @@ def choose_readings(
     lengths = np.diff(offsets)
     if positions == "last":
         last, n = offsets[1:] - 1, len(lengths)
-        return Readings(path[last], np.arange(n), np.arange(n + 1), lengths - 1, token_ids[last])
+        return ReadPositions(path[last], np.arange(n), np.arange(n + 1), lengths - 1, token_ids[last])
     position = np.arange(len(path)) - np.repeat(offsets[:-1], lengths)
     own = position >= skip
     keep, rows = np.unique(path[own], return_inverse=True)
     own_offsets = np.concatenate(([0], np.cumsum(lengths - skip)))
-    return Readings(keep, rows, own_offsets, position[own], token_ids[own])
+    return ReadPositions(keep, rows, own_offsets, position[own], token_ids[own])
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a model gives one SAE at K tokens."""
+    """A model's values for one SAE at K tokens."""
 
     entry: LoadedSae
     encoder: Encoder
@@ -120,7 +120,7 @@ class Given:
         return cls(entry, encoder, x, target, None if finite.all() else finite)
 
     def encoded(self) -> Encoded:
-        """Rows that are not finite are replaced: nothing that is made of them is kept."""
+        """Replaces rows that are not finite by ones: none of their results is kept."""
         x, target = self.x, self.target
         if self.finite is not None:
             x = x.where(self.finite.unsqueeze(1), 1)
@@ -130,7 +130,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What one SAE made of K readings."""
+    """One SAE's activations at K tokens."""
 
     entry: LoadedSae
     encoder: Encoder
@@ -144,11 +144,11 @@ class Encoded:
         return Encoded(self.entry, self.encoder, x, target, self.acts.select(rows))
 
     def analysed(self) -> LayerActivations:
-        """The readings as they are analysed, with their reconstruction."""
+        """The rows to analyse, with their reconstruction."""
         return self._layer(self.acts, self.x, self.target, self.encoder.decode(self.acts, self.x))
 
-    def pooled(self, readings: Readings, positions: Positions) -> LayerActivations:
-        """The features of each text's readings as one: their mean, with the mean of x; or their maximum."""
+    def pooled(self, readings: ReadPositions, positions: Positions) -> LayerActivations:
+        """The features of each text's positions pooled: their mean, with the mean of x; or their maximum."""
         rows = torch.from_numpy(readings.rows).to(self.x.device)
         counts = torch.from_numpy(np.diff(readings.offsets)).to(self.x.device)
         text = torch.repeat_interleave(torch.arange(len(counts), device=self.x.device), counts)  # (R,)
@@ -198,9 +198,9 @@ def mean_of(values: Tensor, rows: Tensor, text: Tensor, counts: Tensor) -> Tenso
 
 
 def encode_readings(
-    given: Sequence[Given], readings: Readings, positions: Positions
+    given: Sequence[Given], readings: ReadPositions, positions: Positions
 ) -> tuple[tuple[LayerActivations, ...], StoredFeatures]:
-    """What SAEs make of the tokens `readings.keep`."""
+    """Each SAE's activations at the tokens `readings.keep`: those to analyse, and those to store."""
     encoded = [one.encoded() for one in given]
     if positions in ("mean", "max"):
         pooled = tuple(one.pooled(readings, positions) for one in encoded)
@@ -222,9 +222,9 @@ def encode_readings(
 
 
 def texts_not_finite(
-    given: Sequence[Given], layers: Sequence[LayerActivations], readings: Readings
+    given: Sequence[Given], layers: Sequence[LayerActivations], readings: ReadPositions
 ) -> tuple[NotFinite, ...]:
-    """Each text of whose readings one is not finite, or of which pooling made such."""
+    """The texts with a position that is not finite, or that pooling made so."""
     found: dict[int, NotFinite] = {}
     for sae, (one, layer) in enumerate(zip(given, layers, strict=True)):
         if one.finite is not None:

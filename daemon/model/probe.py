@@ -1,4 +1,4 @@
-"""What an engine is tried on at the start: random texts, alone through plain modules, against its own batch.
+"""Random texts on which an engine is tried at the start, and how far its values are from plain modules'.
 
 Knows no engine and no SAE.
 """

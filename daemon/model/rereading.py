@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from daemon.model.extraction import Readings, Started
+from daemon.model.extraction import ReadPositions, Started
 from daemon.model.overflow import all_finite
 from daemon.records import IntArray
 
@@ -63,13 +63,13 @@ def finite_rows(started: Started) -> BoolArray:
     return finite
 
 
-def of_texts(rows: BoolArray, readings: Readings) -> IntArray:
+def of_texts(rows: BoolArray, readings: ReadPositions) -> IntArray:
     """The texts, ascending, that read one of the `rows` (K,)."""
     before = np.concatenate(([0], np.cumsum(rows[readings.rows])))
     return np.flatnonzero(np.diff(before[readings.offsets]))
 
 
-def paired_rows(some: Readings, every: Readings, texts: IntArray) -> tuple[IntArray, IntArray]:
+def paired_rows(some: ReadPositions, every: ReadPositions, texts: IntArray) -> tuple[IntArray, IntArray]:
     """The rows of `some`, which are the readings of `texts` alone, and those of the same among `every`."""
     of_each = [every.rows[every.offsets[text] : every.offsets[text + 1]] for text in texts]
     return some.rows, np.concatenate(of_each)

@@ -66,7 +66,7 @@ class LoadedSae:
         return weights
 
     def residual(self, x: Tensor) -> Tensor:
-        """What the dictionary reads or predicts, out of the model's own x: (..., d), in the SAE's dtype.
+        """The values that the dictionary reads or predicts, from the model's x: (..., d), in the SAE's dtype.
 
         `center_writing_weights` makes every write to the residual stream sum to zero over d_model, which
         equals subtracting that mean from the raw residual.
@@ -180,7 +180,7 @@ def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae
 
 
 def hooks_of(sae: Any, name: str) -> tuple[str, str]:
-    """What a dictionary reads and what it reconstructs. Raises ConfigError."""
+    """The hook points that a dictionary reads and reconstructs. Raises ConfigError."""
     read = sae.cfg.metadata.hook_name
     written = read
     if sae.cfg.architecture() in TRANSCODERS:

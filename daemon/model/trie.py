@@ -1,8 +1,8 @@
-"""Packs token sequences into one: their trie, numbered in preorder.
+"""Merges token sequences into one: their trie, numbered in preorder.
 
 Sequences that begin alike share those tokens, so that each is computed once. Node j carries its token, its
 depth (the position id) and `end[j]`, one past its last descendant; node i may attend to node j exactly when
-j <= i < end[j]. That one rule is causal attention, block-diagonal packing and tree attention.
+j <= i < end[j]. That one rule is causal, block-diagonal and tree attention.
 Knows no torch, no model and no samples.
 """
 
@@ -17,7 +17,7 @@ from daemon.records import IntArray
 
 
 @dataclass(frozen=True, slots=True)
-class Preorder:
+class Trie:
     """The trie of N texts, of n nodes."""
 
     tokens: IntArray  # (n,) token ids
@@ -29,10 +29,10 @@ class Preorder:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def filled(self, n: int) -> Preorder:
-        """With nodes up to `n` of them that no text has, each of them all by itself.
+    def filled(self, n: int) -> Trie:
+        """The same with more nodes, up to `n`, that belong to no text and attend to themselves only.
 
-        Their token is that with which the first text begins, so that they are no worse than a text.
+        Their token is the first of the first text: a token that overflows alone does so in that text too.
         """
         more = n - len(self)
         return replace(
@@ -48,7 +48,7 @@ class Preorder:
         return self.path[self.offsets[1:] - 1]
 
 
-def preorder(texts: Sequence[Sequence[int]]) -> Preorder:
+def build_trie(texts: Sequence[Sequence[int]]) -> Trie:
     """The trie of N texts in any order. Raises ValueError for an empty one."""
     if empty := [number for number, text in enumerate(texts) if not len(text)]:
         raise ValueError(f"text {empty[0]} is empty")
@@ -73,7 +73,7 @@ def preorder(texts: Sequence[Sequence[int]]) -> Preorder:
     node = first[owner] + position - shared[owner]
     in_order = np.argsort(order)
     offsets = np.concatenate(([0], np.cumsum(lengths[in_order])))
-    return Preorder(
+    return Trie(
         tokens=ids[text, depth],
         depth=depth,
         end=first[closes[text, depth]],

@@ -1,6 +1,6 @@
-"""The fast engine: every token computed once, in one packed sequence without padding.
+"""The fast engine: computes every token once, in the trie of a batch's texts, without padding.
 
-The bare Hugging Face module reads the texts' trie up to the last layer that an SAE reads. Knows nothing
+The bare Hugging Face module reads the trie up to the last layer that an SAE reads. Knows nothing
 about analysis, files or samples.
 """
 
@@ -13,33 +13,41 @@ import structlog
 import torch
 from torch import Tensor, nn
 
-from daemon.analysis.threads import side_by_side
 from daemon.model.attention import (
     IMPLEMENTATION,
+    BlockPlan,
     Plan,
     UnsupportedAttention,
     attending,
-    plan_attention,
     register,
 )
-from daemon.model.cuda_streams import Launched, moved
+from daemon.model.compiled_layers import FlexPlan, can_compile, compile_layers, restore_layers
+from daemon.model.cuda_streams import Launch, to_device
 from daemon.model.encoding import Encoder, FusedEncoder
 from daemon.model.extraction import Extraction, Started
-from daemon.model.fused import FlexPlan, can_fuse, fuse, unfuse
-from daemon.model.lean import LeanLayer, make_lean
+from daemon.model.fused_layers import FusedDecoderLayer, fuse_layers
 from daemon.model.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
-from daemon.model.onednn import TYPICAL_ROWS, chunk_sizes, filled_rows, pack_linears, packs, prepared_rows
+from daemon.model.onednn import (
+    TYPICAL_ROWS,
+    chunk_sizes,
+    faster,
+    pack_linears,
+    packs,
+    padded_rows,
+    works,
+)
 from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
-from daemon.model.positions import Reader, comparable_cards
+from daemon.model.positions import SaeStage, comparable_cards
 from daemon.model.probe import Difference, packed_texts
 from daemon.model.sae import LoadedSae, hook_point
-from daemon.model.trie import Preorder, preorder
+from daemon.model.trie import Trie, build_trie
 from daemon.model.trunk import Trunk, UnknownModel
 from daemon.model_info import ModelInfo
+from daemon.native.threads import side_by_side
 from daemon.records import Positions
 
-LAYER_TYPES = {"full_attention", "sliding_attention"}  # that packed attention knows
+LAYER_TYPES = {"full_attention", "sliding_attention"}  # that attention over a trie knows
 PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: a second does for all of a small model's
 PREPARE_NUMBERS = 1 << 22  # in the result of an encoder's product, up to which its kernel is made ahead
 
@@ -47,15 +55,15 @@ log = structlog.get_logger()
 
 
 class CannotPack(Exception):
-    """Packed runs of this model are not possible, or differ from plain ones."""
+    """Runs of this model over a trie are not possible, or differ from plain ones."""
 
     def __init__(self, reason: str, *, model_changed: bool = True) -> None:
         super().__init__(reason)
         self.model_changed = model_changed  # so that it must be loaded again
 
 
-class PackedEngine:
-    """Implements `daemon.model.engine.Engine` on packed tries."""
+class TrieEngine:
+    """Implements `daemon.model.engine.Engine` on tries."""
 
     def __init__(
         self,
@@ -70,7 +78,7 @@ class PackedEngine:
 
         Raises CannotPack.
         """
-        self._reader = Reader(tuple(saes), tuple(encoders), positions, model.device)
+        self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.device)
         self._info = model_info(
             model, [entry.info for entry in saes], "packed", comparable_cards(saes, positions)
         )
@@ -86,15 +94,15 @@ class PackedEngine:
         except (UnknownModel, ValueError) as error:
             raise CannotPack(str(error), model_changed=False) from None
         self._concurrent = model.device == "cpu" and keeps_nothing(model.model, encoders)
-        self._fused = False  # whether attention is one kernel
+        self._compiled = False  # whether attention is one kernel
         texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
         plain = self._adopt(model, texts)
         if compiles:
-            self._fuse(texts, plain)
+            self._compile(texts, plain)
         self._trunk.drop_idle()
-        if self._rows is not int:  # weights are packed, and elsewhere
+        if self._rows is not int:  # weights are trie, and elsewhere
             self._trunk.leave_files()
-        if self._concurrent:
+        if self._concurrent and faster(torch.float32) and works(torch.float32):
             prepare(self._trunk.layers, saes, encoders)
 
     @property
@@ -103,7 +111,7 @@ class PackedEngine:
 
     @property
     def prepend_bos(self) -> bool:
-        return self._reader.prepend_bos
+        return self._stage.prepend_bos
 
     @property
     def shares_prefixes(self) -> bool:
@@ -115,7 +123,7 @@ class PackedEngine:
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
-        return self._reader.encoders
+        return self._stage.encoders
 
     def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
         """See `Engine.extract`."""
@@ -123,35 +131,35 @@ class PackedEngine:
 
     def start(self, texts: Sequence[Sequence[int]]) -> Started:
         """See `Engine.start`."""
-        with Launched(self._device) as forward:
-            packed = preorder(texts)
-            run = packed.filled(self._rows(len(packed)))
-            readings = self._reader.choose(packed.path, packed.offsets, packed.tokens[packed.path])
-            residuals = self.residuals(run, moved(readings.keep, self._device))
-        return Started(texts, readings, residuals, residuals, forward, len(run), len(run) - len(packed))
+        with Launch(self._device) as forward:
+            trie = build_trie(texts)
+            run = trie.filled(self._rows(len(trie)))
+            readings = self._stage.choose(trie.path, trie.offsets, trie.tokens[trie.path])
+            residuals = self.residuals(run, to_device(readings.keep, self._device))
+        return Started(texts, readings, residuals, residuals, forward, len(run), len(run) - len(trie))
 
     def finish(self, started: Started) -> Extraction:
         """See `Engine.finish`."""
-        return self._reader.finish(started, self.start)
+        return self._stage.finish(started, self.start)
 
-    def residuals(self, packed: Preorder, keep: Tensor) -> list[Tensor]:
+    def residuals(self, trie: Trie, keep: Tensor) -> list[Tensor]:
         """Per SAE the raw residuals (K, d_model) at the nodes `keep` (K,)."""
-        return self._run(packed, self._plan(packed), keep)
+        return self._run(trie, self._plan(trie), keep)
 
-    def _plan(self, packed: Preorder) -> Plan:
-        if self._fused:
-            return FlexPlan.of(packed, self._device)
-        return plan_attention(packed, self._device, self._dtype)
+    def _plan(self, trie: Trie) -> Plan:
+        if self._compiled:
+            return FlexPlan.of(trie, self._device)
+        return BlockPlan(trie, self._device, self._dtype)
 
-    def _run(self, packed: Preorder, plan: Plan, keep: Tensor) -> list[Tensor]:
-        tokens, depth = (moved(row, self._device).unsqueeze(0) for row in (packed.tokens, packed.depth))
+    def _run(self, trie: Trie, plan: Plan, keep: Tensor) -> list[Tensor]:
+        tokens, depth = (to_device(row, self._device).unsqueeze(0) for row in (trie.tokens, trie.depth))
         with torch.inference_mode(), attending(plan):
             return self._trunk.run(tokens, depth, self._no_mask, keep)
 
     def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Give the model packed attention and packed weights, and compare with how it ran before.
+        """Give the model attention over a trie and packed weights, and compare its values with those before.
 
-        Returns how that was, by forward hooks, text by text: per hook name (tokens, d_model).
+        Returns the values before, by forward hooks, text by text: per hook name (tokens, d_model).
         """
         config = model.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -180,34 +188,32 @@ class PackedEngine:
         return plain
 
     def _pack(self, texts: Sequence[Sequence[int]]) -> Callable[[int], int]:
-        """Give the layers a faster form, where there is one; how many rows they then run for n nodes."""
-        packed = preorder(texts)
-        plan, keep = self._plan(packed), torch.from_numpy(packed.path).to(self._device)
-        lean = make_lean(self._trunk, plan, lambda: self._run(packed, plan, keep))
-        if lean == len(self._trunk.layers):
-            return filled_rows
-        return prepared_rows if pack_linears(self._trunk.layers) or lean else int
+        """Give the layers a faster form, where there is one; returns how many rows to run for n nodes."""
+        trie = build_trie(texts)
+        plan, keep = self._plan(trie), torch.from_numpy(trie.path).to(self._device)
+        fused = fuse_layers(self._trunk, plan, lambda: self._run(trie, plan, keep))
+        return padded_rows if pack_linears(self._trunk.layers) or fused else int
 
-    def _fuse(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
-        """Compile the layers, and on an accelerator the attention; leave them where that does not work."""
+    def _compile(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
+        """Compile the layers, and on an accelerator the attention; restore them where that does not work."""
         began = time.perf_counter()
         try:
-            fuse(self._trunk.layers)
-            self._fused = can_fuse(self._device)
+            compile_layers(self._trunk.layers)
+            self._compiled = can_compile(self._device)
             self._probe(texts, plain)
         except Exception as error:  # of a compiler, a driver or a kernel: nothing is lost but speed
-            unfuse(self._trunk.layers)
-            self._fused = False
+            restore_layers(self._trunk.layers)
+            self._compiled = False
             log.warning("engine.not_compiled", reason=f"{type(error).__name__}: {first_line(error)}")
             return
         log.info("engine.compiled", seconds=round(time.perf_counter() - began, 1))
 
     def _probe(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> Plan:
-        """Run texts packed; how they were attended to. Raises CannotPack where it differs from `plain`."""
-        packed = preorder(texts)
-        plan = self._plan(packed)
-        got = self._run(packed, plan, torch.from_numpy(packed.path).to(self._device))
-        for entry, residuals in zip(self._reader.saes, got, strict=True):
+        """Run texts as a trie; returns their plan. Raises CannotPack where values differ from `plain`."""
+        trie = build_trie(texts)
+        plan = self._plan(trie)
+        got = self._run(trie, plan, torch.from_numpy(trie.path).to(self._device))
+        for entry, residuals in zip(self._stage.saes, got, strict=True):
             hook_name = entry.info.hook_name
             difference = Difference.of(plain[hook_name], residuals)
             log.debug("engine.probe", hook_name=hook_name, worst=difference.worst, median=difference.median)
@@ -216,24 +222,24 @@ class PackedEngine:
         return plan
 
     def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Each text as the model runs it by itself."""
-        names = [entry.info.hook_name for entry in self._reader.saes]
+        """The values of each text run by itself: per hook name (tokens, d_model)."""
+        names = [entry.info.hook_name for entry in self._stage.saes]
         plain = PlainHooks(model.model, names, model.vocabulary)
         read = [plain.read(text) for text in texts]
         return {name: torch.cat([values[name] for values in read]) for name in names}
 
 
 def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Sequence[Encoder]) -> None:
-    """Have oneDNN make its kernels for the numbers of rows that lean layers and encoders meet in a piece.
+    """Have oneDNN make its kernels for the numbers of rows that fused layers and encoders meet in a piece.
 
-    Those it makes while batches run lie in the middle of the room that batches work in, and stay there. It
-    only makes them by multiplying, which for a large model takes long: then some are left for later.
+    Kernels made while batches run would stay in the heap and fragment it. oneDNN makes a kernel only by
+    multiplying, which takes long for a large model: then some are left for later.
     """
     deadline = time.perf_counter() + PREPARE_SECONDS
-    lean = {
+    fused = {
         tuple(product.shape for product in layer.products): layer
         for layer in layers
-        if isinstance(layer, LeanLayer)
+        if isinstance(layer, FusedDecoderLayer)
     }
     dictionaries = {
         (entry.info.d_sae, entry.info.d_in): encoder
@@ -244,7 +250,7 @@ def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Se
     def multiply(rows: int) -> None:
         if time.perf_counter() > deadline:
             return
-        for layer in lean.values():
+        for layer in fused.values():
             layer.multiply(rows)
         for (d_sae, d_in), encoder in dictionaries.items():
             if rows * d_sae <= PREPARE_NUMBERS:
@@ -254,7 +260,7 @@ def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Se
 
 
 def keeps_nothing(model: nn.Module, encoders: Sequence[Encoder]) -> bool:
-    """Whether nothing of one text is left in modules while another thread reads the next."""
+    """Whether modules keep nothing of one text while another thread reads the next."""
     fused = all(isinstance(encoder, FusedEncoder) for encoder in encoders)
     return fused and not any(LENGTH_DEPENDENT_ROPE & rope_types(module) for module in model.modules())
 

@@ -29,11 +29,10 @@ class LastLayerRead(Exception):
 
 @dataclass(slots=True)
 class Run:
-    """What one run of a trunk is to read, and what it has read."""
+    """The positions that one run of a trunk is to read, and the values read so far."""
 
     trunk: Trunk
     keep: Tensor | None  # (K,) of the flattened positions; None for all
-    narrows: bool  # whether the last layer computes no more than those
     captured: dict[HookPoint, Tensor] = field(default_factory=dict)
 
 
@@ -50,7 +49,6 @@ class Trunk:
         self._points = list(points)
         self._dtype = next(model.parameters()).dtype
         self._last = max(map(writer, self._points))
-        self._narrows = False  # whether the last layer computes no more than it is asked to
         for number in range(max(0, self._last) + 1):
             self._watch(number)
 
@@ -60,9 +58,8 @@ class Trunk:
         return list(self._layers)[: self._last + 1]
 
     def replace(self, number: int, layer: nn.Module) -> None:
-        """Run `layer` in place of one that runs. It takes `keep`: see `run`."""
+        """Run `layer` in place of one that runs."""
         self._layers[number] = layer
-        self._narrows |= number == self._last
         self._watch(number)
 
     def drop_idle(self) -> None:
@@ -83,7 +80,7 @@ class Trunk:
         With `keep` (K,), only those of the flattened positions: (K, d_model). A `mask` of four dimensions
         reaches the attention as it is; without one, attention is causal.
         """
-        run = Run(self, keep, narrows=self._narrows and keep is not None and len(keep) < tokens.numel())
+        run = Run(self, keep)
         token = current.set(run)
         try:
             with full_precision(self._dtype), suppress(LastLayerRead):
@@ -98,14 +95,13 @@ class Trunk:
         before = [point for point in self._points if number == 0 and writer(point) < 0]
         after = [point for point in self._points if writer(point) == number]
 
-        def begins(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        def begins(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if (run := self._under_way()) is None:
-                return None
+                return
             for point in before:
                 self._capture(run, point, args[0] if args else kwargs["hidden_states"])
             if self._last < 0:  # only the input of the first layer is read
                 raise LastLayerRead
-            return (args, {**kwargs, "keep": run.keep}) if run.narrows and number == self._last else None
 
         def ends(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
             if (run := self._under_way()) is None:
@@ -115,7 +111,7 @@ class Trunk:
             if number == self._last:
                 raise LastLayerRead
 
-        if before or number == max(0, self._last):
+        if before:
             layer.register_forward_pre_hook(begins, with_kwargs=True)
         if after:
             layer.register_forward_hook(ends)
@@ -127,8 +123,7 @@ class Trunk:
 
     def _capture(self, run: Run, point: HookPoint, hidden: Tensor) -> None:
         flat = hidden.flatten(0, 1)
-        narrowed = run.narrows and writer(point) == self._last
-        run.captured[point] = flat if run.keep is None or narrowed else flat.index_select(0, run.keep)
+        run.captured[point] = flat if run.keep is None else flat.index_select(0, run.keep)
 
 
 def writer(point: HookPoint) -> int:

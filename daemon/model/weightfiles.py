@@ -24,7 +24,7 @@ FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """What a file says of one of its tensors."""
+    """A file's description of one of its tensors."""
 
     dtype: str  # as the format names it, such as F32
     shape: tuple[int, ...]

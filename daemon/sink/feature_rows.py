@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from daemon import mapped
+from daemon import mmap_arrays
 from daemon.records import FeatureRows, IntArray
 
 
@@ -29,7 +29,7 @@ def in_order(
     sample, text, layer, position, token_id, batch, begin, length = keys[:, np.lexsort(keys[3::-1])]
     offsets = np.concatenate(([0], np.cumsum(length)))
     nnz = (int(offsets[-1]),)
-    indices, values = mapped.zeros((nnz, np.uint32), (nnz, found[0][0].values.dtype))
+    indices, values = mmap_arrays.zeros((nnz, np.uint32), (nnz, found[0][0].values.dtype))
     for b, source, n, target in zip(batch, begin, length, offsets[:-1], strict=True):
         features = found[b][0]
         indices[target : target + n] = features.indices[source : source + n]
@@ -52,6 +52,6 @@ def narrowed(values: npt.NDArray[Any], kind: np.dtype[Any]) -> tuple[npt.NDArray
         return values.astype(kind, copy=False), 0
     info = np.finfo(kind)
     least, most = float(info.smallest_subnormal), float(info.max)
-    (stored,) = mapped.zeros((values.shape, kind))
+    (stored,) = mmap_arrays.zeros((values.shape, kind))
     stored[:] = np.clip(values, least, most)
     return stored, int(np.count_nonzero((values < least) | (values > most)))

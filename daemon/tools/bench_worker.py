@@ -26,7 +26,7 @@ import torch
 from daemon.batching.batcher import Batcher
 from daemon.config import Config
 from daemon.model.buffers import trim
-from daemon.model.trie import preorder
+from daemon.model.trie import build_trie
 from daemon.observe.logs import configure as configure_logs
 from daemon.records import Batch, TokenizedPart, TokenizedSample
 from daemon.service import serve
@@ -87,7 +87,7 @@ class LensdWorker:
 
     def loaded(self) -> Loaded:
         texts = [ids for sample in self._samples for ids in sample.token_ids]
-        packed = preorder(texts)
+        packed = build_trie(texts)
         skip = int(self._compute.engine.prepend_bos)
         every = self._config.analysis.positions != "last"
         readings = int((packed.depth >= skip).sum()) if every else len(texts)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from daemon.model.loading import LoadedModel
 from daemon.model.onednn import product
 from daemon.model.sae import LoadedSae, hook_point
-from daemon.model.trie import Preorder
+from daemon.model.trie import Trie
 from daemon.model.trunk import HookPoint, Trunk
 from daemon.model_info import SaeInfo
 
@@ -56,7 +56,7 @@ class Work:
             encoders=tuple((entry.info.d_sae, entry.info.d_in) for entry in saes),
         )
 
-    def multiply_adds(self, packed: Preorder, readings: int) -> int:
+    def multiply_adds(self, packed: Trie, readings: int) -> int:
         """For each token once, attending to what came before it, and `readings` encoded by every SAE."""
         linear = self.n_layers * sum(out * width for out, width in self.shapes)
         attention = 2 * self.n_layers * self.attention_width

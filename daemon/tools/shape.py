@@ -26,14 +26,14 @@ from daemon.analysis.geometry import DecoderRows
 from daemon.analysis.study import StudySettings
 from daemon.batching.batcher import Batcher
 from daemon.executor.runner import BatchRunner
+from daemon.model.compiled_layers import can_compile
 from daemon.model.cuda_streams import finish, on_cuda
 from daemon.model.encoding import FusedEncoder, can_split, jumprelu
-from daemon.model.fused import can_fuse
 from daemon.model.loading import LoadedModel, ModelLocation
 from daemon.model.onednn import product, split_product
 from daemon.model.sae import LoadedSae
-from daemon.model.trie import preorder
-from daemon.model.trie_engine import PackedEngine
+from daemon.model.trie import build_trie
+from daemon.model.trie_engine import TrieEngine
 from daemon.model.trunk import Trunk
 from daemon.model_info import SaeInfo
 from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE, Recipe
@@ -153,7 +153,7 @@ def random_saes(shape: Shape, model: LoadedModel) -> list[LoadedSae]:
 
 def engine_of(
     model: LoadedModel, saes: Sequence[LoadedSae], positions: Positions, l0: int, compiles: bool
-) -> PackedEngine:
+) -> TrieEngine:
     calibrate(model, saes, l0)
     encoders = [
         FusedEncoder(
@@ -164,7 +164,7 @@ def engine_of(
         )
         for entry in saes
     ]
-    return PackedEngine(model, saes, encoders, positions, compiles=compiles)
+    return TrieEngine(model, saes, encoders, positions, compiles=compiles)
 
 
 def calibrate(model: LoadedModel, saes: Sequence[LoadedSae], l0: int) -> None:
@@ -281,7 +281,7 @@ def measure(
         for tokens in sizes:
             planned = batches(samples, recipe, tokens)
             texts = [[ids for sample in batch.samples for ids in sample.token_ids] for batch in planned]
-            packed = [preorder(of_batch) for of_batch in texts]
+            packed = [build_trie(of_batch) for of_batch in texts]
             readings = [len(one) - 1 if positions == "all" else len(one.leaf) for one in packed]
             flops = 2 * sum(map(work.multiply_adds, packed, readings))
             flops_of_forward = 2 * sum(work.multiply_adds(one, 0) for one in packed)
@@ -323,7 +323,7 @@ def main() -> None:
     args = parser.parse_args()
     sizes = [int(size) for size in args.max_batch_tokens.split(",")]
     dtype = getattr(torch, args.dtype)
-    compiles = can_fuse(args.device) and not args.no_compile
+    compiles = can_compile(args.device) and not args.no_compile
     lines = measure(SHAPES[args.shape], args.device, dtype, sizes, args.documents, compiles, args.only)
     for line, kernels in lines:
         sys.stdout.write(json.dumps(line) + "\n")

@@ -29,11 +29,11 @@ class InterpretedKernels:
         (sums,) = self._call("weighted_sums", *tensors)
         return sums
 
-    def spectra_on_device(self, gram: Tensor, counts: Tensor, exact: bool = True) -> tuple[Tensor, ...]:
-        return self._call("spectra_on_device", gram, counts, exact)
+    def eigen_on_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self._call("eigen_on_device", *tensors)
 
-    def _call(self, name: str, *arguments: Tensor | bool) -> tuple[Tensor, ...]:
-        arrays = [one.numpy() if isinstance(one, Tensor) else one for one in arguments]
+    def _call(self, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        arrays = [one.numpy() for one in tensors]
         return tuple(map(torch.from_numpy, self._process.submit(call, name, arrays).result()))
 
 
@@ -52,7 +52,5 @@ def interpret() -> None:
 def call(name: str, arrays: list) -> list:
     from daemon.analysis import kernels
 
-    found = getattr(kernels, name)(
-        *(one if isinstance(one, bool) else torch.from_numpy(one) for one in arrays)
-    )
+    found = getattr(kernels, name)(*map(torch.from_numpy, arrays))
     return [one.numpy() for one in ((found,) if isinstance(found, Tensor) else found)]

@@ -18,10 +18,10 @@ from tests.analysis.synthetic import QUICK, random_acts, random_sae, residuals, 
 tables = [MAX_TABLE_BYTES]  # bytes that a table of inner products may take
 
 
-@pytest.fixture(params=["looked up", "gathered"], scope="module", autouse=True)
+@pytest.fixture(params=["by table", "by rows"], scope="module", autouse=True)
 def by_table(request) -> None:
     """Every test here runs with inner products from a table and from the rows themselves."""
-    tables[0] = MAX_TABLE_BYTES if request.param == "looked up" else 0
+    tables[0] = MAX_TABLE_BYTES if request.param == "by table" else 0
 
 
 def shape_of(acts: SparseActs, W_dec: torch.Tensor) -> Geometry:
@@ -217,7 +217,7 @@ def test_a_row_does_not_depend_on_its_batch(seed, counts, budget):
 @given(st.lists(st.integers(0, 3000), max_size=40), st.sampled_from([16, 576, 4096]))
 def test_chunks_cover_the_rows_and_bound_the_workspace(counts, d_in):
     ascending = sorted(counts)
-    chunks = list(row_chunks(ascending, lambda width: width * d_in, module.MAX_GATHERED))
+    chunks = list(row_chunks(ascending, d_in, module.MAX_GATHERED))
     assert [row for rows, _ in chunks for row in range(len(ascending))[rows]] == list(range(len(ascending)))
     for rows, width in chunks:
         chunk = ascending[rows]

@@ -12,7 +12,7 @@ from daemon.model.encoding import encoder_of
 from daemon.model.loading import LoadedModel, ModelLocation, load_model
 from daemon.model.padded_engine import PaddedEngine
 from daemon.model.sae import LoadedSae, load_saes
-from daemon.model.trie_engine import PackedEngine
+from daemon.model.trie_engine import TrieEngine
 from daemon.records import Positions
 from tests import tiny
 
@@ -40,9 +40,9 @@ def packed(
     positions: Positions = "last",
     device: str = "cpu",
     compiles: bool = False,
-) -> PackedEngine:
+) -> TrieEngine:
     hf, entries = loaded(model, saes, dtype, device)
-    return PackedEngine(hf, entries, [encoder_of(entry) for entry in entries], positions, compiles=compiles)
+    return TrieEngine(hf, entries, [encoder_of(entry) for entry in entries], positions, compiles=compiles)
 
 
 def random_texts(lengths: list[int]) -> list[list[int]]:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from daemon.model.attention import BlockPlan, Call, GroupedPlan, Plan
-from daemon.model.fused import BLOCK, FlexPlan, block_pattern
-from daemon.model.trie import attention_blocks, preorder
+from daemon.model.attention import BlockPlan, Call, Plan
+from daemon.model.compiled_layers import BLOCK, FlexPlan, block_pattern
+from daemon.model.trie import build_trie
 from tests.compute.engines import random_texts
 
 HEADS, KEY_HEADS, D_HEAD = 4, 2, 8
@@ -21,18 +21,13 @@ def sharing_texts() -> list[list[int]]:
 
 
 def plans(texts: list[list[int]]) -> list[Plan]:
-    packed = preorder(texts)
-    end, depth = torch.from_numpy(packed.end), torch.from_numpy(packed.depth)
-    return [
-        BlockPlan(end, depth, torch.float64),
-        GroupedPlan.of(attention_blocks(packed.end, 16), end, depth, torch.float64),
-        FlexPlan.of(packed, "cpu"),
-    ]
+    trie = build_trie(texts)
+    return [BlockPlan(trie, "cpu", torch.float64), FlexPlan.of(trie, "cpu")]
 
 
 def slowly(call: Call, texts: list[list[int]]) -> torch.Tensor:
     """(n, heads, d_head): each text by itself, each query by itself."""
-    packed = preorder(texts)
+    packed = build_trie(texts)
     n = len(packed)
     result = torch.full((n, HEADS, D_HEAD), torch.nan, dtype=torch.float64)
     for start, stop in zip(packed.offsets, packed.offsets[1:], strict=False):
@@ -53,7 +48,7 @@ def slowly(call: Call, texts: list[list[int]]) -> torch.Tensor:
 @pytest.mark.parametrize("window", [None, 9])
 def test_a_query_sees_its_own_text_and_of_it_what_came_before(window, softcap):
     texts = sharing_texts()
-    n = len(preorder(texts))
+    n = len(build_trie(texts))
     chance = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, heads, n, D_HEAD, generator=chance, dtype=torch.float64)
@@ -67,7 +62,7 @@ def test_a_query_sees_its_own_text_and_of_it_what_came_before(window, softcap):
 
 def test_blocks_of_keys_are_skipped_only_where_no_query_attends_and_whole_only_where_all_do():
     a, b, c = random_texts([500, 300, 140])
-    packed = preorder([a, a[:200] + b, a[:200] + c, b, *([n] for n in range(90))])
+    packed = build_trie([a, a[:200] + b, a[:200] + c, b, *([n] for n in range(90))])
     n = len(packed)
     query, key = np.arange(n)[:, None], np.arange(n)
     attends = (key <= query) & (query < packed.end)

@@ -5,15 +5,21 @@ import torch
 from sae_lens import GatedSAE, GatedSAEConfig
 from torch.testing import assert_close
 
-from daemon.model import encoding
+from daemon.model import encoding, onednn
 from daemon.model.encoding import FusedEncoder, PlainEncoder, encoder_of
-from daemon.model.onednn import PackedGatedMlp, PackedLinear, agrees, pack_linears, product
+from daemon.model.onednn import OneDnnLinear, agrees, pack_linears, product
 from daemon.model.sae import LoadedSae
 from daemon.model.saeformat import TRANSCODERS
 from daemon.model_info import SaeInfo
 from tests import tiny
 
 HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(autouse=True)
+def onednn_is_faster(monkeypatch):
+    """On every processor these tests multiply by packed weights."""
+    monkeypatch.setattr(onednn, "faster", lambda dtype: True)
 
 
 def loaded(architecture: str, dtype: torch.dtype = torch.float64, **settings: object) -> LoadedSae:
@@ -109,39 +115,13 @@ def test_float64_has_no_packed_product_and_is_exact():
     assert torch.equal(product(weight, None)(x), torch.nn.functional.linear(x, weight))
 
 
-class Mlp(torch.nn.Module):
-    def __init__(self, act_fn: torch.nn.Module, *, doubled: bool = False) -> None:
-        super().__init__()
-        self.gate_proj = torch.nn.Linear(8, 16, bias=False)
-        self.up_proj = torch.nn.Linear(8, 16, bias=False)
-        self.down_proj = torch.nn.Linear(16, 8, bias=False)
-        self.act_fn, self.doubled = act_fn, doubled
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        return 2 * hidden if self.doubled else hidden
-
-
-def layer_with(mlp: Mlp) -> torch.nn.Module:
-    layer = torch.nn.Module()
-    layer.mlp = mlp
-    return layer.requires_grad_(False)
-
-
-def test_a_gated_mlp_is_fused_and_gives_the_same():
-    layer = layer_with(Mlp(torch.nn.SiLU()))
+def test_linear_layers_are_replaced_whatever_holds_them():
+    layer = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), torch.nn.Sequential(torch.nn.Linear(16, 8, bias=False))
+    )
+    layer.requires_grad_(False)
     x = torch.randn(3, 5, 8)
-    expected = layer.mlp(x)
-    assert pack_linears([layer]) == 3
-    assert isinstance(layer.mlp, PackedGatedMlp)
-    assert_close(layer.mlp(x), expected)
-
-
-def test_an_mlp_that_only_looks_like_one_keeps_its_own_forward():
-    layer = layer_with(Mlp(torch.nn.SiLU(), doubled=True))
-    x = torch.randn(5, 8)
-    expected = layer.mlp(x)
-    pack_linears([layer])
-    assert isinstance(layer.mlp, Mlp)
-    assert isinstance(layer.mlp.up_proj, PackedLinear)
-    assert_close(layer.mlp(x), expected)
+    expected = layer(x)
+    assert pack_linears([layer]) == 2
+    assert isinstance(layer[1][0], OneDnnLinear)
+    assert_close(layer(x), expected)

@@ -10,7 +10,7 @@ from daemon.config import load_config
 from daemon.errors import ConfigError
 from daemon.model.encoding import encoder_of
 from daemon.model.float64 import full_precision
-from daemon.model.trie_engine import CannotPack, PackedEngine
+from daemon.model.trie_engine import CannotPack, TrieEngine
 from daemon.tools.verify import verify
 from tests import tiny
 from tests.compute.engines import dense, loaded, padded, random_texts
@@ -65,7 +65,7 @@ def test_the_packed_engine_leaves_such_places_to_transformer_lens(model, tmp_pat
     folder = tiny.save_sae(tmp_path / "sae", WRITTEN)
     hf, entries = loaded(model, [folder], torch.float64)
     with pytest.raises(CannotPack, match="is no hook point of the residual stream"):
-        PackedEngine(hf, entries, [encoder_of(entry) for entry in entries], "last")
+        TrieEngine(hf, entries, [encoder_of(entry) for entry in entries], "last")
 
 
 def test_heads_are_read_side_by_side(model, tmp_path):

@@ -8,7 +8,7 @@ import mmap
 import numpy as np
 from handmade import make_block, make_sample
 
-from daemon.executor.runner import outliving
+from daemon.executor.runner import detach_from_heap
 from daemon.recipes import CONTRAST_RECIPE
 
 
@@ -21,7 +21,7 @@ def room_of(array: np.ndarray) -> object:
 
 def test_results_lie_apart_and_the_sums_of_layers_go_with_their_batch():
     block = make_block([make_sample(number, CONTRAST_RECIPE) for number in range(3)])
-    kept = outliving(block)
+    kept = detach_from_heap(block)
     assert kept.layers is block.layers  # they weigh most, and nobody needs them past the batch
     assert kept.columns.keys() == block.columns.keys()
     for name, column in block.columns.items():

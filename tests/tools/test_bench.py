@@ -11,7 +11,7 @@ from rich.console import Console
 
 from daemon.config import load_config
 from daemon.errors import ConfigError
-from daemon.model.trie import preorder
+from daemon.model.trie import build_trie
 from daemon.tools.bench import AUTO, BARE, BenchReport, VariantReport, bench
 from daemon.tools.bench_report import plot, print_bench, recommendations
 from daemon.tools.bench_worker import Loaded, Measured, baseline_process, lensd_process
@@ -65,7 +65,7 @@ def test_the_work_is_every_product_of_every_token_once(family, tmp_path):
     )
     attended = sum(len(node) for node in nodes)  # keys, itself included
     expected = len(nodes) * weights + 2 * 2 * tiny.D_MODEL * attended + 2 * tiny.D_MODEL * tiny.D_SAE
-    assert work.multiply_adds(preorder(texts), readings=2) == expected
+    assert work.multiply_adds(build_trie(texts), readings=2) == expected
     rate = Products(work, torch.float32, "cpu").rate()
     assert rate.fastest == max(rate.torch, rate.packed) > 0
 

@@ -15,7 +15,7 @@ from daemon.analysis.columns import Column, analysis_columns
 from daemon.config import Config, load_config
 from daemon.errors import FileError
 from daemon.model.padded_engine import PaddedEngine
-from daemon.model.trie_engine import PackedEngine
+from daemon.model.trie_engine import TrieEngine
 from daemon.recipes import CONTRAST_RECIPE
 from daemon.tools import oracle
 from daemon.tools.verify import Verification, axis_gap, column_difference, verify
@@ -40,7 +40,7 @@ def verified(folder: Path, config: Config) -> Verification:
 
 
 @pytest.mark.parametrize(
-    ("engine", "hook"), [(PaddedEngine, "hook_mlp_out"), (PackedEngine, "hook_resid_post")]
+    ("engine", "hook"), [(PaddedEngine, "hook_mlp_out"), (TrieEngine, "hook_resid_post")]
 )
 def test_an_engine_that_is_wrong_for_every_text_alike_is_found_out(engine, hook, tmp_path, monkeypatch):
     """Also where its batches agree with its single texts."""
@@ -108,7 +108,7 @@ def test_the_oracle_runs_no_engine_no_encoder_and_no_loader_of_the_daemon():
     ours = {
         f"{node.module}.{alias.name}"
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("daemon.compute")
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("daemon.model")
         for alias in node.names
     }
     assert ours == {

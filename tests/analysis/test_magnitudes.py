@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from daemon.analysis.spectrum import gini, l2_norm, top_k_entropy
+from daemon.analysis.magnitudes import gini, l2_norm, top_k_entropy
 from tests.analysis.synthetic import QUICK
 
 magnitudes = st.lists(st.floats(1e-3, 1e3), min_size=0, max_size=8)

@@ -7,16 +7,16 @@ import errno
 import numpy as np
 import pytest
 
-from daemon import mapped
+from daemon import mmap_arrays
 
 
 def test_memory_that_is_refused_is_told_as_such(monkeypatch):
     def refused(*_: object, **options: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(mapped.mmap, "mmap", refused)
+    monkeypatch.setattr(mmap_arrays.mmap, "mmap", refused)
     with pytest.raises(MemoryError, match="Cannot allocate"):
-        mapped.copies([np.zeros(3)])
+        mmap_arrays.copies([np.zeros(3)])
 
 
 def test_copies_are_the_same():
@@ -26,10 +26,10 @@ def test_copies_are_the_same():
         np.random.default_rng(0).random((7, 3)).T,
         np.array([], np.int64),
     ]
-    copies = mapped.copies(arrays)
+    copies = mmap_arrays.copies(arrays)
     arrays[0][0] = 99
     assert copies[0].tolist() == [0, 1, 2, 3, 4]
     for copy, array in zip(copies[1:], arrays[1:], strict=True):
         assert (copy.dtype, copy.shape) == (array.dtype, array.shape)
         np.testing.assert_array_equal(copy, array)
-    assert mapped.copies([]) == []
+    assert mmap_arrays.copies([]) == []

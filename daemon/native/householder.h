@@ -8,10 +8,10 @@ typedef struct {
     lanes *old_v, *old_w; /* (n) of the step before */
 } Reduction;
 
-/* How much room a reduction takes, in vectors, and where in it what lies. */
-INLINE int64_t room_lanes(int64_t n) { return n * n + 8 * n; }
+/* How much room a reduction takes, in vectors, and where its parts lie. */
+INLINE int64_t room_of_reduction(int64_t n) { return n * n + 8 * n; }
 
-INLINE Reduction laid_out_lanes(lanes *room, int64_t n) {
+INLINE Reduction laid_out(lanes *room, int64_t n) {
     lanes *rest = room + n * n;
     return (Reduction){.a = room,         .d = rest,         .e = rest + n,     .tau = rest + 2 * n,
                        .v = rest + 3 * n, .w = rest + 4 * n, .p = rest + 5 * n, .old_v = rest + 6 * n,
@@ -19,7 +19,7 @@ INLINE Reduction laid_out_lanes(lanes *room, int64_t n) {
 }
 
 /* A = Q T Q^T, the update of each step done in the same pass over A as the product of the next. */
-INLINE void reduce_lanes(const Reduction *r, int64_t n) {
+INLINE void reduce(const Reduction *r, int64_t n) {
     lanes *restrict a = r->a, *restrict v = r->v, *restrict w = r->w, *restrict p = r->p;
     lanes *restrict old_v = r->old_v, *restrict old_w = r->old_w;
     const lanes zero = {0};
@@ -91,7 +91,7 @@ INLINE void reduce_lanes(const Reduction *r, int64_t n) {
 }
 
 /* x (n) = Q x. */
-INLINE void reflect_lanes(const Reduction *r, int64_t n, lanes *restrict x) {
+INLINE void reflect(const Reduction *r, int64_t n, lanes *restrict x) {
     for (int64_t k = n - 3; k >= 0; k--) {
         lanes dot = {0};
         for (int64_t i = k + 1; i < n; i++) dot += r->a[i * n + k] * x[i];

@@ -3,21 +3,29 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from daemon.model import lean
-from daemon.model.between import routines
-from daemon.model.lean import CompiledAttention, LeanLayer, TorchAttention
-from daemon.model.onednn import LEAST_STEP, filled_rows, row_chunks, works
-from daemon.model.trie import preorder
+from daemon.model import fused_layers, onednn
+from daemon.model.fused_layers import FusedDecoderLayer
+from daemon.model.onednn import ROW_STEP, OneDnnLinear, padded_rows, row_chunks, works
+from daemon.model.trie import build_trie
+from daemon.native.rmsnorm_rope_attention import routines
 from tests import tiny
 from tests.compute.engines import packed, random_texts
 from tests.families import COMMON, FAMILIES, GROUPED, PACKED, save_family
 
-LEAN = {"llama", "mistral", "qwen2"}  # with a window that counts, and with biases
+FUSED = {"llama", "mistral", "qwen2"}  # with a window that counts, and with biases
 
-pytestmark = pytest.mark.skipif(not works(torch.float32), reason="needs oneDNN's packed products")
+pytestmark = pytest.mark.skipif(routines() is None, reason="installed without a C compiler")
+
+
+@pytest.fixture(params=["onednn", "torch"], autouse=True)
+def products(request, monkeypatch) -> str:
+    """Every test here runs with the products of both."""
+    if request.param == "onednn" and not works(torch.float32):
+        pytest.skip("needs oneDNN's packed products")
+    monkeypatch.setattr(onednn, "faster", lambda dtype: request.param == "onednn")
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -35,55 +43,41 @@ def layers_of(engine) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_layers_of_the_kind_are_lean_in_float32_and_all_others_as_they_were(family, sae, tmp_path):
+def test_layers_of_the_kind_are_fused_in_float32_and_all_others_as_they_were(family, sae, tmp_path):
     model = save_family(tmp_path / family, family)
     engine = packed(model, [sae], torch.float32)
-    assert [type(layer) is LeanLayer for layer in layers_of(engine)] == 3 * [family in LEAN]
+    assert [type(layer) is FusedDecoderLayer for layer in layers_of(engine)] == 3 * [family in FUSED]
     engine = packed(model, [sae], torch.float64)
-    assert not any(isinstance(layer, LeanLayer) for layer in layers_of(engine))
+    assert not any(isinstance(layer, FusedDecoderLayer) for layer in layers_of(engine))
 
 
-@pytest.mark.parametrize("kept", [[5], [60, 3, 3, 17, 60], list(range(70, -1, -1)), [0] * 200])
-def test_the_last_layer_gives_the_tokens_that_are_read_in_the_order_asked_for(kept, llama, tmp_path):
-    hooks = [f"blocks.{layer}.hook_resid_post" for layer in (1, 2)] + ["blocks.3.hook_resid_pre"]
-    engine = packed(llama, [tiny.save_sae(tmp_path / hook, hook) for hook in hooks], torch.float32)
-    nodes = preorder(random_texts([40, 50]))
-    widths: list[int] = []
-    last = layers_of(engine)[-1]
-    last.register_forward_hook(lambda layer, args, output: widths.append(output.shape[1]), prepend=True)
-    every = engine.residuals(nodes, torch.arange(len(nodes)))
-    some = engine.residuals(nodes, torch.tensor(kept))
-    for got, expected in zip(some, every, strict=True):
-        assert_close(got, expected[kept], rtol=1e-5, atol=1e-5)
-    assert widths == [len(nodes), min(len(kept), len(nodes))]
-
-
-def test_products_see_few_numbers_of_rows(llama, sae):
+def test_products_of_onednn_see_few_numbers_of_rows(products, llama, sae, monkeypatch):
+    if products == "torch":
+        pytest.skip("makes no kernels by the number of rows")
     engine = packed(llama, [sae], torch.float32)
     met: set[int] = set()
+    multiply = OneDnnLinear._multiply
+    monkeypatch.setattr(OneDnnLinear, "_multiply", lambda self, x: met.add(len(x)) or multiply(self, x))
     for layer in layers_of(engine):
-        for product in layer.products:
-            product.register_forward_pre_hook(lambda module, args: met.add(len(args[0])))
+        layer.products[2].register_forward_pre_hook(lambda module, args: met.add(len(args[0])))
     texts = random_texts([50 + n % 40 for n in range(60)])
     engine.extract(texts)
-    pieces = {
-        rows.stop - rows.start for n in (60, len(preorder(texts))) for rows in row_chunks(filled_rows(n))
-    }
-    assert met == pieces
-    assert all(rows % LEAST_STEP == 0 for rows in met)
+    rows = padded_rows(len(build_trie(texts)))
+    of_encoder = padded_rows(len(texts))
+    assert met == {chunk.stop - chunk.start for n in (rows, of_encoder) for chunk in row_chunks(n)}
+    assert all(rows % ROW_STEP == 0 for rows in met)
 
 
-@pytest.mark.parametrize("family", sorted(LEAN))
+@pytest.mark.parametrize("family", sorted(FUSED))
 @pytest.mark.parametrize("compiled", [True, False])
-def test_attention_of_either_kind_gives_what_the_model_gives(family, compiled, sae, tmp_path, monkeypatch):
-    if compiled and routines() is None:
-        pytest.skip("installed without a C compiler")
+def test_layers_with_and_without_compiled_code_give_the_models_values(
+    family, compiled, sae, tmp_path, monkeypatch
+):
     if not compiled:
-        monkeypatch.setattr(lean, "routines", lambda: None)
+        monkeypatch.setattr(fused_layers, "routines", lambda: None)
     model = save_family(tmp_path / family, family, head_dim=32)
-    kind = CompiledAttention if compiled else TorchAttention
     engine = packed(model, [sae], torch.float32)
-    assert all(type(layer._attention) is kind for layer in layers_of(engine))
+    assert [type(layer) is FusedDecoderLayer for layer in layers_of(engine)] == 3 * [compiled]
     texts = random_texts([40, 3, 200])
     texts += [texts[0][:20] + texts[1], texts[2][:90]]
     (got,), (expected,) = (one.extract(texts).layers for one in (engine, packed(model, [sae])))
@@ -108,10 +102,10 @@ def test_heads_that_the_compiled_routine_does_not_know_never_reach_it(
     shape = COMMON | GROUPED | {"head_dim": 32, "layer_types": 4 * ["full_attention"]}
     monkeypatch.setitem(FAMILIES, "other", (kind, shape | settings))
     reached: list[object] = []
-    monkeypatch.setattr(LeanLayer, "forward", lambda self, x, **given: reached.append(self) or x)
+    monkeypatch.setattr(FusedDecoderLayer, "forward", lambda self, x, **given: reached.append(self) or x)
     layers = layers_of(packed(save_family(tmp_path, "other"), [sae], torch.float32))
     assert not reached
-    assert not any(isinstance(layer, LeanLayer) for layer in layers)
+    assert not any(isinstance(layer, FusedDecoderLayer) for layer in layers)
 
 
 class TwiceTheMlp(LlamaMLP):
@@ -134,7 +128,7 @@ def with_another_mlp(make):
 
 
 def test_a_norm_with_another_epsilon_than_it_seems_to_have_is_left_alone(llama, sae, monkeypatch):
-    epsilon = lean.epsilon
-    monkeypatch.setattr(lean, "epsilon", lambda norm: 3 * epsilon(norm))
+    epsilon = fused_layers.epsilon
+    monkeypatch.setattr(fused_layers, "epsilon", lambda norm: 3 * epsilon(norm))
     engine = packed(llama, [sae], torch.float32)
     assert [type(layer) for layer in layers_of(engine)] == 3 * [LlamaDecoderLayer]

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from daemon.analysis.threads import in_ranges, side_by_side
+from daemon.native.threads import in_ranges, side_by_side
 from tests.torch_threads import torch_threads
 
 PATIENCE = 60  # seconds until a thread that should be met is missed
@@ -22,17 +22,14 @@ def test_pieces_come_back_in_their_order(threads):
     assert side_by_side(lambda n: n * n, range(50)) == [n * n for n in range(50)]
 
 
-@pytest.mark.parametrize("threads_each", [1, 2, 4])
-def test_pieces_with_several_threads_each_use_all_of_them(threads_each, threads):
+def test_every_thread_takes_a_piece_and_uses_one_core(threads):
     everyone = threading.Barrier(threads)
 
-    def piece(_: int) -> list[int]:
-        if threads_each == 1:
-            return [everyone.wait(PATIENCE)]
-        return side_by_side(lambda _: everyone.wait(PATIENCE), range(threads_each))
+    def piece(_: int) -> int:
+        everyone.wait(PATIENCE)
+        return torch.get_num_threads()
 
-    numbers = side_by_side(piece, range(threads // threads_each), threads_each)
-    assert sorted(number for piece in numbers for number in piece) == list(range(threads))
+    assert side_by_side(piece, range(threads)) == [1] * threads
     assert torch.get_num_threads() == threads
 
 

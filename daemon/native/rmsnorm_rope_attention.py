@@ -1,4 +1,4 @@
-"""The compiled routines of lean.c: what a decoder layer does between its matrix products.
+"""The face of rmsnorm_rope_attention.c: what a decoder layer does besides its matrix products, in float32.
 
 Knows no layer's weights but its biases, and no texts.
 """
@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from daemon.analysis.threads import in_ranges
-from daemon.libraries import best_library
-from daemon.model.onednn import row_chunks
+from daemon.native.library import library
+from daemon.native.threads import in_ranges
 
-BLOCK = 16  # queries, as in lean.c
+WIDTH, BLOCK = 8, 16  # numbers in a vector, and queries of a block, as in the C source
 
 Project = Callable[[Tensor], Tensor]
 
@@ -25,7 +24,7 @@ POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class Attention(ctypes.Structure):
-    """`Attention` of lean.c."""
+    """`Attention` of the C source."""
 
     _fields_ = [
         *[(name, INTEGER) for name in ("n", "heads", "key_heads", "d_head")],
@@ -36,10 +35,9 @@ class Attention(ctypes.Structure):
 
 
 class Given(ctypes.Structure):
-    """`Given` of lean.c."""
+    """`Given` of the C source."""
 
     _fields_ = [
-        ("first", INTEGER),
         *[(name, POINTER) for name in ("qkv", "x")],
         ("d_model", INTEGER),
         *[(name, NUMBER) for name in ("epsilon", "scale")],
@@ -49,9 +47,8 @@ class Given(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Routines:
-    """The functions of lean.c."""
+    """The functions of the C source."""
 
-    width: int  # numbers in a vector
     add_norm: ctypes._FuncPointer
     turn: ctypes._FuncPointer
     attend: ctypes._FuncPointer
@@ -59,21 +56,21 @@ class Routines:
 
 @functools.cache
 def routines() -> Routines | None:
-    """lean.c for this processor; None where it was installed without a compiler."""
-    best = best_library("daemon.compute._lean")
-    if best is None:
+    """None where lensd was installed without a C compiler."""
+    found = library()
+    if found is None:
         return None
-    add_norm, turn, attend = best.lensd_add_norm, best.lensd_turn, best.lensd_attend
+    add_norm, turn, attend = found.lensd_add_norm, found.lensd_turn, found.lensd_attend
     add_norm.argtypes = [*[POINTER] * 3, INTEGER, NUMBER, INTEGER, INTEGER]
     turn.argtypes = [POINTER, POINTER, INTEGER, INTEGER]
     attend.argtypes = [POINTER, INTEGER, INTEGER]
     add_norm.restype = turn.restype = None
-    return Routines(best.lensd_width(), add_norm, turn, attend)
+    return Routines(add_norm, turn, attend)
 
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """Who attends to whom in a packed trie of n nodes, as lean.c reads it: filled up to whole vectors."""
+    """Who attends to whom in a trie of n nodes, padded to whole blocks."""
 
     end: Tensor  # (>= n,) int32, 0 past n
     depth: Tensor  # the same
@@ -92,27 +89,28 @@ class Heads:
     key_heads: int
     d_head: int
     scale: float
-    window: int | None  # a query sees as many of the last tokens
+    window: int | None  # a query sees this many of the last tokens
     bias: Tensor | None  # (heads + 2 key heads) x d_head of queries, keys and values
     epsilon: float  # of the norm before them
 
-    def suit(self, found: Routines) -> bool:
-        """Whether lean.c can take them."""
-        return self.d_head % found.width == 0 and self.heads % self.key_heads == 0
+    @property
+    def fit(self) -> bool:
+        """Whether the C source handles such heads."""
+        return self.d_head % WIDTH == 0 and self.heads % self.key_heads == 0
 
     def attended(
         self, found: Routines, nodes: Nodes, x: Tensor, project: Project, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """What each head attends to (n, heads x d_head).
+        """The attention's result of each head (n, heads x d_head).
 
-        x: (n, d_model) hidden states; `project` makes queries, keys and values of some rows at a time: (m,
-        d_model) -> (m, (heads + 2 key heads) x d_head). cos and sin: (n, d_head). Raises MemoryError.
+        x: (n, d_model) hidden states; `project` makes their queries, keys and values: (n, (heads + 2 key
+        heads) x d_head). cos and sin: (n, d_head). Raises MemoryError.
         """
         n, width = len(x), self.key_heads * self.d_head
-        assert cos.shape == sin.shape == (n, self.d_head)  # read by address
-        tiles = -(-n // found.width)
+        assert cos.shape == sin.shape == (n, self.d_head)  # C reads them by address
+        tiles = -(-n // WIDTH)
         queries, values = x.new_empty(n, self.heads * self.d_head), x.new_empty(n, width)
-        keys = x.new_empty(tiles * found.width * width)
+        keys = x.new_empty(tiles * WIDTH * width)
         attention = Attention(
             n=n,
             heads=self.heads,
@@ -126,23 +124,19 @@ class Heads:
             window=self.window or 0,
         )
         at = ctypes.addressof(attention)
-        for rows in row_chunks(n):
-            some = x[rows]
-            qkv = project(some)
-            assert qkv.shape == (len(some), self.heads * self.d_head + 2 * width)
-            given = Given(
-                first=rows.start,
-                qkv=qkv.data_ptr(),
-                x=some.data_ptr(),
-                d_model=x.shape[1],
-                epsilon=self.epsilon,
-                scale=self.scale,
-                bias=None if self.bias is None else self.bias.data_ptr(),
-                cos=cos.data_ptr(),
-                sin=sin.data_ptr(),
-            )
-            turn = functools.partial(found.turn, at, ctypes.addressof(given))
-            in_ranges(turn, len(some), BLOCK)
+        qkv = project(x)
+        assert qkv.shape == (n, self.heads * self.d_head + 2 * width)
+        given = Given(
+            qkv=qkv.data_ptr(),
+            x=x.data_ptr(),
+            d_model=x.shape[1],
+            epsilon=self.epsilon,
+            scale=self.scale,
+            bias=None if self.bias is None else self.bias.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+        )
+        in_ranges(functools.partial(found.turn, at, ctypes.addressof(given)), n, BLOCK)
         if any(in_ranges(functools.partial(found.attend, at), -(-n // BLOCK), 1)):
             raise MemoryError(f"attention over {n} tokens")
         return queries

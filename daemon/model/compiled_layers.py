@@ -1,5 +1,4 @@
-"""Kernels that torch makes at start-up for an accelerator: layers with their small operations run together,
-and packed attention that keeps no scores.
+"""Kernels that torch compiles at start-up for an accelerator: of whole layers, and of attention over a trie.
 
 Both need Triton, which comes with torch's builds for CUDA. Knows no texts, and of a model only its layers.
 """
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from daemon.model.attention import Call
-from daemon.model.cuda_streams import moved, on_cuda
-from daemon.model.trie import Preorder
+from daemon.model.cuda_streams import on_cuda, to_device
+from daemon.model.trie import Trie
 
 BLOCK = 128  # queries, and keys, that are looked at or skipped together
 WIDE_HEADS = {
@@ -30,13 +29,13 @@ WIDE_HEADS = {
 RECOMPILATIONS = 64  # of one function: a layer may be compiled for each of its kinds
 
 
-def can_fuse(device: str) -> bool:
+def can_compile(device: str) -> bool:
     """Whether torch can make kernels for the device."""
     return on_cuda(device) and importlib.util.find_spec("triton") is not None
 
 
-def fuse(layers: Iterable[nn.Module]) -> None:
-    """Compile what each layer does, for any number of tokens. `unfuse` takes it back."""
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compile each layer for any number of tokens. `restore_layers` takes it back."""
     for layer in layers:
         layer.forward = compiled(layer.forward)
 
@@ -51,7 +50,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return result
 
 
-def unfuse(layers: Iterable[nn.Module]) -> None:
+def restore_layers(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         layer.__dict__.pop("forward", None)
 
@@ -70,10 +69,10 @@ class FlexPlan:
     _mask: Any = None
 
     @classmethod
-    def of(cls, packed: Preorder, device: str) -> FlexPlan:
+    def of(cls, packed: Trie, device: str) -> FlexPlan:
         n = len(packed)
         needed, whole = block_pattern(packed)
-        end, depth = (moved(row.astype(np.int32), device) for row in (packed.end, packed.depth))
+        end, depth = (to_device(row.astype(np.int32), device) for row in (packed.end, packed.depth))
         return cls(n, end, depth, int(packed.depth.max()), needed, whole)
 
     @property
@@ -127,7 +126,7 @@ class FlexPlan:
         )
 
 
-def block_pattern(packed: Preorder) -> tuple[np.ndarray, np.ndarray]:
+def block_pattern(packed: Trie) -> tuple[np.ndarray, np.ndarray]:
     """Which blocks of keys each block of queries attends to at all, and which in whole: (B, B) bool each."""
     n = len(packed)
     starts = np.arange(0, n, BLOCK)
@@ -143,7 +142,9 @@ def block_pattern(packed: Preorder) -> tuple[np.ndarray, np.ndarray]:
 def listed(pattern: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
     """(B, B) bool -> how many blocks each row has (1, 1, B), and which: (1, 1, B, B), those first."""
     order = np.argsort(~pattern, axis=1, kind="stable").astype(np.int32)
-    return moved(pattern.sum(1).astype(np.int32), device)[None, None], moved(order, device)[None, None]
+    return to_device(pattern.sum(1).astype(np.int32), device)[None, None], to_device(order, device)[
+        None, None
+    ]
 
 
 @functools.cache
@@ -155,7 +156,7 @@ def flex() -> Callable[..., Tensor]:
 
 
 def tiles(query: Tensor) -> dict[str, Any] | None:
-    """How the kernel cuts its work up; None for torch's own choice, which is for long rows of keys."""
+    """The kernel's tile sizes; None for torch's own choice, which suits long rows of keys."""
     return WIDE_HEADS if query.shape[3] == 256 and query.element_size() == 2 else None
 
 

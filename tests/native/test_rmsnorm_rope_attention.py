@@ -1,4 +1,4 @@
-"""The compiled routines of lean.c against torch in float64, one text and one query at a time."""
+"""The compiled code against torch in float64, one text and one query at a time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from daemon.model.between import BLOCK, Heads, Nodes, add_norm, routines
-from daemon.model.onednn import row_chunks
-from daemon.model.trie import Preorder, preorder
+from daemon.model.trie import Trie, build_trie
+from daemon.native.rmsnorm_rope_attention import BLOCK, WIDTH, Heads, Nodes, add_norm, routines
 from tests.torch_threads import torch_threads
 
 FOUND = routines()
@@ -29,14 +28,13 @@ def case(heads: Heads, n: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     return 10 * x, 3 * qkv, angle.cos(), angle.sin()
 
 
-def attended(heads: Heads, packed: Preorder, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def attended(heads: Heads, packed: Trie, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
     nodes = Nodes.of(torch.from_numpy(packed.end), torch.from_numpy(packed.depth))
     x, qkv, cos, sin = given
-    left = iter(qkv.split([rows.stop - rows.start for rows in row_chunks(len(x))]))
-    return heads.attended(FOUND, nodes, x, lambda some: next(left), cos, sin)
+    return heads.attended(FOUND, nodes, x, lambda _: qkv, cos, sin)
 
 
-def slowly(heads: Heads, packed: Preorder, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def slowly(heads: Heads, packed: Trie, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
     x, qkv, cos, sin = (tensor.double() for tensor in given)
     qkv = qkv / (x.square().mean(1, keepdim=True) + heads.epsilon).sqrt()
     if heads.bias is not None:
@@ -75,17 +73,17 @@ def texts_of(lengths: list[int], shared: int) -> list[list[int]]:
 )
 @settings(max_examples=60, deadline=None)
 def test_attention_is_what_one_query_at_a_time_gives(lengths, shared, shape, vectors, window, biased):
-    d_head = vectors * FOUND.width
+    d_head = vectors * WIDTH
     bias = torch.linspace(-1, 1, (shape[0] + 2 * shape[1]) * d_head) if biased else None
     heads = Heads(*shape, d_head, d_head**-0.5, window, bias, EPSILON)
-    packed = preorder(texts_of(lengths, shared))
+    packed = build_trie(texts_of(lengths, shared))
     given = case(heads, len(packed))
     assert_close(attended(heads, packed, given).double(), slowly(heads, packed, given), rtol=2e-5, atol=2e-5)
 
 
 def test_threads_share_the_work_and_change_no_bit():
-    heads = Heads(6, 2, 4 * FOUND.width, 0.1, None, None, EPSILON)
-    packed = preorder(texts_of([300, 5, 170, 64], 33))
+    heads = Heads(6, 2, 4 * WIDTH, 0.1, None, None, EPSILON)
+    packed = build_trie(texts_of([300, 5, 170, 64], 33))
     given = case(heads, len(packed))
     results = []
     for threads in (1, 2):
@@ -95,8 +93,8 @@ def test_threads_share_the_work_and_change_no_bit():
 
 
 def test_what_is_not_a_number_stays_so_and_reaches_only_those_who_attend_to_it():
-    heads = Heads(2, 1, 2 * FOUND.width, 0.1, None, None, EPSILON)
-    packed = preorder(texts_of([40, 40], 10))
+    heads = Heads(2, 1, 2 * WIDTH, 0.1, None, None, EPSILON)
+    packed = build_trie(texts_of([40, 40], 10))
     given = case(heads, len(packed))
     given[0][15] = torch.nan  # in the first text
     result = attended(heads, packed, given)
@@ -107,8 +105,8 @@ def test_what_is_not_a_number_stays_so_and_reaches_only_those_who_attend_to_it()
 
 
 def test_large_scores_do_not_overflow():
-    heads = Heads(2, 1, FOUND.width, 30.0, None, None, EPSILON)
-    packed = preorder(texts_of([50], 0))
+    heads = Heads(2, 1, WIDTH, 30.0, None, None, EPSILON)
+    packed = build_trie(texts_of([50], 0))
     given = case(heads, len(packed))
     assert_close(attended(heads, packed, given).double(), slowly(heads, packed, given), rtol=1e-3, atol=1e-3)
 
@@ -127,5 +125,5 @@ def test_add_norm_adds_and_norms(rows, threads):
 
 
 def test_heads_that_fill_no_vector_are_left_to_torch():
-    assert not Heads(2, 1, FOUND.width // 2, 1.0, None, None, EPSILON).suit(FOUND)
-    assert Heads(2, 1, FOUND.width, 1.0, None, None, EPSILON).suit(FOUND)
+    assert not Heads(2, 1, WIDTH // 2, 1.0, None, None, EPSILON).fit
+    assert Heads(2, 1, WIDTH, 1.0, None, None, EPSILON).fit

@@ -1,4 +1,4 @@
-"""How an activation's strength is spread over its features.
+"""Measures how an activation's strength is spread over its features.
 
 Each function takes padded magnitudes `values` (N, width), zero after the first `counts` (N,) slots, and
 returns (N,) float64. Knows nothing about which features these are.

@@ -1,36 +1,23 @@
-/* What a decoder layer of Llama's kind does between its matrix products, in float32: norm, rotary embedding and
- * attention over a packed trie.
+/* The work of a decoder layer of Llama's kind between its matrix products, in float32: norm, rotary embedding and
+ * attention over a trie.
  *
  * Written for short texts: keys lie in tiles of a vector's width, transposed, so that one load serves a score of as
  * many keys, and a block of queries reads only the tiles that one of them attends to. Whoever attends to whom is told
  * by one number for each node: i attends to j exactly when j <= i < end[j].
- * Plain C with the vector extensions of GCC and Clang, built once for each level of processor; knows no Python. Each
- * function works on a range of nodes, so that threads may share the work.
+ * Plain C with the vector extensions of GCC and Clang; knows no Python. Each function works on a range of nodes, so
+ * that threads may share the work.
  */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 
-#include "../level.h"
+#include "clones.h"
 
-#if defined(__AVX512F__) /* as many as a register holds: wider vectors are taken apart one number at a time */
-#define WIDTH 16
-#define SPAN 4   /* vectors of a head that are summed up at a time, for ROWS queries: as many as registers hold */
-#define PAIRED 2 /* tiles whose keys are scored at a time, for 2 * ROWS queries */
-#elif defined(__AVX__)
-#define WIDTH 8
-#define SPAN 2
-#define PAIRED 1
-#else
-#define WIDTH 4
-#define SPAN 2
-#define PAIRED 1
-#endif
-#define BLOCK 16 /* queries that read the same tiles; a multiple of every WIDTH */
+#define WIDTH 8  /* numbers in a vector, which is a register of AVX2 */
+#define SPAN 2   /* vectors of a head that are summed up at a time, for ROWS queries: as many as registers hold */
+#define BLOCK 16 /* queries that read the same tiles; a multiple of WIDTH */
 #define ROWS 4   /* rows of a product that are worked on together */
 #define ALIGNMENT 64
-
-#define INLINE static inline __attribute__((always_inline))
 
 typedef float vector __attribute__((vector_size(4 * WIDTH)));
 typedef float loose __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias)); /* anywhere in memory */
@@ -40,20 +27,19 @@ typedef int32_t loose_whole __attribute__((vector_size(4 * WIDTH), aligned(4), m
 /* A layer's attention over n nodes, made ready by `lensd_turn`. */
 typedef struct {
     int64_t n, heads, key_heads, d_head;
-    float *queries;     /* (n, heads, d_head) turned; then what each attends to */
+    float *queries;     /* (n, heads, d_head) turned; then the result of each */
     float *keys;        /* (key heads, tiles, d_head, WIDTH) turned */
     float *values;      /* (n, key heads, d_head) */
     const int32_t *end; /* (tiles * WIDTH) one past each node's last descendant; 0 past n */
     const int32_t *depth;
     int32_t window;     /* a query attends to less than so many tokens before it; 0 for all */
-    int32_t odd;        /* whether a value is not finite, so that a share of 0 must not touch it */
+    int32_t odd;        /* whether a value is not finite: then a share of 0 must skip it */
 } Attention;
 
-/* What the products gave, and what they gave it of. */
+/* The result of the products, and the hidden states that they read. */
 typedef struct {
-    int64_t first;    /* the node of the first row */
-    const float *qkv; /* (rows, heads + 2 key heads, d_head) */
-    const float *x;   /* (rows, d_model), read by the products as it was: what they gave is to be divided by its norm */
+    const float *qkv; /* (n, heads + 2 key heads, d_head) */
+    const float *x;   /* (n, d_model), before the norm: the result is still to be divided by it */
     int64_t d_model;
     float epsilon;           /* of the norm */
     float scale;             /* of scores */
@@ -106,7 +92,7 @@ INLINE float over_norm(const float *x, int64_t d, float epsilon) {
 }
 
 /* Rows `from` to `to` of two (n, d): x += y, and normed = x over its root mean square. */
-void lensd_add_norm(float *x, const float *y, float *normed, int64_t d, float epsilon, int64_t from, int64_t to) {
+CLONES void lensd_add_norm(float *x, const float *y, float *normed, int64_t d, float epsilon, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
         float *row = x + i * d;
         for (int64_t j = 0; j < d; j++) row[j] += y[i * d + j];
@@ -130,15 +116,14 @@ INLINE void turned(const float *restrict from, const float *restrict bias, float
     }
 }
 
-/* Rows `from` to `to` of what the products gave, made ready for attention. */
-void lensd_turn(Attention *a, const Given *given, int64_t from, int64_t to) {
+/* Makes nodes `from` to `to` of the products' result ready for attention. */
+CLONES void lensd_turn(Attention *a, const Given *given, int64_t from, int64_t to) {
     int64_t tiles = tiles_of(a->n), d_head = a->d_head, stride = (a->heads + 2 * a->key_heads) * d_head;
     const float *bias = given->bias;
     whole odd = {0};
-    for (int64_t r = from; r < to; r++) {
-        int64_t i = given->first + r;
-        float over = over_norm(given->x + r * given->d_model, given->d_model, given->epsilon);
-        const float *row = given->qkv + r * stride, *cos = given->cos + i * d_head, *sin = given->sin + i * d_head;
+    for (int64_t i = from; i < to; i++) {
+        float over = over_norm(given->x + i * given->d_model, given->d_model, given->epsilon);
+        const float *row = given->qkv + i * stride, *cos = given->cos + i * d_head, *sin = given->sin + i * d_head;
         for (int64_t head = 0; head < a->heads; head++)
             turned(row + head * d_head, bias ? bias + head * d_head : NULL, over, cos, sin, given->scale, d_head,
                    a->queries + (i * a->heads + head) * d_head, 1);
@@ -160,21 +145,17 @@ void lensd_turn(Attention *a, const Given *given, int64_t from, int64_t to) {
         if (odd[k]) a->odd = 1;
 }
 
-/* scores[r][t] = of query r with the keys of tile t, of one or two. */
-INLINE void score(float *const *queries, const float *const *tiles, int64_t d_head, vector *const *scores,
-                  const int n_tiles) {
-    vector sums[2 * ROWS][2] = {{{0}}};
+/* *scores[r] = the scores of query r with the keys of one tile. */
+INLINE void score(float *const *queries, const float *tile, int64_t d_head, vector *const *scores) {
+    vector sums[2 * ROWS] = {{0}};
     for (int64_t j = 0; j < d_head; j++) {
-        vector keys[2];
-        for (int t = 0; t < n_tiles; t++) keys[t] = *(const loose *)(tiles[t] + j * WIDTH);
-        for (int r = 0; r < 2 * ROWS; r++)
-            for (int t = 0; t < n_tiles; t++) sums[r][t] += keys[t] * queries[r][j];
+        vector keys = *(const loose *)(tile + j * WIDTH);
+        for (int r = 0; r < 2 * ROWS; r++) sums[r] += keys * queries[r][j];
     }
-    for (int r = 0; r < 2 * ROWS; r++)
-        for (int t = 0; t < n_tiles; t++) scores[r][t] = sums[r][t];
+    for (int r = 0; r < 2 * ROWS; r++) *scores[r] = sums[r];
 }
 
-/* Masks the scores of a query with the keys of some tiles, and makes them shares, but for what is returned: 1 / sum. */
+/* Masks the scores of a query with the keys of some tiles and makes them shares times their sum; returns 1 / sum. */
 INLINE float soften(const Attention *a, int32_t i, const int32_t *tiles, int64_t n_tiles, vector *scores) {
     whole lane;
     for (int k = 0; k < WIDTH; k++) lane[k] = k;
@@ -215,7 +196,7 @@ INLINE void gather_values(const Attention *a, const float *values, const int32_t
         for (int v = 0; v < spanned; v++) *(loose *)(out[r] + v * WIDTH) = sums[r][v] * over[r];
 }
 
-/* What the queries of one block attend to, for one key head and the heads that share it. */
+/* Attention of the queries of one block, for one key head and the heads that share it. */
 INLINE void attend(const Attention *a, int64_t block, int64_t key_head, const int32_t *tiles, int64_t n_tiles,
                    vector *scores) {
     int64_t group = a->heads / a->key_heads, first = block * BLOCK;
@@ -235,14 +216,9 @@ INLINE void attend(const Attention *a, int64_t block, int64_t key_head, const in
             queries[r] = a->queries + (node[r] * a->heads + head) * a->d_head;
             shares[r] = scores + r * n_tiles;
         }
-        for (int64_t t = 0; t < n_tiles; t += PAIRED) {
-            const float *tile[2];
-            for (int k = 0; k < PAIRED && t + k < n_tiles; k++) tile[k] = keys + tiles[t + k] * a->d_head * WIDTH;
+        for (int64_t t = 0; t < n_tiles; t++) {
             for (int r = 0; r < 2 * ROWS; r++) of_row[r] = scores + r * n_tiles + t;
-            if (t + PAIRED <= n_tiles)
-                score(queries, tile, a->d_head, of_row, PAIRED);
-            else
-                score(queries, tile, a->d_head, of_row, 1);
+            score(queries, keys + tiles[t] * a->d_head * WIDTH, a->d_head, of_row);
         }
         for (int r = 0; r < 2 * ROWS; r++) over[r] = soften(a, node[r], tiles, n_tiles, scores + r * n_tiles);
         for (int r = 0; r < 2 * ROWS; r += ROWS)
@@ -262,7 +238,7 @@ INLINE void attend(const Attention *a, int64_t block, int64_t key_head, const in
 }
 
 /* Attention of blocks `from` to `to` of BLOCK queries. d_head is a multiple of WIDTH. Returns -1 without memory. */
-int lensd_attend(const Attention *a, int64_t from, int64_t to) {
+CLONES int lensd_attend(const Attention *a, int64_t from, int64_t to) {
     int64_t all_tiles = tiles_of(a->n);
     int32_t *tiles = malloc((all_tiles + 1) * sizeof(int32_t));
     int32_t *latest = malloc((all_tiles + 1) * sizeof(int32_t)); /* one past the last node that a tile is seen by */
@@ -287,5 +263,3 @@ int lensd_attend(const Attention *a, int64_t from, int64_t to) {
     free(scores);
     return result;
 }
-
-int lensd_width(void) { return WIDTH; }

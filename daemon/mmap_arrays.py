@@ -1,7 +1,7 @@
 """Arrays outside the C library's heap, whose memory goes back to the system with the last of them.
 
-For large arrays that outlive what made them: in the heap they would lie in the middle of room that the next
-batch needs whole, and the heap would grow by that. Knows nothing about what they hold.
+For large arrays that outlive their batch: long-lived allocations fragment the heap, which then grows. Knows
+nothing about their contents.
 """
 
 from __future__ import annotations

@@ -11,19 +11,11 @@ from hypothesis import strategies as st
 
 from daemon.analysis.study import StudySettings
 from daemon.batching import splitting
-from daemon.batching.splitting import (
-    PIECE_TOKENS,
-    PIECES_EACH,
-    SHARED,
-    concat_results,
-    core_groups,
-    done_after,
-    split_batch,
-)
+from daemon.batching.splitting import PIECE_TOKENS, SHARED, concat_results, piece_count, split_batch
 from daemon.executor.runner import BatchRunner
-from daemon.model.between import routines
-from daemon.model.lean import CompiledAttention
-from daemon.model.trie import preorder
+from daemon.model.fused_layers import FusedDecoderLayer
+from daemon.model.trie import build_trie
+from daemon.native.rmsnorm_rope_attention import routines
 from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE
 from daemon.records import Batch, BatchResult, Entry, Part, PartExtent, Sample, TokenizedPart, TokenizedSample
 from tests import tiny
@@ -37,7 +29,7 @@ SETTINGS = StudySettings(seed=0, noise_sigma=0.1, noise_draws=4, stability_top_k
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return save_family(tmp_path_factory.mktemp("llama"), "llama", head_dim=32)  # as lean.c takes them
+    return save_family(tmp_path_factory.mktemp("llama"), "llama", head_dim=32)  # as compiled layers take them
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def batch_of(samples: list[tuple[tuple[int, ...], ...]], recipe=PLAIN_RECIPE) ->
 
 
 def tokens_of(batch: Batch) -> int:
-    return len(preorder([ids for sample in batch.samples for ids in sample.token_ids]))
+    return len(build_trie([ids for sample in batch.samples for ids in sample.token_ids]))
 
 
 def rows(batch: Batch) -> list[int]:
@@ -76,10 +68,9 @@ def rows(batch: Batch) -> list[int]:
 def test_pieces_are_the_batch_in_its_order_and_compute_hardly_more(lengths, shared, cores):
     prefix = (0,) * shared
     batch = batch_of([((*prefix, *range(1 + n * 1000, 1 + n * 1000 + m)),) for n, m in enumerate(lengths)])
-    pieces, at_a_time = split_batch(batch, cores)
+    pieces = split_batch(batch, cores)
     assert [row for piece in pieces for row in rows(piece)] == rows(batch)
-    assert cores % at_a_time == 0
-    assert at_a_time <= len(pieces) <= max(1, PIECES_EACH * at_a_time)
+    assert len(pieces) in (1, cores)
     tokens = tokens_of(batch)
     assert sum(tokens_of(piece) for piece in pieces) <= (1 + SHARED) * tokens
     assert len(pieces) == 1 or len(pieces) * PIECE_TOKENS <= tokens
@@ -87,48 +78,30 @@ def test_pieces_are_the_batch_in_its_order_and_compute_hardly_more(lengths, shar
 
 def test_pieces_of_like_samples_are_equal():
     batch = batch_of([(tuple(range(n * 100, n * 100 + 64)),) for n in range(64)])
-    pieces, at_a_time = split_batch(batch, 4)
-    assert at_a_time == 4
+    pieces = split_batch(batch, 4)
     assert [len(piece.entries) for piece in pieces] == [16, 16, 16, 16]
 
 
 def test_a_prompt_that_all_samples_share_keeps_a_batch_whole():
     prompt = tuple(range(400))
     batch = batch_of([((*prompt, 1000 + n, 7),) for n in range(1000)])
-    assert split_batch(batch, 2) == ([batch], 1)
+    assert split_batch(batch, 2) == [batch]
 
 
-@pytest.mark.parametrize(("prompt", "expected"), [(50, ([1, 1], 2)), (51, ([2], 1))])
-def test_pieces_may_compute_a_twentieth_once_more_and_no_token_over(prompt, expected):
+@pytest.mark.parametrize(("prompt", "samples"), [(50, [1, 1]), (51, [2])])
+def test_pieces_may_compute_a_twentieth_once_more_and_no_token_over(prompt, samples):
     shared = tuple(range(prompt))
     batch = batch_of([((*shared, *range(1000, 1525 - prompt)),), ((*shared, *range(2000, 2475)),)])
     assert tokens_of(batch) == 1000
-    pieces, at_a_time = split_batch(batch, 2)
-    assert ([len(piece.entries) for piece in pieces], at_a_time) == expected
-
-
-def test_samples_of_different_lengths_make_more_pieces_than_cores():
-    pieces, at_a_time = split_batch(
-        batch_of([(tuple(range(n * 2000, n * 2000 + m)),) for n, m in enumerate([600, 1200, 600])]), 2
-    )
-    work = [tokens_of(piece) for piece in pieces]
-    assert at_a_time == 2
-    assert work == [600, 1200, 600]
-    assert done_after(work, 2) == sum(work) / 2
+    assert [len(piece.entries) for piece in split_batch(batch, 2)] == samples
 
 
 @pytest.mark.parametrize(
     ("tokens", "cores", "expected"),
-    [
-        (100, 8, [1]),
-        (4 * PIECE_TOKENS, 8, [4, 2, 1]),
-        (10**6, 6, [6, 3, 2, 1]),
-        (3 * PIECE_TOKENS, 7, [1]),
-        (0, 1, [1]),
-    ],
+    [(100, 8, 1), (8 * PIECE_TOKENS, 8, 8), (8 * PIECE_TOKENS - 1, 8, 1), (10**6, 6, 6), (0, 1, 1)],
 )
-def test_numbers_of_pieces_divide_the_cores(tokens, cores, expected):
-    assert core_groups(tokens, cores) == expected
+def test_a_batch_is_split_where_there_is_enough_for_every_core(tokens, cores, expected):
+    assert piece_count(tokens, cores) == expected
 
 
 def contrast_batch(n: int) -> Batch:
@@ -139,10 +112,8 @@ def contrast_batch(n: int) -> Batch:
 
 
 @pytest.mark.parametrize("positions", ["last", "all", "mean"])
-@pytest.mark.parametrize(("dtype", "at_a_time"), [(torch.float64, 2), (torch.float32, 2), (torch.float32, 1)])
-def test_a_batch_in_pieces_gives_what_it_gives_in_one(
-    positions, dtype, at_a_time, llama, saes, cores, monkeypatch
-):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_batch_in_pieces_gives_what_it_gives_in_one(positions, dtype, llama, saes, cores, monkeypatch):
     study = BatchRunner(
         packed(llama, saes, dtype, positions=positions), dataclasses.replace(SETTINGS, positions=positions)
     )
@@ -150,9 +121,7 @@ def test_a_batch_in_pieces_gives_what_it_gives_in_one(
     whole = study.run(batch)
     monkeypatch.setattr(splitting, "PIECE_TOKENS", 8)
     monkeypatch.setattr(splitting, "SHARED", 1.0)
-    pieces, _ = split_batch(batch, cores)
-    assert len(pieces) >= cores
-    monkeypatch.setattr("daemon.executor.runner.cut", lambda batch, cores: (pieces, at_a_time))
+    assert len(split_batch(batch, cores)) == cores
     block = study.run(batch)
     near, flips = (1e-9, 0) if dtype == torch.float64 else (1e-3, 2)  # of features that hardly fire
     for name, column in whole.columns.items():
@@ -187,7 +156,7 @@ def assert_nearly_all_equal(got: np.ndarray, expected: np.ndarray, near: float, 
 @pytest.mark.skipif(routines() is None, reason="installed without a C compiler")
 def test_in_float32_these_tests_run_the_compiled_layers(llama, saes):
     layers = packed(llama, saes, torch.float32)._trunk.layers
-    assert all(type(layer._attention) is CompiledAttention for layer in layers)
+    assert all(type(layer) is FusedDecoderLayer for layer in layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -224,7 +193,7 @@ def test_only_an_engine_that_keeps_nothing_is_used_by_several_threads(llama, sae
 
 def test_a_block_alone_is_itself(llama, saes):
     block = BatchRunner(packed(llama, saes), SETTINGS).run(contrast_batch(2))
-    assert concat_results([block], 1) is block
+    assert concat_results([block]) is block
 
 
 @pytest.fixture
