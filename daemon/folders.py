@@ -176,7 +176,7 @@ def leftover_trouble(inbox: Path, outbox: Path) -> str | None:
 
 
 def leftovers(inbox: Path, outbox: Path) -> Iterator[tuple[Path, int]]:
-    """What runs leave in the folders, and the access that is needed to each."""
+    """List what runs leave in the folders, and the access that is needed to each."""
     for parent, lock in ((inbox / CLAIMED, FAILING), (outbox / STAGING, PUBLISHING)):
         for path in sorted(parent.iterdir()) if parent.is_dir() else ():
             if path.name == lock:

@@ -78,7 +78,7 @@ class Pause:
         return met | self._held
 
     def hold(self, reason: str, message: str | None) -> None:
-        """What a check found: a message while the reason holds, None where it does not."""
+        """Note the result of a check: a message while the reason holds, None where it does not."""
         if message is None:
             self._held.pop(reason, None)
         else:
@@ -96,7 +96,7 @@ class Pause:
             await self._sleep()
 
     async def outlast(self, attempt: Callable[[], Awaitable[T]], stage: str) -> T:
-        """What `attempt` returns, called again until the machine no longer refuses it.
+        """Call `attempt` until the machine no longer refuses it; return its result.
 
         `attempt` must be safe to repeat; `stage` is one of RETRIED. Raises the OSErrors that no waiting
         helps, and MachineError.
@@ -129,7 +129,7 @@ def describe(error: OSError) -> str:
 
 
 def remedy(code: int | None) -> str:
-    """What to do about an error whose words do not tell."""
+    """Say what to do about an error whose words do not tell."""
     if code == errno.EFBIG:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         if limit == resource.RLIM_INFINITY:

@@ -320,7 +320,7 @@ class Pipeline:
                 settled.set()
 
     def queued(self) -> Queued:
-        """What waits between the stages."""
+        """Count the items that wait between the stages."""
         return Queued(
             tokenize=len(self.parts),
             compute=len(self.tokenized) + len(self.batcher),

@@ -34,7 +34,7 @@ NEGLIGIBLE_VARIANCE = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What must not change between claiming a file and publishing its results."""
+    """Identifies a file by its metadata, which must not change until its results are published."""
 
     device: int
     inode: int
@@ -183,7 +183,7 @@ class FeatureRows:
 
 @dataclass(frozen=True, slots=True)
 class LayerSums:
-    """What a file's FVU and mean L0 at one SAE are made of, per sample and summed over its texts."""
+    """The sums behind FVU and mean L0 at one SAE, per sample and over its texts."""
 
     rows: IntArray  # (n,) activations counted
     l0: FloatArray  # (n,)
@@ -248,7 +248,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerTotals:
-    """What FVU and mean L0 at one SAE are made of, summed over samples and texts."""
+    """The sums behind FVU and mean L0 at one SAE, over samples and texts."""
 
     rows: int  # activations counted
     l0: float
@@ -463,7 +463,7 @@ Arrival = FinishedPart | KeptPart | FileFailed  # at the sink
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What the sink has of a unit from before."""
+    """Results of a unit that the sink has from before."""
 
     published: Path | None  # the folder that holds its results
     extents: Mapping[int, PartExtent]  # by number, of parts that an earlier attempt stored
@@ -471,7 +471,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class InboxLoad:
-    """What waited at one look. Times are Unix times."""
+    """The files that waited at one look. Times are Unix times."""
 
     files: int
     bytes: int

@@ -38,7 +38,7 @@ def toml_layer(path: Path | None) -> Iterator[tuple[str, Any, str]]:
 
 
 def toml_text(path: Path) -> str:
-    """What a TOML file says, whatever editor saved it. Raises ConfigError."""
+    """Read the settings of a TOML file, whatever editor saved it. Raises ConfigError."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

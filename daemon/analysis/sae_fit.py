@@ -35,7 +35,7 @@ class FitComparison:
         self._before: Sequence[Fit] = [Fit()] * len(info.saes)
 
     def of(self, outcome: Outcome) -> tuple[Departure, ...]:
-        """What is far from what is known; a committed file is what the next one is compared with."""
+        """Compare a file with the cards and with the committed file before it; list what is far."""
         if outcome.kind != "committed" or outcome.readings < MIN_READINGS:
             return ()
         fits = tuple(map(Fit, outcome.mean_l0, outcome.fvu))
@@ -64,7 +64,7 @@ def highest_fvu(known: float) -> float:
 
 
 def far_from_card(fit: Fit, card: Fit, readings: int) -> list[DepartureKind] | None:
-    """What is far from the card; None where that can't be said."""
+    """List what is far from the card; None where that can't be said."""
     if readings < MIN_READINGS or card == Fit():
         return None
     return [kind for kind, *_ in far(fit, card)]

@@ -152,7 +152,7 @@ class PaddedCost:
 
 
 def sample_cost(kind: type[TrieCost] | type[PaddedCost], entry: Entry) -> int:
-    """What a sample costs alone."""
+    """The cost of a sample alone."""
     cost = kind()
     cost.add(entry.sample)
     return cost.total

@@ -57,7 +57,7 @@ DRAINING, PAUSED = "draining", "paused: "  # how readiness words them
 
 
 class Verdicts(Protocol):
-    """What is asked of health: reasons not to be ready, and not to be live."""
+    """Health as the board needs it: reasons not to be ready, and not to be live."""
 
     @property
     def unmet(self) -> set[str]: ...
@@ -66,7 +66,7 @@ class Verdicts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was counted until one moment of the monotonic clock."""
+    """The counts at one moment of the monotonic clock."""
 
     when: float
     done: int  # samples computed or rejected
@@ -113,7 +113,7 @@ class StatusBoard:
         self._progressed = first.when  # when `done` last grew, or there was nothing to do
 
     def describe(self, info: ModelInfo, max_batch_tokens: int) -> None:
-        """What was loaded."""
+        """The loaded model and its SAEs."""
         self._running = Running(
             model=escape_control(info.name),
             architecture=info.architecture,
@@ -174,7 +174,7 @@ class StatusBoard:
                 self._marks.append(now)
 
     def _note_work(self, load: InboxLoad | None, workload: Workload | None, *, ready: bool) -> None:
-        """What there is to do, and how long it takes at the present rate."""
+        """Note the work at hand, and how long it takes at the present rate."""
         self._load, self._workload = load, workload
         backlog, rate = (
             self._backlog,
@@ -187,7 +187,7 @@ class StatusBoard:
             self._eta_seconds = round((backlog.samples_under_way + unread) / rate, 1)
 
     def status(self, health: Verdicts) -> Status:
-        """What there is to say now."""
+        """Describe this moment."""
         now, at = self._now(), self._wall_clock()
         stalled, unmet = health.stalled(), sorted(health.unmet)
         with self._lock:
@@ -347,7 +347,7 @@ class StatusBoard:
 
 
 def told(outcome: Outcome) -> str | None:
-    """What there is to say of how a file ended."""
+    """Say why a file ended as it did; None where nothing is to be said."""
     return outcome.message or "; ".join(map(str, outcome.departures)) or None
 
 

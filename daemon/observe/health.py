@@ -15,7 +15,7 @@ LOADING = "loading the model"  # while it is unmet, one call may take as long as
 
 
 class Watched(Protocol):
-    """What is asked of the device."""
+    """The device as health needs it."""
 
     @property
     def busy_since(self) -> float | None:
@@ -62,7 +62,7 @@ class Health:
         return 0.0 if since is None else now - since
 
     def stalled(self) -> list[str]:
-        """What makes no progress; empty while all is well."""
+        """List the loops that make no progress; empty while all is well."""
         reasons = []
         silence = self.silence_seconds(EVENT_LOOP)
         if silence > HEARTBEAT_STALE_SECONDS:

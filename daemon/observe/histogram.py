@@ -60,7 +60,7 @@ class ArrayHistogram(Collector):
         yield HistogramMetricFamily(self._name, self._text, labels=self._labels)
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """What was observed so far, in the exposition's terms: cumulative counts by upper bound."""
+        """The observations so far, in the exposition's terms: cumulative counts by upper bound."""
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         with self._lock:
             counts, sums, created = dict(self._counts), dict(self._sums), dict(self._created)

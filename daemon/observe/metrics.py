@@ -257,7 +257,7 @@ class Metrics:
         return tuple(label.name for label in labels)
 
     def describe(self, info: ModelInfo, max_batch_tokens: int) -> None:
-        """What was loaded."""
+        """The loaded model and its SAEs."""
         self.max_batch_tokens.set(max_batch_tokens)
         for labels in itertools.product(map(str, info.layers), KINDS, AGAINST):
             self.sae_departures_total.labels(*labels)
@@ -348,7 +348,7 @@ class Metrics:
             self.device_busy_ratio.set(min(1.0, (busy_seconds - busy_then) / (now - then)))
 
     def observe_load(self, load: InboxLoad) -> None:
-        """What waits."""
+        """Set the gauges of the files that wait."""
         self.inbox_files.set(load.files)
         self.inbox_bytes.set(load.bytes)
         self.inbox_left_files.set(load.left)

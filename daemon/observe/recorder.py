@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Tally:
-    """What a run did, for its exit code and its last line."""
+    """Counts of a run, for its exit code and its last line."""
 
     committed: int = 0
     duplicate: int = 0

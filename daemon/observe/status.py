@@ -1,4 +1,4 @@
-"""What a daemon says of itself: one frozen snapshot, as `/status.json`, the page and `lensd status` show it.
+"""The status of a daemon: one frozen snapshot, as `/status.json`, the page and `lensd status` show it.
 
 Plain values only; knows no files, no model and no HTML. Times are Unix times, durations seconds.
 """
@@ -39,7 +39,7 @@ class Dictionary:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What was loaded."""
+    """The loaded model and its SAEs."""
 
     model: str
     architecture: str
@@ -52,7 +52,7 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What waits in the inbox, and what was taken up and is not settled."""
+    """The files that wait in the inbox, and the work that was taken up and is not settled."""
 
     files: int
     bytes: int

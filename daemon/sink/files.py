@@ -29,7 +29,7 @@ class HashedFile:
         return count
 
     def totals(self, rows: int) -> FileTotals:
-        """What was written so far, as the `rows` rows that it means."""
+        """The file as it is now, which holds `rows` rows."""
         return FileTotals(name=self._name, rows=rows, bytes=self._bytes, sha256=self._hash.hexdigest())
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""What a published folder says about itself. Pure: reads no file and no clock.
+"""The manifest of a published folder. Pure: reads no file and no clock.
 
 Knows how results are described, not how they are computed or published.
 """

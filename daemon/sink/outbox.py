@@ -220,7 +220,7 @@ class Outbox:
 
 
 def noted(path: Path) -> str | None:
-    """What an entry of the index says; None where there is none, or not all of it.
+    """Read an entry of the index; None where there is none, or not all of it.
 
     One of an earlier version is a link.
     """

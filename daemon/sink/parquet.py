@@ -73,7 +73,7 @@ class ParquetFile:
             self._writer.write_table(group, row_group_size=len(group))
 
     def _group(self) -> pa.Table:
-        """What is gathered, which is gathered no longer."""
+        """Take the gathered rows as one table."""
         gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
         if len(gathered) == 1:
             return gathered[0]

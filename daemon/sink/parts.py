@@ -88,7 +88,7 @@ def read_part(folder: Path, number: int) -> StoredPart:
 
 
 def stored_extents(folder: Path) -> dict[int, PartExtent]:
-    """What each part file in `folder` covers, by its number; nothing where there is no folder."""
+    """The extent of each part file in `folder`, by its number; nothing where there is no folder."""
     extents: dict[int, PartExtent] = {}
     if not folder.is_dir():
         return extents
@@ -99,7 +99,7 @@ def stored_extents(folder: Path) -> dict[int, PartExtent]:
 
 
 def read_extent(path: Path) -> PartExtent | None:
-    """What a part file covers; None where another version of lensd wrote it."""
+    """The extent of a part file; None where another version of lensd wrote it."""
     with pa.memory_map(os.fsencode(path)) as source, pa.ipc.open_stream(source) as stream:
         header = json.loads(stream.schema.metadata[HEADER])
     return PartExtent(**header["extent"]) if header["format"] == FORMAT else None

@@ -247,7 +247,7 @@ class RejectsFile:
         self.rows += len(rejects)
 
     def close(self) -> list[FileTotals]:
-        """What the file is, if there is one."""
+        """The file as it is now, if there is one."""
         if self._file is None:
             return []
         self._file.close()

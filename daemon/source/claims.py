@@ -1,4 +1,4 @@
-"""What one process has claimed: where it lies, and how each file leaves. Functions block, on one thread."""
+"""The files that one process has claimed, and how each leaves. Functions block, on one thread."""
 
 from __future__ import annotations
 

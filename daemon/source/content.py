@@ -179,7 +179,7 @@ class Decompression:
         self._made = 0  # bytes of content
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes add to the content, in pieces of bounded size."""
+        """Decompress these bytes, in pieces of bounded size."""
         for start in range(0, len(data), SLICE_BYTES):
             rest = data[start : start + SLICE_BYTES]
             self._taken += len(rest)
@@ -208,7 +208,7 @@ class Decompression:
         return zstandard.ZstdDecompressor(max_window_size=self._max_window_bytes).decompressobj()
 
     def _refused(self) -> FileError | None:
-        """What a sound zstandard frame asks for and does not get, by its header; None where it is damaged."""
+        """Say what a sound zstandard frame needs and does not get, by its header; None where it is damaged."""
         if self._suffix != ".zst":
             return None
         try:

@@ -1,4 +1,4 @@
-"""What a path is, by its metadata alone: nothing is opened, no link followed, so no FIFO can block."""
+"""Tells what a path is by its metadata: opens nothing and follows no link, so that no FIFO can block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = (
 
 
 def identity_of(path: Path) -> FileIdentity | None:
-    """What a regular file is, by its metadata; None for anything else, or nothing. Raises OSError."""
+    """Identify a regular file by its metadata; None for anything else, or nothing. Raises OSError."""
     try:
         status = path.lstat()
     except FileNotFoundError:

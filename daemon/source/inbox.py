@@ -144,7 +144,7 @@ class Inbox:
         return found
 
     def pending(self) -> InboxLoad | None:
-        """What waited at the last look, None before the first."""
+        """The files that waited at the last look, None before the first."""
         return self._scanner.load
 
     async def claims(self, stop: asyncio.Event, once: bool) -> AsyncIterator[list[Claim]]:

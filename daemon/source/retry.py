@@ -35,7 +35,7 @@ class FailedFile:
 
     @property
     def name(self) -> str:
-        """What it is called there, for people."""
+        """Its name there, for people."""
         return escape_name(self.path.name)
 
 

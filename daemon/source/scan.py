@@ -40,7 +40,7 @@ class Candidate:
 
 @dataclass(slots=True)
 class Entries:
-    """What one look found, by name; nothing hidden, and nothing that settings ignore."""
+    """The entries that one look found, by name; nothing hidden, and nothing that settings ignore."""
 
     inputs: dict[str, Stamp] = field(default_factory=dict)  # regular files that may be taken
     unfinished: dict[str, Stamp] = field(default_factory=dict)  # of their names, and still being fetched
@@ -143,7 +143,7 @@ def reason_of(owner: Owner | None) -> str:
 
 
 def entries_of(path: Path, names: InputNames) -> Entries:
-    """What lies in an inbox. Raises OSError where the folder can't be read."""
+    """List the entries of an inbox. Raises OSError where the folder can't be read."""
     found = Entries()
     with os.scandir(path) as entries:
         for entry in entries:
@@ -190,5 +190,5 @@ def load_of(entries: Entries) -> InboxLoad:
 
 
 def count_waiting(path: Path, names: InputNames | None = None) -> InboxLoad:
-    """What waits there, for whoever only wants to know. Raises OSError where the folder can't be read."""
+    """Count the files that wait in an inbox. Raises OSError where the folder can't be read."""
     return load_of(entries_of(path, InputNames() if names is None else names))

@@ -1,4 +1,4 @@
-"""What people run instead of lensd, for `lensd bench`: three loops over TransformerLens and SAELens.
+"""The baselines of `lensd bench`: three loops over TransformerLens and SAELens that people write.
 
 Each reads samples' texts and returns nothing: results are computed and dropped. Knows nothing about files.
 """

@@ -1,4 +1,4 @@
-"""What `lensd bench` shows: a table, and a plot of speed and memory by batch size."""
+"""Shows the figures of `lensd bench`: a table, and a plot of speed and memory by batch size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def print_bench(console: Console, report: BenchReport) -> None:
 
 
 def conclusions(report: BenchReport) -> list[str]:
-    """What the figures say, in sentences."""
+    """Describe the figures in sentences."""
     fastest, own = report.fastest_product_flops / 1e9, report.torch_product_flops / 1e9
     lines = [
         f"{report.samples} samples, {report.text_tokens:,} tokens of text, {report.unique_tokens:,} different"
@@ -55,7 +55,7 @@ def conclusions(report: BenchReport) -> list[str]:
 
 
 def recommendations(report: BenchReport) -> list[str]:
-    """What to set on such a device, by the memory that lensd may take; where more memory helps, a line."""
+    """Recommend settings for such a device, by the memory that lensd may take."""
     lines: list[str] = []
     last = None
     for gib in MEMORY_GIB:

@@ -54,7 +54,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a worker says once its model is there."""
+    """The answer of a worker once its model is loaded."""
 
     variants: tuple[str, ...]
     samples: int
@@ -168,7 +168,7 @@ def in_a_thread(function: Callable[[], R]) -> R:
 
 
 class BaselineWorker:
-    """What lensd is compared with, on the samples given."""
+    """The baselines that lensd is compared with, on the samples given."""
 
     def __init__(self, config: Config, files: Sequence[Path], limits: dict[str, int] | int) -> None:
         """`limits` gives how many samples, evenly chosen, a variant is run on; all where it says nothing."""

@@ -30,7 +30,7 @@ TRIES = 2
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a model and its SAEs must multiply."""
+    """The products that a model and its SAEs must compute."""
 
     shapes: tuple[tuple[int, int], ...]  # (out, in) of the products of one layer
     n_layers: int  # that run

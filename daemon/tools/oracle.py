@@ -51,7 +51,7 @@ class PlainDictionary:
         return bool((self.sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"))
 
     def of_model(self, value: Tensor, place: str) -> Tensor:
-        """What the model has at a place (1, d), as the dictionary was trained on it."""
+        """The model's value at a place (1, d), as the dictionary was trained on it."""
         value = value.to(self.sae.dtype)
         return value - value.mean() if self.centred and WRITES.fullmatch(place) else value
 

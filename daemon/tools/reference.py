@@ -29,7 +29,7 @@ ROUNDING_SQUARE = 1e-24  # as a share of the mean squared length of the decoder 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLayer:
-    """What one SAE gave for the texts of one sample, in the order of the recipe."""
+    """Values of one SAE for the texts of one sample, in the order of the recipe."""
 
     layer: int
     x: Sequence[FloatArray]  # per text (d_in,)

@@ -72,7 +72,7 @@ def add_means(table: Table, label: str, rows: pa.Table, which: str, style: str) 
 
 
 def layer_table(folder: Path) -> Table:
-    """What the manifest says of each SAE."""
+    """Rows of the manifest's SAEs."""
     table = plain_table("Dictionaries on these texts")
     table.add_column("hook")
     table.add_column("architecture")

@@ -265,7 +265,7 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 def measure(
     shape: Shape, device: str, dtype: torch.dtype, sizes: Sequence[int], n: int, compiles: bool, only: str
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """What was measured of each case and size of batch, and the kernels of a CUDA device."""
+    """Print the measurement of each case and size of batch, and the kernels of a CUDA device."""
     cases: tuple[tuple[str, Positions, Recipe, Callable[[int, int], list[Texts]], int], ...] = (
         ("contrast, last", "last", CONTRAST_RECIPE, contrast_samples, 8 * n),
         ("documents, all", "all", PLAIN_RECIPE, documents, n),

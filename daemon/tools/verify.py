@@ -121,7 +121,7 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What one-at-a-time gave for every sample of one recipe."""
+    """Results of one text at a time, for every sample of one recipe."""
 
     columns: dict[str, list[Value]]
     active: list[dict[tuple[int, int], frozenset[int]]]  # per sample: (text, SAE) -> active features
@@ -242,7 +242,7 @@ def is_finite(layer: ReferenceLayer) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Batched:
-    """What the daemon's path gave, in the order of the samples."""
+    """Results of the daemon's batches, in the order of the samples."""
 
     columns: dict[str, list[Value]]
     active: list[dict[tuple[int, int], frozenset[int]]]

@@ -119,7 +119,7 @@ def encoding_of(head: bytes) -> str | None:
 
 
 def known_kind(head: bytes) -> tuple[str, str] | None:
-    """What the content is, and what to do with it; None where it has no name here."""
+    """Name the kind of content and the remedy; None where it has no name here."""
     for magic, what, remedy in KINDS:
         if head.startswith(magic):
             return what, remedy

@@ -31,7 +31,7 @@ def explain(beginning: bytes, records: int, recipes: Sequence[Fields]) -> FileEr
 
 
 def described(value: Mapping[str, Any], recipes: Sequence[Fields]) -> str | None:
-    """What an object holds that is no record."""
+    """Say how an object that is no record holds its data."""
     if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
         return "the file holds columns and rows apart (orient='split' in pandas)"
     inner = list(value.values())
