@@ -208,7 +208,7 @@ class Decompression:
         return zstandard.ZstdDecompressor(max_window_size=self._max_window_bytes).decompressobj()
 
     def _refused(self) -> FileError | None:
-        """Say what a sound zstandard frame needs and does not get, by its header; None where it is damaged."""
+        """Say what a sound zstandard frame needs and lacks, by its header; None where it is damaged."""
         if self._suffix != ".zst":
             return None
         try:
