@@ -82,7 +82,7 @@ async def test_each_record_comes_to_the_sink_once_however_many_slots_there_are(s
     assert sorted(loop.ends) == sorted((file.name, "committed") for file in files)
     for file in files:
         assert loop.sink.results[file.name].records == dict.fromkeys(range(len(file.texts)), 1)
-    assert loop.executor.most_at_a_time == slots
+    assert 1 <= loop.executor.most_at_a_time <= slots
 
 
 async def test_batches_may_end_in_any_order():
