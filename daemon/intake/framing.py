@@ -11,8 +11,6 @@ from daemon.intake.layout import Fields, Layout, layout_of
 from daemon.intake.lines import RECORD_SEPARATOR, LineSplitter
 from daemon.intake.parsing import RawRecord
 
-BEGINNING_BYTES = 64 << 10
-
 
 class Framer(Protocol):
     """Finds the records in a stream of bytes."""
@@ -37,7 +35,6 @@ class RecordFramer:
         self._head = bytearray()
         self._probe = PROBE_BYTES  # how much of the content is looked at next
         self._framer: Framer | None = None
-        self.beginning = b""  # of the content, once the layout is known
 
     def feed(self, chunk: bytes) -> Iterator[RawRecord]:
         """The records that are known to have ended. Raises FileError for what is no text, or damaged."""
@@ -75,7 +72,6 @@ class RecordFramer:
             recipes=self._recipes,
         )
         if layout is not None:
-            self.beginning = head[:BEGINNING_BYTES]
             self._framer = self._framer_of(layout)
 
     def _framer_of(self, layout: Layout) -> Framer:

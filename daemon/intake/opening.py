@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from daemon.errors import FileError
-from daemon.intake.reader import PartReader, ReadLimits, format_of
+from daemon.intake.reader import ReadLimits, format_of, part_blocks
 from daemon.intake.source import Content, is_compressed, open_content, small_content
 from daemon.looks import read_small
 from daemon.records import Claim, KeptPart, Part, Recipe, Source
@@ -110,12 +110,12 @@ class Opener:
         if file.published is not None or file.claim.attempt > 1:
             return
         try:
-            reader = PartReader(file.source, recipe=self._recipe, limits=self._limits)
-            file.parts = [*reader.feed(file.content.data), *reader.finish()]
+            blocks = part_blocks(file.stream, file.source, recipe=self._recipe, limits=self._limits)
+            file.parts = [part for parts in blocks for part in parts]
         except FileError as error:
             file.error = error
 
     def _unit(self, sha256: str, name: str) -> str:
         """Stands for what the results of a file depend on. Raises FileError for a name without a format."""
-        identity = f"{sha256}{self._results_key}{format_of(name)[0]}"
+        identity = f"{sha256}{self._results_key}{format_of(name)[0].name}"
         return hashlib.sha256(identity.encode()).hexdigest()[:12]

@@ -13,7 +13,8 @@ import structlog
 
 from daemon.frozen import frozen
 from daemon.intake.filestatus import Stamp, kind_of, stamp
-from daemon.intake.inputs import EXPECTED, InputNames, Owner, is_unfinished
+from daemon.intake.formats import EXPECTED
+from daemon.intake.inputs import InputNames, Owner, is_unfinished
 from daemon.intake.names import printable
 
 NEVER: tuple[Stamp, float] = ((-1, -1, -1, -1), float("inf"))  # the stamp of what was not seen before
@@ -154,7 +155,7 @@ def reason_of(owner: Owner | None) -> str:
         return "it is still being fetched, by what lies beside it: it is taken once that is gone"
     if owner == "temporary":
         return "a temporary name: the file is taken once it has its final one"
-    return f"not the name of an input: {EXPECTED}"
+    return f"not the name of an input: inputs end in {EXPECTED}"
 
 
 def entries_of(path: Path, names: InputNames) -> Entries:

@@ -21,6 +21,7 @@ from daemon import durable
 from daemon.durable import Step, StepKind
 from daemon.errors import MachineError
 from daemon.frozen import frozen
+from daemon.intake.formats import without_suffix
 from daemon.lease import Lease, dead_leases
 from daemon.looks import lstat_each
 from daemon.output.jsontext import to_json_lines
@@ -35,7 +36,6 @@ MANIFEST = "manifest.json"
 NAME_BYTES = 255  # of a folder name, on every Linux file system
 ORPHANED_SECONDS = 7 * 86400.0  # after which parts that nobody came back for are removed
 
-SUFFIXES = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|zst))?$", re.IGNORECASE)
 # In a folder's name these break a reader: `*?[]{}` are patterns, DuckDB's glob skips a backslash and takes
 # `a=b` for a partition, and one name that is not UTF-8 fails DuckDB's glob over the whole outbox.
 UNREADABLE = re.compile(r"[\x00-\x1f\x7f*?\[\]{}\\/=\ud800-\udfff]")
@@ -309,7 +309,7 @@ def output_folder_name(name: str, unit: str) -> str:
 
     Always valid UTF-8, at most 255 bytes, never hidden.
     """
-    stem = UNREADABLE.sub("_", SUFFIXES.sub("", name)).lstrip(".") or "input"
+    stem = UNREADABLE.sub("_", without_suffix(name)).lstrip(".") or "input"
     room = NAME_BYTES - len(f"-{unit}".encode())
     return f"{stem.encode()[:room].decode(errors='ignore')}-{unit}"
 
