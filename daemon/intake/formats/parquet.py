@@ -26,7 +26,7 @@ MAGIC = (b"PAR1", b"PARE")
 ENCRYPTED = b"PARE"
 BATCH_ROWS = 1024
 BATCH_BYTES = 4 << 20
-DICTIONARY_BYTES = 256 << 20  # to which a batch may grow where each of its values is a whole dictionary
+DICTIONARY_BYTES = 512 << 20  # to which a batch may grow where each of its values is a whole dictionary
 BUFFER_BYTES = 256 << 10  # of each column, read ahead
 NOT_UTF8 = object()
 
@@ -76,18 +76,9 @@ class Table:
         self.groups: int = self._metadata.num_row_groups
 
     def _open(self, file: BinaryIO) -> pq.ParquetFile:
-        schema = self._metadata.schema
-        texts = [  # read as dictionaries, a text that many rows share is held once
-            column.path
-            for column in map(schema.column, range(len(schema)))
-            if column.path == column.name
-            and not column.max_repetition_level
-            and str(column.logical_type) == "String"
-        ]
         return pq.ParquetFile(
             file,
             metadata=self._metadata,
-            read_dictionary=texts,
             buffer_size=BUFFER_BYTES,
             pre_buffer=False,
             coerce_int96_timestamp_unit="us",
@@ -133,13 +124,14 @@ class Table:
             yield self._records(columns, group)
 
     def _batch_rows(self, group: int) -> int:
-        """How many rows to read at a time: some MiB of them, and not too much in the worst case."""
+        """How many rows to read at a time: some MiB of them, and not too much in the worst case.
+
+        Columns' own metadata says more, but pyarrow ends the process where it can't decrypt it.
+        """
         metadata = self._metadata.row_group(group)
-        rows: int = BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)
-        for column in map(metadata.column, range(metadata.num_columns)):
-            if "." in column.path_in_schema and column.has_dictionary_page:
-                rows = min(rows, DICTIONARY_BYTES // max(1, column.total_uncompressed_size))
-        return min(BATCH_ROWS, max(1, rows))
+        size = max(1, metadata.total_byte_size)
+        rows = min(BATCH_BYTES * metadata.num_rows // size, DICTIONARY_BYTES // size, BATCH_ROWS)
+        return max(1, rows)
 
     def _records(self, columns: list[list[Any]], group: int) -> Iterator[RawRecord]:
         for row in zip(*columns, strict=True):

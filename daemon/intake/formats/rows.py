@@ -6,12 +6,14 @@ that belong to it. A quote elsewhere stands for itself. Rows end with \\n, \\r\\
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from daemon.errors import FileError
 
 QUOTE = b'"'
+IN_QUOTES = re.compile(rb'[^"]*+(?:""[^"]*+|)*+')  # possessive, so that no text makes it slow
 
 
 class Row(NamedTuple):
@@ -54,6 +56,11 @@ class RowSplitter:
         yield from self._end(b"", 0)
 
     def _rows(self, content: bytes) -> Iterator[Row]:
+        if self._quotes.open and QUOTE not in content:  # all of it lies within one field
+            self._size += len(content)
+            self._lines += len((content + b".").splitlines()) - 1
+            self._hold(content)
+            return
         for line in content.splitlines(keepends=True):
             body = line.rstrip(b"\r\n")
             ended = len(body) < len(line)
@@ -68,10 +75,14 @@ class RowSplitter:
             self._lines += ended
             if ended and not self._quotes.open:
                 yield from self._end(body, len(line) - len(body))
-            elif self._size <= self._max:
-                self._held.append(line)
             else:
-                self._held.clear()
+                self._hold(line)
+
+    def _hold(self, piece: bytes) -> None:
+        if self._size <= self._max:
+            self._held.append(piece)
+        else:
+            self._held.clear()
 
     def _end(self, body: bytes, n_end: int) -> Iterator[Row]:
         """The current row, of which `body` is the last piece, and `n_end` the length of its end."""
@@ -106,15 +117,16 @@ class Quotes:
         while at < len(piece):
             byte = piece[at : at + 1]
             if self._at == "quoted":
-                found = piece.find(QUOTE, at)
-                if found < 0:
-                    return
-                self._at, at = "quote", found + 1
+                found = IN_QUOTES.match(piece, at)
+                assert found is not None
+                at = found.end() + 1
+                if at <= len(piece):  # a quote stands there, and no second one in this piece
+                    self._at = "quote"
             elif self._at == "unquoted":
-                found = piece.find(self._delimiter, at)
-                if found < 0:
+                end = piece.find(self._delimiter, at)
+                if end < 0:
                     return
-                self._at, at = "start", found + 1
+                self._at, at = "start", end + 1
             elif byte == QUOTE:  # that opens a field, or doubles the one before
                 self._at, at = "quoted", at + 1
             elif byte == self._delimiter:
