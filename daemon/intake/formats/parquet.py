@@ -130,7 +130,7 @@ class Table:
         """
         metadata = self._metadata.row_group(group)
         size = max(1, metadata.total_byte_size)
-        rows = min(BATCH_BYTES * metadata.num_rows // size, DICTIONARY_BYTES // size, BATCH_ROWS)
+        rows: int = min(BATCH_BYTES * metadata.num_rows // size, DICTIONARY_BYTES // size, BATCH_ROWS)
         return max(1, rows)
 
     def _records(self, columns: list[list[Any]], group: int) -> Iterator[RawRecord]:
@@ -139,7 +139,7 @@ class Table:
             place = Place(self._rows, None, None, group, position)
             self._rows += 1
             if any(value is NOT_UTF8 for value in row):
-                yield RawRecord(place, None, SampleError("invalid_utf8", "has text that is not UTF-8"))
+                yield RawRecord(place, None, SampleError("invalid_utf8", "has text that is not UTF-8: write it as UTF-8"))
             else:
                 yield RawRecord(place, record_of(self._columns, row, self._limits.max_record_bytes))
 
