@@ -125,10 +125,10 @@ class InboxSection(Section):
     rescan_seconds: PositiveFloat = 5.0
     max_attempts: PositiveInt = 3
     on_success: Literal["move", "delete"] = "move"  # to done/, or delete
-    max_record_bytes: PositiveInt = 1 << 20
+    max_record_bytes: PositiveInt = 1 << 20  # of a record as JSON
     max_nesting: PositiveInt = 32
-    max_decompressed_bytes: PositiveInt = 64 << 30  # of a compressed file's content
-    max_compression_ratio: PositiveInt = 1000  # of a compressed file's content to the file
+    max_decompressed_bytes: PositiveInt = 64 << 30  # of a compressed or Parquet file's content
+    max_compression_ratio: PositiveInt = 1000  # of a compressed or Parquet file's content to the file
     max_zstd_window_bytes: Annotated[int, Field(ge=1 << 10, le=1 << 31)] = 128 << 20  # held of a .zst stream
     part_records: PositiveInt = 1024
 

@@ -66,6 +66,7 @@ class InputFile:
     size: int  # bytes
     unit: str  # 12 hex digits: content and every setting that changes results
     opened_at: float = 0.0  # monotonic seconds, when its first byte was read
+    stem: str = ""  # of its name, without what says its format; the folder of its results is named by it
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Sample:
     extra: str | None  # JSON object of the fields that nothing else uses
     texts: tuple[str, ...]  # in the order of the recipe
     line: int | None  # 1-based line of the input; None where lines mean nothing
-    byte_offset: int  # of the record's first byte in the uncompressed input
+    byte_offset: int | None  # of the record's first byte in the uncompressed input; None as with lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class Reject:
     record_index: int
     sample_id: str | None
     line: int | None
-    byte_offset: int
+    byte_offset: int | None
     reason: str  # short stable word
     message: str
 
@@ -101,7 +102,7 @@ class PartExtent:
     number: int  # counts from 0 within the file
     first_record: int  # 0-based record index
     records: int
-    byte_offset: int  # of the first record in the uncompressed input
+    byte_offset: int  # of the first record in the uncompressed input; in Parquet, about where it is
 
 
 @dataclass(frozen=True, slots=True)

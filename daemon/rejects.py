@@ -11,6 +11,7 @@ from daemon.records import Reject
 
 REJECT_REASONS = (
     "malformed_json",
+    "malformed_csv",
     "not_an_object",
     "invalid_utf8",
     "lone_surrogate",

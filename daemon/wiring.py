@@ -45,7 +45,7 @@ from daemon.sink.outbox import Outbox
 from daemon.source.folder import FolderSource
 from daemon.source.inbox import Inbox
 from daemon.source.inputs import InputNames
-from daemon.source.reader import ReadLimits
+from daemon.source.limits import ReadLimits
 from daemon.source.tokenizer import Tokenizer
 
 log = structlog.get_logger()

@@ -161,7 +161,7 @@ def test_an_empty_path_is_refused_and_the_working_folder_left_alone(tmp_path, co
     args, env, settings = given
     if args[:1] == ("--http",) and command[0] != "run":
         pytest.skip("no flag of this command")
-    mine = {"data.json": "[]", "table.csv": "a,b", "notes.txt": "mine"}
+    mine = {"data.json": "[]", "table.xlsx": "a,b", "notes.txt": "mine"}
     for name, content in mine.items():
         (tmp_path / name).write_text(content)
     if settings is not None:

@@ -19,7 +19,7 @@ class Reading:
     size: int  # bytes of the file
     compressed: bool  # so that an offset in its content says nothing about the file
     records: int = 0  # read so far
-    offset: int = 0  # of the last part's first record
+    offset: int = 0  # of the last part's first record, or about how far into the file it is
     records_before: int = 0  # that record's index: how many the bytes before it hold
     whole: bool = False  # read to its end
 

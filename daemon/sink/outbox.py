@@ -32,7 +32,6 @@ MANIFEST = "manifest.json"
 NAME_BYTES = 255  # of a folder name, on every Linux file system
 ORPHANED_SECONDS = 7 * 86400.0  # after which parts that nobody came back for are removed
 
-SUFFIXES = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|zst))?$", re.IGNORECASE)
 # In a folder's name these break a reader: `*?[]{}` are patterns, DuckDB's glob skips a backslash and takes
 # `a=b` for a partition, and one name that is not UTF-8 fails DuckDB's glob over the whole outbox.
 UNREADABLE = re.compile(r"[\x00-\x1f\x7f*?\[\]{}\\/=\ud800-\udfff]")
@@ -198,7 +197,7 @@ class Outbox:
         if (published := self.published(unit.file.unit)) is not None:
             durable.remove_folder(unit.folder)
             return Publication(published, fresh=False)
-        target = self.path / output_folder_name(unit.file.claim.name, unit.file.unit)
+        target = self.path / output_folder_name(unit.file.stem or unit.file.claim.name, unit.file.unit)
         self._enter(unit.file.unit, target.name)
         if not rename_to_free(unit.folder, target):
             durable.remove_folder(unit.folder)
@@ -254,14 +253,14 @@ def seal(staged: Staged) -> None:
     durable.fsync_folder(staged.folder)
 
 
-def output_folder_name(name: str, unit: str) -> str:
-    """`<stem>-<unit>`: the input's name without its known suffixes, made safe for every reader.
+def output_folder_name(stem: str, unit: str) -> str:
+    """`<stem>-<unit>`, the stem made safe for every reader.
 
     Always valid UTF-8, at most 255 bytes, never hidden.
     """
-    stem = UNREADABLE.sub("_", SUFFIXES.sub("", name)).lstrip(".") or "input"
+    readable = UNREADABLE.sub("_", stem).lstrip(".") or "input"
     room = NAME_BYTES - len(f"-{unit}".encode())
-    return f"{stem.encode()[:room].decode(errors='ignore')}-{unit}"
+    return f"{readable.encode()[:room].decode(errors='ignore')}-{unit}"
 
 
 def rename_to_free(staging: Path, target: Path) -> bool:

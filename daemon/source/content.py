@@ -5,26 +5,24 @@ What is compressed is known by its first bytes, whatever its name says.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import hashlib
 import os
 import stat
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-import aiofiles.threadpool
 import zstandard
-from aiofiles.threadpool.binary import AsyncBufferedReader
 
 from daemon.errors import FileError
-from daemon.source.formats.kinds import Compression, check_kind, compression_of, opens_json
+from daemon.source.kinds import Compression, check_kind, compression_of, opens_json
 
 CHUNK_BYTES = 1 << 20
+HEAD_BYTES = CHUNK_BYTES // 4  # of a file, read first; of a compressed one, read at a time
 COMPRESSED: tuple[Compression, ...] = (".gz", ".zst")
 SLICE_BYTES = 1 << 10  # of compressed input at a time: a slice of a bomb is at most some 32 MiB
 BOMB_BYTES = 16 << 20  # of content, below which no ratio is suspicious
@@ -92,59 +90,61 @@ class Decompressor(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
-async def chunks(
+def chunks(
     file: BinaryIO,
-    suffix: Compression | None,
+    head: bytes,
+    compression: Compression | None,
     *,
     max_bytes: int,
     max_ratio: int,
     max_window_bytes: int = ZSTD_WINDOW_BYTES,
-) -> AsyncIterator[bytes]:
-    """A file's content, uncompressed, in chunks; `suffix` is what the name says of its compression.
+) -> Iterator[bytes]:
+    """Read a file's content in chunks, decompressed; `head` is what was read of it already. Blocks.
 
     The limits are those of `Decompression`. Raises FileError where the compressed stream is damaged, ends
     early or is over a limit, or where the file can't be read.
     """
-    content = aiofiles.threadpool.wrap(file)
-    chunk = await read_chunk(content, CHUNK_BYTES // 4)
-    compression = compression_by(chunk, suffix)
+    chunk = head
     if compression is None:
         while chunk:
             yield chunk
-            chunk = await read_chunk(content, CHUNK_BYTES)
+            chunk = read_chunk(file, CHUNK_BYTES)
         return
     stream = Decompression(
         compression, max_bytes=max_bytes, max_ratio=max_ratio, max_window_bytes=max_window_bytes
     )
     while chunk:
         pieces = stream.feed(chunk)
-        while piece := await asyncio.to_thread(next_chunk, pieces):
+        while piece := next_chunk(pieces):
             yield piece
-        chunk = await read_chunk(content, CHUNK_BYTES // 4)
+        chunk = read_chunk(file, HEAD_BYTES)
     stream.finish()
 
 
-def compression_by(head: bytes, suffix: Compression | None) -> Compression | None:
-    """How a file that begins so is compressed: its content counts, its name only where that says nothing.
+def compression_by(
+    head: bytes, suffix: Compression | None, is_plain: Callable[[bytes], bool] = opens_json
+) -> Compression | None:
+    """Tell how a file that begins so is compressed: its content counts, else its name.
 
-    Raises FileError where the name says that it is compressed and it is something else that has a name.
+    Raises FileError where the name says that it is compressed and it is something else that has a name,
+    unless `is_plain` says that it is an input as it lies there.
     """
     found = compression_of(head)
-    if found is not None or suffix is None or opens_json(head):
+    if found is not None or suffix is None or opens_json(head) or is_plain(head):
         return found
     check_kind(head)
     return suffix
 
 
-async def read_chunk(content: AsyncBufferedReader, size: int) -> bytes:
+def read_chunk(file: BinaryIO, size: int) -> bytes:
     try:
-        return await content.read(size)
+        return file.read(size)
     except OSError as error:
         raise unreadable(error) from None
 
 
 def next_chunk(pieces: Iterator[bytes]) -> bytes:
-    """Pieces joined to a chunk of a useful size; nothing at the end."""
+    """Join pieces to a chunk of a useful size; nothing at the end."""
     chunk = bytearray()
     for piece in pieces:
         chunk += piece

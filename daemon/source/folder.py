@@ -17,8 +17,10 @@ from daemon.pause import Pause
 from daemon.recipes import Recipe
 from daemon.records import Claim, InputFile, KeptPart, Part, PartExtent, Presence
 from daemon.source.content import Content, open_content
+from daemon.source.formats import format_of, without_suffix
 from daemon.source.inbox import Inbox
-from daemon.source.reader import ReadLimits, format_of, read_parts
+from daemon.source.limits import ReadLimits
+from daemon.source.reader import read_parts
 
 
 class FolderSource:
@@ -66,13 +68,14 @@ class FolderSource:
     def _open(self, claim: Claim) -> OpenedFile:
         opened_at = self._clock()
         try:
-            unit_format = format_of(claim.name)[0]
+            unit_format = format_of(claim.name)[0].name
             content = open_content(claim.path)
         except FileError as error:
             return OpenedFile(claim, None, error)
         identity = f"{content.sha256}{self._results_key}{unit_format}"
         unit = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        file = InputFile(claim, content.sha256, content.size, unit, opened_at)
+        stem = without_suffix(claim.name)
+        file = InputFile(claim, content.sha256, content.size, unit, opened_at, stem)
         return OpenedFile(claim, file, None, content, self._recipe, self._limits)
 
     async def recheck(self, claims: Sequence[Claim]) -> list[Presence]:

@@ -8,11 +8,12 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from daemon.source.claims import DONE, FAILED
-from daemon.source.reader import NAME
+from daemon.source.formats import ENDING, is_input
+
+__all__ = ["InputNames", "is_input", "is_unfinished", "looks_temporary"]
 
 Owner = Literal["input", "temporary", "other", "hidden"]
 
-EXPECTED = "inputs end in .json, .jsonl or .ndjson, optionally with .gz or .zst"
 # Of office programs and of Syncthing, where the end of the name is the finished file's.
 TEMPORARY_PREFIXES = ("~$", "~syncthing~")
 # Of browsers, rclone, rsync, WinSCP, cloud tools, torrent clients, editors, version control and patch.
@@ -22,7 +23,7 @@ TEMPORARY_SUFFIXES = (
     *(".swp", ".swo", ".swx", ".bak", ".orig", ".rej", ".lock", "___jb_tmp___", "___jb_old___"),
 )
 # An uploaded file under way: its name and random characters, as of the AWS command line.
-UPLOADING = re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?\.[0-9A-Za-z]{6,8}\Z", re.IGNORECASE)
+UPLOADING = re.compile(ENDING + r"\.[0-9A-Za-z]{6,8}\Z", re.IGNORECASE)
 CONTROL_SUFFIXES = (".aria2", ".lftp-pget-status", ".st")  # beside a download that has its final name already
 PLACEHOLDER_SUFFIXES = (".part", ".crdownload", ".partial", ".download")  # beside an empty file in its place
 KNOWN_FOLDERS = frozenset({DONE, FAILED, "lost+found"})
@@ -42,18 +43,13 @@ class InputNames:
             return "hidden"
         if name.startswith(TEMPORARY_PREFIXES):
             return "temporary"
-        if NAME.search(name):
+        if is_input(name):
             return "input"
         return "temporary" if looks_temporary(name) else "other"
 
     def is_foreign_folder(self, name: str) -> bool:
         """Whether a sub-folder is worth a word, since somebody may expect its files to be read."""
         return name not in self._folders and self.owner(name) != "hidden"
-
-
-def is_input(name: str) -> bool:
-    """Whether lensd reads files of this name, by its end alone."""
-    return NAME.search(name) is not None
 
 
 def looks_temporary(name: str) -> bool:

@@ -27,19 +27,32 @@ BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record is in its file."""
+    """Where a record is in its file. A row of a table that is no text has neither line nor byte offset."""
 
     record_index: int
-    line: int
-    byte_offset: int
+    line: int | None
+    byte_offset: int | None
+    row_group: int | None = None
+    position: int = 0  # about how many bytes of the file lie before it, where there is no byte offset
+
+    @property
+    def extent_offset(self) -> int:
+        return self.position if self.byte_offset is None else self.byte_offset
+
+    def __str__(self) -> str:
+        """Of a message."""
+        if self.line is not None:
+            return f"line {self.line}"
+        return f"row {self.record_index + 1} (row group {self.row_group})"
 
 
 @dataclass(frozen=True, slots=True)
 class RawRecord:
-    """One record as it stands in the file; `text` is None where it was too large to keep."""
+    """One record as JSON, or why it is none; both are None where it was too large to keep."""
 
     place: Place
     text: str | None
+    error: SampleError | None = None
 
 
 def check_unicode(raw: str) -> None:
@@ -193,7 +206,14 @@ def not_an_object(value: Any) -> SampleError:
 
 def extra_of(fields: dict[str, Any]) -> str:
     """The fields as one JSON object, numbers as they were written."""
-    return EXTRA.encode(fields).replace(f'"{MARK}', "").replace(f'{MARK}"', "")
+    return without_marks(EXTRA.encode(fields))
+
+
+def without_marks(encoded: str) -> str:
+    """JSON of which each Number stands as it was written."""
+    if encoded.isascii() or MARK not in encoded:
+        return encoded
+    return encoded.replace(f'"{MARK}', "").replace(f'{MARK}"', "")
 
 
 def domain_of(record: dict[str, Any]) -> str | None:
@@ -278,5 +298,5 @@ def rejected(place: Place, error: SampleError, sample_id: str | None = None) -> 
         line=place.line,
         byte_offset=place.byte_offset,
         reason=error.reason,
-        message=f"line {place.line}: the record {error}",
+        message=f"{place}: the record {error}",
     )

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, NoReturn
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, NoReturn
 
 from daemon.errors import FileError, SampleError
 from daemon.recipes import BUILT_IN_RECIPES, Recipe
 from daemon.records import InputFile, KeptPart, Part, PartExtent, Reject, Sample
 from daemon.rejects import RejectSummary
-from daemon.source.content import ZSTD_WINDOW_BYTES, chunks
-from daemon.source.formats.framing import RecordFramer
-from daemon.source.formats.kinds import Compression
-from daemon.source.formats.orientation import explain
+from daemon.source.formats import format_by_content, format_of
+from daemon.source.limits import ReadLimits
 from daemon.source.parsing import (
     RawRecord,
     choose_recipe,
@@ -27,35 +23,7 @@ from daemon.source.parsing import (
     to_sample,
     too_deep,
 )
-
-NAME = re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?\Z", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class ReadLimits:
-    max_record_bytes: int
-    max_nesting: int
-    max_decompressed_bytes: int  # of a compressed file
-    max_compression_ratio: int
-    part_records: int
-    part_bytes: int = 4 << 20  # of raw records, after which a part ends early
-    max_zstd_window_bytes: int = ZSTD_WINDOW_BYTES
-
-
-def format_of(name: str) -> tuple[Literal["json", "jsonl"], Compression | None]:
-    """`json` or `jsonl`, and the compression's suffix if any: what a name says, which content may overrule.
-
-    Raises FileError for another name.
-    """
-    match = NAME.search(name)
-    if match is None:
-        raise FileError(
-            "unsupported_format", "the name must end in .json, .jsonl or .ndjson, optionally .gz or .zst"
-        )
-    compression: Compression | None = None
-    if match[2]:
-        compression = ".gz" if match[2].lower() == ".gz" else ".zst"
-    return "json" if match[1].lower() == "json" else "jsonl", compression
+from daemon.source.stream import InputStream
 
 
 async def read_parts(
@@ -66,31 +34,48 @@ async def read_parts(
     limits: ReadLimits,
     stored: Mapping[int, PartExtent],
 ) -> AsyncIterator[Part | KeptPart]:
-    """An open file of any size as parts, in flat memory; see `PartReader`.
-
-    Raises FileError where the file as a whole can't be used, possibly after some parts.
-    """
-    reader = PartReader(source, recipe=recipe, limits=limits, stored=stored)
-    content = chunks(
-        file,
-        format_of(source.claim.name)[1],
-        max_bytes=limits.max_decompressed_bytes,
-        max_ratio=limits.max_compression_ratio,
-        max_window_bytes=limits.max_zstd_window_bytes,
-    )
-    async for chunk in content:
-        for part in await asyncio.to_thread(reader.feed, chunk):
+    """Read an open file of any size as parts, in flat memory and off the event loop; see `part_blocks`."""
+    blocks = part_blocks(file, source, recipe=recipe, limits=limits, stored=stored)
+    while (parts := await asyncio.to_thread(next, blocks, None)) is not None:
+        for part in parts:
             yield part
-    for part in await asyncio.to_thread(reader.finish):
-        yield part
 
 
-class PartReader:
-    """Cuts one file's content into parts of consecutive records, the last one marked.
+def part_blocks(
+    file: BinaryIO,
+    source: InputFile,
+    *,
+    recipe: Recipe | None,
+    limits: ReadLimits,
+    stored: Mapping[int, PartExtent] | None = None,
+) -> Iterator[list[Part | KeptPart]]:
+    """Read a file's parts: after each block of it those that are complete, maybe none.
 
     `recipe` None lets the file choose: the first record with all the fields of a built-in recipe decides. A
-    part whose extent is in `stored` is only counted. Where parts begin depends on the content and the limits
-    alone.
+    part whose extent is in `stored` is only counted. Blocks. Raises FileError where the file as a whole can't
+    be used, possibly after some parts.
+    """
+    named, suffix = format_of(source.claim.name)
+    fields = [one.fields for one in (BUILT_IN_RECIPES if recipe is None else (recipe,))]
+    stream = InputStream(file, suffix, limits, is_plain=lambda head: format_by_content(head) is not None)
+    is_as_named = named.begins(stream.beginning)
+    found = named if is_as_named else format_by_content(stream.beginning) or named
+    cutter = PartCutter(
+        source,
+        recipe=recipe,
+        limits=limits,
+        stored=stored or {},
+        explain=lambda records: found.explain(stream.beginning, records, fields),
+    )
+    for records in found.read(stream, limits, fields):
+        yield cutter.add(records)
+    yield cutter.finish()
+
+
+class PartCutter:
+    """Cuts one file's records into parts of consecutive records, the last one marked.
+
+    Where parts begin depends on the records and the limits alone.
     """
 
     def __init__(
@@ -99,20 +84,15 @@ class PartReader:
         *,
         recipe: Recipe | None,
         limits: ReadLimits,
-        stored: Mapping[int, PartExtent] | None = None,
+        stored: Mapping[int, PartExtent],
+        explain: Callable[[int], FileError | None],
     ) -> None:
-        """Raises FileError where the file's name tells no format."""
+        """`explain` says why so many records are all that there is, and none of them usable."""
         self._source = source
         self._recipe = recipe
         self._limits = limits
-        self._stored = stored or {}
-        recipes = BUILT_IN_RECIPES if recipe is None else (recipe,)
-        self._fields = [one.fields for one in recipes]
-        self._framer = RecordFramer(
-            limits.max_record_bytes,
-            named_lines=format_of(source.claim.name)[0] == "jsonl",
-            recipes=self._fields,
-        )
+        self._stored = stored
+        self._explain = explain
         self._group: list[RawRecord] = []
         self._weight = 0
         self._whole: list[RawRecord] = []  # a part's worth, held back until it is known not to be the last
@@ -121,11 +101,11 @@ class PartReader:
         self._rejected = RejectSummary()  # as long as none is
         self._seconds = 0.0  # of work since the last part
 
-    def feed(self, chunk: bytes) -> list[Part | KeptPart]:
-        """The parts that are sure to be whole with this chunk, none of them the last. Raises FileError."""
+    def add(self, records: Iterable[RawRecord]) -> list[Part | KeptPart]:
+        """The parts that are sure to be whole with these, none of them the last. Raises FileError."""
         began = time.perf_counter()
         parts: list[Part | KeptPart] = []
-        for record in self._framer.feed(chunk):
+        for record in records:
             if self._whole:
                 parts.append(self._part(self._whole, last=False, began=began))
                 began = time.perf_counter()
@@ -135,20 +115,13 @@ class PartReader:
         return parts
 
     def finish(self) -> list[Part | KeptPart]:
-        """The remaining parts. Raises FileError where the content ended too early, or held nothing usable."""
-        began = time.perf_counter()
-        parts: list[Part | KeptPart] = []
-        for record in self._framer.finish():
-            if self._whole:
-                parts.append(self._part(self._whole, last=False, began=began))
-                self._whole = []
-            self._take(record)
+        """The last part. Raises FileError where there was nothing, or nothing usable."""
         rest = self._whole or self._group
         if not rest:
             raise FileError("empty", "the file holds no records")
-        parts.append(self._part(rest, last=True, began=began))
+        part = self._part(rest, last=True, began=time.perf_counter())
         self._check_usable()
-        return parts
+        return [part]
 
     def _take(self, record: RawRecord) -> None:
         self._group.append(record)
@@ -158,7 +131,7 @@ class PartReader:
 
     def _part(self, group: list[RawRecord], *, last: bool, began: float) -> Part | KeptPart:
         first = group[0].place
-        extent = PartExtent(self._number, first.record_index, len(group), first.byte_offset)
+        extent = PartExtent(self._number, first.record_index, len(group), first.extent_offset)
         self._number += 1
         if self._recipe is not None and self._stored.get(extent.number) == extent:
             self._usable = True  # for all that is known here
@@ -183,7 +156,7 @@ class PartReader:
         try:
             recipe, samples, rejects = interpret(group, self._recipe, self._limits)
         except FileError as error:
-            raise self._explained(len(group)) or error from None
+            raise self._explain(len(group)) or error from None
         self._usable = self._usable or bool(samples)
         if not self._usable:
             self._rejected.add(rejects)
@@ -193,10 +166,7 @@ class PartReader:
         """Raises FileError where every record was rejected; what later stages reject is not known yet."""
         if not self._usable:
             records = self._rejected.records
-            raise self._explained(records) or self._rejected.error()
-
-    def _explained(self, records: int) -> FileError | None:
-        return explain(self._framer.beginning, records, self._fields)
+            raise self._explain(records) or self._rejected.error()
 
 
 def interpret(
@@ -222,6 +192,8 @@ def interpret(
 
 def parsed(raw: RawRecord, limits: ReadLimits) -> Any:
     """The record's JSON value, or the SampleError that it is."""
+    if raw.error is not None:
+        return raw.error
     try:
         if raw.text is None or size_of(raw.text) > limits.max_record_bytes:
             raise SampleError(

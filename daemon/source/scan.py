@@ -13,7 +13,8 @@ import structlog
 
 from daemon.records import InboxLoad
 from daemon.source.filestatus import Stamp, kind_of, stamp
-from daemon.source.inputs import EXPECTED, InputNames, Owner, is_unfinished
+from daemon.source.formats import EXPECTED
+from daemon.source.inputs import InputNames, Owner, is_unfinished
 from daemon.source.names import printable
 
 NEVER: tuple[Stamp, float] = ((-1, -1, -1, -1), float("inf"))  # the stamp of what was not seen before
@@ -139,7 +140,7 @@ def reason_of(owner: Owner | None) -> str:
         return "it is still being fetched, by what lies beside it: it is taken once that is gone"
     if owner == "temporary":
         return "a temporary name: the file is taken once it has its final one"
-    return f"not the name of an input: {EXPECTED}"
+    return f"not the name of an input: inputs end in {EXPECTED}"
 
 
 def entries_of(path: Path, names: InputNames) -> Entries:

@@ -16,6 +16,7 @@ INPUTS = [
     *("x (copy).json", "x - Copy (2).jsonl", "x.sync-conflict-20260101-120000-ABCDEFG.json", "-x.json"),
     *("part-00000-c000.json", "tmpab12cd_e.json", "x.tmp.json", "partial.json", "download.json", "x~1.json"),
     *("a.json.jsonl", "a.2.b.jsonl.gz", "_x.json", "#x.json", "a.reason.json", "caf\udce9.json"),
+    *("a.csv", "a.TSV", "a.csv.gz", "a.tsv.zst", "a.parquet", "A.Parquet", "a.json.csv"),
 ]
 TEMPORARY = [
     *("x.jsonl.926A3cE2.partial", "x.jsonl.926a3ce2.partial", "x.jsonl.partial"),  # rclone
@@ -25,12 +26,13 @@ TEMPORARY = [
     *("x.json.filepart", "x.json.aria2", "x.json.!ut", "x.json._COPYING_"),
     *("x.json~", "#x.json#", "x.json.swp", "x.json.bak", "x.json.orig", "x.json.lock"),  # editors
     *("x.json___jb_tmp___", "x.json.tmp", "x.json.temp"),
+    *("x.parquet.926A3cE2", "x.csv.gz.Ab12Cd34", "x.parquet.part"),
     *("~$x.json", "~syncthing~x.jsonl", "~syncthing~x.jsonl.tmp"),
 ]
 OTHERS = [
-    *("4913", "sedAbC123", "Thumbs.db", "desktop.ini", "README", "notes.txt", "data.csv", "x.json.txt"),
+    *("4913", "sedAbC123", "Thumbs.db", "desktop.ini", "README", "notes.txt", "data.xlsx", "x.json.txt"),
     *("x.json.zip", "x.json.bz2", "x.gz", "json", "xjson", "x.json.", "x.jsonlines", "x.json.gz.gz"),
-    *("model.safetensors", "data.parquet", "x.json.1", "core", "x.json "),
+    *("model.safetensors", "data.parquet.gz", "csv", "x.json.1", "core", "x.json "),
 ]
 HIDDEN = [
     *(".x.jsonl.AbCdEf", ".x.json.swp", "._x.json", ".DS_Store", ".#x.json", ".~lock.x.json#", ".json"),
@@ -117,7 +119,7 @@ def test_what_is_left_alone_is_told_once_and_not_while_it_grows(tmp_path):
     clock.now = 5.0
     ((name, reason),) = told(scanner)
     assert name == "notes.txt"
-    assert "inputs end in .json, .jsonl or .ndjson" in reason
+    assert "inputs end in .jsonl, .ndjson, .json, .csv or .tsv, optionally with .gz or .zst" in reason
     clock.now = 9.0
     ((name, reason),) = told(scanner)
     assert name == growing.name
@@ -143,7 +145,7 @@ def test_a_drain_tells_at_once(tmp_path):
 @pytest.mark.parametrize(("files", "more"), [(20, []), (21, [1]), (100, [80])])
 def test_a_folder_full_of_others_files_is_told_in_a_few_lines(tmp_path, files, more):
     for number in range(files):
-        (tmp_path / f"{number}.csv").touch()
+        (tmp_path / f"{number}.xlsx").touch()
     scanner = Scanner(tmp_path, settle_seconds=0.0, clock=Clock())
     with capture_logs() as logs:
         scanner.scan()

@@ -121,7 +121,7 @@ async def test_depth_without_end_costs_one_record_in_an_array_too(tmp_path):
         ("f.json", b"hello", "malformed_json"),
         ("f.json", bytes(range(256)), "binary"),
         ("f.jsonl", b"\x89PNG\x00\x00", "binary"),
-        ("f.csv", b"a,b", "unsupported_format"),
+        ("f.txt", b"a,b", "unsupported_format"),
         ("f", b"a,b", "unsupported_format"),
         ("f.json.gz", b"not gzip", "corrupt_compression"),
         ("f.jsonl.zst", b"not zstd", "corrupt_compression"),

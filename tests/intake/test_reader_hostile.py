@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import example, given, settings
@@ -322,7 +321,6 @@ NOT_JSON = {
     "lzma": lzma.compress(LINE, lzma.FORMAT_ALONE),
     "zip archive": zipped(),
     "tar archive": tarred(),
-    "Parquet": table(pq.write_table),
     "Arrow": table(feather.write_feather),
     "ORC": table(orc.write_table),
     "SQLite": database(),

@@ -24,6 +24,7 @@ from daemon.records import UnitTotals
 from daemon.sink.jsontext import to_json_lines
 from daemon.sink.manifest import manifest
 from daemon.sink.outbox import Outbox, Publication, Staged, complete, output_folder_name, seal
+from daemon.source.formats import without_suffix
 
 CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -466,12 +467,12 @@ def test_a_living_process_keeps_its_own(outbox):
     ],
 )
 def test_folder_names(name, stem):
-    assert output_folder_name(name, UNIT) == f"{stem}-{UNIT}"
+    assert output_folder_name(without_suffix(name), UNIT) == f"{stem}-{UNIT}"
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "🧪" * 62 + ".jsonl", "." * 255])
 def test_long_names_are_cut_to_fit(tmp_path, name):
-    folder = output_folder_name(name, UNIT)
+    folder = output_folder_name(without_suffix(name), UNIT)
     assert len(folder.encode()) <= 255
     assert folder.endswith(f"-{UNIT}")
     (tmp_path / folder).mkdir()
@@ -479,7 +480,7 @@ def test_long_names_are_cut_to_fit(tmp_path, name):
 
 @given(st.binary(min_size=1, max_size=255).filter(lambda name: b"/" not in name and b"\0" not in name))
 def test_any_file_name_gives_a_visible_folder_name_in_utf8(raw):
-    folder = output_folder_name(os.fsdecode(raw), UNIT)
+    folder = output_folder_name(without_suffix(os.fsdecode(raw)), UNIT)
     assert 0 < len(folder.encode("utf-8")) <= 255
     assert not folder.startswith(".")
     assert "/" not in folder

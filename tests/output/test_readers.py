@@ -13,6 +13,7 @@ import pytest
 from handmade import expected_features, expected_metrics, finish, make_part, open_writer
 
 from daemon.sink.outbox import output_folder_name
+from daemon.source.formats import without_suffix
 
 NAMES = ["a.jsonl", "b [1] * {x}=y.json.gz", "back\\slash?.json", "naïve 🧪 %20 #.jsonl", "rejects only.json"]
 
@@ -23,7 +24,9 @@ def outbox(request, tmp_path_factory) -> Path:
     outbox = tmp_path_factory.mktemp("outbox")
     for number, name in enumerate(NAMES):
         rejected = (0, 1, 2, 3) if number == len(NAMES) - 1 else ()
-        writer = open_writer(outbox / output_folder_name(name, f"{number:012x}"), values=request.param)
+        writer = open_writer(
+            outbox / output_folder_name(without_suffix(name), f"{number:012x}"), values=request.param
+        )
         writer.write_part(finish(make_part(0, 0, 4, rejected=rejected, last=True)))
         writer.write()
     (outbox / ".staging/0").mkdir(parents=True)

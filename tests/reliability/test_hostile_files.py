@@ -155,7 +155,7 @@ def test_unfinished_names_wait_for_their_writer(daemons, place):
 
 
 OTHERS = [
-    *("table.csv", "notes.txt", "photo.png", "README", "x.jsonl.926A3cE2", "x.jsonl.926A3cE2.partial"),
+    *("table.xlsx", "notes.txt", "photo.png", "README", "x.jsonl.926A3cE2", "x.jsonl.926A3cE2.partial"),
     *(".x.jsonl.AbCdEf", "x.json.crdownload", "x.json.filepart", "#x.json#", "4913", "~$x.json", "Thumbs.db"),
     *(".DS_Store", "._x.json", ".syncthing.x.json.tmp", "x.json.swp", "x.json.1", "x.json.gz.txt"),
 ]

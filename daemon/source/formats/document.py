@@ -12,8 +12,8 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Literal
 
 from daemon.errors import FileError
-from daemon.source.formats.kinds import BOM
 from daemon.source.formats.values import PLAIN_ELEMENT, SPACES, WORD, ValueEnd
+from daemon.source.kinds import BOM
 from daemon.source.parsing import Place, RawRecord, is_record, parsed_object, printable
 
 KEY_BYTES = 4096  # a longer key names no list of records

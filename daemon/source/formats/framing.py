@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from daemon.source.formats.document import DocumentFramer
-from daemon.source.formats.kinds import PROBE_BYTES, check_text
 from daemon.source.formats.layout import Fields, Layout, layout_of
 from daemon.source.formats.lines import RECORD_SEPARATOR, LineSplitter
+from daemon.source.kinds import PROBE_BYTES, check_text
 from daemon.source.parsing import RawRecord
-
-BEGINNING_BYTES = 64 << 10
 
 
 class Framer(Protocol):
@@ -37,7 +35,6 @@ class RecordFramer:
         self._head = bytearray()
         self._probe = PROBE_BYTES  # how much of the content is looked at next
         self._framer: Framer | None = None
-        self.beginning = b""  # of the content, once the layout is known
 
     def feed(self, chunk: bytes) -> Iterator[RawRecord]:
         """The records that are known to have ended. Raises FileError for what is no text, or damaged."""
@@ -75,7 +72,6 @@ class RecordFramer:
             recipes=self._recipes,
         )
         if layout is not None:
-            self.beginning = head[:BEGINNING_BYTES]
             self._framer = self._framer_of(layout)
 
     def _framer_of(self, layout: Layout) -> Framer:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from daemon.source.formats.document import DECODER, KEY_BYTES, SAMPLES, several_lists
-from daemon.source.formats.kinds import LEADING
 from daemon.source.formats.values import SPACES, WORD, ValueEnd
+from daemon.source.kinds import LEADING
 from daemon.source.parsing import is_record, parsed_object
 
 Framing = Literal["lines", "sequence", "document"]

@@ -11,9 +11,9 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
-from daemon.source.formats.kinds import LEADING
 from daemon.source.formats.printed import PrintedValues
 from daemon.source.formats.values import ValueEnd
+from daemon.source.kinds import LEADING
 from daemon.source.parsing import Place, RawRecord
 
 NEWLINE = b"\n"

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from daemon.errors import FileError
-from daemon.source.formats.kinds import LEADING
 from daemon.source.formats.layout import Fields, value_at
+from daemon.source.kinds import LEADING
 from daemon.source.parsing import is_record
 
 REMEDY = "write records, in pandas by df.to_json(path, orient='records', lines=True)"

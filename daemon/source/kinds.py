@@ -32,12 +32,10 @@ KINDS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x04\x22\x4d\x18", "LZ4", DECOMPRESS),
     (b"\xff\x06\0\0sNaPpY", "snappy", DECOMPRESS),
     (b"\x1f\x9d", "compressed by compress", DECOMPRESS),
-    (b"PK\x03\x04", "a zip archive (a spreadsheet of Excel, for example)", f"{UNPACK}, as JSON"),
+    (b"PK\x03\x04", "a zip archive (a spreadsheet of Excel, for example)", f"{UNPACK}, a spreadsheet as CSV"),
     (b"PK\x05\x06", "an empty zip archive", UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
     (b"Rar!\x1a\x07", "a rar archive", UNPACK),
-    (b"PAR1", "a Parquet file", AS_JSON_LINES),
-    (b"PARE", "an encrypted Parquet file", AS_JSON_LINES),
     (b"ARROW1", "an Arrow (Feather) file", AS_JSON_LINES),
     (b"\xff\xff\xff\xff", "an Arrow stream", AS_JSON_LINES),
     (b"FEA1", "a Feather file", AS_JSON_LINES),
@@ -86,26 +84,26 @@ def opens_json(head: bytes) -> bool:
     return found is not None and head[found.end() : found.end() + 1] in OPENINGS
 
 
-def check_text(head: bytes) -> None:
+def check_text(head: bytes, wanted: str = "JSON") -> None:
     """Raises FileError where a content that begins so is no UTF-8 text, or another format that has a name."""
     if head[:1] in OPENINGS and b"\0" not in head[:PROBE_BYTES] and not head.startswith(RTF):
         return  # as nearly all do
     if compression_of(head) is not None:
         raise FileError("corrupt_compression", "the file is compressed twice: decompress it once")
-    check_kind(head)
+    check_kind(head, f"{wanted} text")
     if b"\0" in head[:PROBE_BYTES]:
-        raise FileError("binary", "the file is binary, not JSON text: save it as UTF-8 JSON")
+        raise FileError("binary", f"the file is binary, not {wanted} text: save it as UTF-8 {wanted}")
 
 
-def check_kind(head: bytes) -> None:
+def check_kind(head: bytes, wanted: str = "JSON text") -> None:
     """Raises FileError where a content that begins so is of a kind or an encoding that has a name here."""
     if (name := encoding_of(head)) is not None:
         raise FileError("unsupported_encoding", f"the file is {name} text: save it as UTF-8")
     if (known := known_kind(head)) is not None:
         what, remedy = known
-        raise FileError("binary", f"the file is {what}, not JSON text: {remedy}")
+        raise FileError("binary", f"the file is {what}, not {wanted}: {remedy}")
     if MARKUP.match(head, len(head) - len(head.lstrip())):
-        raise FileError("binary", "the file is HTML or XML, not JSON text: look at what was saved")
+        raise FileError("binary", f"the file is HTML or XML, not {wanted}: look at what was saved")
 
 
 def encoding_of(head: bytes) -> str | None:

@@ -1,0 +1,37 @@
+"""The type of an input format. One file of this folder registers each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from daemon.errors import FileError
+from daemon.source.limits import ReadLimits
+from daemon.source.parsing import RawRecord
+from daemon.source.stream import InputStream
+
+Fields = frozenset[str]  # that a record needs for its texts
+Blocks = Iterator[Iterable[RawRecord]]
+
+
+def never(_: bytes) -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class InputFormat:
+    """How files of one format are recognised and read.
+
+    `read` yields the records of a content in order, block by block. It blocks, holds about one block, and
+    takes the same records from the same content every time. It raises FileError for a content that can't be
+    used as a whole, at once or after some blocks. Its last argument are the fields of the recipes: a record
+    has to have all those of one.
+    """
+
+    name: str  # part of a unit's identity: never change it
+    suffixes: tuple[str, ...]
+    read: Callable[[InputStream, ReadLimits, Sequence[Fields]], Blocks]
+    compressible: bool = True  # with .gz or .zst after the suffix
+    begins: Callable[[bytes], bool] = never  # whether a content that begins so is of this format for sure
+    # Explains why no record is usable, by the beginning of the content and the number of records.
+    explain: Callable[[bytes, int, Sequence[Fields]], FileError | None] = lambda *_: None

@@ -1,0 +1,20 @@
+"""How large and how deep an input may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from daemon.source.content import ZSTD_WINDOW_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLimits:
+    """Limits of one input file."""
+
+    max_record_bytes: int  # of a record as JSON
+    max_nesting: int
+    max_decompressed_bytes: int  # of a compressed file
+    max_compression_ratio: int
+    part_records: int
+    part_bytes: int = 4 << 20  # of raw records, after which a part ends early
+    max_zstd_window_bytes: int = ZSTD_WINDOW_BYTES
