@@ -21,6 +21,7 @@ from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
 from daemon.sink.writer import UnitWriter
 from daemon.source.folder import FolderSource
+from daemon.source.formats import without_suffix
 from daemon.source.inbox import Inbox
 from tests.output.handmade import INFO, finish, make_part
 from tests.sources import LIMITS
@@ -51,7 +52,7 @@ class Work:
             claims += some
         by_name = {claim.name: claim for claim in claims}
         return [
-            InputFile(by_name[name], "c" * 64, 2, f"{number:012x}", opened_at=self.now - 1.5)
+            InputFile(by_name[name], "c" * 64, 2, f"{number:012x}", self.now - 1.5, without_suffix(name))
             for number, name in enumerate(names)
         ]
 

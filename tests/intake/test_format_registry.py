@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from daemon.errors import FileError
-from daemon.intake import formats
 from daemon.sink.outbox import output_folder_name
+from daemon.source import formats
 from daemon.source.formats import FORMATS, format_of, without_suffix
 from daemon.source.reader import ReadLimits
 from tests.sources import LIMITS, parts_of
@@ -132,7 +132,7 @@ print(json.dumps([InputNames().owner("x.txt"), folder, EXPECTED, places]))
 def test_the_format_of_the_documentation_is_one_file_and_one_line(tmp_path, suffix):
     ignored = shutil.ignore_patterns("presets", "__pycache__", "*.so", "*.c", "*.md")
     shutil.copytree(DAEMON, tmp_path / "daemon", ignore=ignored)
-    folder = tmp_path / "daemon/intake/formats"
+    folder = tmp_path / "daemon/source/formats"
     (folder / "plaintext.py").write_text(example())
     registry = folder / "__init__.py"
     line = "PARQUET, CSV, TSV)"

@@ -32,6 +32,7 @@ from daemon.records import (
     TokenizedSample,
 )
 from daemon.sink.writer import UnitWriter
+from daemon.source.formats import without_suffix
 
 D_IN = 4
 D_SAE = 64
@@ -66,7 +67,13 @@ INFO = ModelInfo(
 
 
 def make_file(name: str = "sämple.jsonl", unit: str = UNIT) -> InputFile:
-    return InputFile(Claim(name, name, 1, FileIdentity(1, 2, 3, 4, 5)), sha256="c" * 64, size=99, unit=unit)
+    return InputFile(
+        Claim(name, name, 1, FileIdentity(1, 2, 3, 4, 5)),
+        sha256="c" * 64,
+        size=99,
+        unit=unit,
+        stem=without_suffix(name),
+    )
 
 
 @dataclass(frozen=True)
