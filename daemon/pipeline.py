@@ -231,11 +231,16 @@ class Pipeline:
 
     def should_wait(self) -> bool:
         """Whether the next batch is a partial one that others may fill in a moment."""
-        if not self.batcher.is_partial or not self.more_comes:
+        if not self.batcher.is_partial or not self.has_room or not self.more_comes:
             return False
         if self._partial_since is None:
             self._partial_since = self.clock()
         return self.clock() - self._partial_since < MAX_WAIT_SECONDS
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the batcher can take more samples, and there may be some."""
+        return self.batcher.tokens < self.limits.queued_tokens and not self.tokenized.ended
 
     @property
     def more_comes(self) -> bool:
@@ -248,7 +253,7 @@ class Pipeline:
         """
         waits: set[asyncio.Task[None]] = set(running)
         arrival = None
-        if self.batcher.tokens < self.limits.queued_tokens and not self.tokenized.ended:
+        if self.has_room:
             arrival = asyncio.create_task(self.tokenized.wait())
             waits.add(arrival)
         partial = self._partial_since is not None and len(running) < self.executor.slots

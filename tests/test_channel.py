@@ -76,9 +76,14 @@ async def test_a_waiting_receiver_wakes_on_close():
 
 async def test_get_nowait_never_waits():
     channel: Channel[int] = Channel(10)
-    assert await channel.get_nowait() is None
+    assert channel.get_nowait() is None
     await channel.put(7)
-    assert await channel.get_nowait() == 7
+    await channel.close()
+    assert not channel.ended
+    assert channel.get_nowait() == 7
+    assert channel.ended
+    with pytest.raises(EndOfStream):
+        channel.get_nowait()
 
 
 async def test_one_item_is_a_batch_unless_told():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -35,6 +36,7 @@ class Loop:
         published: tuple[str, ...] = (),
         extents: dict[str, dict[int, PartExtent]] | None = None,
         tokens: int = 4,
+        limits: Limits = LIMITS,
     ) -> None:
         self.events: list[Event] = []
         self.executor = executor or FakeExecutor()
@@ -49,7 +51,7 @@ class Loop:
             tokenizer=FakeTokenizer(),
             batcher=Batcher(tokens, shares_prefixes=False),
             observer=self.observer,
-            limits=LIMITS,
+            limits=limits,
         )
 
     async def drain(self) -> Loop:
@@ -116,6 +118,19 @@ async def test_a_free_slot_takes_a_batch_and_a_full_executor_none():
         executor.release(number)
     await task
     assert executor.most_at_a_time == 2
+
+
+async def test_a_partial_batch_does_not_wait_where_nothing_more_fits():
+    """With a window of one token, and a source that has more to give."""
+    limits = dataclasses.replace(LIMITS, queued_tokens=1)
+    files = [[FakeFile(f"f{n}", letters(3), per_part=1)] for n in range(4)]
+    loop = await Loop(*files, tokens=100, limits=limits).drain()
+    assert [len(batch.entries) for batch in loop.executor.batches] == [1] * 12
+
+
+async def test_a_partial_batch_waits_for_samples_that_are_on_their_way():
+    loop = await Loop([FakeFile("f", letters(12), per_part=1)], tokens=100).drain()
+    assert [len(batch.entries) for batch in loop.executor.batches] == [12]
 
 
 async def test_results_are_on_disk_before_they_are_visible_and_visible_before_the_source_hears():

@@ -66,7 +66,7 @@ def test_it_fails_with_its_rejects_counted_and_publishes_nothing(
 ):
     content, flags, reason, count = BAD[where]
     if "out_of_memory" in reason:
-        monkeypatch.setattr(runner.Study, "advance", no_memory)
+        monkeypatch.setattr(runner.BatchRunner, "run", no_memory)
     (inbox / "bad.jsonl").write_text(content)
     if "memory" not in reason:
         key = "question" if "texts" in flags else "text"

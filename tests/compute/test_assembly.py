@@ -120,7 +120,7 @@ def test_time_is_shared_by_samples_and_waiting_is_counted_once(assembly, clock):
         assembly.open(each)
     clock.now += 9.0
     entries = (Entry(part, 0), Entry(other, 0))
-    (done,) = assembly.scatter(Batch(PLAIN_RECIPE, entries), block_of(2), pack_seconds=0.5)
+    (done,) = assembly.scatter(Batch(PLAIN_RECIPE, entries), block_of(2), plan_seconds=0.5)
     assert done.seconds.queue == pytest.approx(2.0)
     assert done.seconds.pack == pytest.approx(0.25)
     assert done.seconds.forward == pytest.approx(2.0)

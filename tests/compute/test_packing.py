@@ -173,11 +173,11 @@ def test_what_is_given_back_waits_again(give_back):
 
 def test_the_next_batch_is_a_full_one_from_the_budget_on():
     packer = Batcher(10, shares_prefixes=False)
-    assert packer.thin
+    assert packer.is_partial
     packer.add(part([5, 4]))
-    assert packer.thin
+    assert packer.is_partial
     packer.add(part([1]))
-    assert not packer.thin  # exactly the budget
+    assert not packer.is_partial  # exactly the budget
 
 
 def test_a_batch_that_is_planned_waits_for_no_company():
@@ -185,7 +185,7 @@ def test_a_batch_that_is_planned_waits_for_no_company():
     packer.add(part([6, 6]))
     packer.take()
     assert packer.tokens < packer.max_batch_tokens
-    assert not packer.thin
+    assert not packer.is_partial
 
 
 @given(st.lists(st.lists(tokens, min_size=1, max_size=3), min_size=1, max_size=10))

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from daemon.model.buffers import memory_bytes
 from daemon.model_info import ModelInfo, SaeInfo
+from daemon.observe.snapshot import Snapshot
 from daemon.observe.metrics import FILE_OUTCOMES, MEMORY_KINDS, STAGES, Metrics
 from daemon.recipes import PLAIN_RECIPE
 from daemon.records import (
@@ -135,7 +136,7 @@ def test_a_block_counts_what_the_model_really_ran(metrics):
         values=np.zeros(6, dtype=np.float32),
     )
     block = BatchResult({}, features, (), 1.0, 2.0, 3.0, computed_tokens=10, padding_tokens=2)
-    metrics.observe_block(Batch(PLAIN_RECIPE, (Entry(part, 0), Entry(part, 1))), block, INFO)
+    metrics.observe_batch(Batch(PLAIN_RECIPE, (Entry(part, 0), Entry(part, 1))), block, INFO)
     assert value(metrics, "batches_total") == 1
     assert value(metrics, "tokens_total", kind="computed") == 10
     assert value(metrics, "tokens_total", kind="padding") == 2
@@ -189,7 +190,7 @@ def test_samples_that_are_not_finite_count_as_rejects_and_not_as_features(metric
         values=np.zeros(5, dtype=np.float32),
     )
     block = BatchResult({}, features, (), 1.0, 2.0, 3.0, not_finite=(RowMessage(1, "m"),))
-    metrics.observe_block(Batch(PLAIN_RECIPE, (Entry(part, 0), Entry(part, 1))), block, INFO)
+    metrics.observe_batch(Batch(PLAIN_RECIPE, (Entry(part, 0), Entry(part, 1))), block, INFO)
     assert value(metrics, "rejects_total", reason="not_finite_activation") == 1
     assert value(metrics, "feature_l0_sum", layer="3") == 2
 
@@ -245,7 +246,8 @@ def test_memory_is_told_by_kind_and_what_is_kept_for_batches_beside_it(metrics):
 
 def test_what_is_told_once_about_the_inbox_adds_up(metrics):
     for recovered, found in ((2, 1), (0, 3)):
-        metrics.observe_inbox(recovered, found)
+        snapshot = Snapshot(True, 0.0, done=0, total=0, rate=0.0, recovered=recovered, found=found)
+        metrics.observe_snapshot(snapshot, None, now=0.0)
     assert value(metrics, "recovered_files_total", action="taken_over") == 2
     assert value(metrics, "rescan_found_total") == 4
 
