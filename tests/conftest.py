@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from tests import tiny
+from tests.support import tiny
 
 
 def pytest_unconfigure() -> None:
@@ -54,3 +55,15 @@ def elsewhere(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("no second file system at hand")
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """A tiny Llama, which is not to be changed."""
+    return tiny.save_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture
+def folder(llama, tmp_path) -> Path:
+    """A copy of it, which may be."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))

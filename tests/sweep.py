@@ -36,9 +36,9 @@ from daemon.model.plain_trace import Unreachable
 from daemon.tools.oracle import Oracle
 from daemon.tools.reference import ReferenceLayer
 from daemon.wiring import load_engine
-from tests import tiny
-from tests.compute.engines import random_texts
-from tests.families import FAMILIES, save_family
+from tests.support import tiny
+from tests.support.engines import random_texts
+from tests.support.families import FAMILIES, save_family
 
 TOLERANCE = 1e-5  # of values, relative to their length
 NEAR = 1e-4  # of a threshold, as a share of the largest activation: what rounding may move across it

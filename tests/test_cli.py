@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests.support import tiny
 
 LENSD = (sys.executable, "-m", "daemon.cli")
 PATIENCE = 120.0  # seconds before a wait on a condition gives up

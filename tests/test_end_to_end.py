@@ -20,7 +20,7 @@ from daemon.observe.recorder import Tally
 from daemon.recipes import CONTRAST_RECIPE
 from daemon.records import Batch, BatchResult, Outcome
 from daemon.service import serve
-from tests import tiny
+from tests.support import tiny
 
 
 def configured(toml: Path, inbox: Path, **flags: object) -> Config:

@@ -21,11 +21,11 @@ from daemon import machine, supervisor
 from daemon.machine import Machine
 from daemon.observe import health
 from daemon.pause import DISK, FOLDERS, Pause
-from tests import health_hooks, tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import end, events, running, shared_daemons, wait_until
 from tests.reliability.hooks import CODE_OWNER
 from tests.reliability.test_disk_full import get, pauses, url_of
+from tests.support import health_hooks, tiny
 
 VISIBLE_SECONDS = 30.0  # within which trouble must show
 
@@ -69,7 +69,7 @@ def job(root: Path, hook: str = "quick", *, flags: dict[str, object] | None = No
         root / "log",
         once=False,
         flags={"http.enabled": True, "http.address": "127.0.0.1:0", **(flags or {})},
-        hook=f"tests.health_hooks:{hook}",
+        hook=f"tests.support.health_hooks:{hook}",
         hook_args=args,
     )
 

@@ -18,7 +18,7 @@ from daemon.config import Config, load_config
 from daemon.model.probe import packed_texts
 from daemon.records import Outcome
 from daemon.service import serve
-from tests import tiny
+from tests.support import tiny
 
 TOKENIZER = tiny.byte_tokenizer()
 LAYERS = (0, 1, 2)

@@ -19,8 +19,8 @@ import pytest
 from daemon.cli import parser
 from daemon.config import Config, load_config
 from daemon.service import serve
-from tests import tiny
-from tests.spark import ask, needs_spark
+from tests.support import tiny
+from tests.support.spark import ask, needs_spark
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,10 +17,10 @@ import pytest
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError
 from daemon.settings import AT_ONCE, AT_START, SettingsSource, changes, is_in
-from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import events, running, shared_daemons, wait_until
 from tests.reliability.test_disk_full import get, url_of
+from tests.support import tiny
 
 FULL = "[outbox]\nmin_free_bytes = 1_000_000_000_000_000_000\n"
 QUICK = "[inbox]\nrescan_seconds = 0.2\n"
@@ -161,7 +161,7 @@ def started(daemons: Daemons, folder: Path, **hook_args: str) -> Any:
         folder / "log",
         once=False,
         flags={"http.enabled": True, "http.address": "127.0.0.1:0"},
-        hook="tests.settings_hooks:reloading",
+        hook="tests.support.settings_hooks:reloading",
         hook_args={"file": str(folder / "lensd.toml"), **hook_args},
     )
     return running(daemons, job)

@@ -23,8 +23,8 @@ from daemon.sink.writer import UnitWriter
 from daemon.source.folder import FolderSource
 from daemon.source.formats import without_suffix
 from daemon.source.inbox import Inbox
-from tests.output.handmade import INFO, finish, make_part
-from tests.sources import LIMITS
+from tests.support.handmade import INFO, finish, make_part
+from tests.support.sources import LIMITS
 
 BROKEN = FileError("malformed_json", "it ends in the middle: export it again")
 

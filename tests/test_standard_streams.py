@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
 LENSD = (sys.executable, "-m", "daemon.cli")

@@ -23,7 +23,7 @@ from daemon.source.failed import reason_of
 from daemon.source.inbox import Inbox
 from daemon.source.retry import chosen, retry
 from daemon.tools.status import visible_texts
-from tests import tiny
+from tests.support import tiny
 
 HOSTILE = {
     "new\nline.json": r"new\nline.json",

@@ -8,7 +8,7 @@ import torch
 from daemon.analysis.eigen import eigen, inverse_iteration
 from daemon.native import eigen as native
 from daemon.native.eigen import LANES, routine, table_eigen
-from tests.torch_threads import torch_threads
+from tests.support.torch_threads import torch_threads
 
 COMPILED = pytest.mark.skipif(routine() is None, reason="installed without a C compiler")
 

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import running, wait_until
+from tests.support import tiny
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"

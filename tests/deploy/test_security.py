@@ -17,9 +17,9 @@ from daemon.model.loading import load_model, locate_model
 from daemon.model.sae import load_sae
 from daemon.model.smollm2 import WEIGHTS_SHA256, smollm2_folder
 from deploy import licences
-from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import events, running, shared_daemons, wait_until
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
 LISTENING = "0A"  # in /proc/net/tcp

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests import tiny
 from tests.reliability.daemons import Job
 from tests.reliability.handling import events, shared_daemons, wait_until
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from daemon.model.trie import Trie, build_trie
 from daemon.native.rmsnorm_rope_attention import BLOCK, WIDTH, Heads, Nodes, add_norm, routines
-from tests.torch_threads import torch_threads
+from tests.support.torch_threads import torch_threads
 
 FOUND = routines()
 EPSILON = 1e-5

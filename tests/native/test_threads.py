@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from daemon.native.threads import in_ranges, side_by_side
-from tests.torch_threads import torch_threads
+from tests.support.torch_threads import torch_threads
 
 PATIENCE = 60  # seconds until a thread that should be met is missed
 

@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry
 
 from daemon.model.buffers import memory_bytes
 from daemon.model_info import ModelInfo, SaeInfo
-from daemon.observe.snapshot import Snapshot
 from daemon.observe.metrics import FILE_OUTCOMES, MEMORY_KINDS, STAGES, Metrics
+from daemon.observe.snapshot import Snapshot
 from daemon.recipes import PLAIN_RECIPE
 from daemon.records import (
     Batch,
@@ -31,7 +31,7 @@ from daemon.records import (
     TokenizedPart,
     TokenizedSample,
 )
-from tests.sources import unclaimed
+from tests.support.sources import unclaimed
 
 SOURCE = unclaimed("f")
 HOOK = "blocks.{}.hook_resid_post"

@@ -11,10 +11,10 @@ import pytest
 import structlog
 
 from daemon.observe.logs import configure
-from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import events, running, shared_daemons, wait_until
 from tests.reliability.test_disk_full import get, url_of
+from tests.support import tiny
 
 SECRET = "xyzzy"
 GOOD = {"id": "a", "prompt": f"{SECRET} is", "fact": f" {SECRET}", "hallucination": f" not {SECRET}"}

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from daemon.observe.notify import Notify, status_line
-from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import running, shared_daemons, wait_until
+from tests.support import tiny
 
 PATIENCE_SECONDS = 60.0
 SILENCE_SECONDS = 0.5  # ten heartbeats of the hooked daemon

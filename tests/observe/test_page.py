@@ -21,10 +21,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
 from tests.observe.browser import CHROMIUM, Page, chromium, tab
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import end, events, shared_daemons, wait_until
+from tests.support import tiny
 
 pytestmark = [
     pytest.mark.slow,  # starts processes

@@ -31,7 +31,7 @@ from daemon.observe.status import Status, from_json, to_json
 from daemon.observe.summary import figures
 from daemon.observe.workload import Workload
 from daemon.records import Departure, InboxLoad, Outcome, PartExtent, StageSeconds
-from tests.sources import unclaimed
+from tests.support.sources import unclaimed
 
 HOOK = "blocks.{}.hook_resid_post"
 SAES = tuple(SaeInfo(HOOK.format(n), HOOK.format(n), n, 4, 8, 4, "jumprelu", "s", "h") for n in (3, 5))

@@ -30,7 +30,7 @@ from daemon.errors import LensdError
 from daemon.observe.logs import configure
 from daemon.service import serve
 from daemon.wiring import load_compute
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
 

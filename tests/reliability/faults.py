@@ -26,10 +26,10 @@ import pytest
 
 from daemon.executor.runner import BatchRunner
 from daemon.fs import durable
-from tests import tiny
 from tests.reliability import ledger
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.disk_model import Recorder
+from tests.support import tiny
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.feed import joined
 from tests.reliability.handling import events, finish, say
 from tests.reliability.ledger import Dropped, violations
+from tests.support import tiny
 
 
 @dataclass(frozen=True, slots=True)

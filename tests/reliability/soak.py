@@ -27,10 +27,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tests import tiny
 from tests.reliability.daemons import ROOT
 from tests.reliability.feed import joined
 from tests.reliability.handling import events, finish, say, wait_until
+from tests.support import tiny
 
 WAITING = 20  # files in the inbox at most
 WARM = 0.05  # of the run, after which memory should have its final size

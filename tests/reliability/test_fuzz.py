@@ -27,11 +27,11 @@ from daemon.errors import FileError
 from daemon.records import Part, Reject, Sample
 from daemon.rejects import REJECT_REASONS
 from daemon.source.reader import part_blocks
-from tests import sources
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import shared_daemons
 from tests.reliability.ledger import Dropped, drop, failed_files, is_input, violations
-from tests.sources import parts_of, unclaimed
+from tests.support import sources
+from tests.support.sources import parts_of, unclaimed
 
 N_RECORDS = int(os.environ.get("LENSD_FUZZ_RECORDS", "3000"))
 N_FILES = int(os.environ.get("LENSD_FUZZ_FILES", "200"))

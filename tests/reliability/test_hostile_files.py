@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.feed import Content, Feed, as_json, joined
 from tests.reliability.handling import claimed, end, events, running, shared_daemons, wait_until, waiting
 from tests.reliability.hooks import CODE_OWNER
 from tests.reliability.ledger import Dropped, drop, sha256_of, violations
+from tests.support import tiny
 
 MANY_FILES = int(os.environ.get("HOSTILE_FILES", "2000"))  # 50000 is the big variant
 OTHER_USER = 48_213

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import events, shared_daemons, wait_until
+from tests.support import tiny
 
 
 @pytest.fixture

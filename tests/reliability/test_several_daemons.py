@@ -8,11 +8,11 @@ import signal
 
 import pytest
 
-from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.handling import claimed, end, ended, events, retired, shared_daemons, wait_until
 from tests.reliability.ledger import drop, violations
 from tests.reliability.several import Several
+from tests.support import tiny
 
 
 @pytest.fixture

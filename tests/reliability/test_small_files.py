@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from tests import tiny
 from tests.reliability.daemons import Daemons
 from tests.reliability.handling import shared_daemons
 from tests.reliability.small_files import VARIANTS, Variant, drain
+from tests.support import tiny
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import signal
 
 import pytest
 
-from tests import tiny
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.feed import Feed, Recount, recount
 from tests.reliability.handling import shared_daemons
 from tests.reliability.ledger import drop, violations
 from tests.reliability.torture import Torture
+from tests.support import tiny
 
 
 @pytest.fixture

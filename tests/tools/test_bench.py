@@ -16,9 +16,9 @@ from daemon.tools.bench import AUTO, BARE, BenchReport, VariantReport, bench
 from daemon.tools.bench_report import plot, print_bench, recommendations
 from daemon.tools.bench_worker import Loaded, Measured, baseline_process, lensd_process
 from daemon.tools.limit import ProductRate, Products, Work
-from tests import tiny
-from tests.compute.engines import loaded
-from tests.families import save_family
+from tests.support import tiny
+from tests.support.engines import loaded
+from tests.support.families import save_family
 
 EMPTY_REPORT = BenchReport(
     machine="m",

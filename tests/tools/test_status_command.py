@@ -17,9 +17,9 @@ import pytest
 from daemon.config import load_config
 from daemon.errors import ConfigError, MachineError
 from daemon.tools.status import fetch, healthy, sparkline, url_of
-from tests import tiny
 from tests.reliability.daemons import ROOT, Daemons, Job
 from tests.reliability.handling import events, running, shared_daemons, wait_until
+from tests.support import tiny
 
 pytestmark = pytest.mark.slow  # starts processes
 

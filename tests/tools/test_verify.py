@@ -19,8 +19,8 @@ from daemon.model.trie_engine import TrieEngine
 from daemon.recipes import CONTRAST_RECIPE
 from daemon.tools import oracle
 from daemon.tools.verify import Verification, axis_gap, column_difference, verify
-from tests import tiny
-from tests.families import save_family
+from tests.support import tiny
+from tests.support.families import save_family
 from tests.test_not_finite import UNPROBED, save_overflowing
 
 

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon.batching.batcher import Batcher, TrieCost, sample_cost, shared_length
+from daemon.model.trie import build_trie
+from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE, Recipe
+from daemon.records import Entry, Part, PartExtent, Sample, TokenizedPart, TokenizedSample
+from tests.support.sources import unclaimed
+
+SOURCE = unclaimed("f")
+
+
+def part(widths: list[int], recipe: Recipe = PLAIN_RECIPE, number: int = 0) -> TokenizedPart:
+    texts = len(recipe.templates)
+    samples = [Sample(i, str(i), None, None, None, ("",) * texts, None, 0) for i in range(len(widths))]
+    return TokenizedPart(
+        Part(SOURCE, PartExtent(number, 0, len(samples), 0), False, recipe, tuple(samples), ()),
+        tuple(
+            TokenizedSample(sample, ((0,) * width,) * texts)
+            for sample, width in zip(samples, widths, strict=True)
+        ),
+    )
+
+
+def drain(packer: Batcher) -> list[list[int]]:
+    """Widths of the samples of each batch."""
+    batches = []
+    while packer:
+        batches.append([sample.width for sample in packer.take().samples])
+    return batches
+
+
+@given(
+    widths=st.lists(st.integers(1, 60), max_size=40),
+    budget=st.integers(1, 200),
+    most=st.none() | st.integers(1, 5),
+)
+def test_every_sample_runs_once_within_the_limits_or_alone(widths, budget, most):
+    packer = Batcher(budget, most, shares_prefixes=False)
+    packer.add(part(widths))
+    batches = drain(packer)
+    assert sorted(width for batch in batches for width in batch) == sorted(widths)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(batch) <= budget
+        assert most is None or len(batch) <= most
+    assert packer.tokens == 0
+
+
+def test_texts_that_add_no_token_fill_a_batch_too():
+    packer = Batcher(64, shares_prefixes=True)
+    packer.add(part([5] * 500))
+    sizes = [len(batch) for batch in drain(packer)]
+    assert sum(sizes) == 500
+    assert max(sizes) <= 64
+
+
+def test_samples_of_similar_length_share_a_batch():
+    packer = Batcher(24, shares_prefixes=False)
+    packer.add(part([2, 12, 3, 11, 2, 3]))
+    assert drain(packer) == [[2, 2, 3, 3], [11, 12]]
+
+
+def test_the_budget_counts_every_text_and_its_padding():
+    packer = Batcher(30, shares_prefixes=False)
+    packer.add(part([5, 5, 5], CONTRAST_RECIPE))
+    assert drain(packer) == [[5, 5], [5]]
+
+
+@pytest.mark.parametrize("shares_prefixes", [False, True])
+def test_a_batch_may_have_exactly_the_tokens_of_the_budget(shares_prefixes):
+    texts = [[(n,) * 5] for n in range(4)]
+    for budget, sizes in ((20, [4]), (19, [3, 1])):
+        packer = Batcher(budget, shares_prefixes=shares_prefixes)
+        packer.add(part_of(texts))
+        assert [len(batch) for batch in drain(packer)] == sizes
+
+
+def test_a_batch_may_have_exactly_the_samples_of_the_limit():
+    packer = Batcher(1000, 3, shares_prefixes=False)
+    packer.add(part([4] * 8))
+    assert [len(batch) for batch in drain(packer)] == [3, 3, 2]
+
+
+def test_recipes_never_share_a_batch_but_files_do():
+    packer = Batcher(1000, shares_prefixes=False)
+    packer.add(part([4], PLAIN_RECIPE, 0))
+    packer.add(part([4], CONTRAST_RECIPE, 1))
+    packer.add(part([4], PLAIN_RECIPE, 2))
+    assert sorted(len(batch) for batch in drain(packer)) == [1, 2]
+
+
+def test_an_empty_packer_refuses():
+    with pytest.raises(IndexError):
+        Batcher(10, shares_prefixes=False).take()
+
+
+def part_of(token_ids: list[list[tuple[int, ...]]]) -> TokenizedPart:
+    """A part of samples with these texts."""
+    samples = [Sample(i, str(i), None, None, None, ("",), None, 0) for i in range(len(token_ids))]
+    return TokenizedPart(
+        Part(SOURCE, PartExtent(0, 0, len(samples), 0), False, PLAIN_RECIPE, tuple(samples), ()),
+        tuple(TokenizedSample(sample, tuple(ids)) for sample, ids in zip(samples, token_ids, strict=True)),
+    )
+
+
+tokens = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(tuple)
+
+
+@given(st.lists(st.lists(tokens, min_size=1, max_size=3), max_size=20), st.integers(1, 30))
+def test_packed_batches_stay_within_the_budget_of_their_trie(token_ids, budget):
+    packer = Batcher(budget, shares_prefixes=True)
+    packer.add(part_of(token_ids))
+    seen = []
+    while packer:
+        batch = packer.take()
+        seen += [sample.token_ids for sample in batch.samples]
+        texts = [ids for sample in batch.samples for ids in sample.token_ids]
+        assert len(batch.samples) == 1 or len(build_trie(texts)) <= budget
+    assert sorted(seen) == sorted(tuple(ids) for ids in token_ids)
+
+
+def test_batches_are_as_few_as_it_takes_and_of_about_the_same_cost():
+    packer = Batcher(100, shares_prefixes=True)
+    packer.add(part_of([[tuple(range(100 * n, 100 * n + 9))] for n in range(13)]))
+    assert [len(packer.take().samples) for _ in range(2)] == [7, 6]
+    assert not packer
+
+
+def test_batches_of_samples_unlike_in_cost_are_of_about_the_same_cost():
+    packer = Batcher(100, shares_prefixes=False)
+    packer.add(part([10] * 8 + [20] * 6))
+    costs = [len(batch) * max(batch) for batch in drain(packer)]
+    assert costs == [80, 80, 40]
+
+
+def test_a_beginning_that_all_share_counts_once():
+    packer = Batcher(130, shares_prefixes=True)
+    packer.add(part_of([[(*range(100), 200 + n)] for n in (3, 1, 2)] + [[(7,) * 100]]))
+    assert [len(packer.take().samples) for _ in range(2)] == [3, 1]
+
+
+def test_a_packed_batch_that_was_too_much_comes_back_in_halves():
+    packer = Batcher(1000, shares_prefixes=True)
+    packer.add(part_of([[(*range(10), 100 + n)] for n in range(6)]))
+    packer.shrink(packer.take())
+    assert packer.max_batch_tokens == 8
+    assert len(packer) == 6
+
+
+def test_a_batch_of_two_that_was_too_much_comes_back_one_by_one():
+    packer = Batcher(1000, shares_prefixes=True)
+    packer.add(part_of([[(1,)], [(2,)]]))
+    packer.shrink(packer.take())
+    assert packer.max_batch_tokens == 1
+    assert [len(batch) for batch in drain(packer)] == [1, 1]
+
+
+@pytest.mark.parametrize("give_back", [Batcher.put_back, Batcher.shrink])
+def test_what_is_given_back_waits_again(give_back):
+    packer = Batcher(10, shares_prefixes=False)
+    packer.add(part([5, 5, 4]))
+    batch = packer.take()
+    left = packer.tokens
+    give_back(packer, batch)
+    assert packer.tokens == left + sum(sample.width for sample in batch.samples) == 14
+    assert len(packer) == 3
+    drain(packer)
+    assert packer.tokens == 0
+
+
+def test_the_next_batch_is_a_full_one_from_the_budget_on():
+    packer = Batcher(10, shares_prefixes=False)
+    assert packer.is_partial
+    packer.add(part([5, 4]))
+    assert packer.is_partial
+    packer.add(part([1]))
+    assert not packer.is_partial  # exactly the budget
+
+
+def test_a_batch_that_is_planned_waits_for_no_company():
+    packer = Batcher(10, shares_prefixes=False)
+    packer.add(part([6, 6]))
+    packer.take()
+    assert packer.tokens < packer.max_batch_tokens
+    assert not packer.is_partial
+
+
+@given(st.lists(st.lists(tokens, min_size=1, max_size=3), min_size=1, max_size=10))
+def test_what_a_sample_shares_is_what_it_costs_more_alone(token_ids):
+    entries = [Entry(part_of(token_ids), row) for row in range(len(token_ids))]
+    cost = TrieCost()
+    for entry in sorted(entries, key=TrieCost.order):
+        before = cost.total
+        cost.add(entry.sample)
+        assert cost.total - before + cost.shared == sample_cost(TrieCost, entry)
+
+
+@given(tokens, tokens)
+def test_shared_length_is_that_of_the_longest_common_beginning(a, b):
+    expected = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    assert shared_length(a, b) == expected

@@ -1,0 +1,64 @@
+"""What is made of the tokens that SAEs read, against plain Hugging Face and SAELens, one text at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import SAE
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from tests.support import tiny
+from tests.support.engines import dense, packed, padded
+
+HOOK = "blocks.1.hook_resid_post"
+TEXTS = [[tiny.BOS, 97, 98], [tiny.BOS, 97], [tiny.BOS, 97, 98, 99, 100, 101], [tiny.BOS, 7, 8, 9]]
+ENGINES = {"packed": packed, "padded": padded}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.save_llama(tmp_path_factory.mktemp("model"), n_layers=3)
+
+
+def plain_residuals(model: Path, text: list[int]) -> torch.Tensor:
+    """(length, d_model) after block 1, as Hugging Face has it."""
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        return hf(torch.tensor([text]), output_hidden_states=True).hidden_states[2][0]
+
+
+def normalising(folder: Path, architecture: str, mode: str) -> Path:
+    sae = tiny.random_sae(HOOK, architecture=architecture)
+    sae.cfg.normalize_activations = mode
+    sae.save_model(folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("positions", ["last", "all", "mean", "max"])
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "gated"])
+@pytest.mark.parametrize("mode", ["none", "layer_norm", "constant_norm_rescale"])
+def test_features_and_reconstruction_are_those_of_saelens(
+    tmp_path, model, mode, architecture, positions, engine
+):
+    folder = normalising(tmp_path / "sae", architecture, mode)
+    extraction = ENGINES[engine](model, [folder], torch.float32, positions).extract(TEXTS)
+    (layer,) = extraction.layers
+    sae = SAE.load_from_disk(folder)
+    for row, text in enumerate(TEXTS):
+        with torch.no_grad():
+            x = plain_residuals(model, text)[1 if positions in ("mean", "max") else -1 :]
+            features = sae.encode(x)
+            decoded = sae.decode(features)
+        if positions == "max":
+            assert_close(dense(layer)[row], features.amax(0), rtol=1e-4, atol=1e-5)
+            assert layer.reconstruction is None
+            continue
+        assert_close(dense(layer)[row], features.mean(0), rtol=1e-4, atol=1e-5)
+        assert_close(layer.x[row], x.mean(0), rtol=1e-4, atol=1e-5)
+        assert_close(layer.reconstruction[row], decoded.mean(0), rtol=1e-4, atol=1e-5)
+    if positions == "all":
+        assert len(extraction.stored.rows) == sum(len(text) - 1 for text in TEXTS)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from daemon.analysis.columns import analysis_columns
+from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE
+from daemon.sink.schema import features_schema, metrics_schema
+from tests.support.handmade import finish, make_part, open_writer
+
+
+@pytest.mark.parametrize("recipe", [CONTRAST_RECIPE, PLAIN_RECIPE])
+def test_metrics_are_the_record_then_the_analysis_columns(recipe):
+    schema = metrics_schema((7, 15), recipe)
+    names = ["sample_id", "record_index", "domain", "complexity", "extra"]
+    assert schema.names == names + [column.name for column in analysis_columns((7, 15), recipe)]
+    assert schema.field("record_index").type == pa.int64()
+    for column in analysis_columns((7, 15), recipe):
+        expected = {"int": pa.int32(), "float": pa.float64(), "class": pa.string()}[column.kind]
+        assert schema.field(column.name).type == expected
+        assert schema.field(column.name).nullable == (column.kind == "float")
+
+
+def test_features_are_the_columns_of_the_contract():
+    fields = {field.name: field.type for field in features_schema("float32")}
+    assert fields == {
+        "sample_id": pa.string(),
+        "record_index": pa.int64(),
+        "text": pa.string(),
+        "layer": pa.int32(),
+        "hook_name": pa.string(),
+        "position": pa.int32(),
+        "token_id": pa.int32(),
+        "indices": pa.list_(pa.uint32()),
+        "values": pa.list_(pa.float32()),
+    }
+    assert features_schema("float16").field("values").type == pa.list_(pa.float16())
+
+
+def test_every_field_says_what_it_is():
+    for schema in (metrics_schema((7,), CONTRAST_RECIPE), features_schema("float32")):
+        assert all(field.metadata[b"description"] for field in schema)
+    schema = metrics_schema((7,), CONTRAST_RECIPE)
+    assert schema.field("axis_twist_diff").metadata == {
+        b"unit": b"degree",
+        b"description": b"axis_twist_hall - axis_twist_fact",
+    }
+    assert schema.field("stability_diff").metadata[b"description"] == b"stability_fact - stability_hall"
+
+
+@pytest.mark.parametrize("rows", [1, 65])
+@pytest.mark.parametrize("values", ["float32", "float16"])
+def test_columns_are_encoded_as_meant(tmp_path, values, rows):
+    features, metrics = both(tmp_path / "unit", rows, values)
+    assert features["indices.list.element"] == features["values.list.element"] == {"PLAIN", "RLE"}
+    assert "RLE_DICTIONARY" in features["sample_id"]
+    assert "RLE_DICTIONARY" in metrics["l5_hall_shape_class"]
+    assert "RLE_DICTIONARY" not in metrics["l5_hall_gini"]
+    for path in ("features", "metrics"):
+        columns = columns_of(tmp_path / f"unit/{path}.parquet")
+        assert {column.compression for column in columns} == {"ZSTD"}
+        assert all(column.is_stats_set for column in columns)
+
+
+@pytest.mark.parametrize("values", ["float32", "float16"])
+@pytest.mark.parametrize("recipe", [CONTRAST_RECIPE, PLAIN_RECIPE], ids=["contrast", "plain"])
+@pytest.mark.parametrize("rows", [0, 1, 64, 3000])
+def test_only_encodings_that_every_reader_knows_are_used(tmp_path, rows, recipe, values):
+    """Byte streams, deltas and pages of the second version are beyond readers of the last years."""
+    for encodings in both(tmp_path / "unit", rows, values, recipe):
+        assert set().union(*encodings.values()) <= {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY"}
+
+
+def both(folder, rows, values, recipe=CONTRAST_RECIPE) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """The encodings of each leaf column of an output's features and metrics."""
+    rejected = () if rows else (0,)
+    writer = open_writer(folder, recipe, values=values)
+    writer.write_part(finish(make_part(0, 0, rows or 1, rejected=rejected, last=True, recipe=recipe)))
+    writer.write()
+    return encodings(folder / "features.parquet"), encodings(folder / "metrics.parquet")
+
+
+def encodings(path) -> dict[str, set[str]]:
+    return {column.path_in_schema: set(column.encodings) for column in columns_of(path)}
+
+
+def columns_of(path) -> list[pq.ColumnChunkMetaData]:
+    metadata = pq.read_metadata(path)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    return [group.column(number) for group in groups for number in range(group.num_columns)]

@@ -1,0 +1,54 @@
+"""Engines on tiny models, and what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from daemon.config import SaeSection
+from daemon.model.encoding import encoder_of
+from daemon.model.loading import LoadedModel, ModelLocation, load_model
+from daemon.model.padded_engine import PaddedEngine
+from daemon.model.sae import LoadedSae, load_saes
+from daemon.model.trie_engine import TrieEngine
+from daemon.records import Positions
+from tests.support import tiny
+
+
+def loaded(
+    model: Path, sae_folders: Sequence[Path], dtype: torch.dtype, device: str = "cpu"
+) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
+    hf = load_model(ModelLocation("tiny", str(model), None), device=device, dtype=dtype)
+    sources = [SaeSection(path=folder) for folder in sae_folders]
+    sae_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return hf, load_saes(sources, d_model=hf.d_model, n_layers=hf.n_layers, device=device, dtype=sae_dtype)
+
+
+def padded(
+    model: Path, saes: Sequence[Path], dtype: torch.dtype = torch.float64, positions: Positions = "last"
+) -> PaddedEngine:
+    hf, entries = loaded(model, saes, dtype)
+    return PaddedEngine(hf, entries, [encoder_of(entry) for entry in entries], positions)
+
+
+def packed(
+    model: Path,
+    saes: Sequence[Path],
+    dtype: torch.dtype = torch.float64,
+    positions: Positions = "last",
+    device: str = "cpu",
+    compiles: bool = False,
+) -> TrieEngine:
+    hf, entries = loaded(model, saes, dtype, device)
+    return TrieEngine(hf, entries, [encoder_of(entry) for entry in entries], positions, compiles=compiles)
+
+
+def random_texts(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [[tiny.BOS, *torch.randint(0, 256, (n - 1,), generator=generator).tolist()] for n in lengths]
+
+
+def dense(layer, d_sae: int = tiny.D_SAE) -> torch.Tensor:
+    return layer.acts.to_dense(d_sae)
