@@ -18,8 +18,8 @@ from pathlib import Path
 import structlog
 import torch
 
+from daemon.analysis.column_inputs import StudySettings
 from daemon.analysis.columns import ANALYSIS_VERSION
-from daemon.analysis.study import StudySettings
 from daemon.batching.batcher import Batcher
 from daemon.config import Config
 from daemon.executor.autotune import auto_batch_tokens
