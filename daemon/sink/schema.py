@@ -8,6 +8,7 @@ metadata, which only files of a few rows do without. Knows nothing about samples
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -68,6 +69,14 @@ def features_schema(values: ValueType) -> pa.Schema:
             described("values", pa.list_(value_type), "activation", "activations, beside indices"),
         ]
     )
+
+
+def stored_columns(
+    layers: tuple[int, ...], recipes: Sequence[Recipe], values: ValueType
+) -> list[list[tuple[str, str]]]:
+    """Names and types of all that is stored of files of these recipes: parts of others don't fit them."""
+    schemas = [*(metrics_schema(layers, recipe) for recipe in recipes), features_schema(values)]
+    return [[(field.name, str(field.type)) for field in schema] for schema in schemas]
 
 
 COMMON_OPTIONS: dict[str, Any] = {
