@@ -18,8 +18,8 @@ from pathlib import Path
 import structlog
 import torch
 
+from daemon.analysis.column_inputs import StudySettings
 from daemon.analysis.columns import ANALYSIS_VERSION
-from daemon.analysis.study import StudySettings
 from daemon.batching.batcher import Batcher
 from daemon.config import Config
 from daemon.executor.autotune import auto_batch_tokens
@@ -40,8 +40,11 @@ from daemon.native.library import NAME, library
 from daemon.pause import Pause
 from daemon.pipeline import Limits, Pipeline
 from daemon.ports import Observer
+from daemon.recipes import BUILT_IN_RECIPES
 from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
+from daemon.sink.parts import FORMAT as PARTS_FORMAT
+from daemon.sink.schema import stored_columns
 from daemon.source.folder import FolderSource
 from daemon.source.inbox import Inbox
 from daemon.source.inputs import InputNames
@@ -180,10 +183,12 @@ def read_limits(config: Config) -> ReadLimits:
 
 
 def results_key(config: Config, engine: Engine) -> str:
-    """Stands for everything besides the input's content that changes results."""
+    """Stands for everything besides the input's content that changes results, or how they are stored."""
     info = engine.info
+    recipes = BUILT_IN_RECIPES if config.recipe is None else (config.recipe,)
     identity = {
         "analysis": ANALYSIS_VERSION,
+        "stored": [PARTS_FORMAT, stored_columns(info.layers, recipes, config.outbox.values)],
         "config": config.results_fingerprint(),
         "model": [info.weights_sha256 or info.name, info.settings_sha256],
         "saes": [dataclasses.astuple(sae) for sae in info.saes],

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from structlog.testing import capture_logs
 
-from daemon.analysis.columns import ANALYSIS_VERSION, analysis_columns
+from daemon.analysis.column_inputs import LayerActivations
+from daemon.analysis.columns import ANALYSIS_VERSION, LAYER_COLUMNS, analysis_columns, layer_column
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError, MachineError
 from daemon.executor.runner import BatchRunner, BegunBatch
@@ -20,6 +23,8 @@ from daemon.observe.recorder import Tally
 from daemon.recipes import CONTRAST_RECIPE
 from daemon.records import Batch, BatchResult, Outcome
 from daemon.service import serve
+from daemon.sink.schema import metrics_options, metrics_schema
+from daemon.sink.writer import UnitWriter
 from tests.support import tiny
 
 
@@ -130,6 +135,42 @@ def test_content_published_under_an_older_analysis_is_new_work(tiny_toml, inbox,
     assert [kind for kind, _ in folders] == ["committed", "committed", "duplicate"]
     assert folders[0][1] != folders[1][1] == folders[2][1]
     assert manifest_of(folders[1][1])["analysis_version"] == ANALYSIS_VERSION == 2
+
+
+@pytest.fixture
+def add_column() -> Iterator[Callable[[], None]]:
+    """A function that adds a column, as another version of lensd would have it."""
+
+    def answer(layer: LayerActivations) -> torch.Tensor:
+        return torch.full_like(layer.acts.counts, 42)
+
+    def forget_schemas() -> None:
+        metrics_schema.cache_clear()
+        metrics_options.cache_clear()
+
+    def add() -> None:
+        layer_column("int", unit="", meaning="the answer")(answer)
+        forget_schemas()
+
+    before = LAYER_COLUMNS[:]
+    yield add
+    LAYER_COLUMNS[:] = before
+    forget_schemas()
+
+
+def test_content_published_before_a_column_was_added_is_new_work(tiny_toml, inbox, add_column):
+    config = configured(tiny_toml, inbox)
+    outcomes = []
+    for adds in (False, True, False):
+        if adds:
+            add_column()
+        tiny.write_json(inbox / "study.json", tiny.contrast_records(3))
+        outcomes += drain(config)[1]
+    assert [outcome.kind for outcome in outcomes] == ["committed", "committed", "duplicate"]
+    tables = [pq.read_table(outcome.folder / "metrics.parquet") for outcome in outcomes[:2]]
+    assert set(tables[1].column_names) - set(tables[0].column_names) == {
+        f"l{layer}_{text}_answer" for layer in (0, 1, 2) for text in ("prompt", "fact", "hall")
+    }
 
 
 @pytest.mark.parametrize("what", ["rope_theta", "rms_norm_eps", "tokenizer", "k", "apply_b_dec_to_input"])
@@ -456,6 +497,26 @@ def test_work_on_a_large_file_resumes_with_the_parts_that_are_missing(tiny_toml,
     shutil.copy(inbox / "done/large.jsonl", fresh / "inbox")
     _, (again,) = drain(configured(tiny_toml, fresh / "inbox"))
     assert pq.read_table(again.folder / "metrics.parquet")["record_index"].equals(whole["record_index"])
+
+
+def test_parts_that_were_stored_before_a_column_was_added_are_computed_again(tiny_toml, inbox, add_column):
+    records = tiny.contrast_records(40)
+    (inbox / "large.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = configured(tiny_toml, inbox, inbox__part_records=4)
+
+    def refuse(self: UnitWriter) -> None:
+        raise BrokenDevice
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnitWriter, "write", refuse)
+        with pytest.raises(ExceptionGroup):
+            drain(config)
+    assert len(list(config.outbox.path.glob(".staging/*/*.parts/??????"))) == 10
+    add_column()
+    tally, (outcome,) = drain(config)
+    assert (tally.committed, outcome.rows) == (1, 40)
+    table = pq.read_table(outcome.folder / "metrics.parquet")
+    assert table["l2_hall_answer"].to_pylist() == [42] * 40
 
 
 def test_batches_that_overlap_give_what_they_give_one_by_one(tiny_toml, inbox, monkeypatch):

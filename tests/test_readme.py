@@ -16,8 +16,10 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from daemon.analysis.columns import CONTRAST_METRICS, LAYER_COLUMNS, analysis_columns
 from daemon.cli import parser
 from daemon.config import Config, load_config
+from daemon.recipes import Recipe
 from daemon.service import serve
 from tests.support import tiny
 from tests.support.spark import ask, needs_spark
@@ -134,3 +136,36 @@ def test_the_configuration_shown_is_valid_and_shows_the_defaults():
         assert getattr(shown, section) == getattr(default, section), section
     assert shown.recipe is not None
     assert shown.recipe.text_names == ("ask", "right", "wrong")
+
+
+def test_the_table_of_columns_is_what_is_registered():
+    assert columns_table() in README
+
+
+def columns_table() -> str:
+    """The README's table of the analysis columns."""
+    rows = ["| column | type | unit | meaning |", "|---|---|---|---|"]
+    (tokens,) = analysis_columns([], Recipe(templates=(("{text}", "{text}"),), contrast=None))
+    meaning = tokens.description.format(text="the text")
+    rows.append(f"| `{tokens.name}` | {tokens.kind} | {tokens.unit} | {meaning} |")
+    for column in LAYER_COLUMNS:
+        kind = "string" if column.kind == "class" else column.kind
+        meaning = column.meaning.replace("|", r"\|")
+        rows.append(f"| `l{{L}}_{{text}}_{column.name}` | {kind} | {column.unit} | {meaning} |")
+    for metric in CONTRAST_METRICS:
+        ends = ["_std", "_diff"] if metric.deviation else ["_diff"]
+        names = ", ".join([f"`{metric.name}_{{text}}`", *(f"`{end}`" for end in ends)])
+        difference = "hall - fact" if metric.sign > 0 else "fact - hall"
+        meaning = metric.meaning.format(text="the text")
+        rows.append(f"| {names} | float | {metric.unit} | {meaning}; `_diff` is {difference} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_every_column_has_its_definition():
+    page = (ROOT / "daemon/README.md").read_text(encoding="utf-8")
+    table = page.split("| column | is |\n|---|---|\n")[1].split("\n\n")[0]
+    defined = [name for row in table.splitlines() for name in re.findall(r"`([^`]*)`", row.split("|")[1])]
+    names = [column.name for column in LAYER_COLUMNS]
+    for metric in CONTRAST_METRICS:
+        names += [f"{metric.name}_t", *(["_std"] if metric.deviation else [])]
+    assert sorted(defined) == sorted(["n_tokens_{text}", *names])

@@ -1,15 +1,22 @@
-"""Names, types and order of the analysis columns of `metrics.parquet`.
+"""The analysis columns of `metrics.parquet`: each is one registered function.
 
-One place that the analysis (which fills them), the schema (which stores them), `lensd verify` and the
-tests share. Knows nothing about how a value is computed.
+A function's name is its column's, and the order of the functions is the order of the file. What computes,
+stores, verifies and prints columns reads them here. Function bodies import torch, not the module: names are
+read without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from daemon.recipes import Recipe
+from daemon.recipes import Contrast, Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from daemon.analysis.column_inputs import ComparedText, LayerActivations
 
 Kind = Literal["int", "float", "class"]
 
@@ -20,40 +27,200 @@ ANALYSIS_VERSION = 2
 
 
 class Column(NamedTuple):
+    """One column of the file."""
+
     name: str
     kind: Kind
+    unit: str = ""
+    description: str = ""
 
 
-LAYER_COLUMNS: tuple[Column, ...] = (
-    Column("l0_norm", "int"),
-    Column("l2_norm", "float"),
-    Column("reconstruction_error", "float"),
-    Column("relative_error", "float"),
-    Column("gini", "float"),
-    Column("sphericity", "float"),
-    Column("elongation", "float"),
-    Column("shape_class", "class"),
-    Column("dimensionality", "float"),
-    Column("eigenvalue_entropy", "float"),
-    Column("misalignment", "float"),
+@dataclass(frozen=True, slots=True)
+class LayerColumn:
+    """A column of each SAE and text."""
+
+    name: str
+    kind: Kind
+    unit: str
+    meaning: str
+    compute: Callable[[LayerActivations], Tensor]  # N positions -> (N,); a class as its number
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastMetric:
+    """A column of each of the two texts that a contrast compares, and one of their difference."""
+
+    name: str
+    unit: str
+    meaning: str  # `{text}` stands for the text's name
+    sign: Literal[1, -1]  # of the difference: 1 is negative - positive (hall - fact), -1 the reverse
+    header: str  # in the terminal's table
+    compute: Callable[[ComparedText], Tensor]  # n samples -> (n,)
+    deviation: (
+        Callable[[ComparedText], Tensor] | None
+    )  # (n,) over draws of noise: another column of each text
+
+
+LAYER_COLUMNS: list[LayerColumn] = []
+CONTRAST_METRICS: list[ContrastMetric] = []
+
+LayerFunction = Callable[["LayerActivations"], "Tensor"]
+ContrastFunction = Callable[["ComparedText"], "Tensor"]
+
+
+def layer_column(kind: Kind, *, unit: str, meaning: str) -> Callable[[LayerFunction], LayerFunction]:
+    """Register a function as the column `l{L}_{text}_{its name}`."""
+
+    def register(compute: LayerFunction) -> LayerFunction:
+        LAYER_COLUMNS.append(LayerColumn(compute.__name__, kind, unit, meaning, compute))
+        return compute
+
+    return register
+
+
+def contrast_metric(
+    *,
+    unit: str,
+    meaning: str,
+    sign: Literal[1, -1],
+    header: str,
+    deviation: ContrastFunction | None = None,
+) -> Callable[[ContrastFunction], ContrastFunction]:
+    """Register a function as the columns `{its name}_{text}` and `{its name}_diff`."""
+
+    def register(compute: ContrastFunction) -> ContrastFunction:
+        CONTRAST_METRICS.append(
+            ContrastMetric(compute.__name__, unit, meaning, sign, header, compute, deviation)
+        )
+        return compute
+
+    return register
+
+
+@layer_column("int", unit="features", meaning="active features")
+def l0_norm(layer: LayerActivations) -> Tensor:
+    return layer.acts.counts
+
+
+@layer_column("float", unit="activation", meaning="Euclidean norm of the activations")
+def l2_norm(layer: LayerActivations) -> Tensor:
+    from daemon.analysis import magnitudes
+
+    return magnitudes.l2_norm(layer.acts.values)
+
+
+@layer_column("float", unit="residual", meaning="||x - decode(f)||")
+def reconstruction_error(layer: LayerActivations) -> Tensor:
+    return layer.errors.absolute
+
+
+@layer_column("float", unit="1", meaning="reconstruction error over ||x||")
+def relative_error(layer: LayerActivations) -> Tensor:
+    return layer.errors.relative
+
+
+@layer_column("float", unit="1", meaning="Gini coefficient of the active magnitudes")
+def gini(layer: LayerActivations) -> Tensor:
+    from daemon.analysis import magnitudes
+
+    return magnitudes.gini(layer.acts.values, layer.acts.counts)
+
+
+@layer_column("float", unit="1", meaning="c/a of the inertia ellipsoid")
+def sphericity(layer: LayerActivations) -> Tensor:
+    return layer.shape.sphericity
+
+
+@layer_column("float", unit="1", meaning="b/a of the inertia ellipsoid")
+def elongation(layer: LayerActivations) -> Tensor:
+    return layer.shape.elongation
+
+
+@layer_column("class", unit="", meaning="None, Spherical, Oblate, Prolate or Triaxial")
+def shape_class(layer: LayerActivations) -> Tensor:
+    return layer.shape.shape_class
+
+
+@layer_column("float", unit="1", meaning="participation ratio of the inertia eigenvalues")
+def dimensionality(layer: LayerActivations) -> Tensor:
+    return layer.shape.dimensionality
+
+
+@layer_column("float", unit="nat", meaning="entropy of the normalised inertia eigenvalues")
+def eigenvalue_entropy(layer: LayerActivations) -> Tensor:
+    return layer.shape.eigenvalue_entropy
+
+
+@layer_column("float", unit="degree", meaning="angle between centroid and principal axis")
+def misalignment(layer: LayerActivations) -> Tensor:
+    return layer.shape.misalignment
+
+
+@contrast_metric(
+    unit="degree",
+    meaning="angle between the centroids of {text} and the reference",
+    sign=1,
+    header="drift °",
 )
-SHAPE_CLASSES = ("None", "Spherical", "Oblate", "Prolate", "Triaxial")
+def centroid_drift(text: ComparedText) -> Tensor:
+    from daemon.analysis import drift
 
-# Contrast metrics with the sign of `_diff`: +1 is negative - positive (hall - fact), -1 the reverse.
-CONTRAST_METRICS: tuple[tuple[str, int], ...] = (
-    ("centroid_drift", 1),
-    ("axis_twist", 1),
-    ("stability", -1),
-    ("entropy", 1),
-    ("cross_layer_consistency", -1),
+    centroid = text.first.shape.centroid
+    return drift.centroid_drift(centroid[text.reference_rows], centroid[text.rows])
+
+
+@contrast_metric(
+    unit="degree",
+    meaning="angle between the principal axes of {text} and the reference",
+    sign=1,
+    header="twist °",
 )
+def axis_twist(text: ComparedText) -> Tensor:
+    from daemon.analysis import drift
+
+    axis = text.first.shape.axis
+    return drift.axis_twist(axis[text.reference_rows], axis[text.rows])
 
 
-def token_count_column(text: str) -> str:
+@contrast_metric(
+    unit="1",
+    meaning="mean Jaccard similarity of the top features of {text} under noise",
+    sign=-1,
+    header="stability",
+    deviation=lambda text: text.stability.deviation,
+)
+def stability(text: ComparedText) -> Tensor:
+    return text.stability.mean
+
+
+@contrast_metric(unit="nat", meaning="entropy of the top magnitudes of {text}", sign=1, header="entropy")
+def entropy(text: ComparedText) -> Tensor:
+    from daemon.analysis import magnitudes
+
+    acts = text.first.acts.select(text.rows)
+    return magnitudes.top_k_entropy(acts.values, acts.counts, text.settings.entropy_top_k)
+
+
+@contrast_metric(
+    unit="1",
+    meaning="cosine between the feature vectors of {text} at the last two SAEs",
+    sign=-1,
+    header="consistency",
+)
+def cross_layer_consistency(text: ComparedText) -> Tensor:
+    from daemon.analysis import drift
+
+    if len(text.layers) < 2:
+        return text.undefined
+    a, b = text.layers[-2:]
+    return drift.cross_layer_consistency(a.acts.select(text.rows), b.acts.select(text.rows), a.d_sae, b.d_sae)
+
+
+def token_count_name(text: str) -> str:
     return f"n_tokens_{text}"
 
 
-def layer_column(layer: int, text: str, metric: str) -> str:
+def layer_column_name(layer: int, text: str, metric: str) -> str:
     return f"l{layer}_{text}_{metric}"
 
 
@@ -62,16 +229,38 @@ def analysis_columns(layers: Sequence[int], recipe: Recipe) -> tuple[Column, ...
 
     `layers` are the SAEs' layer numbers. Contrast columns are there only where the recipe has a contrast.
     """
-    columns = [Column(token_count_column(text), "int") for text in recipe.text_names]
+    columns = [
+        Column(token_count_name(text), "int", "tokens", f"tokens of {text}, BOS included")
+        for text in recipe.text_names
+    ]
     for layer in layers:
         for text in recipe.text_names:
-            columns += [Column(layer_column(layer, text, metric), kind) for metric, kind in LAYER_COLUMNS]
-    contrast = recipe.contrast
-    if contrast is not None:
-        for metric, _ in CONTRAST_METRICS:
-            for text in (contrast.positive, contrast.negative):
-                columns.append(Column(f"{metric}_{text}", "float"))
-                if metric == "stability":
-                    columns.append(Column(f"{metric}_{text}_std", "float"))
-            columns.append(Column(f"{metric}_diff", "float"))
+            columns += [
+                Column(
+                    layer_column_name(layer, text, column.name),
+                    column.kind,
+                    column.unit,
+                    f"layer {layer}, {text}: {column.meaning}",
+                )
+                for column in LAYER_COLUMNS
+            ]
+    if recipe.contrast is not None:
+        for metric in CONTRAST_METRICS:
+            columns += contrast_columns(metric, recipe.contrast)
     return tuple(columns)
+
+
+def contrast_columns(metric: ContrastMetric, contrast: Contrast) -> list[Column]:
+    """The columns of one metric: of each text, and `_diff`."""
+    columns = []
+    for text in (contrast.positive, contrast.negative):
+        name = f"{metric.name}_{text}"
+        columns.append(Column(name, "float", metric.unit, metric.meaning.format(text=text)))
+        if metric.deviation is not None:
+            spread = f"standard deviation of {name} over draws"
+            columns.append(Column(f"{name}_std", "float", metric.unit, spread))
+    first, second = contrast.negative, contrast.positive
+    if metric.sign < 0:
+        first, second = second, first
+    difference = f"{metric.name}_{first} - {metric.name}_{second}"
+    return [*columns, Column(f"{metric.name}_diff", "float", metric.unit, difference)]

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from daemon.analysis.angles import line_angle
-from daemon.analysis.columns import SHAPE_CLASSES
 from daemon.analysis.eigen import eigen, kernels
 from daemon.analysis.sparse import SparseActs
 from daemon.native.eigen import routine, table_eigen
+
+SHAPE_CLASSES = ("None", "Spherical", "Oblate", "Prolate", "Triaxial")
 
 MAX_GATHERED = 1 << 19  # numbers in the rows gathered for a chunk: 4 MiB, which caches hold
 GATHERED_SHARE = 32  # of an accelerator's memory, in bytes: 1 / 32 of it
@@ -51,7 +52,7 @@ class Geometry:
     dimensionality: Tensor  # (N,) participation ratio (sum l)^2 / sum l^2
     eigenvalue_entropy: Tensor  # (N,) nats
     misalignment: Tensor  # (N,) degrees 0..90, centroid to axis; NaN where there is a shape about the origin
-    shape_class: Tensor  # (N,) int64, index into `daemon.analysis.columns.SHAPE_CLASSES`
+    shape_class: Tensor  # (N,) int64, index into SHAPE_CLASSES
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 
 from daemon import mmap_arrays
+from daemon.analysis.column_inputs import StudySettings
 from daemon.analysis.features import feature_rows
 from daemon.analysis.stability import Noise, noise_bank
-from daemon.analysis.study import StudySettings, analyse, layer_sums
+from daemon.analysis.study import analyse, layer_sums
 from daemon.batching.splitting import concat_results, split_batch
 from daemon.model.cuda_streams import finish, on_cuda
 from daemon.model.engine import Engine

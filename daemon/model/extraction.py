@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from daemon.analysis.column_inputs import LayerActivations
 from daemon.analysis.features import StoredFeatures
-from daemon.analysis.study import LayerActivations
 from daemon.model.cuda_streams import Launch
 from daemon.records import IntArray
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from daemon.analysis.column_inputs import LayerActivations
 from daemon.analysis.features import StoredFeatures
 from daemon.analysis.sparse import SparseActs, from_dense
-from daemon.analysis.study import LayerActivations
 from daemon.model.cuda_streams import finish
 from daemon.model.encoding import Encoder
 from daemon.model.extraction import Extraction, NotFinite, ReadPositions, Started

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from daemon.analysis.columns import CONTRAST_METRICS, analysis_columns, layer_column, token_count_column
+from daemon.analysis.column_inputs import StudySettings
+from daemon.analysis.columns import CONTRAST_METRICS, analysis_columns, layer_column_name, token_count_name
 from daemon.analysis.stability import noise_bank, noise_draws
-from daemon.analysis.study import StudySettings
 from daemon.recipes import Contrast, Recipe
 from daemon.records import FloatArray
 
@@ -65,11 +65,11 @@ def reference_columns(
     names = recipe.text_names
     columns: dict[str, Value] = {}
     for name, tokens in zip(names, n_tokens, strict=True):
-        columns[token_count_column(name)] = int(tokens)
+        columns[token_count_name(name)] = int(tokens)
     for layer in layers:
         for text, name in enumerate(names):
             for metric, value in text_metrics(layer, text).items():
-                columns[layer_column(layer.layer, name, metric)] = value
+                columns[layer_column_name(layer.layer, name, metric)] = value
     if recipe.contrast is not None:
         columns |= contrast_columns(sample_id, names, recipe.contrast, settings, layers, encode_first)
     return {
@@ -127,9 +127,9 @@ def contrast_columns(
             if len(layers) > 1
             else math.nan
         )
-    for metric, sign in CONTRAST_METRICS:
-        difference = columns[f"{metric}_{contrast.negative}"] - columns[f"{metric}_{contrast.positive}"]
-        columns[f"{metric}_diff"] = sign * difference
+    for metric in CONTRAST_METRICS:
+        positive, negative = (columns[f"{metric.name}_{t}"] for t in (contrast.positive, contrast.negative))
+        columns[f"{metric.name}_diff"] = metric.sign * (negative - positive)
     return {**columns}
 
 

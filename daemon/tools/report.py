@@ -20,14 +20,6 @@ from daemon.escaping import escape_control
 if TYPE_CHECKING:
     from daemon.tools.verify import Verification
 
-HEADERS = {
-    "centroid_drift": "drift °",
-    "axis_twist": "twist °",
-    "stability": "stability",
-    "entropy": "entropy",
-    "cross_layer_consistency": "consistency",
-}
-
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -49,13 +41,12 @@ def domain_table(folder: Path) -> Table:
     metrics = pq.read_table(folder / "metrics.parquet")
     contrast = read_manifest(folder)["recipe"]["contrast"]
     positive, negative = contrast["positive"], contrast["negative"]
-    table = plain_table(
-        f"Mean contrast: {negative} - {positive}; of stability and consistency {positive} - {negative}"
-    )
+    reverse = " and ".join(metric.header for metric in CONTRAST_METRICS if metric.sign < 0)
+    table = plain_table(f"Mean contrast: {negative} - {positive}; of {reverse} {positive} - {negative}")
     table.add_column("domain")
     table.add_column("samples", justify="right")
-    for metric, _ in CONTRAST_METRICS:
-        table.add_column(HEADERS[metric], justify="right")
+    for metric in CONTRAST_METRICS:
+        table.add_column(metric.header, justify="right")
     domains = sorted(name for name in pc.unique(metrics["domain"]).to_pylist() if name is not None)
     for name in domains:
         add_means(table, name, metrics.filter(pc.equal(metrics["domain"], name)), "diff", "+.3f")
@@ -67,7 +58,7 @@ def domain_table(folder: Path) -> Table:
 
 
 def add_means(table: Table, label: str, rows: pa.Table, which: str, style: str) -> None:
-    means = [pc.mean(rows[f"{metric}_{which}"]).as_py() for metric, _ in CONTRAST_METRICS]
+    means = [pc.mean(rows[f"{metric.name}_{which}"]).as_py() for metric in CONTRAST_METRICS]
     table.add_row(label, str(len(rows)), *("-" if mean is None else f"{mean:{style}}" for mean in means))
 
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from daemon.analysis.column_inputs import StudySettings
 from daemon.analysis.geometry import DecoderRows
-from daemon.analysis.study import StudySettings
 from daemon.batching.batcher import Batcher
 from daemon.executor.runner import BatchRunner
 from daemon.model.compiled_layers import can_compile

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from daemon.analysis.columns import Column, analysis_columns, layer_column
+from daemon.analysis.columns import Column, analysis_columns, layer_column_name
 from daemon.batching.batcher import Batcher
 from daemon.config import Config
 from daemon.errors import ConfigError, FileError
@@ -344,7 +344,9 @@ def axis_gap(
     elif contrast is not None and column.name.startswith("axis_twist_"):
         side = column.name.removeprefix("axis_twist_")
         sides = contrast_texts(recipe) if side == "diff" else (side,)
-        elongations = [layer_column(layers[0], text, "elongation") for text in (contrast.reference, *sides)]
+        elongations = [
+            layer_column_name(layers[0], text, "elongation") for text in (contrast.reference, *sides)
+        ]
     else:
         return None
     ratio = np.array([columns[name] for name in elongations], dtype=float) ** 2

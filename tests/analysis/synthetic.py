@@ -9,10 +9,10 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from daemon.analysis.column_inputs import LayerActivations, StudySettings
 from daemon.analysis.geometry import DecoderRows
 from daemon.analysis.sparse import SparseActs, from_dense
 from daemon.analysis.stability import Noise, noise_bank
-from daemon.analysis.study import LayerActivations, StudySettings
 
 QUICK = settings(max_examples=40, deadline=None)
 SETTINGS = StudySettings(seed=3, noise_sigma=0.1, noise_draws=5, stability_top_k=4, entropy_top_k=6)

@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from daemon.analysis import geometry as module
-from daemon.analysis.columns import SHAPE_CLASSES
-from daemon.analysis.geometry import MAX_TABLE_BYTES, DecoderRows, Geometry, geometry, row_chunks
+from daemon.analysis.geometry import (
+    MAX_TABLE_BYTES,
+    SHAPE_CLASSES,
+    DecoderRows,
+    Geometry,
+    geometry,
+    row_chunks,
+)
 from daemon.analysis.sparse import SparseActs, from_dense
 from tests.analysis.synthetic import QUICK, random_acts, random_sae, residuals, to_dense
 

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.analysis.columns import CONTRAST_METRICS, SHAPE_CLASSES, analysis_columns
+from daemon.analysis.column_inputs import LayerActivations
+from daemon.analysis.columns import CONTRAST_METRICS, analysis_columns
 from daemon.analysis.features import StoredFeatures, feature_rows
-from daemon.analysis.geometry import DecoderRows, geometry
-from daemon.analysis.study import LayerActivations, analyse, layer_metrics, layer_sums
+from daemon.analysis.geometry import SHAPE_CLASSES, DecoderRows
+from daemon.analysis.study import analyse, layer_sums
 from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE, Contrast, Recipe
 from daemon.tools.reference import ReferenceLayer, reference_columns
 from tests.analysis.synthetic import (
@@ -176,8 +177,8 @@ def test_differences_are_hall_minus_fact_and_for_similarities_the_reverse():
         np.testing.assert_allclose(
             columns[f"{metric}_diff"], columns[f"{metric}_fact"] - columns[f"{metric}_hall"]
         )
-    for metric, _ in CONTRAST_METRICS:
-        assert columns[f"{metric}_diff"].any(), metric
+    for metric in CONTRAST_METRICS:
+        assert columns[f"{metric.name}_diff"].any(), metric
 
 
 def test_token_counts_are_those_given():
@@ -210,9 +211,8 @@ def test_the_error_relative_to_nothing_is_undefined():
     layer = dataclasses.replace(
         make_case().layers[0], target=torch.zeros(12, D_IN), reconstruction=torch.ones(12, D_IN)
     )
-    metrics = layer_metrics(layer, geometry(layer.acts, layer.decoder))
-    assert metrics["reconstruction_error"].tolist() == pytest.approx([D_IN**0.5] * 12)
-    assert metrics["relative_error"].isnan().all()
+    assert layer.errors.absolute.tolist() == pytest.approx([D_IN**0.5] * 12)
+    assert layer.errors.relative.isnan().all()
 
 
 def test_layer_sums_are_the_sums_over_a_samples_texts():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from daemon.analysis.study import StudySettings
+from daemon.analysis.column_inputs import StudySettings
 from daemon.batching import splitting
 from daemon.batching.splitting import PIECE_TOKENS, SHARED, concat_results, piece_count, split_batch
 from daemon.executor.runner import BatchRunner

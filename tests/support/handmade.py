@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from daemon.analysis.columns import SHAPE_CLASSES, analysis_columns
+from daemon.analysis.columns import analysis_columns
+from daemon.analysis.geometry import SHAPE_CLASSES
 from daemon.model_info import ModelInfo, SaeInfo
 from daemon.recipes import CONTRAST_RECIPE, Recipe
 from daemon.records import (
