@@ -134,7 +134,7 @@ def test_content_published_under_an_older_analysis_is_new_work(tiny_toml, inbox,
         folders.append((outcome.kind, outcome.folder))
     assert [kind for kind, _ in folders] == ["committed", "committed", "duplicate"]
     assert folders[0][1] != folders[1][1] == folders[2][1]
-    assert manifest_of(folders[1][1])["analysis_version"] == ANALYSIS_VERSION == 2
+    assert manifest_of(folders[1][1])["analysis_version"] == ANALYSIS_VERSION == 3
 
 
 @pytest.fixture
@@ -361,6 +361,22 @@ def test_a_file_that_breaks_after_some_parts_fails_whole(tiny_toml, inbox):
     assert (tally.committed, tally.failed) == (1, 1)
     reason = json.loads((inbox / "failed" / "broken.jsonl.gz.reason.json").read_text())
     assert reason["reason"] == "corrupt_compression"
+
+
+@pytest.mark.parametrize("positions", ["last", "mean", "max", "all"])
+def test_the_largest_activation_is_of_what_the_norm_is_of(positions, tiny_toml, inbox):
+    """Of the stored features: the last token's, or those that are pooled."""
+    tiny.write_json(inbox / "study.json", tiny.contrast_records(5))
+    _, (outcome,) = drain(configured(tiny_toml, inbox, analysis__positions=positions))
+    metrics = pq.read_table(outcome.folder / "metrics.parquet").to_pylist()
+    stored = {}  # of several positions the last one stays
+    for row in pq.read_table(outcome.folder / "features.parquet").to_pylist():
+        stored[row["record_index"], row["text"], row["layer"]] = row["values"]
+    assert len(stored) == 5 * 3 * 3
+    for (record, text, layer), values in stored.items():
+        column = f"l{layer}_{text}"
+        assert metrics[record][f"{column}_max_activation"] == max(values, default=0.0)
+        assert metrics[record][f"{column}_l2_norm"] == pytest.approx(sum(v * v for v in values) ** 0.5)
 
 
 def test_many_parts_of_a_file_stay_in_order(tiny_toml, inbox):

@@ -23,7 +23,8 @@ Kind = Literal["int", "float", "class"]
 # Raised when the meaning of a column or of a text changes. It is part of a unit's identity, so that content
 # published under an older one is computed again. 1: before the number was recorded. 2: the space that the
 # built-in contrast recipe puts, one BOS token for texts that bring theirs, no numbers of what is not finite.
-ANALYSIS_VERSION = 2
+# 3: the column max_activation.
+ANALYSIS_VERSION = 3
 
 
 class Column(NamedTuple):
@@ -107,6 +108,11 @@ def l2_norm(layer: LayerActivations) -> Tensor:
     from daemon.analysis import magnitudes
 
     return magnitudes.l2_norm(layer.acts.values)
+
+
+@layer_column("float", unit="activation", meaning="largest activation, 0 where nothing fires")
+def max_activation(layer: LayerActivations) -> Tensor:
+    return layer.acts.values.amax(-1)  # zeros fill what is beyond the active features
 
 
 @layer_column("float", unit="residual", meaning="||x - decode(f)||")

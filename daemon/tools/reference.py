@@ -88,6 +88,7 @@ def text_metrics(layer: ReferenceLayer, text: int) -> dict[str, Value]:
     return {
         "l0_norm": len(active_features(feature_acts)),
         "l2_norm": math.sqrt(sum(float(feature_acts[i]) ** 2 for i in active_features(feature_acts))),
+        "max_activation": float(np.max(feature_acts[active_features(feature_acts)], initial=0.0)),
         "reconstruction_error": error,
         "relative_error": error / size if size > 0 else math.nan,
         "gini": gini_coefficient(feature_acts),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.analysis.column_inputs import LayerActivations
-from daemon.analysis.columns import CONTRAST_METRICS, analysis_columns
+from daemon.analysis.columns import CONTRAST_METRICS, analysis_columns, max_activation
 from daemon.analysis.features import StoredFeatures, feature_rows
 from daemon.analysis.geometry import SHAPE_CLASSES, DecoderRows
 from daemon.analysis.study import analyse, layer_sums
@@ -205,6 +205,15 @@ def test_silent_texts_are_undefined_only_where_nothing_can_be_said():
     }
     assert columns["entropy_hall"].tolist() == [0] * 4
     assert columns["l2_prompt_shape_class"].tolist() == ["None"] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_largest_activation_is_exact_and_zero_where_nothing_fires(dtype):
+    acts = random_acts(0, [3, 0, 12, 1], d_sae=12)
+    acts = dataclasses.replace(acts, values=acts.values.to(dtype))
+    largest = max_activation(dataclasses.replace(make_case().layers[0], acts=acts))
+    assert largest.tolist() == to_dense(acts, 12).amax(-1).tolist()
+    assert largest[1] == 0
 
 
 def test_the_error_relative_to_nothing_is_undefined():
