@@ -89,3 +89,27 @@ def columns_of(path) -> list[pq.ColumnChunkMetaData]:
     metadata = pq.read_metadata(path)
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     return [group.column(number) for group in groups for number in range(group.num_columns)]
+
+
+def test_columns_lie_text_by_text_and_metric_by_metric():
+    names = [column.name for column in analysis_columns((7,), CONTRAST_RECIPE)]
+    assert names[:4] == ["n_tokens_prompt", "n_tokens_fact", "n_tokens_hall", "l7_prompt_l0_norm"]
+    assert names[-17:] == [
+        "centroid_drift_fact",
+        "centroid_drift_hall",
+        "centroid_drift_diff",
+        "axis_twist_fact",
+        "axis_twist_hall",
+        "axis_twist_diff",
+        "stability_fact",
+        "stability_fact_std",
+        "stability_hall",
+        "stability_hall_std",
+        "stability_diff",
+        "entropy_fact",
+        "entropy_hall",
+        "entropy_diff",
+        "cross_layer_consistency_fact",
+        "cross_layer_consistency_hall",
+        "cross_layer_consistency_diff",
+    ]
