@@ -229,7 +229,7 @@ def run_daemon(args: argparse.Namespace) -> int:
     from daemon.service import serve
 
     try:
-        tally = serve(config, once=args.once, source=None if args.once else source)
+        tally = serve(config, once=args.once, settings_source=None if args.once else source)
     except Exception as error:
         if for_people(config.log.format):
             raise

@@ -45,8 +45,6 @@ TABLES_LOOK = {  # as environment variables
 }
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
-DTYPES: tuple[str, ...] = get_args(Dtype)
-LOG_FORMATS = ("auto", "console", "json")
 
 
 class Section(BaseModel):

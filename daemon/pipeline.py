@@ -39,8 +39,8 @@ from daemon.settlement import Settlement
 
 SAMPLE_BYTES = 1024  # that a sample takes in memory besides its texts, until it is written
 MAX_WAIT_SECONDS = 0.05  # that a partial batch waits for more samples, where some are on their way
-GROUP_FILES = 256  # written, flushed and published together, where so many are on their way,
-GROUP_SECONDS = 0.2  # and come within this time
+GROUP_FILES = 256  # in one group that is written, flushed and published together, at most
+GROUP_SECONDS = 0.2  # that a group waits to fill, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Limits:
     """How much may wait between the stages."""
 
     queued_text_bytes: int
-    queued_tokens: int  # tokenized and ahead of the device, sorted by length together
+    queued_tokens: int  # tokenized and waiting; planned together
     queued_result_bytes: int
     max_attempts: int  # begun on one file, after which it fails
 
@@ -84,7 +84,7 @@ class Pipeline:
         self.written: Channel[FinishedFile] = Channel(limits.queued_result_bytes)
         self._settled: dict[str, asyncio.Event] = {}  # by unit under way; set when its outcome is known
         self._requeued = 0  # files
-        self._opening = False  # claimed files are being opened
+        self._admitting = False  # claimed files are being opened
         self._publishing = 0  # files written and not settled
         self._on_their_way = 0  # items between being read and reaching the batcher
         self._partial_since: float | None = None  # since when a partial batch has waited for a free slot
@@ -105,6 +105,8 @@ class Pipeline:
             if group.subgroup(MachineError) is not None:
                 await self.give_back(flush=group.subgroup(SyncFailed) is None)
             raise
+        finally:
+            self.sink.close()
 
     async def give_back(self, *, flush: bool) -> None:
         """Put every claimed file back; stored parts stay. Without `flush`, sync nothing."""
@@ -116,13 +118,13 @@ class Pipeline:
         while True:
             requeued = self._requeued
             async for claims in self.source.claims(stop, once):
-                # Where work on a file ended with the process, nothing else is to be under way this time.
+                # An earlier attempt at this file may have ended the process: it runs alone.
                 suspect = claims[0].attempt > 1
                 if suspect:
                     await self.wait_settled()
-                self._opening = True
+                self._admitting = True
                 await self.admit_all(claims)
-                self._opening = False
+                self._admitting = False
                 if suspect:
                     await self.wait_settled()
             await self.wait_settled()
@@ -160,15 +162,15 @@ class Pipeline:
         else:
             self._settled[file.unit] = asyncio.Event()
             self.observer.taken_up(file)
-            handed_on = 0
+            enqueued = 0
             try:
                 async for part in opened.parts(stored.extents):
-                    await self.hand_on(part)
-                    handed_on += 1
+                    await self.enqueue(part)
+                    enqueued += 1
             except FileError as error:
-                await self.fail(file, error, handed_on)
+                await self.fail(file, error, enqueued)
 
-    async def hand_on(self, part: Part | KeptPart) -> None:
+    async def enqueue(self, part: Part | KeptPart) -> None:
         self.observer.read(part)
         self._on_their_way += 1
         await self.parts.put(part, text_bytes(part) if isinstance(part, Part) else 1)
@@ -205,7 +207,7 @@ class Pipeline:
                     running.add(asyncio.create_task(self.run_batch(batch, time.perf_counter() - began)))
                     self._partial_since = None
                 else:
-                    running = await self.change(running)
+                    running = await self.wait_for_change(running)
         finally:
             for task in running:
                 task.cancel()
@@ -244,12 +246,12 @@ class Pipeline:
 
     @property
     def more_comes(self) -> bool:
-        return bool(self._opening or self._on_their_way or self.source.backlog)
+        return bool(self._admitting or self._on_their_way or self.source.backlog)
 
-    async def change(self, running: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
-        """Wait until a batch ends, a part arrives or a partial batch has waited enough; those still running.
+    async def wait_for_change(self, running: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
+        """Wait until a batch ends, a part arrives or a partial batch has waited enough.
 
-        Raises what a batch raised.
+        Returns the batches that still run. Raises what a batch raised.
         """
         waits: set[asyncio.Task[None]] = set(running)
         arrival = None
@@ -286,7 +288,10 @@ class Pipeline:
         await self.finished.put_all((part, part.nbytes) for part in finished)
 
     def out_of_memory(self, batch: Batch, error: OutOfMemory) -> list[FinishedPart]:
-        """Try again with less on the device; the parts that end with a reject where it can't be less."""
+        """Run the batch again under a lower limit; reject a sample that does not fit alone.
+
+        Returns the parts that this finishes.
+        """
         if not error.shared and len(batch.entries) == 1:
             self.observer.out_of_memory(batch, str(error), None)
             return self.assembler.set_aside(batch.entries[0], "out_of_memory", str(error))
@@ -335,7 +340,7 @@ class Pipeline:
 
 
 def attempts_exhausted(file: InputFile, attempts: int) -> tuple[InputFile, FileError]:
-    """A file that may not be begun again, as it was before this time, and why."""
+    """The file with its count of attempts from before this claim, and the error that it fails with."""
     error = FileError(
         "attempts_exhausted",
         f"work on it was begun {attempts} times and ended with the process:"

@@ -1,7 +1,8 @@
-"""The ports of the main loop: where files come from, who computes, where results go, who watches.
+"""The ports of the main loop: source, tokenizer, executor, sink and observer.
 
 `daemon.pipeline` knows these and the messages of `daemon.records`; an implementation knows the messages and
-no other implementation. All methods run on the event loop and must not block it.
+no other implementation. Methods run on the event loop and must not block it, but for `Tokenizer.tokenize`,
+which is called on a thread, and `Sink.close`, which waits for writes under way.
 """
 
 from __future__ import annotations
@@ -99,14 +100,23 @@ class Executor(Protocol):
     """Runs batches through the model, the SAEs and the analysis."""
 
     @property
-    def info(self) -> ModelInfo: ...
+    def info(self) -> ModelInfo:
+        """Describes what it runs: columns, manifests and the identity of units follow from it."""
 
     @property
     def slots(self) -> int:
         """How many batches it takes at a time; it may become fewer."""
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether tokens with which texts of a batch begin alike are computed once."""
+
     async def run(self, batch: Batch) -> BatchResult:
-        """Compute a batch. Raises OutOfMemory where it is too large for the device."""
+        """Compute a batch.
+
+        Raises OutOfMemory where the device can't hold it; with `shared`, where it could not hold it beside
+        another batch: the same batch is then run again.
+        """
 
 
 class Sink(Protocol):

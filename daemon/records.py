@@ -107,7 +107,7 @@ class PartExtent:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A run of consecutive records of one file: the grain in which work flows and is written.
+    """A run of consecutive records of one file: the unit of work and of storage.
 
     `last` marks the file's end; extent.records == len(samples) + len(rejects).
     """
@@ -393,7 +393,7 @@ class FileFailed:
 
     file: InputFile
     error: FileError
-    parts: int  # handed on before
+    parts: int  # enqueued before it
 
 
 @dataclass(frozen=True, slots=True)

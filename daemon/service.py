@@ -45,6 +45,7 @@ from daemon.source.scan import count_waiting
 from daemon.supervisor import Supervisor
 from daemon.wiring import (
     Compute,
+    executor_of,
     folders_of_use,
     input_names,
     load_compute,
@@ -72,12 +73,12 @@ def serve(
     once: bool,
     on_outcome: Callable[[Outcome], None] = ignore,
     load: Callable[[Config], Compute] = load_compute,
-    source: SettingsSource | None = None,
+    settings_source: SettingsSource | None = None,
 ) -> Tally:
     """Run the daemon until it is told to stop, or with `once` until the inbox is drained.
 
-    `load` gives the model, the SAEs and the tokenizer; it is called on the device thread. `source` is where
-    the settings are read again when they change; without it they don't.
+    `load` gives the model, the SAEs and the tokenizer; it is called on the device thread. The settings are
+    read again from `settings_source` when they change; without it they don't.
 
     Raises ConfigError before anything is touched, MachineError where the machine fails or a second signal
     forces the end.
@@ -85,7 +86,10 @@ def serve(
     check_folders(config.inbox.path, config.outbox.path, taken=folders_of_use(config))
     keep_memory()
     try:
-        return asyncio.run(Service(config, once=once, on_outcome=on_outcome, load=load, source=source).run())
+        service = Service(
+            config, once=once, on_outcome=on_outcome, load=load, settings_source=settings_source
+        )
+        return asyncio.run(service.run())
     except BaseExceptionGroup as group:
         known, bugs = group.split((ConfigError, MachineError, OSError))
         if known is None or bugs is not None:
@@ -103,7 +107,7 @@ def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Turn:
+class PipelineRun:
     """One pipeline between one pair of open folders, and who records its work."""
 
     inbox: Inbox
@@ -121,13 +125,13 @@ class Service:
         once: bool,
         on_outcome: Callable[[Outcome], None],
         load: Callable[[Config], Compute],
-        source: SettingsSource | None = None,
+        settings_source: SettingsSource | None = None,
     ) -> None:
         self.once = once
         self.on_outcome = on_outcome
         self.load_compute = load
         self.stop = asyncio.Event()  # of the run
-        self.end_turn = asyncio.Event()  # of one pipeline: the run ends, or another one takes over
+        self.end_pipeline = asyncio.Event()  # of one pipeline: the run ends, or another one takes over
         self.metrics = Metrics(CollectorRegistry())
         self.device = DeviceThread()
         self.health = Health(self.device, stall_seconds=config.http.stall_seconds)
@@ -147,12 +151,12 @@ class Service:
         )
         self.reload = Reload(
             config,
-            source,
+            settings_source,
             metrics=self.metrics,
-            on_change=self.take_up,
+            on_change=self.apply_settings,
             on_refused=self.board.refuse_settings,
         )
-        self.turn: Turn | None = None  # the current one
+        self.current: PipelineRun | None = None  # the current one
         self.fatal: BaseException | None = None  # what ends the run from outside the pipeline
         self.main_task: asyncio.Task[object] | None = None
         self.tally = Tally()
@@ -213,13 +217,13 @@ class Service:
         made_for = self.config
         with self.progress:
             while True:
-                self.end_turn = asyncio.Event()  # before the settings are taken: a later change sets it
+                self.end_pipeline = asyncio.Event()  # before the settings are taken: a later change sets it
                 config = self.config
                 if config is not made_for:
                     compute = await self.device.call(partial(with_settings, compute, config))
                     made_for = config
                 try:
-                    await self.serve_turn(compute, config)
+                    await self.run_pipeline(compute, config)
                     if self.once or self.stop.is_set():
                         return
                 except* FoldersLost as lost:
@@ -230,29 +234,25 @@ class Service:
                     self.progress.total = self.progress.done  # what was read is read again
                 await self.folders_back()
 
-    async def serve_turn(self, compute: Compute, config: Config) -> None:
+    async def run_pipeline(self, compute: Compute, config: Config) -> None:
         """Open inbox and outbox and run a pipeline to its end."""
+        executor = executor_of(compute, self.device)
         recorder = Recorder(
-            compute.engine.info,
+            executor.info,
             metrics=self.metrics,
             progress=self.progress,
             tally=self.tally,
-            departures=FitComparison(compute.engine.info).of,
+            departures=FitComparison(executor.info).of,
             on_outcomes=self.settled,
         )
         async with open_folders(config, self.pause) as folders:
             self.metrics.recovered_files_total.labels("staging_removed").inc(folders.removed)
-            pipeline = pipeline_of(
-                config, compute, folders, device=self.device, pause=self.pause, observer=recorder
-            )
-            self.turn = Turn(folders.inbox, pipeline, recorder)
+            pipeline = pipeline_of(config, compute, executor, folders, pause=self.pause, observer=recorder)
+            self.current = PipelineRun(folders.inbox, pipeline, recorder)
             self.notify.ready()
             if self.stop.is_set():
-                self.end_turn.set()
-            try:
-                await pipeline.run(self.end_turn, once=self.once)
-            finally:
-                pipeline.sink.close()
+                self.end_pipeline.set()
+            await pipeline.run(self.end_pipeline, once=self.once)
             self.tally.left = folders.inbox.left
 
     async def folders_back(self) -> None:
@@ -277,9 +277,9 @@ class Service:
             total=self.progress.total,
             rate=self.progress.rate,
         )
-        if self.turn is None:
+        if self.current is None:
             return snapshot
-        inbox, pipeline = self.turn.inbox, self.turn.pipeline
+        inbox, pipeline = self.current.inbox, self.current.pipeline
         device = pipeline.executor.info.device
         return dataclasses.replace(
             snapshot,
@@ -287,7 +287,7 @@ class Service:
             recovered=inbox.take_recovered(),
             found=inbox.take_found(),
             queued=pipeline.queued(),
-            workload=self.turn.recorder.workload,
+            workload=self.current.recorder.workload,
             memory_bytes=memory_bytes(device),
             pool_bytes=pool_bytes(device),
         )
@@ -301,12 +301,12 @@ class Service:
             self.fatal = error
             self.main_task.cancel()
 
-    def take_up(self, config: Config, *, at_once: bool) -> None:
-        """Changed settings hold; files under way are finished under the ones before, unless `at_once`."""
+    def apply_settings(self, config: Config, *, at_once: bool) -> None:
+        """Apply changed settings; unless `at_once`, the pipeline ends with its files and another begins."""
         self.health.stall_seconds = config.http.stall_seconds
         self.machine.min_free_bytes = config.outbox.min_free_bytes
         if not at_once:
-            self.end_turn.set()
+            self.end_pipeline.set()
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -320,7 +320,7 @@ class Service:
                 self.health.unmet.add(DRAINING)
                 self.notify.stopping()
                 self.stop.set()
-                self.end_turn.set()
+                self.end_pipeline.set()
                 self.pause.give_up()
             else:
                 log.warning("service.forced", signal=received.name)

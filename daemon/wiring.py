@@ -36,10 +36,11 @@ from daemon.model.padded_engine import PaddedEngine
 from daemon.model.sae import LoadedSae, last_layer_read, load_saes
 from daemon.model.smollm2 import default_cache_dir
 from daemon.model.trie_engine import CannotPack, TrieEngine
+from daemon.model_info import ModelInfo
 from daemon.native.library import NAME, library
 from daemon.pause import Pause
 from daemon.pipeline import Limits, Pipeline
-from daemon.ports import Observer
+from daemon.ports import Executor, Observer
 from daemon.recipes import BUILT_IN_RECIPES
 from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
@@ -182,9 +183,8 @@ def read_limits(config: Config) -> ReadLimits:
     )
 
 
-def results_key(config: Config, engine: Engine) -> str:
+def results_key(config: Config, info: ModelInfo) -> str:
     """Stands for everything besides the input's content that changes results, or how they are stored."""
-    info = engine.info
     recipes = BUILT_IN_RECIPES if config.recipe is None else (config.recipe,)
     identity = {
         "analysis": ANALYSIS_VERSION,
@@ -233,28 +233,33 @@ async def open_folders(config: Config, pause: Pause) -> AsyncIterator[Folders]:
         await inbox.close()
 
 
+def executor_of(compute: Compute, device: DeviceThread) -> Executor:
+    """Choose who runs batches. An executor is wired here."""
+    return LocalExecutor(device, compute.runner)
+
+
 def pipeline_of(
     config: Config,
     compute: Compute,
+    executor: Executor,
     folders: Folders,
     *,
-    device: DeviceThread,
     pause: Pause,
     observer: Observer,
 ) -> Pipeline:
-    """A pipeline from the inbox through the device to the outbox."""
+    """A pipeline from the inbox through an executor to the outbox. A sink is wired here."""
     return Pipeline(
         FolderSource(
             folders.inbox,
             recipe=config.recipe,
             limits=read_limits(config),
-            results_key=results_key(config, compute.engine),
+            results_key=results_key(config, executor.info),
             pause=pause,
         ),
-        LocalExecutor(device, compute.runner),
+        executor,
         FolderSink(
             folders.outbox,
-            info=compute.engine.info,
+            info=executor.info,
             values=config.outbox.values,
             settings=config.model_dump(mode="json"),
             pause=pause,
@@ -263,7 +268,7 @@ def pipeline_of(
         batcher=Batcher(
             compute.max_batch_tokens,
             config.batching.max_batch_samples,
-            shares_prefixes=compute.engine.shares_prefixes,
+            shares_prefixes=executor.shares_prefixes,
         ),
         observer=observer,
         limits=Limits(

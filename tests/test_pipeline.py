@@ -241,7 +241,7 @@ async def test_a_batch_that_shared_the_device_is_tried_again_as_it_is():
 @pytest.mark.parametrize(
     ("error", "given_back"),
     [
-        (ValueError("a bug"), []),
+        (ValueError("a bug"), [("closed",)]),
         (MachineError("no disk"), [("closed",), ("given back all", "flushed")]),
         (SyncFailed("no disk"), [("closed",), ("given back all", "not flushed")]),
     ],

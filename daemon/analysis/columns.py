@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["int", "float", "class"]
 
-# Raised when the meaning of a column or of a text changes. It is part of a unit's identity, so that content
-# published under an older one is computed again. 1: before the number was recorded. 2: the space that the
-# built-in contrast recipe puts, one BOS token for texts that bring theirs, no numbers of what is not finite.
-# 3: the column max_activation.
+# Raise it when the meaning of a column or of a text changes, or how one is computed. It is part of a unit's
+# identity, as names and types of columns are, so that content published under another one is computed again.
 ANALYSIS_VERSION = 3
 
 

@@ -67,6 +67,7 @@ class Assembler:
         self._open: dict[Key, OpenPart] = {}
 
     def __len__(self) -> int:
+        """Parts under way."""
         return len(self._open)
 
     def open(self, part: TokenizedPart) -> FinishedPart | None:
@@ -84,7 +85,7 @@ class Assembler:
         return None
 
     def scatter(self, batch: Batch, result: BatchResult, plan_seconds: float = 0.0) -> list[FinishedPart]:
-        """Hand rows to their parts, those without numbers as rejects; the parts that this finishes."""
+        """Distribute rows to their parts, those without numbers as rejects; the parts that this finishes."""
         finished = [
             part
             for row, message in result.not_finite
@@ -100,7 +101,7 @@ class Assembler:
         order = np.concatenate([np.array(result_rows) for result_rows in rows.values()])
         starts = np.cumsum([0, *map(len, rows.values())])[:-1]
         totals = zip(*(LayerTotals.of_groups(sums, order, starts) for sums in result.layers), strict=True)
-        rest = dataclasses.replace(result, layers=())  # they weigh most, and are summed up by now
+        rest = dataclasses.replace(result, layers=())  # summed already, and the largest arrays
         weight = result.features.indices.nbytes + result.features.values.nbytes
         row_bytes = weight // len(batch.entries) + 8 * len(result.columns)
         for (key, result_rows), layers in zip(rows.items(), totals, strict=True):
@@ -145,7 +146,7 @@ class Assembler:
 def without_rows(
     part: TokenizedPart, pieces: tuple[ResultRows, ...], rows: set[int]
 ) -> tuple[TokenizedPart, tuple[ResultRows, ...]]:
-    """A part less some of its samples, and pieces that count the rows that are left."""
+    """The part without `rows`, and its pieces renumbered."""
     kept = [row for row in range(len(part.samples)) if row not in rows]
     new_row = np.full(len(part.samples), -1)
     new_row[kept] = np.arange(len(kept))

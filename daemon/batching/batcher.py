@@ -44,7 +44,7 @@ class Batcher:
         self.tokens += part.n_tokens
 
     def take(self) -> Batch:
-        """The next batch. What waits is planned, sorted by length, once the last plan is used up.
+        """The next batch. Once the last plan is used up, sorts what waits by the cost's `order` and plans it.
 
         Raises IndexError where nothing waits.
         """
@@ -61,7 +61,7 @@ class Batcher:
         self.tokens += sum(sample.n_tokens for sample in batch.samples)
 
     def shrink(self, batch: Batch) -> None:
-        """Take back a batch of several samples that was too much, and never plan one of its cost again."""
+        """Requeue a batch that did not fit, and halve the limit below its cost."""
         cost = self._cost()
         for sample in batch.samples:
             cost.add(sample)
@@ -112,12 +112,12 @@ class Batcher:
 class TrieCost:
     """The tokens that samples have in common counted once, for samples that come in order.
 
-    A text costs one at least: what is made of it takes memory too, where another has all its tokens.
+    A text costs one token at least: its features take memory even where all its tokens are shared.
     """
 
     def __init__(self) -> None:
         self.total = 0
-        self.shared = 0  # that the last sample would cost more without those before it
+        self.shared = 0  # tokens that the last sample shares with the one before
         self._before: tuple[int, ...] = ()
 
     @staticmethod
@@ -159,7 +159,7 @@ def sample_cost(kind: type[TrieCost] | type[PaddedCost], entry: Entry) -> int:
 
 
 def shared_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """With how many equal tokens two texts begin, by halving: slices compare faster than a loop."""
+    """Length of the common prefix, by bisection: slices compare faster than a loop."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

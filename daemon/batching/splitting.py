@@ -16,8 +16,8 @@ import numpy as np
 from daemon.batching.batcher import TrieCost
 from daemon.records import Batch, BatchResult, FeatureRows, IntArray, LayerSums, RowMessage
 
-PIECE_TOKENS = 256  # at least, of a piece: with fewer, products take longer for each
-SHARED = 0.05  # of a batch's tokens, at most, that its pieces may compute once more
+PIECE_TOKENS = 256  # minimum of a piece: smaller products are less efficient
+SHARED = 0.05  # largest share of a batch's tokens that splitting may compute again
 
 
 def split_batch(batch: Batch, cores: int) -> list[Batch]:

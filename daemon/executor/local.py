@@ -42,6 +42,10 @@ class LocalExecutor:
         return self._runner.info
 
     @property
+    def shares_prefixes(self) -> bool:
+        return self._runner.engine.shares_prefixes
+
+    @property
     def slots(self) -> int:
         return OVERLAPPED_SLOTS if self._overlaps else 1
 

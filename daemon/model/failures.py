@@ -126,10 +126,10 @@ def explain(what: str, error: BaseException) -> ConfigError | MachineError:
     for link in chain:
         if isinstance(link, ConfigError | MachineError):
             return link
-    looks = (of_the_machine, of_the_repository, of_the_status, of_the_way, of_the_files)
-    for look in looks:
+    rules = (of_the_machine, of_the_repository, of_the_status, of_the_way, of_the_files)
+    for rule in rules:
         for link in chain:
-            if (found := look(what, link)) is not None:
+            if (found := rule(what, link)) is not None:
                 return found
     return ConfigError(
         f"{what}: can't be loaded: {sense(error)}: see to its configuration and weights, or use another"

@@ -219,7 +219,7 @@ def part_of_product(trace: LayerTrace, qkv: Tensor, z: Tensor, part: int) -> Cha
     right way is the one by which its values are what attention gives. Raises Unreachable.
     """
     heads, width = int(trace.config.num_attention_heads), z.shape[1]
-    for cut in (functools.partial(in_turn, width=width), functools.partial(by_head, heads=heads)):
+    for cut in (functools.partial(contiguous_split, width=width), functools.partial(by_head, heads=heads)):
         try:
             values = cut(qkv, part=2).reshape(len(qkv), -1, width // heads)
             repeated = values.repeat_interleave(heads // values.shape[1], dim=1).flatten(1)
@@ -230,7 +230,7 @@ def part_of_product(trace: LayerTrace, qkv: Tensor, z: Tensor, part: int) -> Cha
     raise Unreachable("queries, keys and values are one product of unknown order")
 
 
-def in_turn(qkv: Tensor, width: int, part: int) -> Tensor:
+def contiguous_split(qkv: Tensor, width: int, part: int) -> Tensor:
     """Queries of so many values, then keys and values, which share the rest."""
     rest = (qkv.shape[1] - width) // 2
     begins = [0, width, width + rest, width + 2 * rest]

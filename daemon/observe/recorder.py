@@ -1,6 +1,6 @@
 """Turns what happens in the pipeline into metrics, log lines, the progress line and the final count.
 
-Implements `daemon.ports.Observer`. Knows messages; who asks for the numbers is not its business.
+Implements `daemon.ports.Observer`. Knows no HTTP.
 """
 
 from __future__ import annotations

@@ -6,12 +6,11 @@ Plain values only; knows no files, no model and no HTML. Times are Unix times, d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import TypeAdapter
 
 State = Literal["loading", "idle", "working", "draining", "paused", "not ready", "stalled"]
-STATES: tuple[str, ...] = get_args(State)
 HEALTHY = ("idle", "working")
 
 

@@ -33,8 +33,8 @@ def part_tables(
 ) -> PartTables:
     """The tables of a part; the schemas are `metrics_schema`'s and `features_schema`'s.
 
-    Raises AssertionError unless the pieces of the part cover its samples exactly once, KeyError where a block
-    lacks a column.
+    Raises AssertionError unless the pieces of the part cover its samples exactly once, KeyError where a batch
+    result lacks a column.
     """
     finished.check_covered()
     if not finished.part.samples:  # all of its records were rejected

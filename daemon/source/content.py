@@ -23,7 +23,6 @@ from daemon.source.kinds import Compression, check_kind, compression_of, opens_j
 
 CHUNK_BYTES = 1 << 20
 HEAD_BYTES = CHUNK_BYTES // 4  # of a file, read first; of a compressed one, read at a time
-COMPRESSED: tuple[Compression, ...] = (".gz", ".zst")
 SLICE_BYTES = 1 << 10  # of compressed input at a time: a slice of a bomb is at most some 32 MiB
 BOMB_BYTES = 16 << 20  # of content, below which no ratio is suspicious
 ZSTD_WINDOW_BYTES = 128 << 20  # what `zstd --long` writes; a stream's last bytes, which are held
@@ -40,10 +39,6 @@ class Content:
 
     def close(self) -> None:
         self.file.close()
-
-
-def is_compressed(name: str) -> bool:
-    return name.lower().endswith(COMPRESSED)
 
 
 def open_content(path: Path) -> Content:

@@ -109,12 +109,14 @@ class LensdWorker:
         return measured(self._variants[variant], self._samples)
 
     def _plan(self) -> list[Batch]:
-        packer = Batcher(self._compute.max_batch_tokens, shares_prefixes=self._compute.engine.shares_prefixes)
+        batcher = Batcher(
+            self._compute.max_batch_tokens, shares_prefixes=self._compute.engine.shares_prefixes
+        )
         for part in self._parts:
-            packer.add(part)
+            batcher.add(part)
         batches = []
-        while packer:
-            batches.append(packer.take())
+        while batcher:
+            batches.append(batcher.take())
         return batches
 
     def _bare(self) -> float:

@@ -211,11 +211,11 @@ def batches(samples: Sequence[Texts], recipe: Recipe, tokens: int) -> list[Batch
     )
     extent = PartExtent(number=0, first_record=0, records=len(samples), byte_offset=0)
     part: Any = SimpleNamespace(recipe=recipe, extent=extent, samples=())
-    packer = Batcher(tokens, shares_prefixes=True)
-    packer.add(TokenizedPart(part, tokenized))
+    batcher = Batcher(tokens, shares_prefixes=True)
+    batcher.add(TokenizedPart(part, tokenized))
     planned = []
-    while packer:
-        planned.append(packer.take())
+    while batcher:
+        planned.append(batcher.take())
     return planned
 
 
@@ -224,8 +224,8 @@ def each(function: Callable[[T], object], items: Sequence[T]) -> None:
         function(item)
 
 
-def every_block(study: BatchRunner, planned: Sequence[Batch]) -> None:
-    for _ in study.runs(planned):
+def run_each(runner: BatchRunner, planned: Sequence[Batch]) -> None:
+    for _ in runner.runs(planned):
         pass
 
 
@@ -277,7 +277,7 @@ def measure(
         rate = 2 * Products(work, dtype, device).rate().fastest
         samples = make(count, model.vocabulary)
         engine = engine_of(model, saes, positions, shape.l0, compiles)
-        study = BatchRunner(engine, StudySettings(0, 0.1, 8, 10, 50, positions))
+        runner = BatchRunner(engine, StudySettings(0, 0.1, 8, 10, 50, positions))
         for tokens in sizes:
             planned = batches(samples, recipe, tokens)
             texts = [[ids for sample in batch.samples for ids in sample.token_ids] for batch in planned]
@@ -288,7 +288,7 @@ def measure(
             unique = sum(map(len, packed))
             with torch.inference_mode():
                 extraction = seconds_of(partial(each, engine.start, texts), device)
-                whole_run = partial(every_block, study, planned)
+                whole_run = partial(run_each, runner, planned)
                 whole = seconds_of(whole_run, device)
                 l0 = float(engine.extract(texts[0]).layers[0].acts.counts.double().mean())
                 waits, kernels = waiting_share(whole_run) if on_cuda(device) else (None, "")

@@ -253,22 +253,22 @@ def run_batched(
     compute: Compute, recipe: Recipe, samples: Sequence[TokenizedSample], batch_size: int
 ) -> Batched:
     """Batches as the daemon forms them, of at most `batch_size` samples."""
-    packer = Batcher(UNLIMITED, batch_size, shares_prefixes=compute.engine.shares_prefixes)
-    packer.add(one_part(recipe, samples))
+    batcher = Batcher(UNLIMITED, batch_size, shares_prefixes=compute.engine.shares_prefixes)
+    batcher.add(one_part(recipe, samples))
     columns: dict[str, list[Value]] = {
         column.name: [0] * len(samples) for column in analysis_columns(compute.engine.info.layers, recipe)
     }
     active: list[dict[tuple[int, int], frozenset[int]]] = [{} for _ in samples]
     not_finite: set[int] = set()
-    while packer:
-        batch = packer.take()
-        block = compute.runner.run(batch)
+    while batcher:
+        batch = batcher.take()
+        result = compute.runner.run(batch)
         rows = [entry.row for entry in batch.entries]
-        not_finite |= {rows[row] for row, _ in block.not_finite}
-        for name, values in block.columns.items():
+        not_finite |= {rows[row] for row, _ in result.not_finite}
+        for name, values in result.columns.items():
             for row, value in zip(rows, values.tolist(), strict=True):
                 columns[name][row] = value
-        features = block.features
+        features = result.features
         for i, (start, stop) in enumerate(itertools.pairwise(features.offsets.tolist())):
             place = (int(features.text[i]), int(features.layer[i]))
             active[rows[features.sample_row[i]]][place] = frozenset(features.indices[start:stop].tolist())

@@ -25,11 +25,11 @@ def part(widths: list[int], recipe: Recipe = PLAIN_RECIPE, number: int = 0) -> T
     )
 
 
-def drain(packer: Batcher) -> list[list[int]]:
+def drain(batcher: Batcher) -> list[list[int]]:
     """Widths of the samples of each batch."""
     batches = []
-    while packer:
-        batches.append([sample.width for sample in packer.take().samples])
+    while batcher:
+        batches.append([sample.width for sample in batcher.take().samples])
     return batches
 
 
@@ -39,57 +39,57 @@ def drain(packer: Batcher) -> list[list[int]]:
     most=st.none() | st.integers(1, 5),
 )
 def test_every_sample_runs_once_within_the_limits_or_alone(widths, budget, most):
-    packer = Batcher(budget, most, shares_prefixes=False)
-    packer.add(part(widths))
-    batches = drain(packer)
+    batcher = Batcher(budget, most, shares_prefixes=False)
+    batcher.add(part(widths))
+    batches = drain(batcher)
     assert sorted(width for batch in batches for width in batch) == sorted(widths)
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(batch) <= budget
         assert most is None or len(batch) <= most
-    assert packer.tokens == 0
+    assert batcher.tokens == 0
 
 
 def test_texts_that_add_no_token_fill_a_batch_too():
-    packer = Batcher(64, shares_prefixes=True)
-    packer.add(part([5] * 500))
-    sizes = [len(batch) for batch in drain(packer)]
+    batcher = Batcher(64, shares_prefixes=True)
+    batcher.add(part([5] * 500))
+    sizes = [len(batch) for batch in drain(batcher)]
     assert sum(sizes) == 500
     assert max(sizes) <= 64
 
 
 def test_samples_of_similar_length_share_a_batch():
-    packer = Batcher(24, shares_prefixes=False)
-    packer.add(part([2, 12, 3, 11, 2, 3]))
-    assert drain(packer) == [[2, 2, 3, 3], [11, 12]]
+    batcher = Batcher(24, shares_prefixes=False)
+    batcher.add(part([2, 12, 3, 11, 2, 3]))
+    assert drain(batcher) == [[2, 2, 3, 3], [11, 12]]
 
 
 def test_the_budget_counts_every_text_and_its_padding():
-    packer = Batcher(30, shares_prefixes=False)
-    packer.add(part([5, 5, 5], CONTRAST_RECIPE))
-    assert drain(packer) == [[5, 5], [5]]
+    batcher = Batcher(30, shares_prefixes=False)
+    batcher.add(part([5, 5, 5], CONTRAST_RECIPE))
+    assert drain(batcher) == [[5, 5], [5]]
 
 
 @pytest.mark.parametrize("shares_prefixes", [False, True])
 def test_a_batch_may_have_exactly_the_tokens_of_the_budget(shares_prefixes):
     texts = [[(n,) * 5] for n in range(4)]
     for budget, sizes in ((20, [4]), (19, [3, 1])):
-        packer = Batcher(budget, shares_prefixes=shares_prefixes)
-        packer.add(part_of(texts))
-        assert [len(batch) for batch in drain(packer)] == sizes
+        batcher = Batcher(budget, shares_prefixes=shares_prefixes)
+        batcher.add(part_of(texts))
+        assert [len(batch) for batch in drain(batcher)] == sizes
 
 
 def test_a_batch_may_have_exactly_the_samples_of_the_limit():
-    packer = Batcher(1000, 3, shares_prefixes=False)
-    packer.add(part([4] * 8))
-    assert [len(batch) for batch in drain(packer)] == [3, 3, 2]
+    batcher = Batcher(1000, 3, shares_prefixes=False)
+    batcher.add(part([4] * 8))
+    assert [len(batch) for batch in drain(batcher)] == [3, 3, 2]
 
 
 def test_recipes_never_share_a_batch_but_files_do():
-    packer = Batcher(1000, shares_prefixes=False)
-    packer.add(part([4], PLAIN_RECIPE, 0))
-    packer.add(part([4], CONTRAST_RECIPE, 1))
-    packer.add(part([4], PLAIN_RECIPE, 2))
-    assert sorted(len(batch) for batch in drain(packer)) == [1, 2]
+    batcher = Batcher(1000, shares_prefixes=False)
+    batcher.add(part([4], PLAIN_RECIPE, 0))
+    batcher.add(part([4], CONTRAST_RECIPE, 1))
+    batcher.add(part([4], PLAIN_RECIPE, 2))
+    assert sorted(len(batch) for batch in drain(batcher)) == [1, 2]
 
 
 def test_an_empty_packer_refuses():
@@ -111,11 +111,11 @@ tokens = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(tuple)
 
 @given(st.lists(st.lists(tokens, min_size=1, max_size=3), max_size=20), st.integers(1, 30))
 def test_packed_batches_stay_within_the_budget_of_their_trie(token_ids, budget):
-    packer = Batcher(budget, shares_prefixes=True)
-    packer.add(part_of(token_ids))
+    batcher = Batcher(budget, shares_prefixes=True)
+    batcher.add(part_of(token_ids))
     seen = []
-    while packer:
-        batch = packer.take()
+    while batcher:
+        batch = batcher.take()
         seen += [sample.token_ids for sample in batch.samples]
         texts = [ids for sample in batch.samples for ids in sample.token_ids]
         assert len(batch.samples) == 1 or len(build_trie(texts)) <= budget
@@ -123,69 +123,69 @@ def test_packed_batches_stay_within_the_budget_of_their_trie(token_ids, budget):
 
 
 def test_batches_are_as_few_as_it_takes_and_of_about_the_same_cost():
-    packer = Batcher(100, shares_prefixes=True)
-    packer.add(part_of([[tuple(range(100 * n, 100 * n + 9))] for n in range(13)]))
-    assert [len(packer.take().samples) for _ in range(2)] == [7, 6]
-    assert not packer
+    batcher = Batcher(100, shares_prefixes=True)
+    batcher.add(part_of([[tuple(range(100 * n, 100 * n + 9))] for n in range(13)]))
+    assert [len(batcher.take().samples) for _ in range(2)] == [7, 6]
+    assert not batcher
 
 
 def test_batches_of_samples_unlike_in_cost_are_of_about_the_same_cost():
-    packer = Batcher(100, shares_prefixes=False)
-    packer.add(part([10] * 8 + [20] * 6))
-    costs = [len(batch) * max(batch) for batch in drain(packer)]
+    batcher = Batcher(100, shares_prefixes=False)
+    batcher.add(part([10] * 8 + [20] * 6))
+    costs = [len(batch) * max(batch) for batch in drain(batcher)]
     assert costs == [80, 80, 40]
 
 
 def test_a_beginning_that_all_share_counts_once():
-    packer = Batcher(130, shares_prefixes=True)
-    packer.add(part_of([[(*range(100), 200 + n)] for n in (3, 1, 2)] + [[(7,) * 100]]))
-    assert [len(packer.take().samples) for _ in range(2)] == [3, 1]
+    batcher = Batcher(130, shares_prefixes=True)
+    batcher.add(part_of([[(*range(100), 200 + n)] for n in (3, 1, 2)] + [[(7,) * 100]]))
+    assert [len(batcher.take().samples) for _ in range(2)] == [3, 1]
 
 
 def test_a_packed_batch_that_was_too_much_comes_back_in_halves():
-    packer = Batcher(1000, shares_prefixes=True)
-    packer.add(part_of([[(*range(10), 100 + n)] for n in range(6)]))
-    packer.shrink(packer.take())
-    assert packer.max_batch_tokens == 8
-    assert len(packer) == 6
+    batcher = Batcher(1000, shares_prefixes=True)
+    batcher.add(part_of([[(*range(10), 100 + n)] for n in range(6)]))
+    batcher.shrink(batcher.take())
+    assert batcher.max_batch_tokens == 8
+    assert len(batcher) == 6
 
 
 def test_a_batch_of_two_that_was_too_much_comes_back_one_by_one():
-    packer = Batcher(1000, shares_prefixes=True)
-    packer.add(part_of([[(1,)], [(2,)]]))
-    packer.shrink(packer.take())
-    assert packer.max_batch_tokens == 1
-    assert [len(batch) for batch in drain(packer)] == [1, 1]
+    batcher = Batcher(1000, shares_prefixes=True)
+    batcher.add(part_of([[(1,)], [(2,)]]))
+    batcher.shrink(batcher.take())
+    assert batcher.max_batch_tokens == 1
+    assert [len(batch) for batch in drain(batcher)] == [1, 1]
 
 
 @pytest.mark.parametrize("give_back", [Batcher.put_back, Batcher.shrink])
 def test_what_is_given_back_waits_again(give_back):
-    packer = Batcher(10, shares_prefixes=False)
-    packer.add(part([5, 5, 4]))
-    batch = packer.take()
-    left = packer.tokens
-    give_back(packer, batch)
-    assert packer.tokens == left + sum(sample.width for sample in batch.samples) == 14
-    assert len(packer) == 3
-    drain(packer)
-    assert packer.tokens == 0
+    batcher = Batcher(10, shares_prefixes=False)
+    batcher.add(part([5, 5, 4]))
+    batch = batcher.take()
+    left = batcher.tokens
+    give_back(batcher, batch)
+    assert batcher.tokens == left + sum(sample.width for sample in batch.samples) == 14
+    assert len(batcher) == 3
+    drain(batcher)
+    assert batcher.tokens == 0
 
 
 def test_the_next_batch_is_a_full_one_from_the_budget_on():
-    packer = Batcher(10, shares_prefixes=False)
-    assert packer.is_partial
-    packer.add(part([5, 4]))
-    assert packer.is_partial
-    packer.add(part([1]))
-    assert not packer.is_partial  # exactly the budget
+    batcher = Batcher(10, shares_prefixes=False)
+    assert batcher.is_partial
+    batcher.add(part([5, 4]))
+    assert batcher.is_partial
+    batcher.add(part([1]))
+    assert not batcher.is_partial  # exactly the budget
 
 
 def test_a_batch_that_is_planned_waits_for_no_company():
-    packer = Batcher(10, shares_prefixes=False)
-    packer.add(part([6, 6]))
-    packer.take()
-    assert packer.tokens < packer.max_batch_tokens
-    assert not packer.is_partial
+    batcher = Batcher(10, shares_prefixes=False)
+    batcher.add(part([6, 6]))
+    batcher.take()
+    assert batcher.tokens < batcher.max_batch_tokens
+    assert not batcher.is_partial
 
 
 @given(st.lists(st.lists(tokens, min_size=1, max_size=3), min_size=1, max_size=10))

@@ -191,6 +191,7 @@ class FakeExecutor:
     def __init__(self, slots: int = 1, *, errors: Sequence[Exception] = (), hold: bool = False) -> None:
         self.info = INFO
         self.slots = slots
+        self.shares_prefixes = False
         self.batches: list[Batch] = []  # in the order in which they began
         self.most_at_a_time = 0
         self._errors: Iterator[Exception] = iter(errors)
@@ -307,7 +308,8 @@ class FakeSink:
             self._units.pop(unit, None)
 
     def close(self) -> None:
-        self.events.append(("closed",))
+        if ("closed",) not in self.events:
+            self.events.append(("closed",))
 
 
 @dataclass

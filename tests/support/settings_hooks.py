@@ -30,7 +30,7 @@ def reloading(file: str, reached: str = "", go: str = "") -> Iterator[None]:
             return load_config(Path(file), {}, given(told))
 
         source = SettingsSource(read, Path(file))
-        return service.serve(read(), once=once, load=load, source=source)
+        return service.serve(read(), once=once, load=load, settings_source=source)
 
     with (
         mock.patch("__main__.serve", serve),

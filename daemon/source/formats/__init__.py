@@ -37,7 +37,7 @@ EXPECTED = f"{listed(COMPRESSIBLE)}, optionally with .gz or .zst, or in {listed(
 
 
 def format_of(name: str) -> tuple[InputFormat, Compression | None]:
-    """What a name says of format and compression, which the content may overrule.
+    """The format and compression that a name implies; the content may overrule them.
 
     Raises FileError for another name.
     """

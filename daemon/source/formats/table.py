@@ -21,7 +21,7 @@ def number_as_written(text: str) -> Number:
 
 
 def jsonable(value: object) -> str:
-    """What JSON has no type for: a decimal is a number of as many digits, bytes are base64."""
+    """Convert a value that JSON has no type for: decimals to numbers of as many digits, bytes to base64."""
     if isinstance(value, Decimal):
         return number_as_written(str(value))
     if isinstance(value, bytes):
