@@ -18,7 +18,7 @@ from tests.reliability.feed import Feed
 from tests.reliability.handling import claimed, end, events, running, shared_daemons, wait_until
 from tests.reliability.ledger import violations
 
-DISK_BYTES = 16 << 20
+DISK_BYTES = 32 << 20
 DISK_INODES = 700
 FILES = 24
 LEFT_BYTES = 250 << 10  # for results of some of the files
@@ -170,7 +170,7 @@ def test_a_stop_while_the_disk_is_full_costs_no_file_its_only_attempt(daemons, d
 def test_below_its_floor_nothing_is_claimed_before_the_disk_is_full(daemons, disk, tmp_path):
     log = tmp_path / "log"
     feed = drop_files(disk)
-    floor = 4 << 20
+    floor = 12 << 20  # far more than the results of the files that are claimed take
     fill_bytes(disk, floor + LEFT_BYTES)
     with running(daemons, job(disk, log, **{"outbox.min_free_bytes": floor})) as pid:
         url = url_of(log, pid)
