@@ -18,8 +18,8 @@ from daemon.records import FeatureRows, IntArray
 
 def in_order(
     found: Sequence[tuple[FeatureRows, IntArray]], value_type: npt.DTypeLike
-) -> tuple[FeatureRows, int]:
-    """Feature rows of several batches, sorted by sample, text, SAE and position, and how many were clipped.
+) -> tuple[FeatureRows, IntArray]:
+    """Feature rows of several batches, by sample, text, SAE and position, and how many are clipped in each.
 
     Each batch comes with a number for each of its samples (n,), which is -1 where its rows are not wanted.
     An activation that `value_type` does not hold, too large or too small to be above 0, is clipped to the
@@ -35,7 +35,9 @@ def in_order(
         indices[target : target + n] = features.indices[source : source + n]
         values[target : target + n] = features.values[source : source + n]
     stored, clipped = narrowed(values, np.dtype(value_type))
-    return FeatureRows(sample, text, layer, position, token_id, offsets, indices, stored), clipped
+    before = np.concatenate(([0], np.cumsum(clipped)))
+    rows = FeatureRows(sample, text, layer, position, token_id, offsets, indices, stored)
+    return rows, before[offsets[1:]] - before[offsets[:-1]] if clipped.any() else np.zeros_like(sample)
 
 
 def keys_of(batch: int, features: FeatureRows, numbers: IntArray) -> IntArray:
@@ -46,12 +48,12 @@ def keys_of(batch: int, features: FeatureRows, numbers: IntArray) -> IntArray:
     return np.stack([*known, np.full_like(sample, batch), begin, length])[:, sample >= 0]
 
 
-def narrowed(values: npt.NDArray[Any], kind: np.dtype[Any]) -> tuple[npt.NDArray[Any], int]:
-    """Convert activations, which are above 0, to a type that may hold less; count those it does not hold."""
+def narrowed(values: npt.NDArray[Any], kind: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Convert activations, which are above 0, to a type that may hold less; mark those it does not hold."""
     if kind.itemsize >= values.dtype.itemsize:
-        return values.astype(kind, copy=False), 0
+        return values.astype(kind, copy=False), np.zeros(0, np.bool_)
     info = np.finfo(kind)
     least, most = float(info.smallest_subnormal), float(info.max)
     (stored,) = mmap_arrays.zeros((values.shape, kind))
     stored[:] = np.clip(values, least, most)
-    return stored, int(np.count_nonzero((values < least) | (values > most)))
+    return stored, (values < least) | (values > most)

@@ -28,8 +28,9 @@ from daemon.records import (
 )
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import stored_extents
-from daemon.sink.schema import ValueType
+from daemon.sink.schema import ValueType, features_schema, metrics_schema
 from daemon.sink.staging import Staging, Unit, abandon
+from daemon.sink.tables import part_tables
 from daemon.sink.writer import UnitWriter
 
 R = TypeVar("R")
@@ -157,10 +158,15 @@ class FolderSink:
 
     def _store(self, finished: Iterable[FinishedPart]) -> None:
         """Parts to their units; those stored by an earlier try, or of a file that failed, are left out."""
+        by_recipe: dict[Recipe, list[FinishedPart]] = {}
         for item in finished:
             unit = self._units[item.part.part.file.unit]
             if not unit.failed and not unit.writer.has(item.part.part.number):
-                unit.writer.write_part(item)
+                by_recipe.setdefault(item.part.part.recipe, []).append(item)
+        for recipe, items in by_recipe.items():
+            schemas = metrics_schema(self._info.layers, recipe), features_schema(self._values)
+            for item, tables in zip(items, part_tables(items, *schemas, self._info), strict=True):
+                self._units[item.part.part.file.unit].writer.write_part(item, tables)
 
     def _complete(self, units: Sequence[Unit]) -> None:
         """Write the folders of complete units; a unit without a row, every record rejected, fails instead."""

@@ -13,6 +13,8 @@ from daemon.records import FileTotals
 from daemon.sink.files import HashedFile
 
 BUFFER_BYTES = 64 << 10
+SMALL_ROWS = 64  # of a file, up to which compression and the Arrow schema cost more than the rows
+UNENCODED = {"compression": "NONE", "compression_level": None, "store_schema": False}
 
 
 class ParquetFile:
@@ -38,11 +40,12 @@ class ParquetFile:
         """Add rows."""
         if not len(table):
             return
+        if self._gathered:  # the size of a file's only table is not asked for: it takes as long as its rows
+            self._gathered_bytes += self._gathered[-1].nbytes
+            if self._gathered_bytes >= self._group_bytes:
+                self._flush()
         self.rows += len(table)
         self._gathered.append(table)
-        self._gathered_bytes += table.nbytes
-        if self._gathered_bytes >= self._group_bytes:
-            self._flush()
 
     def close(self) -> FileTotals:
         """Write what is gathered, and the footer; what the file then is."""
@@ -67,7 +70,8 @@ class ParquetFile:
     def _flush(self) -> None:
         if self._writer is None:
             self._sink = pa.BufferedOutputStream(pa.PythonFile(self._file, mode="w"), BUFFER_BYTES)
-            self._writer = pq.ParquetWriter(self._sink, self._schema, **self._options)
+            options = self._options | (UNENCODED if self.rows <= SMALL_ROWS else {})
+            self._writer = pq.ParquetWriter(self._sink, self._schema, **options)
         if self._gathered:
             group = self._group()
             self._writer.write_table(group, row_group_size=len(group))

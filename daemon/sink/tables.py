@@ -1,10 +1,12 @@
-"""Assembles a finished part into tables, in record order however its batches were formed.
+"""Assembles finished parts into tables, in record order however their batches were formed.
 
 Knows nothing about files and folders.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from daemon.model_info import ModelInfo
-from daemon.records import FeatureRows, FinishedPart
+from daemon.recipes import Recipe
+from daemon.records import FeatureRows, FinishedPart, IntArray, ResultRows, Sample
 from daemon.sink.feature_rows import in_order
 from daemon.sink.schema import SAMPLE_FIELDS
 
@@ -29,51 +32,84 @@ class PartTables:
 
 
 def part_tables(
-    finished: FinishedPart, metrics: pa.Schema, features: pa.Schema, info: ModelInfo
-) -> PartTables:
-    """The tables of a part; the schemas are `metrics_schema`'s and `features_schema`'s.
+    parts: Sequence[FinishedPart], metrics: pa.Schema, features: pa.Schema, info: ModelInfo
+) -> list[PartTables]:
+    """The tables of parts of one recipe; the schemas are `metrics_schema`'s and `features_schema`'s.
 
-    Raises AssertionError unless the pieces of the part cover its samples exactly once, KeyError where a batch
-    result lacks a column.
+    All are made as one and sliced: a table costs by its columns, and most parts of small files have one row.
+    Raises AssertionError unless the pieces of each part cover its samples exactly once, KeyError where a
+    batch result lacks a column.
     """
-    finished.check_covered()
-    if not finished.part.samples:  # all of its records were rejected
-        return PartTables(metrics.empty_table(), features.empty_table(), clipped=0)
-    rows, clipped = feature_rows(finished, features)
-    return PartTables(
-        metrics_table(finished, metrics), features_table(finished, rows, features, info), clipped
-    )
+    for part in parts:
+        part.check_covered()
+    bounds = np.cumsum([0, *(len(part.part.samples) for part in parts)])
+    if not bounds[-1]:  # all records were rejected
+        return [PartTables(metrics.empty_table(), features.empty_table(), clipped=0) for _ in parts]
+    samples = [sample for part in parts for sample in part.part.part.samples]
+    pieces = pieces_by_result(parts, bounds)
+    rows, clipped = feature_rows(pieces, features)
+    whole_metrics = metrics_table(samples, pieces, metrics)
+    whole_features = features_table(samples, parts[0].part.part.recipe, rows, features, info)
+    row_bounds = np.searchsorted(rows.sample_row, bounds)
+    return [
+        PartTables(
+            whole_metrics.slice(first, last - first),
+            whole_features.slice(first_row, last_row - first_row),
+            int(clipped[first_row:last_row].sum()),
+        )
+        for (first, last), (first_row, last_row) in zip(
+            itertools.pairwise(bounds.tolist()), itertools.pairwise(row_bounds.tolist()), strict=True
+        )
+    ]
 
 
-def metrics_table(finished: FinishedPart, schema: pa.Schema) -> pa.Table:
+def pieces_by_result(parts: Sequence[FinishedPart], bounds: IntArray) -> list[ResultRows]:
+    """One piece for each batch result that parts share; its `part_rows` count the samples of all parts."""
+    found: dict[int, list[ResultRows]] = {}
+    for part, first in zip(parts, bounds[:-1], strict=True):
+        for piece in part.pieces:
+            moved = dataclasses.replace(piece, part_rows=piece.part_rows + first)
+            found.setdefault(id(piece.result), []).append(moved)
+    return [
+        ResultRows(
+            pieces[0].result,
+            np.concatenate([piece.result_rows for piece in pieces]),
+            np.concatenate([piece.part_rows for piece in pieces]),
+            row_bytes=0,
+        )
+        for pieces in found.values()
+    ]
+
+
+def metrics_table(samples: Sequence[Sample], pieces: Sequence[ResultRows], schema: pa.Schema) -> pa.Table:
     """One row per sample; NaN, which stands for what is undefined, becomes null."""
-    samples = finished.part.part.samples
-    order = np.argsort(np.concatenate([piece.part_rows for piece in finished.pieces]))
+    order = np.argsort(np.concatenate([piece.part_rows for piece in pieces]))
     columns: list[Sequence[Any] | npt.NDArray[Any]] = [
         [getattr(sample, field.name) for sample in samples] for field in SAMPLE_FIELDS
     ]
     for name in schema.names[len(SAMPLE_FIELDS) :]:
-        pieces = [piece.result.columns[name][piece.result_rows] for piece in finished.pieces]
-        columns.append(np.concatenate(pieces)[order])
+        values = [piece.result.columns[name][piece.result_rows] for piece in pieces]
+        columns.append(np.concatenate(values)[order])
     arrays = [
         pa.array(column, field.type, from_pandas=True) for column, field in zip(columns, schema, strict=True)
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def feature_rows(finished: FinishedPart, schema: pa.Schema) -> tuple[FeatureRows, int]:
-    """The part's sparse activations, `sample_row` counting its samples, and how many were clipped."""
+def feature_rows(pieces: Sequence[ResultRows], schema: pa.Schema) -> tuple[FeatureRows, IntArray]:
+    """The sparse activations of all samples, and how many of each row were clipped (R,)."""
     found = []
-    for piece in finished.pieces:
+    for piece in pieces:
         numbers = np.full(piece.result.n_samples, -1)
         numbers[piece.result_rows] = piece.part_rows
         found.append((piece.result.features, numbers))
     return in_order(found, schema.field("values").type.value_type.to_pandas_dtype())
 
 
-def features_table(finished: FinishedPart, rows: FeatureRows, schema: pa.Schema, info: ModelInfo) -> pa.Table:
+def features_table(
+    samples: Sequence[Sample], recipe: Recipe, rows: FeatureRows, schema: pa.Schema, info: ModelInfo
+) -> pa.Table:
     """The sparse activations, ordered by sample, text, SAE and position."""
-    samples, recipe = finished.part.part.samples, finished.part.part.recipe
     offsets = pa.array(rows.offsets, pa.int32())
     columns = {
         "sample_id": pa.array([sample.sample_id for sample in samples]).take(rows.sample_row),

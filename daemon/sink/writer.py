@@ -85,15 +85,17 @@ class UnitWriter:
         """Whether this part is stored."""
         return number in self._extents
 
-    def write_part(self, finished: FinishedPart) -> None:
-        """Store a part. Safe to repeat.
+    def write_part(self, finished: FinishedPart, tables: PartTables | None = None) -> None:
+        """Store a part, whose tables are made here unless they come with it. Safe to repeat.
 
         Raises OSError where the disk refuses, AssertionError where the part does not fit the file.
         """
         began = self._clock()
         part = finished.part.part
         self._check_expected(part.file, part.number)
-        tables = part_tables(finished, self._metrics_schema, features_schema(self.values), self.info)
+        if tables is None:
+            schemas = self._metrics_schema, features_schema(self.values)
+            (tables,) = part_tables([finished], *schemas, self.info)
         stored = stored_part(finished, tables)
         check_records(part.file, stored, [sample.record_index for sample in part.samples])
         if part.last and part.number == 0:

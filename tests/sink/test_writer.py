@@ -300,19 +300,39 @@ def test_what_an_earlier_try_left_in_staging_is_replaced(tmp_path):
     ]
 
 
-def test_samples_of_several_files_in_one_batch_come_out_as_each_alone():
-    parts = [make_part(0, 0, 2, last=True), make_part(0, 0, 67, last=True), make_part(0, 0, 3, rejected=(1,))]
-    block = make_block([sample for part in parts for sample in part.part.samples])
-    schemas = metrics_schema(INFO.layers, CONTRAST_RECIPE), features_schema("float32")
-    begin = 0
+@pytest.mark.parametrize("values", ["float32", "float16"])
+def test_samples_of_several_files_in_one_batch_come_out_as_each_alone(values):
+    """Made together or one by one; one file has no samples, and one has them in two batches."""
+    sizes = [(2, ()), (67, ()), (3, (1,)), (2, (0, 1)), (4, ())]
+    parts = [make_part(0, 0, n, rejected=rejected, last=True) for n, rejected in sizes]
+    shared = [sample for part in parts for sample in part.part.samples]
+    blocks = make_block(shared[:-1]), make_block(shared[-1:])
+    blocks[0].features.values[:5] = 1e5  # clipped in float16
+    schemas = metrics_schema(INFO.layers, CONTRAST_RECIPE), features_schema(values)
+    finished, begin = [], 0
     for part in parts:
         n = len(part.samples)
-        piece = ResultRows(block, np.arange(begin, begin + n), np.arange(n), row_bytes=0)
+        own = np.arange(n)
+        pieces = [ResultRows(blocks[0], begin + own, own, row_bytes=0)] if n else []
+        if part is parts[-1]:
+            pieces = [
+                ResultRows(blocks[1], np.array([0]), np.array([n - 1]), row_bytes=0),
+                ResultRows(blocks[0], begin + own[:-1], own[:-1], row_bytes=0),
+            ]
         begin += n
-        together = part_tables(finished_from(part, [piece]), *schemas, INFO)
-        alone = part_tables(finish(part), *schemas, INFO)
-        assert together.metrics.equals(alone.metrics)
-        assert together.features.equals(alone.features)
+        finished.append(finished_from(part, pieces))
+    together = part_tables(finished, *schemas, INFO)
+    for part, tables in zip(finished, together, strict=True):
+        (alone,) = part_tables([part], *schemas, INFO)
+        assert tables.metrics.equals(alone.metrics)
+        assert tables.features.equals(alone.features)
+        assert tables.clipped == alone.clipped
+        assert len(tables.metrics) == len(part.part.samples)
+    assert sum(tables.clipped for tables in together) == (5 if values == "float16" else 0)
+    samples = [sample for part in parts for sample in part.part.samples if part is not parts[-1]]
+    expected = expected_metrics(samples)
+    rows = pa.concat_tables([tables.metrics for tables in together[:-1]]).to_pylist()
+    assert [row["sample_id"] for row in rows] == [row["sample_id"] for row in expected]
 
 
 def test_parts_of_an_earlier_attempt_are_the_same_as_new_ones(tmp_path):
