@@ -100,7 +100,7 @@ class TrieEngine:
         if compiles:
             self._compile(texts, plain)
         self._trunk.drop_idle()
-        if self._rows is not int:  # weights are trie, and elsewhere
+        if self._rows is not int:  # weights are packed, and elsewhere
             self._trunk.leave_files()
         if self._concurrent and faster(torch.float32) and works(torch.float32):
             prepare(self._trunk.layers, saes, encoders)

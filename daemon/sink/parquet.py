@@ -14,7 +14,7 @@ from daemon.sink.files import HashedFile
 
 BUFFER_BYTES = 64 << 10
 SMALL_ROWS = 64  # of a file, up to which compression and the Arrow schema cost more than the rows
-UNENCODED = {"compression": "NONE", "compression_level": None, "store_schema": False}
+PLAIN = {"compression": "NONE", "compression_level": None, "store_schema": False}
 
 
 class ParquetFile:
@@ -43,13 +43,13 @@ class ParquetFile:
         if self._gathered:  # the size of a file's only table is not asked for: it takes as long as its rows
             self._gathered_bytes += self._gathered[-1].nbytes
             if self._gathered_bytes >= self._group_bytes:
-                self._flush()
+                self._write_group(self._options)
         self.rows += len(table)
         self._gathered.append(table)
 
     def close(self) -> FileTotals:
         """Write what is gathered, and the footer; what the file then is."""
-        self._flush()
+        self._write_group(self._options | (PLAIN if self.rows <= SMALL_ROWS else {}))
         assert self._writer is not None
         assert self._sink is not None
         self._writer.close()
@@ -67,10 +67,10 @@ class ParquetFile:
                 self._sink.close()
         self._file.close()
 
-    def _flush(self) -> None:
+    def _write_group(self, options: dict[str, Any]) -> None:
+        """Write what is gathered; `options` are of a file that has no row group yet."""
         if self._writer is None:
             self._sink = pa.BufferedOutputStream(pa.PythonFile(self._file, mode="w"), BUFFER_BYTES)
-            options = self._options | (UNENCODED if self.rows <= SMALL_ROWS else {})
             self._writer = pq.ParquetWriter(self._sink, self._schema, **options)
         if self._gathered:
             group = self._group()

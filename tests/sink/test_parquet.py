@@ -105,3 +105,17 @@ def test_an_activation_takes_few_bytes_and_comes_back_as_it_was(values, most, tm
     file.append(table)
     assert file.close().bytes <= most * rows * l0
     assert pq.read_table(tmp_path / "f").equals(table)
+
+
+@pytest.mark.parametrize(("parts", "compression"), [(1, "UNCOMPRESSED"), (4, "UNCOMPRESSED"), (8, "ZSTD")])
+def test_a_file_is_small_by_all_its_rows_not_by_those_of_its_first_row_group(tmp_path, parts, compression):
+    path = tmp_path / "t.parquet"
+    options = {"compression": "zstd", "compression_level": 3}
+    file = ParquetFile(path, TABLE.schema, group_bytes=TABLE.nbytes * 6, options=options)
+    for _ in range(parts):
+        file.append(TABLE)
+    file.close()
+    metadata = pq.read_metadata(path)
+    groups = [metadata.row_group(i).column(0).compression for i in range(metadata.num_row_groups)]
+    assert set(groups) == {compression}
+    assert metadata.num_rows == 10 * parts
