@@ -29,3 +29,8 @@ def escape_lines(text: str) -> str:
 def escape_name(name: str) -> str:
     """A file name, such that no command takes it for an option either."""
     return f"./{escape_control(name)}" if name.startswith("-") else escape_control(name)
+
+
+def printable_name(name: str) -> str:
+    """A file name for JSON and logs: bytes that are not UTF-8 as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -82,6 +82,10 @@ class Sample:
     line: int | None  # 1-based line of the input; None where lines mean nothing
     byte_offset: int | None  # of the record's first byte in the uncompressed input; None as with lines
 
+    def reject(self, reason: str, message: str) -> Reject:
+        """This record as one that can't be used after all."""
+        return Reject(self.record_index, self.sample_id, self.line, self.byte_offset, reason, message)
+
 
 @dataclass(frozen=True, slots=True)
 class Reject:

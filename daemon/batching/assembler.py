@@ -24,7 +24,6 @@ from daemon.records import (
     ResultRows,
     StageSeconds,
     TokenizedPart,
-    TokenizedSample,
 )
 
 Key = tuple[str, int]  # unit, part number
@@ -115,7 +114,7 @@ class Assembler:
     def set_aside(self, entry: Entry, reason: str, message: str) -> list[FinishedPart]:
         """Turn one sample of a part into a reject; the part, if that finishes it."""
         opened = self._open[key_of(entry.part)]
-        opened.set_aside[entry.row] = reject_of(entry.sample, reason, message)
+        opened.set_aside[entry.row] = entry.sample.sample.reject(reason, message)
         opened.missing -= 1
         return [] if opened.missing else [self._open.pop(key_of(entry.part)).finish()]
 
@@ -154,17 +153,6 @@ def without_rows(
     inner = dataclasses.replace(part.part, samples=tuple(entry.sample for entry in samples))
     moved = tuple(dataclasses.replace(piece, part_rows=new_row[piece.part_rows]) for piece in pieces)
     return TokenizedPart(inner, samples), moved
-
-
-def reject_of(sample: TokenizedSample, reason: str, message: str) -> Reject:
-    return Reject(
-        record_index=sample.sample.record_index,
-        sample_id=sample.sample.sample_id,
-        line=sample.sample.line,
-        byte_offset=sample.sample.byte_offset,
-        reason=reason,
-        message=message,
-    )
 
 
 def key_of(part: TokenizedPart) -> Key:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from daemon.errors import SyncFailed
+from daemon.fs.guard import SyncGuard
 from daemon.model_info import ModelInfo
 from daemon.pause import Pause
 from daemon.recipes import Recipe
@@ -54,7 +54,8 @@ class FolderSink:
         self._info = info
         self._values: ValueType = values
         self._pause = Pause() if pause is None else pause
-        self._staging = Staging(info=info, settings=settings, clock=clock)
+        self._guard = SyncGuard(outbox.check_lost)
+        self._staging = Staging(self._guard, info=info, settings=settings, clock=clock)
         self._units: dict[str, Unit] = {}
         # A thread each, so that closing waits for what a cancelled stage left running.
         self._writer_thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
@@ -121,19 +122,9 @@ class FolderSink:
     async def _call(self, thread: ThreadPoolExecutor, function: Callable[[], R]) -> R:
         """Run on a thread, again and again while the machine refuses for a while."""
         loop = asyncio.get_running_loop()
-
-        def call() -> R:
-            self._staging.check_disk()
-            try:
-                return function()
-            except FileNotFoundError:
-                self._outbox.check_lost()
-                raise
-            except SyncFailed as error:
-                self._staging.sync_failed = error
-                raise
-
-        return await self._pause.outlast(lambda: loop.run_in_executor(thread, call), "write")
+        return await self._pause.outlast(
+            lambda: loop.run_in_executor(thread, self._guard.run, function), "write"
+        )
 
     def _arrive(self, arrival: Arrival) -> Unit:
         """Count in what arrived; the unit that it belongs to."""

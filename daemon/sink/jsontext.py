@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +48,3 @@ def to_json_lines(content: dict[str, Any]) -> bytes:
 def fields_of(value: DataclassInstance) -> dict[str, Any]:
     """The fields of a dataclass, their values not copied, as `dataclasses.asdict` would."""
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-
-
-def readable_name(name: str) -> str:
-    """A file name as valid Unicode: bytes that are not UTF-8 as `\\xNN`."""
-    return os.fsencode(name).decode(errors="backslashreplace")

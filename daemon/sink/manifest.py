@@ -14,10 +14,11 @@ from typing import Any
 
 from daemon.analysis.columns import ANALYSIS_VERSION
 from daemon.analysis.sae_fit import far_from_card
+from daemon.escaping import printable_name
 from daemon.model_info import Fit, ModelInfo, SaeInfo
 from daemon.recipes import Recipe
 from daemon.records import InputFile, StageSeconds, UnitTotals
-from daemon.sink.jsontext import fields_of, readable_name
+from daemon.sink.jsontext import fields_of
 
 DISTRIBUTIONS = ("lensd", "torch", "transformers", "transformer-lens", "sae-lens", "numpy", "pyarrow")
 
@@ -41,7 +42,7 @@ def manifest(
         "unit": file.unit,
         "created": created.isoformat(timespec="seconds"),
         "input": {
-            "name": readable_name(file.claim.name),
+            "name": printable_name(file.claim.name),
             "sha256": file.sha256,
             "bytes": file.size,
         },

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from daemon.errors import SyncFailed
+from daemon.fs.guard import SyncGuard
 from daemon.model_info import ModelInfo
 from daemon.records import FileFailed, InputFile, Outcome, UnitTotals
 from daemon.sink.manifest import manifest
@@ -83,12 +83,14 @@ class Unit:
 class Staging:
     """Makes the folders of complete units."""
 
-    def __init__(self, *, info: ModelInfo, settings: dict[str, Any], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, guard: SyncGuard, *, info: ModelInfo, settings: dict[str, Any], clock: Callable[[], float]
+    ) -> None:
         """`settings` goes into manifests."""
         self.info = info
         self.settings = settings
         self.clock = clock
-        self.sync_failed: SyncFailed | None = None  # after which nothing is synced any more
+        self._guard = guard
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="stage")
         self._syncs = ThreadPoolExecutor(SYNCS, thread_name_prefix="sync")
 
@@ -96,11 +98,6 @@ class Staging:
         """End the threads."""
         self._writers.shutdown()
         self._syncs.shutdown()
-
-    def check_disk(self) -> None:
-        """Raises SyncFailed where the disk refused a sync before, in whatever task or thread."""
-        if self.sync_failed is not None:
-            raise self.sync_failed
 
     def write(self, units: Sequence[Unit]) -> None:
         """Every unit's results in its folder, whole, not yet flushed; no folder where that fails."""
@@ -125,12 +122,7 @@ class Staging:
             raise
 
     def _seal(self, staged: Staged) -> None:
-        self.check_disk()
-        try:
-            seal(staged)
-        except SyncFailed as error:
-            self.sync_failed = error
-            raise
+        self._guard.run(lambda: seal(staged))
 
     def _write(self, unit: Unit) -> None:
         unit.totals = unit.writer.write()

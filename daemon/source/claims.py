@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from daemon.errors import FileError, MachineError
+from daemon.escaping import printable_name
 from daemon.fs import durable
 from daemon.fs.lease import Lease
 from daemon.pause import FoldersLost
 from daemon.records import Claim
 from daemon.source.failed import set_aside
-from daemon.source.names import MAX_NUMBER, no_free_name, numbered, numbered_stem, printable
+from daemon.source.names import MAX_NUMBER, no_free_name, numbered, numbered_stem
 
 DONE = "done"
 FAILED = "failed"
@@ -118,7 +119,7 @@ class Claims:
     def fail(self, claim: Claim, error: FileError, sha256: str | None) -> None:
         """Move an unusable file to `failed/`, its reason beside it. Replaces no file. Safe to repeat."""
         content = {
-            "name": printable(claim.name),
+            "name": printable_name(claim.name),
             "reason": error.reason,
             "message": str(error),
             "attempt": claim.attempt,

@@ -6,9 +6,10 @@ import json
 import os
 from pathlib import Path
 
+from daemon.escaping import printable_name
 from daemon.fs import durable
 from daemon.records import Claim
-from daemon.source.names import MAX_NUMBER, NAME_BYTES, no_free_name, numbered, printable
+from daemon.source.names import MAX_NUMBER, NAME_BYTES, no_free_name, numbered
 
 REASON_SUFFIX = ".reason.json"
 
@@ -57,4 +58,6 @@ def is_orphaned(reason: Path, name: str) -> bool:
         content = json.loads(reason.read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and content.get("name") == printable(name) and "failed_at" in content
+    return (
+        isinstance(content, dict) and content.get("name") == printable_name(name) and "failed_at" in content
+    )

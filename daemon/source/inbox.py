@@ -17,15 +17,16 @@ from typing import Literal, ParamSpec, TypeVar
 
 import structlog
 
-from daemon.errors import FileError, SyncFailed
+from daemon.errors import FileError
+from daemon.escaping import printable_name
 from daemon.fs import durable
+from daemon.fs.guard import SyncGuard
 from daemon.fs.lease import dead_leases
 from daemon.pause import Pause
 from daemon.records import Claim, InboxLoad, Presence
 from daemon.source.claims import CLAIMED, DRAFTS, Claims
 from daemon.source.filestatus import identity_of, stamp_of
 from daemon.source.inputs import InputNames, is_input
-from daemon.source.names import printable
 from daemon.source.recheck import claimed_files, presences
 from daemon.source.scan import Candidate, Scanner
 from daemon.source.watch import watching
@@ -70,24 +71,13 @@ class Inbox:
         self.left = 0  # inputs that lay there when claims came to their end
         self._unclaimable: set[str] = set()  # names reported
         self._claims = Claims(path, on_success=on_success)
-        self._sync_failed: SyncFailed | None = None  # after which nothing is synced any more
+        self._guard = SyncGuard(self._claims.check_lost)
         # One thread for all of it: releasing everything waits for a claim that a cancelled task left running.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inbox")
 
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        def call() -> R:
-            if self._sync_failed is not None:  # met by a task that runs beside this one
-                raise self._sync_failed
-            try:
-                return function(*args, **kwargs)
-            except FileNotFoundError:
-                self._claims.check_lost()
-                raise
-            except SyncFailed as error:
-                self._sync_failed = error
-                raise
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._guard.run, call)
 
     async def open(self) -> None:
         """Make the folders, take the lease, take over what dead processes held. Safe to repeat."""
@@ -317,7 +307,7 @@ class Inbox:
     def _leave(self, name: str, reason: str | None) -> None:
         """Say once why a file is not claimed."""
         if name not in self._unclaimable:
-            log.warning("inbox.unclaimable", file=printable(name), reason=reason)
+            log.warning("inbox.unclaimable", file=printable_name(name), reason=reason)
         self._unclaimable.add(name)
 
     async def recheck(self, claims: Sequence[Claim]) -> list[Presence]:
@@ -342,7 +332,7 @@ class Inbox:
     async def release_all(self, *, flush: bool = True) -> None:
         """Put back everything that is claimed and not settled."""
         if not flush:
-            self._sync_failed = None
+            self._guard.allow_unsynced()
         await self._call(self._release_all, flush)
         self._waiting.clear()
         self._wake.set()

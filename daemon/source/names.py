@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from daemon.errors import MachineError
+from daemon.escaping import printable_name
 
 NAME_BYTES = 255  # of a file name, on every Linux file system
 ENDING = re.compile(r"(\.\w{1,8}){1,2}\Z", re.ASCII)  # of a name: what says the format, as in .jsonl.gz
@@ -42,10 +43,5 @@ def cut(name: str, max_bytes: int) -> str:
     return os.fsdecode(raw[:max_bytes])
 
 
-def printable(name: str) -> str:
-    """A file name for JSON and logs: bytes that are not UTF-8 as escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def no_free_name(name: str, folder: Path) -> MachineError:
-    return MachineError(f"{folder}: no free name for {printable(name)}: clear the folder")
+    return MachineError(f"{folder}: no free name for {printable_name(name)}: clear the folder")

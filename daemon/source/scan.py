@@ -11,11 +11,11 @@ from pathlib import Path
 
 import structlog
 
+from daemon.escaping import printable_name
 from daemon.records import InboxLoad
 from daemon.source.filestatus import Stamp, kind_of, stamp
 from daemon.source.formats import EXPECTED
 from daemon.source.inputs import InputNames, Owner, is_unfinished
-from daemon.source.names import printable
 
 NEVER: tuple[Stamp, float] = ((-1, -1, -1, -1), float("inf"))  # the stamp of what was not seen before
 TOLD_AT_ONCE = 20  # names in one look, after which the rest is told by number
@@ -97,11 +97,11 @@ class Scanner:
     def _report(self, entries: Entries, now: float) -> None:
         """Say once of each thing that lies there why it is not taken."""
         for name in entries.odd.keys() - self._reported:
-            log.warning("inbox.ignored", file=printable(name), kind=entries.odd[name])
+            log.warning("inbox.ignored", file=printable_name(name), kind=entries.odd[name])
         if folders := [name for name in entries.folders if name not in self._reported]:
             log.warning(
                 "inbox.subfolders_ignored",
-                folders=[printable(name) for name in folders[:TOLD_AT_ONCE]],
+                folders=[printable_name(name) for name in folders[:TOLD_AT_ONCE]],
                 count=len(folders),
                 reason="files in sub-folders are not read: move them up",
             )
@@ -123,7 +123,7 @@ class Scanner:
             self._left[name] = known
         for name in due[:TOLD_AT_ONCE]:
             reason = reason_of(entries.left.get(name))
-            log.warning("inbox.left", file=printable(name), reason=reason)
+            log.warning("inbox.left", file=printable_name(name), reason=reason)
         if len(due) > TOLD_AT_ONCE:
             log.warning("inbox.left", more_files=len(due) - TOLD_AT_ONCE, reason="as those named before")
 

@@ -102,8 +102,7 @@ class Tokenizer:
             token_ids = tuple(ids for ids in found if ids is not None)
             if len(token_ids) < len(found):
                 name = part.recipe.text_names[found.index(None)]
-                reject: Reject | None = rejected(
-                    sample,
+                reject: Reject | None = sample.reject(
                     "unknown_token",
                     f"text {name!r} has characters that the model's tokenizer has no token for:"
                     " leave them out",
@@ -127,24 +126,21 @@ class Tokenizer:
     ) -> Reject | None:
         for name, ids in zip(names, token_ids, strict=True):
             if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
-                return rejected(
-                    sample,
+                return sample.reject(
                     "unknown_token",
                     f"text {name!r} has a token of id {max(ids)}, but the model has {self._vocabulary}"
                     " embeddings: leave it out, or use the tokenizer that belongs to the model",
                 )
             if len(ids) == len(self._prefix):
-                return rejected(sample, "empty_text", f"text {name!r} has no tokens: give it some content")
+                return sample.reject("empty_text", f"text {name!r} has no tokens: give it some content")
             if self._context is not None and len(ids) > self._context:
-                return rejected(
-                    sample,
+                return sample.reject(
                     "text_too_long",
                     f"text {name!r} has {len(ids)} tokens,"
                     f" more than the {self._context} that the model reads: shorten it",
                 )
             if len(ids) > self._max_text_tokens:
-                return rejected(
-                    sample,
+                return sample.reject(
                     "text_too_long",
                     f"text {name!r} has {len(ids)} tokens, more than batching.max_text_tokens ="
                     f" {self._max_text_tokens}: shorten it or raise the limit",
@@ -155,14 +151,3 @@ class Tokenizer:
 def size_of(backend: Any) -> int:
     """One more than the highest token id, added tokens included: ids may leave gaps."""
     return 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-
-
-def rejected(sample: Sample, reason: str, message: str) -> Reject:
-    return Reject(
-        record_index=sample.record_index,
-        sample_id=sample.sample_id,
-        line=sample.line,
-        byte_offset=sample.byte_offset,
-        reason=reason,
-        message=message,
-    )

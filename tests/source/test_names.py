@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.source.names import NAME_BYTES, numbered, numbered_stem, printable
+from daemon.escaping import printable_name
+from daemon.source.names import NAME_BYTES, numbered, numbered_stem
 
 
 @given(name=st.binary(min_size=1, max_size=255), number=st.integers(0, 9999), room=st.integers(20, 255))
@@ -37,4 +38,4 @@ def test_a_cut_leaves_no_half_character():
 
 
 def test_bytes_that_are_no_text_are_shown_as_escapes():
-    assert printable(os.fsdecode(b"caf\xe9.json")) == "caf\\xe9.json"
+    assert printable_name(os.fsdecode(b"caf\xe9.json")) == "caf\\xe9.json"
