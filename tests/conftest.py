@@ -1,4 +1,4 @@
-"""What holds for the whole run of the tests, and the fixtures that several folders share."""
+"""Rules for the whole run of the tests, and the fixtures that several folders share."""
 
 from __future__ import annotations
 

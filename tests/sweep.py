@@ -184,7 +184,7 @@ def sweep(family: str, cases: Sequence[Case], folder: Path) -> Iterator[Row]:
 
 
 def compare(family: str, model: Path, cases: Sequence[Case], saes: Sequence[Path]) -> Iterator[Row]:
-    """What the daemon makes of some dictionaries, against plain modules and SAELens."""
+    """Compare the daemon's values of some dictionaries with plain modules and SAELens."""
     try:
         config = configuration(model, saes)
         engine, _ = load_engine(config)

@@ -45,7 +45,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def refusal(place: Path) -> str:
-    """What the start and `check-config` say, which is one line, and the same; nothing is left behind."""
+    """The one line that both the start and `check-config` say; neither leaves anything behind."""
     before = everything(place)
     said = []
     for make in (True, False):
@@ -133,7 +133,7 @@ def test_a_file_in_the_place_of_inbox_or_outbox_is_refused(place, name):
 
 
 def mounted(place: Path, source: Path, target: Path) -> str:
-    """What is said of the folders where `source` is bind-mounted at `target`, for that process alone."""
+    """The verdict on the folders where `source` is bind-mounted at `target`, for that process alone."""
     args = str(place / "inbox"), str(place / "outbox"), "0"
     script = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
     done = subprocess.run(
@@ -184,7 +184,7 @@ def give(folder: Path, user: int) -> None:
 
 
 def as_user(place: Path) -> str:
-    """What an ordinary user is told of the folders."""
+    """The verdict on the folders, as an ordinary user is told it."""
     done = subprocess.run(
         [sys.executable, "-c", CHECK, place / "inbox", place / "outbox", str(USER)],
         capture_output=True,

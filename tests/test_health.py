@@ -1,4 +1,4 @@
-"""What a supervisor sees of a real daemon that loads, drains, stalls, or may not write."""
+"""A supervisor sees whether a real daemon loads, drains, stalls, or may not write."""
 
 from __future__ import annotations
 

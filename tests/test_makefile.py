@@ -1,4 +1,4 @@
-"""What `make` does before it installs anything; no test here reaches for a package index."""
+"""`make` explains, plans and refuses without installing anything; no test reaches for a package index."""
 
 from __future__ import annotations
 

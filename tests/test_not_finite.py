@@ -73,7 +73,7 @@ def toml_of(folder: Path, model: Path, hooks: tuple[str, ...] = HOOKS) -> Path:
 
 
 def drain(toml: Path, folder: Path, files: dict[str, list[dict[str, Any]]], **flags: object) -> list[Outcome]:
-    """What becomes of files of records, in the order of their names."""
+    """Drain files of records; their outcomes, in the order of their names."""
     (folder / "inbox").mkdir(parents=True)
     for name, records in files.items():
         (folder / "inbox" / name).write_text("\n".join(map(json.dumps, records)))

@@ -1,4 +1,4 @@
-"""What the README tells people to type works as written."""
+"""The README's commands and queries work as written."""
 
 from __future__ import annotations
 

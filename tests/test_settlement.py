@@ -67,7 +67,7 @@ class Work:
 
     @property
     def stored(self) -> list[Path]:
-        """Whatever lies half-made or kept for another attempt."""
+        """Folders that are half-made or kept for another attempt."""
         return [path for path in self.outbox.path.glob(".staging/*/*") if path.is_dir()]
 
 

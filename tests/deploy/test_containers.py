@@ -124,7 +124,7 @@ def test_prometheus_in_compose_reads_what_is_mounted_and_scrapes_the_service():
     configuration = yaml.safe_load((FOLDER / mounts[str(inside)]).read_text())
 
     def mounted(pattern: str) -> list[Path]:
-        """What a pattern of the configuration matches, on this side of the mounts."""
+        """The files that a pattern of the configuration matches, on this side of the mounts."""
         path = inside.parent / pattern
         return sorted((FOLDER / mounts[str(path.parent)]).glob(path.name))
 

@@ -1,4 +1,4 @@
-"""What deploy/SECURITY.md promises and no other test shows."""
+"""lensd keeps the promises of deploy/SECURITY.md that no other test shows."""
 
 from __future__ import annotations
 

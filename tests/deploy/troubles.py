@@ -1,4 +1,4 @@
-"""What goes wrong inside a daemon under test: a context manager that `Job.hook` names."""
+"""Troubles inside a daemon under test: context managers that `Job.hook` names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What outlives its batch lies apart, and only that."""
+"""Results that outlive their batch are copied off the heap, and only those."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.handmade import make_block, make_sample
 
 
 def room_of(array: np.ndarray) -> object:
-    """What owns the memory of an array."""
+    """The owner of an array's memory."""
     while isinstance(array, np.ndarray) and array.base is not None:
         array = array.base
     return array.obj if isinstance(array, memoryview) else array

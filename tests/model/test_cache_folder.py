@@ -73,7 +73,7 @@ def test_a_file_in_the_place_of_the_cache_is_refused(tmp_path):
 
 
 def as_user(user: int, **env: str) -> str:
-    """What a process of that user finds."""
+    """A process of that user prints the folder that it finds, or its error."""
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(user), root],

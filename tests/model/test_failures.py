@@ -1,4 +1,4 @@
-"""Whatever a library throws becomes one line with the cause, the remedy and whose it is."""
+"""An error of a library becomes one line with the cause, the remedy and whose it is."""
 
 from __future__ import annotations
 

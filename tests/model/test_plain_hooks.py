@@ -35,7 +35,7 @@ def read(model, *names: str) -> list[torch.Tensor]:
 
 
 def by_hand(model, *places: tuple[torch.nn.Module, str]) -> list[torch.Tensor]:
-    """What goes into modules ("in") or comes out of them ("out"), for the text."""
+    """The text's inputs ("in") or outputs ("out") of modules."""
     got: dict[int, torch.Tensor] = {}
 
     def keep(number, tensor):

@@ -1,4 +1,4 @@
-"""What is made of the tokens that SAEs read, against plain Hugging Face and SAELens, one text at a time."""
+"""Features at the token positions read equal those of plain Hugging Face and SAELens, text by text."""
 
 from __future__ import annotations
 

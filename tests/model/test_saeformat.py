@@ -33,7 +33,7 @@ def folder(tmp_path) -> Path:
 
 
 def unknown_settings(folder: Path) -> tuple[LoadedSae, list[str]]:
-    """What is loaded, and the keys that were warned of."""
+    """The loaded dictionary, and the keys that were warned of."""
     with capture_logs() as logs:
         loaded = load(folder)
     told = [entry["keys"] for entry in logs if entry["event"] == "sae.unknown_settings"]

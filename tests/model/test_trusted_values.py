@@ -1,4 +1,4 @@
-"""What the daemon's engine reads is what the plain model has there, or is refused in one line."""
+"""The daemon's engine reads the plain model's values, or refuses the model in one line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refusal(folder: Path, model: Path, *saes: Path, dtype: str = "float32") -> s
 
 
 def plain_value(model: Path, text: list[int], find, side: str) -> torch.Tensor:
-    """What a module of the plain model is given or gives, at the text's last token."""
+    """The input or output of a module of the plain model, at the text's last token."""
     hf = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
     got: list[torch.Tensor] = []
     if side == "in":

@@ -117,7 +117,7 @@ class Page:
         await self.until("document.readyState == 'complete' && document.querySelector('main') != null")
 
     async def value(self, expression: str) -> Any:
-        """What a JavaScript expression gives, as JSON."""
+        """The value of a JavaScript expression, as JSON."""
         reply = await self.tell(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )

@@ -1,4 +1,4 @@
-"""What runs inside a daemon whose talk with the service manager is listened to; named by `Job.hook`."""
+"""Hooks inside a daemon whose messages to the service manager a test reads; named by `Job.hook`."""
 
 from __future__ import annotations
 

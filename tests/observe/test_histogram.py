@@ -14,7 +14,7 @@ VALUES = [0, 0.5, 1, 1, 2.5, 3, 10.5, 11, 1e9]
 
 
 def samples(registry: CollectorRegistry) -> set[tuple[str, tuple[tuple[str, str], ...], float]]:
-    """What a scrape sees, but for when a series began."""
+    """The samples of a scrape, without the times when a series began."""
     return {
         (sample.name, tuple(sorted(sample.labels.items())), sample.value)
         for family in text_string_to_metric_families(generate_latest(registry).decode())

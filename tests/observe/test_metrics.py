@@ -271,7 +271,7 @@ def test_every_metric_of_the_design_exists_with_its_type_and_label(metrics):
 
 
 def test_every_series_in_the_registry_is_described_and_within_its_bounds(metrics):
-    """What bounds the number of series is true of those that exist."""
+    """Every existing series keeps to the labels that bound the number of series."""
     metrics.observe_retry("read")
     described = {d.name: d for d in metrics.descriptions}
     for family in metrics.registry.collect():

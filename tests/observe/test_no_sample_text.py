@@ -1,4 +1,4 @@
-"""What people and machines are shown of a run, and what they are not: the text of samples."""
+"""People and machines are shown the course of a run, never the text of samples."""
 
 from __future__ import annotations
 

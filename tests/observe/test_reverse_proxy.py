@@ -158,7 +158,7 @@ async def test_it_is_readable_without_a_script(proxy, page):
 
 
 async def test_a_daemon_that_is_gone_is_said_not_to_answer(daemon, proxy, page):
-    """What the proxy says in its place is not taken for the page."""
+    """The page does not take the proxy's answer for the daemon's."""
     await page.goto(f"{proxy}/lensd/")
     daemon.board.status = lambda _: 1 / 0
     await page.until("document.body.innerText.includes('lensd does not answer')")

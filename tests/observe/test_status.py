@@ -1,4 +1,4 @@
-"""What the status board says, by a clock of its own; what the page makes of it."""
+"""The status board reports a run, by a clock of its own; the page shows the report."""
 
 from __future__ import annotations
 

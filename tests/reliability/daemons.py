@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one daemon is told.
+    """The settings and hook of one daemon.
 
     `flags` are dotted settings as on the command line, `environment` is added to the process's. `hook`,
     `module:function`, is called in the new process with `hook_args` and must return a context manager, within

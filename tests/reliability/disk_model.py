@@ -157,14 +157,14 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What lies under one name after the failure."""
+    """The file, link or folder under one name after the failure."""
 
     kind: Kind
     content: bytes = b""  # of a file; the text of a symlink
 
 
 class Recording:
-    """What a `Recorder` wrote down. Its operations count from 1."""
+    """The operations that a `Recorder` wrote down, counted from 1."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -184,7 +184,7 @@ class Recording:
         return disk
 
     def after_power_loss(self, k: int, loss: Loss) -> dict[str, Found]:
-        """What is left, by path relative to the root, where power fails after operation k; folders first."""
+        """The paths left, relative to the root, where power fails after operation k; folders first."""
         disk = self.disk(k)
         left = disk.flushed_paths() if loss == "unsynced" else disk.paths()
         seen = dict(zip(disk.nodes, self._seen, strict=False))
@@ -210,7 +210,7 @@ class Recording:
 
 
 class Disk:
-    """What a process sees and what was flushed, operation by operation."""
+    """The content that a process sees and the content that was flushed, operation by operation."""
 
     def __init__(self) -> None:
         self.root = Node("folder")
@@ -326,7 +326,7 @@ class Disk:
                 self._keep(node)  # its removal; one that was moved away waits for the folder it went into
 
     def _keep(self, node: Node) -> None:
-        """What the process sees of a node's place is now flushed, and whatever must have come before."""
+        """Flush a node's place as the process sees it, and all that must have come before."""
         if node.kept and node.kept[-1] is not None:
             folder, name = node.kept[-1]
             if folder.flushed.get(name) is node:

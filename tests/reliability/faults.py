@@ -126,7 +126,7 @@ def record(recording: str, root: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What one run left in its trace."""
+    """The trace of one run."""
 
     operations: tuple[dict[str, Any], ...]
     computed: frozenset[tuple[str, int]]  # unit and record_index of the samples computed
@@ -224,7 +224,7 @@ class Trial:
         return [line[-1500:] for line in lines if "Traceback" in line][:1]
 
     def published(self) -> list[str]:
-        """What is wrong with the folders published so far, whether or not all is drained."""
+        """The violations of the folders published so far, whether or not all is drained."""
         return ledger.published(self.outbox, self.dropped)[1]
 
     def checkpointed(self) -> set[tuple[str, int]]:

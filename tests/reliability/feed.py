@@ -37,7 +37,7 @@ KINDS: dict[Kind, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a file holds; `records` None where it must fail."""
+    """The content of a file; `records` is None where it must fail."""
 
     suffix: str
     raw: bytes

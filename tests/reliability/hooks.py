@@ -1,4 +1,4 @@
-"""What runs inside a daemon under test: each is a context manager that `Job.hook` names."""
+"""Hooks inside a daemon under test: each is a context manager that `Job.hook` names."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What one published folder says about itself."""
+    """The facts that one published folder states about itself."""
 
     folder: str
     unit: str
@@ -60,7 +60,7 @@ def drop(inbox: Path, name: str, content: bytes, records: int | None) -> Dropped
 def violations(
     inbox: Path, outbox: Path, dropped: dict[str, Dropped], *, may_exhaust: bool = False
 ) -> list[str]:
-    """What is wrong once `dropped` (by name) was drained, in words; empty where all is sound.
+    """The violations once `dropped` (by name) was drained, in words; empty where all is sound.
 
     Sources are expected in `done/` and `failed/` (`on_success = "move"`). With `may_exhaust` a good file may
     also have failed because its attempts were used up; one that vanished always may.
@@ -100,7 +100,7 @@ def published(outbox: Path, dropped: dict[str, Dropped]) -> tuple[list[Published
 
 
 def wrong_folder(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """What is wrong within one published folder; raises where it can't be read."""
+    """The violations within one published folder; raises where it can't be read."""
     name = folder.name
     if not name.endswith(f"-{manifest['unit']}"):
         yield f"{name}: holds unit {manifest['unit']}"
@@ -125,7 +125,7 @@ def wrong_folder(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def wrong_file(path: Path, listed: dict[str, Any]) -> Iterator[str]:
-    """What of one file is not as its manifest lists it."""
+    """The properties of one file that differ from its manifest."""
     content = path.read_bytes()
     is_table = path.suffix == ".parquet"
     rows = pq.ParquetFile(path).metadata.num_rows if is_table else content.count(b"\n")
@@ -154,7 +154,7 @@ def wrong_index(outbox: Path, results: list[Published]) -> Iterator[str]:
 
 
 def failed_files(folder: Path) -> tuple[list[Failure], list[str]]:
-    """What `failed/` holds, and what is wrong there: a file without its reason, or the reverse."""
+    """The failures in `failed/`, and the violations there: a file without its reason, or the reverse."""
     failures: list[Failure] = []
     found: list[str] = []
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -224,7 +224,7 @@ def miscounted(
 
 
 def leftovers(inbox: Path, outbox: Path) -> Iterator[str]:
-    """What a drain should have taken up or taken away."""
+    """The files that a drain should have taken up or taken away."""
     for path in sorted(inbox.iterdir()):
         if is_input(path.name) and path.is_file() and not path.is_symlink():
             yield f"inbox/{path.name}: not taken up"

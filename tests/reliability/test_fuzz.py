@@ -211,7 +211,7 @@ def array_of(rng: Random, raw: list[bytes]) -> bytes:
 
 
 def value_of(record: bytes) -> object:
-    """What a record says, where it is valid JSON that can be written again; None for any other."""
+    """The value of a record, where it is valid JSON that can be written again; None for any other."""
     try:
         value = json.loads(record)
         json.dumps(value, ensure_ascii=False).encode()

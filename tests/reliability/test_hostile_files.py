@@ -1,4 +1,4 @@
-"""What people and other programs put into an inbox, and do to it, while a real daemon works there."""
+"""People and other programs put files into an inbox, and change it, while a real daemon works there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process that dies, by chance or because of one file, may not do to the others."""
+"""A process that dies, by chance or because of one file, does no harm to the other files."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def power_failures(recording: Recording, stride: int) -> list[Failure]:
 
 
 def survive(workers: Workers, trial: Trial, failures: list[Failure], folder: Path) -> list[str]:
-    """What is wrong before, or after, a daemon runs on what each power failure left."""
+    """The violations before, or after, a daemon runs on the files that each power failure left."""
 
     def run(daemons: Daemons, numbered: tuple[int, Failure]) -> list[str]:
         number, failure = numbered

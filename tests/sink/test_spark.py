@@ -48,7 +48,7 @@ EXPRESSIONS = {
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """What Spark reads: outputs of each size, one of no row, one of float16, and the ends of every type."""
+    """Spark's answers about outputs of each size, of no row, of float16, and the ends of every type."""
     outbox = tmp_path_factory.mktemp("outbox")
     for size in SIZES:
         write(outbox / f"of-{size}", size)

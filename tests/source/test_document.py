@@ -28,7 +28,7 @@ WORD = re.compile(r'[^,\[\]{}" \t\r\n]+')
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What came of a document: its records, and the error that ended it."""
+    """The records of a document, and the error that ended it."""
 
     records: tuple[RawRecord, ...]
     reason: str | None

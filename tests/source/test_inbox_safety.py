@@ -1,4 +1,4 @@
-"""What must hold when things go wrong: nothing replaced, nothing lost, nothing followed."""
+"""When things go wrong the inbox replaces no file, loses none and follows no link."""
 
 from __future__ import annotations
 

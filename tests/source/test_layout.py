@@ -1,4 +1,4 @@
-"""What people drop is read as what it is, whatever its name says; what can't be is one line with a remedy."""
+"""Dropped files are read by their content, whatever their name says; others are refused with a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a record's values become: numbers are carried as they were written."""
+"""Parsing carries a record's numbers as they were written."""
 
 from __future__ import annotations
 

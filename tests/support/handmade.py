@@ -90,7 +90,7 @@ class Activation:
 
 
 def columns_of(sample: Sample, recipe: Recipe) -> dict[str, object]:
-    """What the analysis would say of a sample; every fifth float is undefined."""
+    """Random values of every analysis column of a sample; every fifth float is undefined."""
     rng = random.Random(sample.record_index)
     values: dict[str, object] = {}
     for column in analysis_columns(INFO.layers, recipe):

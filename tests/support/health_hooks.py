@@ -1,4 +1,4 @@
-"""What runs inside a daemon that is made to stall or to lose a thread; named by `Job.hook`."""
+"""Hooks inside a daemon that is made to stall or to lose a thread; named by `Job.hook`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs inside a daemon whose settings change; named by `Job.hook`."""
+"""Hooks inside a daemon whose settings change; named by `Job.hook`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def reloading(file: str, reached: str = "", go: str = "") -> Iterator[None]:
 
 
 def given(config: Config) -> dict[str, Any]:
-    """What the job set, as flags."""
+    """The settings of the job, as flags."""
     keys = ("model.name", "inbox.path", "outbox.path", "inbox.settle_seconds", "http.enabled", "http.address")
     flags = {
         key: getattr(getattr(config, section), field) for key in keys for section, field in [key.split(".")]

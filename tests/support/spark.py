@@ -50,7 +50,7 @@ needs_spark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 def ask(*expressions: str, cwd: Path) -> list[dict[str, Any]]:
-    """What each expression over `spark` gives: `columns` with their types and `rows`, or an `error`."""
+    """The answer to each expression over `spark`: `columns` with their types and `rows`, or an `error`."""
     environment = {name: value for name, value in os.environ.items() if name != "JAVA_TOOL_OPTIONS"}
     ran = subprocess.run(
         [sys.executable, "-c", SESSION],
