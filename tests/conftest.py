@@ -9,16 +9,45 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 
-from tests.support import tiny
+from tests.support import processes
+
+if TYPE_CHECKING:
+    from tests.reliability.daemons import Daemons
+
+# torch is imported within fixtures: with `-n` the process that only hands out tests loads this file too.
 
 
 def pytest_unconfigure() -> None:
     """Give back what a service in this process froze: else nanobind lists it as leaked, after the summary."""
     gc.unfreeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that has a daemon as slow."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "daemons" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Refuse a fast test, and the fixtures that it is the first to need, the processes of slow ones."""
+    with processes.refused(item.get_closest_marker("slow") is None):
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
+    """One fork server for all tests of a session, since starting one costs seconds."""
+    from tests.reliability.daemons import Daemons
+
+    with Daemons(tmp_path_factory.mktemp("daemons")) as daemons:
+        yield daemons
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +64,8 @@ def log_setup() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tiny_toml(tmp_path_factory) -> Path:
     """A configuration of a tiny model and three dictionaries."""
+    from tests.support import tiny
+
     folder = tmp_path_factory.mktemp("tiny")
     path = folder / "lensd.toml"
     path.write_text(tiny.make_tiny(folder).toml())
@@ -60,6 +91,8 @@ def elsewhere(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     """A tiny Llama, which is not to be changed."""
+    from tests.support import tiny
+
     return tiny.save_llama(tmp_path_factory.mktemp("llama") / "model")
 
 

@@ -116,6 +116,7 @@ def test_help_and_config_errors_come_before_heavy_imports(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_once_exits_0_when_all_is_committed(tiny_toml, tmp_path):
     (tmp_path / "inbox").mkdir()
     tiny.write_json(tmp_path / "inbox" / "a.json", tiny.contrast_records(4))
@@ -124,6 +125,7 @@ def test_once_exits_0_when_all_is_committed(tiny_toml, tmp_path):
     assert len(list(tmp_path.glob("outbox/a-*/metrics.parquet"))) == 1
 
 
+@pytest.mark.slow
 def test_once_exits_1_when_a_file_failed(tiny_toml, tmp_path):
     (tmp_path / "inbox").mkdir()
     (tmp_path / "inbox" / "bad.json").write_text("[{")
@@ -132,6 +134,7 @@ def test_once_exits_1_when_a_file_failed(tiny_toml, tmp_path):
     assert (tmp_path / "inbox" / "failed" / "bad.json.reason.json").is_file()
 
 
+@pytest.mark.slow
 def test_bad_usage_and_bad_settings_exit_2(tmp_path):
     assert lensd("run", "--no-such-flag").returncode == 2
     result = lensd("run", "--once", "--max-batch-tokens", "many", cwd=tmp_path)
@@ -155,6 +158,7 @@ EMPTY_PATHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", EMPTY_PATHS.values(), ids=EMPTY_PATHS)
 @pytest.mark.parametrize("command", [("run", "--once"), ("check-config",)], ids=["run", "check-config"])
 def test_an_empty_path_is_refused_and_the_working_folder_left_alone(tmp_path, command, given):
@@ -174,6 +178,7 @@ def test_an_empty_path_is_refused_and_the_working_folder_left_alone(tmp_path, co
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == mine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["verify", "bench"])
 def test_a_file_that_is_not_there_is_told_before_a_model_is_loaded(command, tmp_path):
     for name in ("missing.json", "."):
@@ -182,6 +187,7 @@ def test_a_file_that_is_not_there_is_told_before_a_model_is_loaded(command, tmp_
         assert result.stderr == f"lensd: {tmp_path / name}: no such file\n"
 
 
+@pytest.mark.slow
 def test_check_config_names_what_it_loaded(tiny_toml, tmp_path):
     result = lensd("check-config", "--config", tiny_toml, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -189,6 +195,7 @@ def test_check_config_names_what_it_loaded(tiny_toml, tmp_path):
     assert "ok: blocks.1.hook_resid_post: sae-1 (jumprelu, d_sae 96)" in result.stdout
 
 
+@pytest.mark.slow
 def test_verify_agrees_with_one_at_a_time_in_float64(tiny_toml, tmp_path):
     path = tiny.write_json(tmp_path / "v.json", tiny.contrast_records(9))
     result = lensd(
@@ -203,6 +210,7 @@ def test_verify_agrees_with_one_at_a_time_in_float64(tiny_toml, tmp_path):
         assert max(column["absolute"] for column in run["columns"]) <= 1e-6
 
 
+@pytest.mark.slow
 def test_the_daemon_takes_files_as_they_come_and_drains_on_sigterm(daemon):
     daemon.event("model.loaded")
     wait_until(lambda: daemon.get("/readyz")[0] == 200, "ready")
@@ -222,6 +230,7 @@ def test_the_daemon_takes_files_as_they_come_and_drains_on_sigterm(daemon):
     assert sorted(path.name for path in (daemon.inbox / "done").iterdir()) == ["0.json", "1.json", "2.json"]
 
 
+@pytest.mark.slow
 def test_a_second_signal_forces_and_gives_the_file_back(daemon):
     daemon.event("model.loaded")
     wait_until(lambda: daemon.get("/readyz")[0] == 200, "ready")
@@ -238,6 +247,7 @@ def test_a_second_signal_forces_and_gives_the_file_back(daemon):
     assert "forced to stop" in daemon.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_one_line(daemon, tiny_toml, tmp_path):
     url = str(daemon.event("http.listening")["url"])
     address = url.removeprefix("http://").rstrip("/")
@@ -246,6 +256,7 @@ def test_a_taken_port_is_one_line(daemon, tiny_toml, tmp_path):
     assert address in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_command_reads_its_settings_again_at_sighup_all_of_them_or_none(tiny_toml, tmp_path):
     settings = tmp_path / "lensd.toml"
     good = tiny_toml.read_text()

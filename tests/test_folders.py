@@ -148,6 +148,7 @@ def mounted(place: Path, source: Path, target: Path) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUBFOLDERS)
 def test_a_bind_mount_of_the_same_disk_is_refused(place, name):
     (place / "other").mkdir()
@@ -156,6 +157,7 @@ def test_a_bind_mount_of_the_same_disk_is_refused(place, name):
     assert everything(place) == {"inbox", "outbox", "other", *SUBFOLDERS}
 
 
+@pytest.mark.slow
 def test_an_inbox_that_is_the_outbox_by_a_mount_is_refused(tmp_path):
     for name in ("inbox", "outbox"):
         (tmp_path / name).mkdir()

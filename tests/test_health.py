@@ -21,18 +21,13 @@ from daemon import machine, supervisor
 from daemon.machine import Machine
 from daemon.observe import health
 from daemon.pause import DISK, FOLDERS, Pause
-from tests.reliability.daemons import Daemons, Job
-from tests.reliability.handling import end, events, running, shared_daemons, wait_until
+from tests.reliability.daemons import Job
+from tests.reliability.handling import end, events, running, wait_until
 from tests.reliability.hooks import CODE_OWNER
 from tests.reliability.test_disk_full import get, pauses, url_of
 from tests.support import health_hooks, tiny
 
 VISIBLE_SECONDS = 30.0  # within which trouble must show
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 @pytest.fixture

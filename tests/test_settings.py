@@ -18,7 +18,7 @@ from daemon.config import Config, load_config
 from daemon.errors import ConfigError
 from daemon.settings import AT_ONCE, AT_START, SettingsSource, changes, is_in
 from tests.reliability.daemons import Daemons, Job
-from tests.reliability.handling import events, running, shared_daemons, wait_until
+from tests.reliability.handling import events, running, wait_until
 from tests.reliability.test_disk_full import get, url_of
 from tests.support import tiny
 
@@ -165,11 +165,6 @@ def started(daemons: Daemons, folder: Path, **hook_args: str) -> Any:
         hook_args={"file": str(folder / "lensd.toml"), **hook_args},
     )
     return running(daemons, job)
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 @pytest.fixture

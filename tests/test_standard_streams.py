@@ -60,6 +60,7 @@ def test_no_file_gets_the_number_of_a_closed_stream(closed, tmp_path):
     assert (tmp_path / "data").read_text() == "3 [True, True, True]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", CLOSED)
 def test_quick_commands_end_as_they_would(closed, tmp_path):
     (tmp_path / "inbox").mkdir()
@@ -123,6 +124,7 @@ def test_complaints_to_a_reader_that_left_change_no_exit_code():
         assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [1, 200])
 def test_output_that_a_full_disk_refuses_is_told_in_a_line(files, tmp_path):
     inbox = failed_files(tmp_path / "inbox", files)
@@ -131,6 +133,7 @@ def test_output_that_a_full_disk_refuses_is_told_in_a_line(files, tmp_path):
     assert result.stderr == "lensd: standard output: No space left on device\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_lines_come_as_they_are_whatever_the_buffering(unbuffered, tmp_path):
     inbox = failed_files(tmp_path / "inbox", 2)

@@ -96,6 +96,7 @@ def test_a_text_of_lines_keeps_them():
     assert escape_control("plain") == "plain"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
 def test_failed_files_are_listed_a_line_each(inbox, encoding):
     result = lensd("retry", "--list", "--inbox", inbox, PYTHONIOENCODING=encoding)
@@ -109,6 +110,7 @@ def test_failed_files_are_listed_a_line_each(inbox, encoding):
     assert all(r"bad: message \x1b[31m\nFORGED LINE \x9bm" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_what_was_put_back_is_listed_and_has_its_name(inbox):
     result = lensd("retry", "--inbox", inbox)
     assert (result.returncode, result.stderr) == (0, b"")
@@ -118,6 +120,7 @@ def test_what_was_put_back_is_listed_and_has_its_name(inbox):
     assert listed(inbox) == set(HOSTILE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", ["as it is", "as it is shown"])
 def test_one_file_is_named_by_its_bytes_or_as_it_was_listed(inbox, told):
     name = "clear\x1b[2J\x1b[H.json"
@@ -127,6 +130,7 @@ def test_one_file_is_named_by_its_bytes_or_as_it_was_listed(inbox, told):
     assert listed(inbox) == {name}
 
 
+@pytest.mark.slow
 def test_a_name_like_an_option_is_one_as_it_was_listed(inbox):
     assert lensd("retry", "--inbox", inbox, "./-rf.json").returncode == 0
     assert listed(inbox) == {"-rf.json"}
@@ -149,6 +153,7 @@ def test_two_names_that_are_shown_alike_are_told_apart_by_their_bytes(tmp_path):
     assert failed.path.name == "b\n.json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gone\x1b[2J\n.json", "--gone\x1b[2J\n"], ids=["a file", "an option"])
 def test_a_complaint_is_obeyed_by_nothing(inbox, name):
     result = lensd("retry", "--inbox", inbox, name)

@@ -17,8 +17,8 @@ from daemon.model.loading import load_model, locate_model
 from daemon.model.sae import load_sae
 from daemon.model.smollm2 import WEIGHTS_SHA256, smollm2_folder
 from deploy import licences
-from tests.reliability.daemons import Daemons, Job
-from tests.reliability.handling import events, running, shared_daemons, wait_until
+from tests.reliability.daemons import Job
+from tests.reliability.handling import events, running, wait_until
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -68,11 +68,6 @@ def one_line(error: pytest.ExceptionInfo[ConfigError]) -> str:
     message = str(error.value)
     assert "\n" not in message
     return message
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -4,18 +4,17 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.reliability.daemons import Job
-from tests.reliability.handling import events, shared_daemons, wait_until
+from tests.reliability.handling import events, wait_until
 from tests.support import tiny
 
 
 @pytest.fixture(scope="module")
-def last_words(request, tmp_path_factory) -> dict[tuple[str, ...], float]:
+def last_words(daemons, tmp_path_factory) -> dict[tuple[str, ...], float]:
     """The metrics of a daemon at its end, by name and values of labels."""
     folder = tmp_path_factory.mktemp("troubled")
     inbox, outbox, bad_disk, words = (folder / name for name in ("inbox", "outbox", "bad_disk", "words"))
     inbox.mkdir()
     tiny.write_json(inbox / "a.json", tiny.contrast_records(30))
-    daemons = shared_daemons(request, tmp_path_factory)
     hook_args = {"bad_disk": str(bad_disk), "last_words": str(words)}
     job = Job(inbox, outbox, folder / "log", False, None, "tests.deploy.troubles:troubled", hook_args)
     pid = daemons.start(job)

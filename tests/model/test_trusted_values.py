@@ -71,6 +71,7 @@ def test_values_that_transformer_lens_gets_wrong_are_refused(family, hook, tmp_p
     assert f"at blocks.1.{hook} TransformerLens gives other values than the model by itself" in message
 
 
+@pytest.mark.slow
 def test_a_refusal_ends_the_command_with_one_line_and_2(tmp_path):
     model = save_family(tmp_path / "cohere", "cohere")
     toml = tmp_path / "lensd.toml"

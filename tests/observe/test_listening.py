@@ -110,6 +110,7 @@ async def test_a_name_of_several_addresses_has_one_port_on_all_of_them():
         close(sockets)
 
 
+@pytest.mark.slow
 def test_without_ipv6_it_listens_on_what_there_is(tmp_path):
     program = (
         "import asyncio\n"
@@ -225,6 +226,7 @@ def test_the_status_command_asks_at_the_same_places(address, urls):
     assert urls_of(load_config(env={}, flags={"http.address": address})) == urls
 
 
+@pytest.mark.slow
 def test_the_status_command_finds_a_daemon_that_has_no_ipv6(tmp_path):
     program = (
         "import asyncio, threading\n"

@@ -11,8 +11,8 @@ import pytest
 import structlog
 
 from daemon.observe.logs import configure
-from tests.reliability.daemons import Daemons, Job
-from tests.reliability.handling import events, running, shared_daemons, wait_until
+from tests.reliability.daemons import Job
+from tests.reliability.handling import events, running, wait_until
 from tests.reliability.test_disk_full import get, url_of
 from tests.support import tiny
 
@@ -63,11 +63,6 @@ def test_a_traceback_does_not_show_local_variables(format):
             logger.exception("broken")
     assert stream.getvalue().count("in fail_over") == 2
     assert "what the sample said" not in stream.getvalue()
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from daemon.observe.notify import Notify, status_line
-from tests.reliability.daemons import Daemons, Job
-from tests.reliability.handling import running, shared_daemons, wait_until
+from tests.reliability.daemons import Job
+from tests.reliability.handling import running, wait_until
 from tests.support import tiny
 
 PATIENCE_SECONDS = 60.0
@@ -67,11 +67,6 @@ def listening(tmp_path) -> Iterator[Manager]:
     manager = Manager(str(tmp_path / "notify"))
     yield manager
     manager.close()
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 def watched_job(folder: Path, manager: Manager, hook: str = "quick_supervisor", **hook_args: str) -> Job:

@@ -23,7 +23,7 @@ import pytest
 
 from tests.observe.browser import CHROMIUM, Page, chromium, tab
 from tests.reliability.daemons import Daemons, Job
-from tests.reliability.handling import end, events, shared_daemons, wait_until
+from tests.reliability.handling import end, events, wait_until
 from tests.support import tiny
 
 pytestmark = [
@@ -61,11 +61,6 @@ TOO_FAINT = """
   });
 })()
 """
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.ledger import REASON_SUFFIX, is_input
 
 HUNG_SECONDS = 60  # after which a daemon told to end is killed
-
-_daemons = pytest.StashKey[Daemons]()
 
 
 def wait_until(condition: Callable[[], object], what: str, *pids: int, seconds: float = 60) -> None:
@@ -33,15 +29,6 @@ def wait_until(condition: Callable[[], object], what: str, *pids: int, seconds: 
             why = f"daemon {gone[0]} ended" if gone else f"after {seconds:.0f} s"
             raise TimeoutError(f"waited in vain for {what}: {why}")
         time.sleep(0.02)
-
-
-def shared_daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    """For fixtures: one fork server for all tests of a session, since starting one costs seconds."""
-    config = request.config
-    if _daemons not in config.stash:
-        config.stash[_daemons] = daemons = Daemons(tmp_path_factory.mktemp("daemons"))
-        config.add_cleanup(daemons.__exit__)
-    return config.stash[_daemons]
 
 
 @contextlib.contextmanager

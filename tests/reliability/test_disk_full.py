@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.daemons import Daemons, Job
+from tests.reliability.daemons import Job
 from tests.reliability.feed import Feed
-from tests.reliability.handling import claimed, end, events, running, shared_daemons, wait_until
+from tests.reliability.handling import claimed, end, events, running, wait_until
 from tests.reliability.ledger import violations
 
 DISK_BYTES = 32 << 20
@@ -24,11 +24,6 @@ FILES = 24
 LEFT_BYTES = 250 << 10  # for results of some of the files
 LEFT_INODES = 60
 BALLAST = "ballast"
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 @pytest.fixture

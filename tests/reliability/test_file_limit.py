@@ -10,19 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.daemons import Daemons, Job
+from tests.reliability.daemons import Job
 from tests.reliability.feed import Feed
-from tests.reliability.handling import claimed, events, running, shared_daemons, wait_until
+from tests.reliability.handling import claimed, events, running, wait_until
 from tests.reliability.ledger import violations
 from tests.reliability.test_disk_full import get, job, pauses, url_of
 
 LIMIT = 16 << 10
 FILES = 6
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 @pytest.fixture

@@ -27,8 +27,7 @@ from daemon.errors import FileError
 from daemon.records import Part, Reject, Sample
 from daemon.rejects import REJECT_REASONS
 from daemon.source.reader import part_blocks
-from tests.reliability.daemons import Daemons, Job
-from tests.reliability.handling import shared_daemons
+from tests.reliability.daemons import Job
 from tests.reliability.ledger import Dropped, drop, failed_files, is_input, violations
 from tests.support import sources
 from tests.support.sources import parts_of, unclaimed
@@ -435,11 +434,6 @@ def test_every_generated_record_is_a_sample_or_a_reject(tmp_path, record_propert
     if N_RECORDS >= 3000:
         assert {*REJECT_REASONS} - OF_LATER_STAGES - OF_OTHER_FORMATS <= reasons.keys()
         assert reasons["sample"] > 0.2 * reasons.total()
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 @pytest.mark.timeout(120 + N_FILES)

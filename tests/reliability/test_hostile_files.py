@@ -20,7 +20,7 @@ import pytest
 
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.feed import Content, Feed, as_json, joined
-from tests.reliability.handling import claimed, end, events, running, shared_daemons, wait_until, waiting
+from tests.reliability.handling import claimed, end, events, running, wait_until, waiting
 from tests.reliability.hooks import CODE_OWNER
 from tests.reliability.ledger import Dropped, drop, sha256_of, violations
 from tests.support import tiny
@@ -39,11 +39,6 @@ NAMES = {
     "percent": b"%s%00%n{0}.json",
     "separators": "a\u2028b\u202ec.json".encode(),
 }
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 @dataclass(slots=True)

@@ -10,14 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.daemons import Daemons, Job
-from tests.reliability.handling import events, shared_daemons, wait_until
+from tests.reliability.daemons import Job
+from tests.reliability.handling import events, wait_until
 from tests.support import tiny
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 def published(outbox: Path) -> set[str]:

@@ -6,18 +6,11 @@ import json
 import os
 import signal
 
-import pytest
-
-from tests.reliability.daemons import Daemons, Job
-from tests.reliability.handling import claimed, end, ended, events, retired, shared_daemons, wait_until
+from tests.reliability.daemons import Job
+from tests.reliability.handling import claimed, end, ended, events, retired, wait_until
 from tests.reliability.ledger import drop, violations
 from tests.reliability.several import Several
 from tests.support import tiny
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 def gated_job(tmp_path, name: str) -> Job:

@@ -7,14 +7,8 @@ import json
 import pytest
 
 from tests.reliability.daemons import Daemons
-from tests.reliability.handling import shared_daemons
 from tests.reliability.small_files import VARIANTS, Variant, drain
 from tests.support import tiny
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)

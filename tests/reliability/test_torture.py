@@ -6,19 +6,11 @@ import json
 import random
 import signal
 
-import pytest
-
-from tests.reliability.daemons import Daemons, Job
+from tests.reliability.daemons import Job
 from tests.reliability.feed import Feed, Recount, recount
-from tests.reliability.handling import shared_daemons
 from tests.reliability.ledger import drop, violations
 from tests.reliability.torture import Torture
 from tests.support import tiny
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 def test_no_record_is_lost_or_doubled_by_kills_at_random_moments(daemons, tmp_path):

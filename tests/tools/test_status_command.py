@@ -17,8 +17,8 @@ import pytest
 from daemon.config import load_config
 from daemon.errors import ConfigError, MachineError
 from daemon.tools.status import fetch, healthy, sparkline, url_of
-from tests.reliability.daemons import ROOT, Daemons, Job
-from tests.reliability.handling import events, running, shared_daemons, wait_until
+from tests.reliability.daemons import ROOT, Job
+from tests.reliability.handling import events, running, wait_until
 from tests.support import tiny
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -27,11 +27,6 @@ pytestmark = pytest.mark.slow  # starts processes
 def lensd_status(*args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "daemon.cli", "status", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-
-@pytest.fixture
-def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Daemons:
-    return shared_daemons(request, tmp_path_factory)
 
 
 @pytest.fixture
