@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 import pytest
 import structlog
 
-from tests.support import processes
+from tests.support import effort, processes
 
 if TYPE_CHECKING:
     from tests.reliability.daemons import Daemons
 
 # torch is imported within fixtures: with `-n` the process that only hands out tests loads this file too.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    effort.only_fast(config.option.markexpr == "not slow")
 
 
 def pytest_unconfigure() -> None:

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from daemon.model.trie import Trie, build_trie
 from daemon.native.rmsnorm_rope_attention import BLOCK, WIDTH, Heads, Nodes, add_norm, routines
+from tests.support.effort import examples
 from tests.support.torch_threads import torch_threads
 
 FOUND = routines()
@@ -71,7 +72,7 @@ def texts_of(lengths: list[int], shared: int) -> list[list[int]]:
     window=st.none() | st.integers(1, 50),
     biased=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_attention_is_what_one_query_at_a_time_gives(lengths, shared, shape, vectors, window, biased):
     d_head = vectors * WIDTH
     bias = torch.linspace(-1, 1, (shape[0] + 2 * shape[1]) * d_head) if biased else None

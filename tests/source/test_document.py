@@ -19,6 +19,7 @@ from daemon.source.formats.document import DocumentFramer
 from daemon.source.formats.framing import RecordFramer
 from daemon.source.formats.lines import RECORD_SEPARATOR, LineSplitter
 from daemon.source.parsing import BRACKETS, TOKEN, Place, RawRecord
+from tests.support.effort import examples
 
 MANY = 1 << 30
 DECODER = json.JSONDecoder(strict=False)
@@ -259,7 +260,9 @@ def damaged(draw: st.DrawFn) -> bytes:
     return content
 
 
-@settings(deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=examples(1000), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     content=st.one_of(WRITTEN, damaged(), JSONISH),
     cuts=st.lists(st.integers(0, 400), max_size=30),
@@ -281,7 +284,9 @@ def test_every_cut_of_every_document_reads_as_the_whole_one(content, cuts, max_r
         assert reading(framed(way, max_record_bytes)) == expected
 
 
-@settings(deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=examples(1000), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     content=st.one_of(WRITTEN, damaged(), JSONISH),
     cuts=st.lists(st.integers(0, 400), max_size=30),
@@ -312,7 +317,7 @@ def test_every_cut_of_every_content_reads_as_the_whole_one(
             assert content[record.place.byte_offset :].startswith(as_bytes(record.text))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(
     content=st.one_of(JSONISH, WRITTEN),
     cuts=st.lists(st.integers(0, 400), max_size=30),
@@ -339,7 +344,9 @@ def test_no_line_is_lost_wherever_the_cut(content, cuts, max_record_bytes, separ
         assert not left.strip(b" \t\r\n\v\f\x1e\xef\xbb\xbf[],")
 
 
-@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=examples(500), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     records=st.lists(
         st.dictionaries(st.sampled_from(["a", "b"]), VALUES, min_size=1), min_size=2, max_size=8

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from daemon.errors import FileError
 from daemon.records import Part, Recipe, Reject, Sample
 from daemon.source.formats.rows import Row, RowSplitter
+from tests.support.effort import examples
 from tests.support.sources import LIMITS, parts_of
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
@@ -90,7 +91,7 @@ async def test_any_bytes_are_records_or_a_file_error(tmp_path, content, magic):
         assert entries
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(text=st.text(alphabet='",\r\nab', max_size=40), cuts=st.lists(st.integers(0, 9), max_size=8))
 @example(text='"a""', cuts=[3])
 @example(text='"a"\r\n"b"\r', cuts=[4, 1])

@@ -13,6 +13,7 @@ from daemon.errors import SampleError
 from daemon.recipes import PLAIN_RECIPE, Recipe
 from daemon.records import Sample
 from daemon.source.parsing import Place, parse_value, printable, to_sample
+from tests.support.effort import examples
 
 EXACT = (
     "0.1000000000000000055511151231257",
@@ -61,7 +62,7 @@ def test_a_text_an_id_or_a_domain_that_is_a_number_is_what_was_written(number):
     assert sample_of(f'{{"a": {number}, "b": true}}', recipe).texts == (f"{number} is true",)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(
     numbers=st.lists(NUMBERS, min_size=1, max_size=4),
     text=st.text(st.characters(exclude_categories=["Cs"]), max_size=5),

@@ -14,6 +14,7 @@ from daemon.errors import FileError
 from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE, Recipe
 from daemon.records import KeptPart, Part, Reject
 from daemon.source import content as source_module
+from tests.support.effort import examples
 from tests.support.sources import LIMITS, parts_of
 
 GOOD = {"text": "fine"}
@@ -268,7 +269,9 @@ PACK = {
 }
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(
     lines=st.lists(RECORD, min_size=1, max_size=12),
     ending=st.sampled_from(["\n", "\r\n", "\n\n"]),

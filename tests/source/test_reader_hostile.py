@@ -35,6 +35,7 @@ from daemon.source.content import Decompression
 from daemon.source.formats.lines import LineSplitter
 from daemon.source.reader import ReadLimits
 from tests.support import sources
+from tests.support.effort import examples
 from tests.support.sources import parts_of
 
 LIMITS = dataclasses.replace(sources.LIMITS, max_record_bytes=1 << 20, max_decompressed_bytes=4 << 20)
@@ -58,7 +59,7 @@ async def reason_of(name: str, content: bytes, **options: object) -> str:
 JSONISH = st.text(alphabet='[]{}",:\\ntu0e1-. \n\ud800é', max_size=60)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(content=st.one_of(JSONISH.map(lambda text: text.encode("utf-8", "surrogatepass")), st.binary()))
 @example(content=b'{"\\q": 1}')
 @example(content=b'{"samples": [], "\\q": 1}')
