@@ -446,7 +446,7 @@ def large_array() -> Iterator[bytes]:
     yield b"1]"
 
 
-@pytest.mark.parametrize("large", [large_string, large_array])
+@pytest.mark.parametrize("large", [large_string, pytest.param(large_array, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
@@ -475,6 +475,7 @@ def joined(before: bytes, large: Iterator[bytes], after: bytes) -> Iterator[byte
     yield after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "unit",
     [
@@ -505,6 +506,7 @@ def test_no_input_takes_longer_than_its_length(unit):
             reading(framed(chunks, framer=framer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "unit",
     [

@@ -227,6 +227,7 @@ async def test_what_came_before_an_open_quote_is_read_and_then_the_file_fails(tm
         await parts_of(path)
 
 
+@pytest.mark.slow
 async def test_a_quote_that_never_ends_is_followed_in_flat_memory(tmp_path):
     path = tmp_path / "f.csv"
     path.write_bytes(b'text\n"' + b"open\n" * (8 << 20))
