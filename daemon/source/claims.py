@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,8 @@ from daemon.fs.lease import Lease
 from daemon.pause import FoldersLost
 from daemon.records import Claim
 from daemon.source.failed import set_aside
-from daemon.source.names import MAX_NUMBER, no_free_name, numbered, numbered_stem
+from daemon.source.filestatus import identity_of
+from daemon.source.names import move_to_free, numbered
 
 DONE = "done"
 FAILED = "failed"
@@ -108,7 +109,7 @@ class Claims:
     def _retire_one(self, claim: Claim) -> None:
         try:
             if self._on_success == "move":
-                move_out(claim, self.path / DONE, numbered)
+                move_to_free(claim.path, self.path / DONE, claim.name, numbered)
             else:
                 durable.unlink(claim.path)
         except FileNotFoundError:
@@ -142,18 +143,15 @@ class Claims:
         """Put files back into the inbox, each under its name or the nearest free one. Charges no attempt."""
         for claim in claims:
             if os.path.lexists(claim.path):
-                move_out(claim, self.path, numbered_stem)
+                move_to_free(claim.path, self.path, claim.name)
         if flush and self.path.is_dir():
             durable.fsync_folder(self.path)
         self._let_go(claims, flush=flush)
 
     def put_back(self, path: Path) -> None:
         """Move a file that a dead process had claimed back into the inbox."""
-        for number in range(MAX_NUMBER):
-            if durable.move_without_replacing(path, self.path / numbered_stem(path.name, number)):
-                durable.fsync_folder(self.path)
-                return
-        raise no_free_name(path.name, self.path)
+        move_to_free(path, self.path, path.name)
+        durable.fsync_folder(self.path)
 
     def _let_go(self, claims: Sequence[Claim], *, flush: bool = True) -> None:
         """Flush the folders that the files left, and hold them no longer."""
@@ -164,9 +162,12 @@ class Claims:
             self._held.pop(claim.at, None)
 
 
-def move_out(claim: Claim, folder: Path, name: Callable[[str, int], str]) -> None:
-    """Move a claimed file into `folder`, under the first of its numbered names that is free."""
-    for number in range(MAX_NUMBER):
-        if durable.move_without_replacing(claim.path, folder / name(claim.name, number)):
-            return
-    raise no_free_name(claim.name, folder)
+def claimed_files(lease: Path) -> list[tuple[Path, int]]:
+    """The regular files that lie claimed in a lease, and how often work on each has begun."""
+    folders = [folder for folder in lease.iterdir() if folder.name.isdecimal() and folder.is_dir()]
+    return [
+        (path, int(folder.name))
+        for folder in sorted(folders)
+        for path in sorted(folder.iterdir())
+        if identity_of(path) is not None
+    ]

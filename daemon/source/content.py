@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,15 +19,16 @@ from typing import BinaryIO, Protocol
 
 import zstandard
 
-from daemon.errors import FileError
+from daemon.errors import FileError, MachineError
 from daemon.source.kinds import Compression, check_kind, compression_of, opens_json
+from daemon.source.limits import ReadLimits
 
 CHUNK_BYTES = 1 << 20
 HEAD_BYTES = CHUNK_BYTES // 4  # of a file, read first; of a compressed one, read at a time
 SLICE_BYTES = 1 << 10  # of compressed input at a time: a slice of a bomb is at most some 32 MiB
 BOMB_BYTES = 16 << 20  # of content, below which no ratio is suspicious
-ZSTD_WINDOW_BYTES = 128 << 20  # what `zstd --long` writes; a stream's last bytes, which are held
 ZSTD_HEADER_BYTES = 18  # of a frame, at most
+NO_MEMORY = re.compile(r"Error -4 |Allocation error")  # zlib's and zstandard's words for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +88,12 @@ class Decompressor(Protocol):
 
 
 def chunks(
-    file: BinaryIO,
-    head: bytes,
-    compression: Compression | None,
-    *,
-    max_bytes: int,
-    max_ratio: int,
-    max_window_bytes: int = ZSTD_WINDOW_BYTES,
+    file: BinaryIO, head: bytes, compression: Compression | None, limits: ReadLimits
 ) -> Iterator[bytes]:
     """Read a file's content in chunks, decompressed; `head` is what was read of it already. Blocks.
 
-    The limits are those of `Decompression`. Raises FileError where the compressed stream is damaged, ends
-    early or is over a limit, or where the file can't be read.
+    Raises FileError where the compressed stream is damaged, ends early or is over a limit, or where the file
+    can't be read; MachineError where the memory does not hold what unpacking takes.
     """
     chunk = head
     if compression is None:
@@ -105,9 +101,7 @@ def chunks(
             yield chunk
             chunk = read_chunk(file, CHUNK_BYTES)
         return
-    stream = Decompression(
-        compression, max_bytes=max_bytes, max_ratio=max_ratio, max_window_bytes=max_window_bytes
-    )
+    stream = Decompression(compression, limits)
     while chunk:
         pieces = stream.feed(chunk)
         while piece := next_chunk(pieces):
@@ -117,7 +111,7 @@ def chunks(
 
 
 def compression_by(
-    head: bytes, suffix: Compression | None, is_plain: Callable[[bytes], bool] = opens_json
+    head: bytes, suffix: Compression | None, is_plain: Callable[[bytes], bool]
 ) -> Compression | None:
     """Tell how a file that begins so is compressed: its content counts, else its name.
 
@@ -151,22 +145,14 @@ def next_chunk(pieces: Iterator[bytes]) -> bytes:
 class Decompression:
     """A gzip or zstandard stream of one or more members, fed in pieces.
 
-    Raises FileError where it unpacks to more than `max_bytes`, or to more than `max_ratio` times the input so
-    far and over 16 MiB, or where a zstandard frame needs a window of more than `max_window_bytes`.
+    Raises FileError where it unpacks to more than `max_decompressed_bytes`, or to more than
+    `max_compression_ratio` times the input so far and over 16 MiB, or where a zstandard frame needs a window
+    of more than `max_zstd_window_bytes`; MachineError where the memory does not hold what unpacking takes.
     """
 
-    def __init__(
-        self,
-        suffix: Compression,
-        *,
-        max_bytes: int = 64 << 30,
-        max_ratio: int = 1000,
-        max_window_bytes: int = ZSTD_WINDOW_BYTES,
-    ) -> None:
+    def __init__(self, suffix: Compression, limits: ReadLimits) -> None:
         self._suffix = suffix
-        self._max_bytes = max_bytes
-        self._max_ratio = max_ratio
-        self._max_window_bytes = max_window_bytes
+        self._limits = limits
         self._member: Decompressor | None = None
         self._header = b""  # of the member, what has come of it
         self._ended = False  # a member did
@@ -179,28 +165,40 @@ class Decompression:
             rest = data[start : start + SLICE_BYTES]
             self._taken += len(rest)
             while rest := self._between_members(rest):
-                if self._member is None:
-                    self._member = self._new_member()
-                if len(self._header) < ZSTD_HEADER_BYTES:
-                    self._header += rest[: ZSTD_HEADER_BYTES - len(self._header)]
-                try:
-                    piece = self._member.decompress(rest)
-                except (zlib.error, zstandard.ZstdError) as error:
-                    raise self._refused() or self._damaged(str(error)) from None
+                piece = self._unpacked(rest)
                 self._made += len(piece)
                 self._check_size()
                 yield piece
-                rest = b""
-                if self._member.eof:
-                    rest = self._member.unused_data
-                    self._member = None
-                    self._ended = True
+                rest = self._end_member()
+
+    def _unpacked(self, data: bytes) -> bytes:
+        try:
+            if self._member is None:
+                self._member = self._new_member()
+            self._header += data[: ZSTD_HEADER_BYTES - len(self._header)]
+            return self._member.decompress(data)
+        except (MemoryError, zlib.error, zstandard.ZstdError) as error:
+            if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+                raise MachineError(
+                    f"not enough memory to unpack a {self._suffix} stream: free some, or drop the file"
+                    " uncompressed"
+                ) from error
+            raise self._refused() or self._damaged(str(error)) from None
+
+    def _end_member(self) -> bytes:
+        """The bytes after the member, where it ended."""
+        if self._member is None or not self._member.eof:
+            return b""
+        rest = self._member.unused_data
+        self._member = None
+        self._ended = True
+        return rest
 
     def _new_member(self) -> Decompressor:
         self._header = b""
         if self._suffix == ".gz":
             return zlib.decompressobj(wbits=31)
-        return zstandard.ZstdDecompressor(max_window_size=self._max_window_bytes).decompressobj()
+        return zstandard.ZstdDecompressor(max_window_size=self._limits.max_zstd_window_bytes).decompressobj()
 
     def _refused(self) -> FileError | None:
         """Say what a sound zstandard frame needs and lacks, by its header; None where it is damaged."""
@@ -210,12 +208,12 @@ class Decompression:
             frame = zstandard.get_frame_parameters(self._header)
         except zstandard.ZstdError:
             return None
-        if frame.window_size > self._max_window_bytes:
+        if frame.window_size > self._limits.max_zstd_window_bytes:
             return FileError(
                 "zstd_window_too_large",
                 f"the .zst stream needs a window of {frame.window_size} bytes, more than"
-                f" inbox.max_zstd_window_bytes = {self._max_window_bytes}: raise the limit, or compress it"
-                " with a smaller --long",
+                f" inbox.max_zstd_window_bytes = {self._limits.max_zstd_window_bytes}: raise the limit, or"
+                " compress it with a smaller --long",
             )
         if frame.dict_id:
             return FileError(
@@ -226,17 +224,18 @@ class Decompression:
         return None
 
     def _check_size(self) -> None:
-        if self._made > self._max_bytes:
+        if self._made > self._limits.max_decompressed_bytes:
             raise FileError(
                 "decompressed_too_large",
                 f"the {self._suffix} stream unpacks to more than inbox.max_decompressed_bytes ="
-                f" {self._max_bytes}: split the file, or raise the limit",
+                f" {self._limits.max_decompressed_bytes}: split the file, or raise the limit",
             )
-        if self._made > max(BOMB_BYTES, self._max_ratio * self._taken):
+        if self._made > max(BOMB_BYTES, self._limits.max_compression_ratio * self._taken):
             raise FileError(
                 "compression_bomb",
                 f"the {self._suffix} stream unpacks to more than inbox.max_compression_ratio ="
-                f" {self._max_ratio} times its size: drop it uncompressed, or raise the limit",
+                f" {self._limits.max_compression_ratio} times its size: drop it uncompressed,"
+                " or raise the limit",
             )
 
     def _between_members(self, data: bytes) -> bytes:

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from daemon.records import FileIdentity
+from daemon.records import Claim, FileIdentity, Presence
 
 Stamp = tuple[int, int, int, int]  # inode, size, mtime_ns, ctime_ns: what must stay the same
 
@@ -26,6 +26,14 @@ def identity_of(path: Path) -> FileIdentity | None:
     except FileNotFoundError:
         return None
     return FileIdentity(status.st_dev, *stamp(status)) if stat.S_ISREG(status.st_mode) else None
+
+
+def presence(claim: Claim) -> Presence:
+    """Whether a claimed file is still what it was when it was claimed."""
+    now = identity_of(claim.path)
+    if now is None:
+        return "gone"
+    return "same" if now == claim.identity else "changed"
 
 
 def stamp_of(identity: FileIdentity) -> Stamp:

@@ -24,10 +24,9 @@ from daemon.fs.guard import SyncGuard
 from daemon.fs.lease import dead_leases
 from daemon.pause import Pause
 from daemon.records import Claim, InboxLoad, Presence
-from daemon.source.claims import CLAIMED, DRAFTS, Claims
-from daemon.source.filestatus import identity_of, stamp_of
+from daemon.source.claims import CLAIMED, DRAFTS, Claims, claimed_files
+from daemon.source.filestatus import identity_of, presence, stamp_of
 from daemon.source.inputs import InputNames, is_input
-from daemon.source.recheck import claimed_files, presences
 from daemon.source.scan import Candidate, Scanner
 from daemon.source.watch import watching
 
@@ -312,7 +311,7 @@ class Inbox:
 
     async def recheck(self, claims: Sequence[Claim]) -> list[Presence]:
         """Whether each file is still what it was when it was claimed."""
-        return await self._call(presences, claims)
+        return await self._call(lambda: list(map(presence, claims)))
 
     async def retire(self, claims: Sequence[Claim]) -> None:
         """Their results are published: move them to `done/`, or delete them. Safe to repeat."""

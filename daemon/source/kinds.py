@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import sys
 from typing import Literal
 
 from daemon.errors import FileError
@@ -17,6 +18,7 @@ PROBE_BYTES = 8192  # of the content, in which a byte 0 says that it is no text
 BOM = codecs.BOM_UTF8
 LEADING = re.compile(rb"(?:[ \t\r\n\f\v]|\xef\xbb\xbf)*+")  # what may stand before the first value
 OPENINGS = (b"{", b"[", b"\x1e")
+OPENS_JSON = re.compile(LEADING.pattern + rb"[{\[\x1e]")
 
 GZIP = b"\x1f\x8b"
 ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one to be skipped
@@ -56,8 +58,10 @@ KINDS: tuple[tuple[bytes, str, str], ...] = (
 )
 PICKLE = re.compile(rb"\x80[\x02-\x05]")
 MARKUP = re.compile(rb"<(?:!doctype|html|head|body|\?xml|!--|[a-z]+[ >])", re.IGNORECASE)
-TAR = 257, b"ustar"
-DUCKDB = 8, b"DUCK"
+INNER_KINDS = (  # the same of bytes further on: where they begin
+    (257, b"ustar", "a tar archive", UNPACK),
+    (8, b"DUCK", "a DuckDB database", AS_JSON_LINES),
+)
 ENCODINGS = (  # the longer first: a mark of UTF-32 begins as one of UTF-16
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -80,8 +84,14 @@ def compression_of(head: bytes) -> Compression | None:
 
 def opens_json(head: bytes) -> bool:
     """Whether the bytes may be the beginning of an array, an object or a sequence of records."""
-    found = LEADING.match(head)
-    return found is not None and head[found.end() : found.end() + 1] in OPENINGS
+    return OPENS_JSON.match(head) is not None
+
+
+def end_of(pattern: re.Pattern[bytes], head: bytes, at: int = 0, stop: int = sys.maxsize) -> int:
+    """Where the match ends of a pattern that matches anything, if only nothing."""
+    found = pattern.match(head, at, stop)
+    assert found is not None
+    return found.end()
 
 
 def check_text(head: bytes, wanted: str = "JSON") -> None:
@@ -123,10 +133,7 @@ def known_kind(head: bytes) -> tuple[str, str] | None:
             return what, remedy
     if PICKLE.match(head):
         return "a pickle of Python", AS_JSON_LINES
-    for (offset, magic), what, remedy in (
-        (TAR, "a tar archive", UNPACK),
-        (DUCKDB, "a DuckDB database", AS_JSON_LINES),
-    ):
-        if head[offset : offset + len(magic)] == magic:
+    for offset, magic, what, remedy in INNER_KINDS:
+        if head.startswith(magic, offset):
             return what, remedy
     return None

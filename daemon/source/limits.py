@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from daemon.source.content import ZSTD_WINDOW_BYTES
+ZSTD_WINDOW_BYTES = 128 << 20  # what `zstd --long` writes; a stream's last bytes, which are held
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,15 @@
-"""File names: made free by a number, cut to what a file system takes, shown in messages. No files."""
+"""File names: made free by a number, cut to what a file system takes, shown in messages."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from daemon.errors import MachineError
 from daemon.escaping import printable_name
+from daemon.fs import durable
 
 NAME_BYTES = 255  # of a file name, on every Linux file system
 ENDING = re.compile(r"(\.\w{1,8}){1,2}\Z", re.ASCII)  # of a name: what says the format, as in .jsonl.gz
@@ -41,6 +43,17 @@ def cut(name: str, max_bytes: int) -> str:
     while max_bytes > 1 and raw[max_bytes] & 0xC0 == 0x80:
         max_bytes -= 1
     return os.fsdecode(raw[:max_bytes])
+
+
+def move_to_free(
+    path: Path, folder: Path, name: str, numbering: Callable[[str, int], str] = numbered_stem
+) -> Path:
+    """Move a file into `folder`, under the first of the numbered names that is free; where it lies now."""
+    for number in range(MAX_NUMBER):
+        target = folder / numbering(name, number)
+        if durable.move_without_replacing(path, target):
+            return target
+    raise no_free_name(name, folder)
 
 
 def no_free_name(name: str, folder: Path) -> MachineError:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ from daemon.records import Reject, Sample
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 SURROGATE = re.compile("[\ud800-\udfff]")
 MARK = "\ud800"  # around a Number
+Fields = frozenset[str]  # that a record needs for its texts
 # A string or a bracket; possessive, so that no text makes it slow; `close` is empty if a string never ends.
 TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+|)*+(?P<close>"?)|[\[{]|[\]}]', re.DOTALL)
 BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
@@ -79,15 +80,20 @@ class Number(str):
         return self[1:-1]
 
 
+def number_as_written(text: str) -> Number:
+    """A value that stands in a record's JSON as the number that `text` is."""
+    return Number(f"{MARK}{text}{MARK}")
+
+
 def exact_number(text: str) -> Number:
     """Raises SampleError where float64, which every reader takes it for, has no finite number for it."""
     if ("e" in text or "E" in text or len(text) > 300) and not math.isfinite(float(text)):
         raise SampleError("not_finite", "has a number beyond the range of float64: use a smaller one")
-    return Number(MARK + text + MARK)
+    return number_as_written(text)
 
 
 def exact_integer(text: str) -> int | Number:
-    return Number(f"{MARK}-0{MARK}") if text == "-0" else int(text)
+    return number_as_written(text) if text == "-0" else int(text)
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -156,9 +162,9 @@ def parsed_object(raw: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def is_record(value: Mapping[str, Any], recipes: Sequence[frozenset[str]]) -> bool:
-    """Whether the object has all the fields of one of the recipes."""
-    return any(fields <= value.keys() for fields in recipes)
+def is_record(value: Iterable[str], recipes: Sequence[Fields]) -> bool:
+    """Whether an object, or the columns of a table, have all the fields of one of the recipes."""
+    return any(fields.issubset(value) for fields in recipes)
 
 
 def choose_recipe(values: Iterable[Any]) -> Recipe | None:

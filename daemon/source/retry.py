@@ -18,7 +18,7 @@ from daemon.fs import durable
 from daemon.source.claims import CLAIMED, FAILED, FAILING
 from daemon.source.failed import reason_of
 from daemon.source.inputs import is_input
-from daemon.source.names import ENDING, MAX_NUMBER, NAME_BYTES, cut, no_free_name, numbered_stem
+from daemon.source.names import ENDING, NAME_BYTES, cut, move_to_free
 
 NUMBER = re.compile(r"\.[0-9]+\Z")  # that keeps files of one name apart in `failed/`
 
@@ -112,9 +112,6 @@ def the_one(known: Sequence[FailedFile], name: str, folder: Path) -> FailedFile:
 
 def put_back(failed: FailedFile, inbox: Path) -> Path:
     """The file first, then its reason: what a crash leaves is a reason without its file."""
-    for number in range(MAX_NUMBER):
-        target = inbox / numbered_stem(failed.dropped_as, number)
-        if durable.move_without_replacing(failed.path, target):
-            durable.unlink(reason_of(failed.path))
-            return target
-    raise no_free_name(failed.dropped_as, inbox)
+    target = move_to_free(failed.path, inbox, failed.dropped_as)
+    durable.unlink(reason_of(failed.path))
+    return target

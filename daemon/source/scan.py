@@ -34,10 +34,6 @@ class Candidate:
     def size(self) -> int:
         return self.stamp[1]
 
-    @property
-    def mtime_ns(self) -> int:
-        return self.stamp[2]
-
 
 @dataclass(slots=True)
 class Entries:

@@ -29,14 +29,7 @@ class InputStream:
         """
         head = read_chunk(file, HEAD_BYTES)
         compression = compression_by(head, suffix, is_plain)
-        self._rest = chunks(
-            file,
-            head,
-            compression,
-            max_bytes=limits.max_decompressed_bytes,
-            max_ratio=limits.max_compression_ratio,
-            max_window_bytes=limits.max_zstd_window_bytes,
-        )
+        self._rest = chunks(file, head, compression, limits)
         self._first: list[bytes] = []
         size = 0
         while size < BEGINNING_BYTES and (chunk := next(self._rest, b"")):

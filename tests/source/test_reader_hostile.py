@@ -12,10 +12,12 @@ import pickle
 import shutil
 import sqlite3
 import subprocess
+import sys
 import tarfile
 import tempfile
 import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from hypothesis import strategies as st
 from pyarrow import feather, orc
 
 from daemon.config import InboxSection
-from daemon.errors import FileError
+from daemon.errors import FileError, MachineError
 from daemon.recipes import PLAIN_RECIPE, Recipe
 from daemon.records import Part
 from daemon.source.content import Decompression
@@ -39,6 +41,7 @@ from tests.support.effort import examples
 from tests.support.sources import parts_of
 
 LIMITS = dataclasses.replace(sources.LIMITS, max_record_bytes=1 << 20, max_decompressed_bytes=4 << 20)
+LARGE = dataclasses.replace(LIMITS, max_decompressed_bytes=1 << 40)
 
 
 async def read(
@@ -141,31 +144,67 @@ def test_limits_of_decompression_name_the_setting_that_raises_them(suffix):
     packed = gzip.compress(bytes(17 << 20)) if suffix == ".gz" else bomb(17)
     ratio = (17 << 20) // len(packed)
     for limits, reason, setting in (
-        ({"max_bytes": 1 << 20}, "decompressed_too_large", "inbox.max_decompressed_bytes = 1048576"),
-        ({"max_ratio": ratio // 4}, "compression_bomb", f"inbox.max_compression_ratio = {ratio // 4}"),
+        (
+            {"max_decompressed_bytes": 1 << 20},
+            "decompressed_too_large",
+            "inbox.max_decompressed_bytes = 1048576",
+        ),
+        (
+            {"max_compression_ratio": ratio // 4},
+            "compression_bomb",
+            f"inbox.max_compression_ratio = {ratio // 4}",
+        ),
     ):
         with pytest.raises(FileError, match=setting) as caught:
-            list(Decompression(suffix, **limits).feed(packed))
+            list(Decompression(suffix, dataclasses.replace(LARGE, **limits)).feed(packed))
         assert caught.value.reason == reason
-    assert sum(map(len, Decompression(suffix, max_ratio=4 * ratio).feed(packed))) == 17 << 20
+    assert (
+        sum(
+            map(
+                len,
+                Decompression(suffix, dataclasses.replace(LARGE, max_compression_ratio=4 * ratio)).feed(
+                    packed
+                ),
+            )
+        )
+        == 17 << 20
+    )
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_stream_may_unpack_to_exactly_the_limit(suffix):
     content = LINE * 9
     packed = gzip.compress(content) if suffix == ".gz" else zstandard.compress(content)
-    assert b"".join(Decompression(suffix, max_bytes=len(content)).feed(packed)) == content
+    assert (
+        b"".join(
+            Decompression(suffix, dataclasses.replace(LARGE, max_decompressed_bytes=len(content))).feed(
+                packed
+            )
+        )
+        == content
+    )
     with pytest.raises(FileError) as caught:
-        list(Decompression(suffix, max_bytes=len(content) - 1).feed(packed))
+        list(
+            Decompression(suffix, dataclasses.replace(LARGE, max_decompressed_bytes=len(content) - 1)).feed(
+                packed
+            )
+        )
     assert caught.value.reason == "decompressed_too_large"
 
 
 def test_what_compresses_well_is_no_bomb_up_to_16_mebibytes():
     packed = bomb(16)
     assert len(packed) * 1000 < 16 << 20
-    assert sum(map(len, Decompression(".zst", max_ratio=1).feed(packed))) == 16 << 20
+    assert (
+        sum(map(len, Decompression(".zst", dataclasses.replace(LARGE, max_compression_ratio=1)).feed(packed)))
+        == 16 << 20
+    )
     with pytest.raises(FileError) as caught:
-        list(Decompression(".zst", max_ratio=1).feed(packed + zstandard.compress(b" ")))
+        list(
+            Decompression(".zst", dataclasses.replace(LARGE, max_compression_ratio=1)).feed(
+                packed + zstandard.compress(b" ")
+            )
+        )
     assert caught.value.reason == "compression_bomb"
 
 
@@ -371,10 +410,49 @@ async def test_a_compressed_binary_file_is_recognised():
 @pytest.mark.parametrize("cut", range(1, 30, 4))
 def test_a_stream_that_ends_early_is_damaged(cut):
     for suffix, packed in ((".gz", gzip.compress(LINE * 9)), (".zst", zstandard.compress(LINE * 9))):
-        stream = Decompression(suffix)
+        stream = Decompression(suffix, LIMITS)
         with pytest.raises(FileError):
             list(stream.feed(packed[:-cut]))
             stream.finish()
+
+
+def test_a_window_that_the_memory_does_not_hold_is_no_damage_of_the_file():
+    """In a process of its own, whose address space has room for a quarter of the window."""
+    program = """
+import resource, zstandard
+from daemon.errors import MachineError
+from daemon.source.content import Decompression
+from tests.source.test_reader_hostile import LARGE
+
+parameters = zstandard.ZstdCompressionParameters(window_log=27, compression_level=1)
+squeeze = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+packed = squeeze.compress(bytes(1 << 20)) + squeeze.flush()
+with open("/proc/self/statm") as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), resource.RLIM_INFINITY))
+try:
+    list(Decompression(".zst", LARGE).feed(packed))
+except MachineError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "not enough memory to unpack a .zst stream: free some" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), zlib.error("Error -4 while decompressing data: insufficient memory")]
+)
+def test_memory_that_gzip_lacks_is_no_damage_of_the_file(error, monkeypatch):
+    class Full:
+        eof, unused_data = False, b""
+
+        def decompress(self, data: bytes, /) -> bytes:
+            raise error
+
+    stream = Decompression(".gz", LIMITS)
+    monkeypatch.setattr(stream, "_new_member", Full)
+    with pytest.raises(MachineError, match=r"not enough memory to unpack a \.gz stream"):
+        list(stream.feed(gzip.compress(LINE)))
 
 
 async def test_garbage_after_a_member_is_damage():

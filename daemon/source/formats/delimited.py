@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator, Sequence
 
 from daemon.errors import FileError, SampleError
-from daemon.source.formats.format import Blocks, Fields, InputFormat
+from daemon.source.formats.format import Blocks, InputFormat
 from daemon.source.formats.rows import Row, RowSplitter
-from daemon.source.formats.table import check_columns, number_as_written, record_of
+from daemon.source.formats.table import check_columns, record_of
 from daemon.source.kinds import BOM, check_text
 from daemon.source.limits import ReadLimits
-from daemon.source.parsing import Place, RawRecord
+from daemon.source.parsing import Fields, Place, RawRecord, is_record, number_as_written
 from daemon.source.stream import InputStream
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
@@ -117,7 +117,7 @@ class RecordReader:
         except UnicodeDecodeError:
             raise FileError("unsupported_encoding", "the first row is not UTF-8: save it as UTF-8") from None
         columns = [] if row.broken else self._fields(text)
-        if not any(fields <= set(columns) for fields in self._recipes):
+        if not is_record(columns, self._recipes):
             self._check_delimiter(text)
         if row.broken:
             raise FileError(

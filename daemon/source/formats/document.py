@@ -12,9 +12,9 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Literal
 
 from daemon.errors import FileError
-from daemon.source.formats.values import PLAIN_ELEMENT, SPACES, WORD, ValueEnd
-from daemon.source.kinds import BOM
-from daemon.source.parsing import Place, RawRecord, is_record, parsed_object, printable
+from daemon.source.formats.values import PLAIN_ELEMENT, WORD, ValueEnd, space_after
+from daemon.source.kinds import BOM, end_of
+from daemon.source.parsing import Fields, Place, RawRecord, is_record, parsed_object, printable
 
 KEY_BYTES = 4096  # a longer key names no list of records
 SAMPLES = "samples"  # the key whose list holds the records, whatever else an object has
@@ -67,7 +67,7 @@ class DocumentFramer:
         *,
         list_key: str | None = None,
         search: bool = False,
-        recipes: Sequence[frozenset[str]] = (),
+        recipes: Sequence[Fields] = (),
     ) -> None:
         """`recipes` are the fields of which a record has all of one."""
         self._max = max_record_bytes
@@ -302,9 +302,7 @@ class DocumentFramer:
         if first in b",]}":
             raise self._malformed("expected a value")
         while True:
-            word = WORD.match(self._chunk, self._at)
-            assert word is not None
-            self._at = word.end()
+            self._at = end_of(WORD, self._chunk, self._at)
             if self._at < len(self._chunk) or self._ended:
                 return
             yield None
@@ -321,9 +319,7 @@ class DocumentFramer:
     def _peek(self) -> Generator[None, None, bytes]:
         """Skip white space; the byte after it, or nothing at the end of the file."""
         while True:
-            space = SPACES.match(self._chunk, self._at)
-            assert space is not None
-            self._at = space.end()
+            self._at = space_after(self._chunk, self._at)
             if self._at < len(self._chunk) or self._ended:
                 return self._chunk[self._at : self._at + 1]
             yield None

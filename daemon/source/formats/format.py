@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from daemon.errors import FileError
 from daemon.source.limits import ReadLimits
-from daemon.source.parsing import RawRecord
+from daemon.source.parsing import Fields, RawRecord
 from daemon.source.stream import InputStream
 
-Fields = frozenset[str]  # that a record needs for its texts
 Blocks = Iterator[Iterable[RawRecord]]
 
 

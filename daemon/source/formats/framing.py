@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from daemon.source.formats.document import DocumentFramer
-from daemon.source.formats.layout import Fields, Layout, layout_of
+from daemon.source.formats.layout import FirstBytes, Layout
 from daemon.source.formats.lines import RECORD_SEPARATOR, LineSplitter
 from daemon.source.kinds import PROBE_BYTES, check_text
-from daemon.source.parsing import RawRecord
+from daemon.source.parsing import Fields, RawRecord
 
 
 class Framer(Protocol):
@@ -64,14 +64,9 @@ class RecordFramer:
     def _look(self, head: bytes, *, ended: bool) -> None:
         if self._probe == PROBE_BYTES:
             check_text(head)
-        layout = layout_of(
-            head,
-            named_lines=self._named_lines,
-            ended=ended,
-            last=len(head) == self._window,
-            recipes=self._recipes,
-        )
-        if layout is not None:
+        last = len(head) == self._window
+        first = FirstBytes(head, named_lines=self._named_lines, ended=ended, last=last, recipes=self._recipes)
+        if (layout := first.layout()) is not None:
             self._framer = self._framer_of(layout)
 
     def _framer_of(self, layout: Layout) -> Framer:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from daemon.source.formats.document import DECODER, KEY_BYTES, SAMPLES, several_lists
-from daemon.source.formats.values import SPACES, WORD, ValueEnd
-from daemon.source.kinds import LEADING
-from daemon.source.parsing import is_record, parsed_object
+from daemon.source.formats.values import WORD, ValueEnd, space_after
+from daemon.source.kinds import LEADING, end_of
+from daemon.source.parsing import Fields, is_record, parsed_object
 
 Framing = Literal["lines", "sequence", "document"]
-Fields = frozenset[str]  # that a record needs for its texts
 
 SPACE = b" \t\r\n\f\v\x1e\xef\xbb\xbf"  # bytes that may stand before a record
 BETWEEN = SPACE + b","  # and between two
@@ -40,23 +39,16 @@ SEQUENCE = Layout("sequence")
 DOCUMENT = Layout("document")
 
 
-def layout_of(
-    head: bytes, *, named_lines: bool, ended: bool, last: bool, recipes: Sequence[Fields]
-) -> Layout | None:
-    """The layout of a content that begins with `head`; None where more of it must be seen.
-
-    `ended` says that there is no more, `last` that no more will be shown. `recipes` are the fields of which a
-    record has all of one. Raises FileError where an object holds several lists of records.
-    """
-    return FirstBytes(head, named_lines, ended, last, recipes).layout()
-
-
 class FirstBytes:
-    """The beginning of a content, as `layout_of` takes it."""
+    """The beginning of a content, which tells its layout."""
 
     def __init__(
-        self, head: bytes, named_lines: bool, ended: bool, last: bool, recipes: Sequence[Fields]
+        self, head: bytes, *, named_lines: bool, ended: bool, last: bool, recipes: Sequence[Fields]
     ) -> None:
+        """`ended` says that there is no more than `head`, `last` that no more will be shown.
+
+        `recipes` are the fields of which a record has all of one.
+        """
         self._head = head
         self._named = LINES if named_lines else DOCUMENT
         self._ended = ended
@@ -65,6 +57,7 @@ class FirstBytes:
         self._start = self._skip(0)
 
     def layout(self) -> Layout | None:
+        """None where more must be seen. Raises FileError where an object holds several lists of records."""
         match self._head[self._start : self._start + 1]:
             case b"":
                 return self._named if self._last else None
@@ -176,9 +169,7 @@ class FirstBytes:
         return isinstance(record, Mapping) and is_record(record, self._recipes)
 
     def _skip(self, at: int) -> int:
-        found = LEADING.match(self._head, at)
-        assert found is not None
-        return found.end()
+        return end_of(LEADING, self._head, at)
 
 
 def lists_of_objects(value: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -253,9 +244,3 @@ def members(head: bytes, at: int, levels: int) -> list[tuple[str, Any]]:
         if head[at : at + 1] != b",":
             return found
         at += 1
-
-
-def space_after(head: bytes, at: int) -> int:
-    found = SPACES.match(head, at)
-    assert found is not None
-    return found.end()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from daemon.source.formats.printed import PrintedValues
 from daemon.source.formats.values import ValueEnd
-from daemon.source.kinds import LEADING
+from daemon.source.kinds import LEADING, end_of
 from daemon.source.parsing import Place, RawRecord
 
 NEWLINE = b"\n"
@@ -149,9 +149,7 @@ class LineSplitter:
         number = 0
         while number + 1 < len(starts):
             start, stop = starts[number], starts[number + 1]
-            found = LEADING.match(held, start, stop)
-            assert found is not None
-            end = ends.get(found.end(), -1)
+            end = ends.get(end_of(LEADING, held, start, stop), -1)
             last = bisect_left(starts, end, number + 1) if end >= 0 else len(starts)
             if last < len(starts) and not held[end : starts[last]].strip(b" \t\r\n,"):
                 inside = PrintedValues()
@@ -183,11 +181,7 @@ class LineSplitter:
 
     def _records(self, line: bytes, joints: bool) -> Iterator[RawRecord]:
         """The records of a line that is there whole; `joints` says that it may hold several objects."""
-        start = 0
-        if line[:1] != b"{":
-            found = LEADING.match(line)
-            assert found is not None
-            start = found.end()
+        start = 0 if line[:1] == b"{" else end_of(LEADING, line)
         if start == len(line):
             return
         if joints and JOINT.search(line, start):
@@ -210,9 +204,7 @@ class LineSplitter:
 
 def n_plain_objects(line: bytes, joints: bool) -> int:
     """How many objects in a row the line is; 1 for what can't go on in the next, 0 for what may."""
-    found = LEADING.match(line)
-    assert found is not None
-    start = found.end()
+    start = end_of(LEADING, line)
     first = line[start : start + 1]
     if first != b"{":
         return int(first != b"[")
@@ -237,9 +229,7 @@ def objects_of(line: bytes, at: int) -> list[tuple[int, int]]:
     """Where the objects begin and end of which the line consists; none where it holds anything else."""
     spans: list[tuple[int, int]] = []
     while True:
-        between = BETWEEN.match(line, at)
-        assert between is not None
-        at = between.end()
+        at = end_of(BETWEEN, line, at)
         if at == len(line):
             return spans
         end = ValueEnd().find(line, at) if line[at : at + 1] == b"{" else -1

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from daemon.errors import FileError
-from daemon.source.formats.layout import Fields, value_at
-from daemon.source.kinds import LEADING
-from daemon.source.parsing import is_record
+from daemon.source.formats.layout import value_at
+from daemon.source.kinds import LEADING, end_of
+from daemon.source.parsing import Fields, is_record
 
 REMEDY = "write records, in pandas by df.to_json(path, orient='records', lines=True)"
 LEVELS = 3  # of brackets that are looked into
@@ -19,9 +19,7 @@ LEVELS = 3  # of brackets that are looked into
 
 def explain(beginning: bytes, records: int, recipes: Sequence[Fields]) -> FileError | None:
     """The error of a content without a usable record, by how it begins; None where that tells nothing."""
-    start = LEADING.match(beginning)
-    assert start is not None
-    value, _ = value_at(beginning, start.end(), LEVELS)
+    value, _ = value_at(beginning, end_of(LEADING, beginning), LEVELS)
     what = None
     if isinstance(value, list) and value and isinstance(value[0], list):
         what = "the file is an array of arrays (orient='values' in pandas)"

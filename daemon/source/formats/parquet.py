@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 
 from daemon.errors import FileError, SampleError
 from daemon.source.content import BOMB_BYTES, unreadable
-from daemon.source.formats.format import Blocks, Fields, InputFormat
+from daemon.source.formats.format import Blocks, InputFormat
 from daemon.source.formats.table import check_columns, check_unique, record_of
 from daemon.source.kinds import check_kind
 from daemon.source.limits import ReadLimits
-from daemon.source.parsing import Place, RawRecord, printable
+from daemon.source.parsing import Fields, Place, RawRecord, printable
 from daemon.source.stream import InputStream
 
 MAGIC = (b"PAR1", b"PARE")

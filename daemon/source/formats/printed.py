@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-from daemon.source.formats.values import SPACES, STRING, WORD, WORD_BYTE, ValueEnd
+from daemon.source.formats.values import STRING, WORD, WORD_BYTE, ValueEnd, space_after
+from daemon.source.kinds import end_of
 
 Span = tuple[int, int]
 Expected = Literal["value", "key", "colon", "comma", "document"]
@@ -43,9 +44,7 @@ class PrintedValues:
         at, end = 0, len(line)
         while True:
             if self._expected == "document":
-                between = BETWEEN.match(line, at)
-                assert between is not None
-                at = between.end()
+                at = end_of(BETWEEN, line, at)
             token = TOKEN.match(line, at)
             if token is None:
                 return False
@@ -131,17 +130,6 @@ def elements_of(held: bytes, at: int) -> Iterator[Span]:
         first = held[at : at + 1]
         if first == b"]":
             return
-        if first in b'"[{':
-            end = ValueEnd().find(held, at)
-        else:
-            word = WORD.match(held, at)
-            assert word is not None
-            end = word.end()
+        end = ValueEnd().find(held, at) if first in b'"[{' else end_of(WORD, held, at)
         yield at, end
         at = end
-
-
-def space_after(held: bytes, at: int) -> int:
-    found = SPACES.match(held, at)
-    assert found is not None
-    return found.end()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from daemon.errors import FileError
+from daemon.source.kinds import end_of
 
 QUOTE = b'"'
 IN_QUOTES = re.compile(rb'[^"]*+(?:""[^"]*+|)*+')  # possessive, so that no text makes it slow
@@ -117,9 +118,7 @@ class Quotes:
         while at < len(piece):
             byte = piece[at : at + 1]
             if self._at == "quoted":
-                found = IN_QUOTES.match(piece, at)
-                assert found is not None
-                at = found.end() + 1
+                at = end_of(IN_QUOTES, piece, at) + 1
                 if at <= len(piece):  # a quote stands there, and no second one in this piece
                     self._at = "quote"
             elif self._at == "unquoted":

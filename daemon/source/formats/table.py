@@ -9,15 +9,9 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 from daemon.errors import FileError
-from daemon.source.formats.format import Fields
-from daemon.source.parsing import MARK, Number, printable, without_marks
+from daemon.source.parsing import Fields, is_record, number_as_written, printable, without_marks
 
 SHOWN_COLUMNS = 8
-
-
-def number_as_written(text: str) -> Number:
-    """A value that stands in a record's JSON as the number that `text` is."""
-    return Number(f"{MARK}{text}{MARK}")
 
 
 def jsonable(value: object) -> str:
@@ -44,7 +38,7 @@ def record_of(columns: Sequence[str], row: Iterable[object], max_bytes: int) -> 
 def check_columns(columns: Sequence[str], recipes: Sequence[Fields]) -> None:
     """Raises FileError where two columns have one name, or where no recipe has its fields among them."""
     check_unique(columns)
-    if not any(fields <= set(columns) for fields in recipes):
+    if not is_record(columns, recipes):
         wanted = " nor ".join(" and ".join(sorted(fields)) for fields in recipes)
         raise FileError(
             "no_recipe",

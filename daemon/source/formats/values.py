@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from daemon.source.kinds import end_of
+
 
 def nested(levels: int) -> bytes:
     """The pattern of what stands between two brackets, where brackets nest no deeper than that."""
@@ -27,6 +29,10 @@ PLAIN_VALUE = rb"[\[{]" + nested(3) + rb"[\]}]|" + STRING + rb"|" + WORD_BYTE + 
 PLAIN_ELEMENT = re.compile(SPACE + rb"(" + PLAIN_VALUE + rb")" + SPACE + rb"([,\]])", re.DOTALL)
 
 
+def space_after(data: bytes, at: int) -> int:
+    return end_of(SPACES, data, at)
+
+
 class ValueEnd:
     """Finds where a value ends, in chunks, given that it begins with a quote or a bracket."""
 
@@ -46,9 +52,7 @@ class ValueEnd:
                     return at
                 continue
             if self._depth:
-                found = BALANCED.match(chunk, at)
-                assert found is not None
-                at = found.end()
+                at = end_of(BALANCED, chunk, at)
             run = BRACKET_RUN.match(chunk, at)
             if run is None:  # a quote, or the end
                 self._in_string = at < len(chunk)
@@ -68,9 +72,7 @@ class ValueEnd:
         if self._escaped:
             self._escaped = False
             at += 1
-        found = IN_STRING.match(chunk, at)
-        assert found is not None
-        at = found.end()
+        at = end_of(IN_STRING, chunk, at)
         if at < len(chunk):
             self._in_string = chunk[at] != ord('"')
             self._escaped = self._in_string
