@@ -31,6 +31,9 @@ TRIES = 3  # of which the first finds nothing ready
 MAX_SECONDS = 12.0  # after which nothing more is tried
 MAX_TRY_SECONDS = 3.0  # of one try: a larger batch would gain little, and keep results waiting
 STEADY = 1.15  # times the best try, that the next best takes on a machine with nothing else to do
+OWN_CORES = (
+    0.75  # of its cores' time, that an engine has where nothing else runs; with less, time alone cuts sizes
+)
 ENOUGH = 0.95  # of the best rate: of the batches that reach it the largest shares the most, here unseen
 
 log = structlog.get_logger()
@@ -43,11 +46,15 @@ def auto_batch_tokens(engine: Engine, vocabulary: int, cache_dir: Path) -> int:
         return int(json.loads(cached.read_text())["max_batch_tokens"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured here yet, or a file that something else wrote
+    wall, cpu = time.perf_counter(), time.process_time()
     tries = measure(engine, vocabulary)
+    used = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
     rates = {size: round(size / min(seconds)) for size, seconds in tries.items()}
     chosen = max(size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
     log.info("batching.measured", max_batch_tokens=chosen, tokens_per_second=rates)
-    if steady(tries[chosen]):
+    sizes = CANDIDATES[torch.device(engine.info.device).type]
+    had_cores = used >= OWN_CORES or engine.info.device != "cpu"
+    if steady(tries[chosen]) and (had_cores or max(tries) == max(sizes)):
         remember(cached, {"max_batch_tokens": chosen, "tokens_per_second": rates})
     else:
         log.warning("batching.not_remembered", path=str(cached), reason="the machine is busy with other work")

@@ -18,9 +18,12 @@ def engine(tmp_path_factory):
     return packed(made.model, made.saes, torch.float32)
 
 
+LARGEST = max(autotune.CANDIDATES["cpu"])
+
+
 def of_rates(rates: dict[int, int]) -> dict[int, list[float]]:
-    """Two tries of each size, as long as each other."""
-    return {size: [size / rate] * 2 for size, rate in rates.items()}
+    """Two tries of each size, as long as each other; the largest of all is slow, unless it is given."""
+    return {size: [size / rate] * 2 for size, rate in ({LARGEST: 1} | rates).items()}
 
 
 def test_what_was_measured_beside_other_work_is_not_remembered(engine, tmp_path, monkeypatch):
@@ -30,6 +33,24 @@ def test_what_was_measured_beside_other_work_is_not_remembered(engine, tmp_path,
     assert auto_batch_tokens(engine, 256, tmp_path) == 256
     monkeypatch.setattr(autotune, "measure", lambda *_: pytest.fail("measured again"))
     assert auto_batch_tokens(engine, 256, tmp_path) == 256
+
+
+@pytest.mark.parametrize(("cores", "remembered"), [(0.5, False), (0.9, True)])
+def test_sizes_that_took_too_long_count_only_where_the_cores_were_its_own(
+    engine, tmp_path, monkeypatch, cores, remembered
+):
+    now = [0.0, 0.0]  # by the clock, and of the process
+
+    def measure(*_):
+        now[0] += 10
+        now[1] += 10 * cores * torch.get_num_threads()
+        return {256: [2.0, 2.0]}  # 512 would have taken more than MAX_TRY_SECONDS
+
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(autotune.time, "process_time", lambda: now[1])
+    monkeypatch.setattr(autotune, "measure", measure)
+    assert auto_batch_tokens(engine, 256, tmp_path) == 256
+    assert any(tmp_path.rglob("*.json")) == remembered
 
 
 def test_it_is_measured_once_and_then_remembered(engine, tmp_path, monkeypatch):
@@ -46,13 +67,13 @@ def test_the_largest_batch_that_is_fast_enough_is_chosen(engine, tmp_path, monke
 
 
 def test_a_cache_that_cannot_be_read_or_written_is_done_without(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "measure", lambda *_: of_rates({256: 1}))
+    monkeypatch.setattr(autotune, "measure", lambda *_: of_rates({256: 10}))
     (tmp_path / "batching").write_text("a file where a folder should be")
     assert auto_batch_tokens(engine, 256, tmp_path) == 256
 
 
 def test_a_broken_cache_is_measured_anew(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "measure", lambda *_: of_rates({512: 1}))
+    monkeypatch.setattr(autotune, "measure", lambda *_: of_rates({512: 10}))
     auto_batch_tokens(engine, 256, tmp_path)
     (file,) = (tmp_path / "batching").iterdir()
     file.write_text("{")
