@@ -15,11 +15,11 @@ from daemon.errors import FileError
 from daemon.fs import durable
 from daemon.pause import Pause
 from daemon.recipes import CONTRAST_RECIPE
-from daemon.records import Claim, FileFailed, FinishedPart, InputFile, KeptPart, Outcome
+from daemon.records import Claim, FileFailed, FinishedPart, InputFile, KeptPart, Outcome, Part
 from daemon.settlement import Settlement
 from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
-from daemon.sink.tables import PartTables
+from daemon.sink.parts import StoredPart
 from daemon.sink.writer import UnitWriter
 from daemon.source.folder import FolderSource
 from daemon.source.formats import without_suffix
@@ -129,11 +129,11 @@ async def test_a_part_stored_before_the_disk_was_full_is_not_stored_again(tmp_pa
     write_part = UnitWriter.write_part
     tried: list[int] = []
 
-    def full_once(writer: UnitWriter, finished: FinishedPart, *tables: PartTables) -> None:
-        tried.append(finished.part.part.number)
+    def full_once(writer: UnitWriter, part: Part, stored: StoredPart) -> None:
+        tried.append(part.number)
         if tried == [0, 1]:
             raise OSError(errno.ENOSPC, "no space left")
-        write_part(writer, finished, *tables)
+        write_part(writer, part, stored)
 
     monkeypatch.setattr(UnitWriter, "write_part", full_once)
     async with working(tmp_path) as work:

@@ -167,10 +167,10 @@ def misalignment(layer: LayerActivations) -> Tensor:
     header="drift °",
 )
 def centroid_drift(text: ComparedText) -> Tensor:
-    from daemon.analysis import drift
+    from daemon.analysis.angles import vector_angle
 
     centroid = text.first.shape.centroid
-    return drift.centroid_drift(centroid[text.reference_rows], centroid[text.rows])
+    return vector_angle(centroid[text.reference_rows], centroid[text.rows])
 
 
 @contrast_metric(
@@ -180,10 +180,10 @@ def centroid_drift(text: ComparedText) -> Tensor:
     header="twist °",
 )
 def axis_twist(text: ComparedText) -> Tensor:
-    from daemon.analysis import drift
+    from daemon.analysis.angles import line_angle
 
     axis = text.first.shape.axis
-    return drift.axis_twist(axis[text.reference_rows], axis[text.rows])
+    return line_angle(axis[text.reference_rows], axis[text.rows])
 
 
 @contrast_metric(
@@ -212,12 +212,12 @@ def entropy(text: ComparedText) -> Tensor:
     header="consistency",
 )
 def cross_layer_consistency(text: ComparedText) -> Tensor:
-    from daemon.analysis import drift
+    from daemon.analysis.sparse import shared_cosine
 
     if len(text.layers) < 2:
         return text.undefined
     a, b = text.layers[-2:]
-    return drift.cross_layer_consistency(a.acts.select(text.rows), b.acts.select(text.rows), a.d_sae, b.d_sae)
+    return shared_cosine(a.acts.select(text.rows), b.acts.select(text.rows), min(a.d_sae, b.d_sae))
 
 
 def token_count_name(text: str) -> str:

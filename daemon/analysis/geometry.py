@@ -78,30 +78,18 @@ class DecoderRows:
         return torch.cuda.get_device_properties(self.W_dec.device).total_memory // (8 * GATHERED_SHARE)
 
 
-@dataclass(frozen=True, slots=True)
-class WeightedRows:
-    """Weighted decoder rows at N positions."""
-
-    indices: Tensor  # (N, width) int64
-    weights: Tensor  # (N, width) float64, zero beyond the counts
-    counts: Tensor  # (N,) int64
-
-    @classmethod
-    def of(cls, acts: SparseActs) -> WeightedRows:
-        magnitudes = acts.values.double()
-        # a row that has no sum, or an infinite one, weighs nothing
-        weights = (magnitudes / magnitudes.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
-        return cls(acts.indices, weights, acts.counts)
-
-    def narrowed(self, rows: slice | Tensor, width: int) -> WeightedRows:
-        """Some of the rows, none of which has more than `width` features."""
-        return WeightedRows(self.indices[rows, :width], self.weights[rows, :width], self.counts[rows])
+def weighted(acts: SparseActs) -> SparseActs:
+    """The same features with weights of sum 1 as their values, in float64."""
+    magnitudes = acts.values.double()
+    # a row that has no sum, or an infinite one, weighs nothing
+    weights = (magnitudes / magnitudes.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
+    return SparseActs(acts.indices, weights, acts.counts)
 
 
 def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
     """The geometry of N sparse activations."""
     order = acts.counts.argsort()  # neighbours of like width waste little
-    ordered = WeightedRows.of(acts.select(order))
+    ordered = weighted(acts.select(order))
     solved = None if decoder.inner is None else _by_table(ordered, decoder, decoder.inner)
     shape = _shape(_by_rows(ordered, decoder) if solved is None else solved, ordered.counts)
     inverse = order.argsort()
@@ -137,10 +125,10 @@ class Solved:
     moment: Tensor  # (N,) sum w_i ||r_i||^2
 
 
-def _by_rows(rows: WeightedRows, decoder: DecoderRows) -> Solved:
+def _by_rows(rows: SparseActs, decoder: DecoderRows) -> Solved:
     """By the decoder rows themselves, in chunks that bound the gathered rows; `rows` by ascending count."""
     chunks = row_chunks(rows.counts.tolist(), decoder.W_dec.shape[1], decoder.max_gathered)
-    pieces = [_gathered(rows.narrowed(chunk, width), decoder.W_dec) for chunk, width in chunks]
+    pieces = [_gathered(rows.select(chunk, width), decoder.W_dec) for chunk, width in chunks]
     width = rows.indices.shape[1]
     return Solved(
         eigenvalues=torch.cat([_padded(piece.eigenvalues, width) for piece in pieces]),
@@ -150,9 +138,9 @@ def _by_rows(rows: WeightedRows, decoder: DecoderRows) -> Solved:
     )
 
 
-def _gathered(rows: WeightedRows, W_dec: Tensor) -> Solved:
+def _gathered(rows: SparseActs, W_dec: Tensor) -> Solved:
     """Exact for the smallest spread; takes (rows, width, d_in) of memory."""
-    indices, weights, counts = rows.indices, rows.weights, rows.counts
+    indices, weights, counts = rows.indices, rows.values, rows.counts
     if W_dec.device.type == "cuda" and (ours := kernels()) is not None:
         spread, centroid, moment = ours.centred(W_dec, indices, weights, counts)  # S
     else:
@@ -164,12 +152,12 @@ def _gathered(rows: WeightedRows, W_dec: Tensor) -> Solved:
     return Solved(found.values, (found.principal.unsqueeze(1) @ spread).squeeze(1), centroid, moment)
 
 
-def _by_table(rows: WeightedRows, decoder: DecoderRows, inner: Tensor) -> Solved | None:
+def _by_table(rows: SparseActs, decoder: DecoderRows, inner: Tensor) -> Solved | None:
     """By the table of inner products; spreads too small for their differences by the rows themselves.
 
     None where the compiled code does not converge.
     """
-    indices, weights, counts = rows.indices, rows.weights, rows.counts
+    indices, weights, counts = rows.indices, rows.values, rows.counts
     found = table_eigen(inner, indices, weights, counts)
     if found is None or decoder.exact is None:
         return None
@@ -179,7 +167,7 @@ def _by_table(rows: WeightedRows, decoder: DecoderRows, inner: Tensor) -> Solved
     axis = weighted_sum(indices, scaled, counts, decoder.exact) - scaled.sum(-1, keepdim=True) * centroid
     small = ((moment - square <= CANCELLED * moment) & (counts > 1)).nonzero().squeeze(1)
     if len(small):
-        again = _by_rows(rows.narrowed(small, indices.shape[1]), decoder)
+        again = _by_rows(rows.select(small), decoder)
         eigenvalues[small], moment[small] = again.eigenvalues, again.moment
         axis[small], centroid[small] = again.axis, again.centroid
     return Solved(eigenvalues, axis, centroid, moment)
@@ -228,7 +216,7 @@ def _clean_eigenvalues(descending: Tensor, counts: Tensor, point: Tensor) -> Ten
     n centred rows span at most n - 1 dimensions, so lambda_k is exactly 0 for k >= n. Below
     RELATIVE_EPSILON of lambda1 an eigenvalue is 0; and all are where lambda1 is not above `point` (rows,).
     """
-    padded = torch.nn.functional.pad(descending, (0, max(0, 3 - descending.shape[1])))
+    padded = _padded(descending, max(3, descending.shape[1]))
     largest = padded[:, :1]
     k = torch.arange(1, padded.shape[1] + 1, device=padded.device)
     real = (k < counts.unsqueeze(1)) & (padded > RELATIVE_EPSILON * largest) & (largest > point.unsqueeze(1))

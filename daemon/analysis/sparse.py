@@ -29,14 +29,37 @@ class SparseActs:
         """(N, width) bool: the slots that hold a feature."""
         return torch.arange(self.width, device=self.counts.device) < self.counts.unsqueeze(1)
 
-    def select(self, rows: Tensor) -> SparseActs:
-        """The positions `rows` (M,) int64, in that order, at the same width."""
-        return SparseActs(self.indices[rows], self.values[rows], self.counts[rows])
+    def select(self, rows: Tensor | slice, width: int | None = None) -> SparseActs:
+        """The positions `rows` (M,) int64, in that order; none has more than `width` features."""
+        return SparseActs(self.indices[rows, :width], self.values[rows, :width], self.counts[rows])
 
     def to_dense(self, d_sae: int) -> Tensor:
         """(N, d_sae)."""
         dense = self.values.new_zeros(len(self.counts), d_sae)
         return dense.scatter_add_(1, self.indices, self.values)
+
+
+def shared_cosine(a: SparseActs, b: SparseActs, limit: int) -> Tensor:
+    """Cosine (N,) float64 of two dictionaries' feature vectors over their first `limit` entries.
+
+    The two dictionaries are not aligned: feature i of one has nothing to do with feature i of the other.
+    The original study defined the quantity so, and it is kept for comparison with it. NaN where either
+    vector has no active feature among those entries.
+    """
+    keys_a, values_a = _restrict(a, limit)
+    keys_b, values_b = _restrict(b, limit)
+    slots = torch.searchsorted(keys_b, keys_a).clamp(max=b.width - 1)
+    common = keys_b.gather(1, slots) == keys_a  # empty slots may meet: their values are 0
+    dot = (values_a * values_b.gather(1, slots)).where(common, 0).sum(-1)
+    norms = torch.linalg.vector_norm(values_a, dim=-1) * torch.linalg.vector_norm(values_b, dim=-1)
+    cosine: Tensor = dot / norms
+    return cosine.clamp(max=1)  # rounding
+
+
+def _restrict(acts: SparseActs, limit: int) -> tuple[Tensor, Tensor]:
+    """Ascending keys (N, width), `limit` where the slot is empty or beyond, and values, 0 there."""
+    kept = acts.active & (acts.indices < limit)
+    return acts.indices.where(kept, limit), acts.values.double().where(kept, 0)
 
 
 def from_dense(feature_acts: Tensor) -> SparseActs:

@@ -37,23 +37,7 @@ def eigen(gram: Tensor, counts: Tensor) -> tuple[Tensor, Tensor] | None:
     Returns the eigenvalues (rows, width), descending, and the unit eigenvectors (rows, width) of the first,
     arbitrary where that is not above 0. None without the routine, or where a matrix does not converge.
     """
-    function = routine()
-    if function is None:
-        return None
-    rows, width = gram.shape[:2]
-    gram, counts = gram.contiguous(), counts.contiguous()
-    values, vectors = gram.new_empty(rows, width), gram.new_empty(rows, width)
-
-    def solve(first: int, last: int) -> int:
-        of_matrices, of_counts, *taken = (row(one, first) for one in (gram, counts, values, vectors))
-        left: int = function(
-            of_matrices, None, 0, None, None, of_counts, last - first, width, *taken, None, None
-        )
-        return left
-
-    if any(in_ranges(solve, rows, STEP)):
-        return None
-    return values.sort(dim=-1, descending=True).values, vectors
+    return solved(counts, gram.shape[1], gram=gram)
 
 
 def table_eigen(
@@ -65,23 +49,34 @@ def table_eigen(
     indices; indices and float64 weights w: (rows, width). Returns, besides, the sum of w times the diagonal
     of K (rows,), and w^T K w (rows,).
     """
+    moment, square = weights.new_empty(2, len(weights)).unbind()
+    by_row = {"indices": indices, "weights": weights, "moment": moment, "square": square}
+    found = solved(counts, indices.shape[1], inner, **by_row)
+    return None if found is None else (*found, moment, square)
+
+
+def solved(
+    counts: Tensor, width: int, inner: Tensor | None = None, **by_row: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues and vectors by `lensd_eigen`; `by_row` are its arguments by name that have a row each."""
     function = routine()
     if function is None:
         return None
-    rows, width = indices.shape
-    indices, weights, counts = indices.contiguous(), weights.contiguous(), counts.contiguous()
-    values, vectors = torch.empty_like(weights), torch.empty_like(weights)
-    moment, square = weights.new_empty(rows), weights.new_empty(rows)
+    values, vectors = torch.empty(2, len(counts), width, dtype=torch.float64).unbind()
+    by_row |= {"counts": counts, "values": values, "vectors": vectors}
+    by_row = {name: tensor.contiguous() for name, tensor in by_row.items()}
+    table = (None, 0) if inner is None else (inner.data_ptr(), len(inner))
 
     def solve(first: int, last: int) -> int:
-        given = (row(one, first) for one in (indices, weights, counts))
-        taken = (row(one, first) for one in (values, vectors, moment, square))
-        left: int = function(None, inner.data_ptr(), len(inner), *given, last - first, width, *taken)
+        at = {name: row(tensor, first) for name, tensor in by_row.items()}
+        given = (at.get("indices"), at.get("weights"), at["counts"], last - first, width)
+        taken = (at["values"], at["vectors"], at.get("moment"), at.get("square"))
+        left: int = function(at.get("gram"), *table, *given, *taken)
         return left
 
-    if any(in_ranges(solve, rows, STEP)):
+    if any(in_ranges(solve, len(counts), STEP)):
         return None
-    return values.sort(dim=-1, descending=True).values, vectors, moment, square
+    return values.sort(dim=-1, descending=True).values, vectors
 
 
 def row(tensor: Tensor, number: int) -> int:

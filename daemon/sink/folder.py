@@ -30,7 +30,7 @@ from daemon.sink.outbox import Outbox
 from daemon.sink.parts import stored_extents
 from daemon.sink.schema import ValueType, features_schema, metrics_schema
 from daemon.sink.staging import Staging, Unit, abandon
-from daemon.sink.tables import part_tables
+from daemon.sink.tables import stored_parts
 from daemon.sink.writer import UnitWriter
 
 R = TypeVar("R")
@@ -156,8 +156,8 @@ class FolderSink:
                 by_recipe.setdefault(item.part.part.recipe, []).append(item)
         for recipe, items in by_recipe.items():
             schemas = metrics_schema(self._info.layers, recipe), features_schema(self._values)
-            for item, tables in zip(items, part_tables(items, *schemas, self._info), strict=True):
-                self._units[item.part.part.file.unit].writer.write_part(item, tables)
+            for item, stored in zip(items, stored_parts(items, *schemas, self._info), strict=True):
+                self._units[item.part.part.file.unit].writer.write_part(item.part.part, stored)
 
     def _complete(self, units: Sequence[Unit]) -> None:
         """Write the folders of complete units; a unit without a row, every record rejected, fails instead."""

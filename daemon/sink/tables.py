@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,32 +18,24 @@ from daemon.model_info import ModelInfo
 from daemon.recipes import Recipe
 from daemon.records import FeatureRows, FinishedPart, IntArray, ResultRows, Sample
 from daemon.sink.feature_rows import in_order
+from daemon.sink.parts import StoredPart
 from daemon.sink.schema import SAMPLE_FIELDS
 
 
-@dataclass(frozen=True, slots=True)
-class PartTables:
-    """The rows that one part adds to the two Parquet files."""
-
-    metrics: pa.Table
-    features: pa.Table
-    clipped: int  # activations that the stored type does not hold
-
-
-def part_tables(
+def stored_parts(
     parts: Sequence[FinishedPart], metrics: pa.Schema, features: pa.Schema, info: ModelInfo
-) -> list[PartTables]:
-    """The tables of parts of one recipe; the schemas are `metrics_schema`'s and `features_schema`'s.
+) -> list[StoredPart]:
+    """Parts of one recipe as they are stored; the schemas are `metrics_schema`'s and `features_schema`'s.
 
-    All are made as one and sliced: a table costs by its columns, and most parts of small files have one row.
-    Raises AssertionError unless the pieces of each part cover its samples exactly once, KeyError where a
-    batch result lacks a column.
+    All tables are made as one and sliced: a table costs by its columns, and most parts of small files have
+    one row. Raises AssertionError unless the pieces of each part cover its samples exactly once, KeyError
+    where a batch result lacks a column.
     """
     for part in parts:
         part.check_covered()
     bounds = np.cumsum([0, *(len(part.part.samples) for part in parts)])
     if not bounds[-1]:  # all records were rejected
-        return [PartTables(metrics.empty_table(), features.empty_table(), clipped=0) for _ in parts]
+        return [stored_part(part, metrics.empty_table(), features.empty_table(), clipped=0) for part in parts]
     samples = [sample for part in parts for sample in part.part.part.samples]
     pieces = pieces_by_result(parts, bounds)
     rows, clipped = feature_rows(pieces, features)
@@ -52,15 +43,28 @@ def part_tables(
     whole_features = features_table(samples, parts[0].part.part.recipe, rows, features, info)
     row_bounds = np.searchsorted(rows.sample_row, bounds)
     return [
-        PartTables(
+        stored_part(
+            part,
             whole_metrics.slice(first, last - first),
             whole_features.slice(first_row, last_row - first_row),
             int(clipped[first_row:last_row].sum()),
         )
-        for (first, last), (first_row, last_row) in zip(
-            itertools.pairwise(bounds.tolist()), itertools.pairwise(row_bounds.tolist()), strict=True
+        for part, (first, last), (first_row, last_row) in zip(
+            parts, itertools.pairwise(bounds.tolist()), itertools.pairwise(row_bounds.tolist()), strict=True
         )
     ]
+
+
+def stored_part(finished: FinishedPart, metrics: pa.Table, features: pa.Table, clipped: int) -> StoredPart:
+    return StoredPart(
+        extent=finished.part.part.extent,
+        metrics=metrics,
+        features=features,
+        rejects=tuple(sorted(finished.rejects, key=lambda reject: reject.record_index)),
+        layers=finished.layers,
+        seconds=finished.seconds,
+        clipped=clipped,
+    )
 
 
 def pieces_by_result(parts: Sequence[FinishedPart], bounds: IntArray) -> list[ResultRows]:

@@ -10,19 +10,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import pyarrow as pa
 
 from daemon.fs.durable import make_empty_folder, remove_folder
 from daemon.model_info import ModelInfo
 from daemon.recipes import Recipe
 from daemon.records import (
     FileTotals,
-    FinishedPart,
     InputFile,
     LayerTotals,
+    Part,
     PartExtent,
     Reject,
     StageSeconds,
@@ -34,7 +32,6 @@ from daemon.sink.jsontext import to_json
 from daemon.sink.parquet import ParquetFile
 from daemon.sink.parts import StoredPart, parts_of, read_part, write_part
 from daemon.sink.schema import ValueType, features_options, features_schema, metrics_options, metrics_schema
-from daemon.sink.tables import PartTables, part_tables
 
 METRICS = "metrics.parquet"
 FEATURES = "features.parquet"
@@ -85,18 +82,13 @@ class UnitWriter:
         """Whether this part is stored."""
         return number in self._extents
 
-    def write_part(self, finished: FinishedPart, tables: PartTables | None = None) -> None:
-        """Store a part, whose tables are made here unless they come with it. Safe to repeat.
+    def write_part(self, part: Part, stored: StoredPart) -> None:
+        """Store the results of a part. Safe to repeat.
 
         Raises OSError where the disk refuses, AssertionError where the part does not fit the file.
         """
         began = self._clock()
-        part = finished.part.part
         self._check_expected(part.file, part.number)
-        if tables is None:
-            schemas = self._metrics_schema, features_schema(self.values)
-            (tables,) = part_tables([finished], *schemas, self.info)
-        stored = stored_part(finished, tables)
         check_records(part.file, stored, [sample.record_index for sample in part.samples])
         if part.last and part.number == 0:
             self._only = stored
@@ -125,16 +117,12 @@ class UnitWriter:
         self._check_complete()
         began = self._clock()
         make_empty_folder(self.staging)
-        return self._write_parts(began)
-
-    def _write_parts(self, began: float) -> UnitTotals:
-        """The files of a unit, from its stored parts."""
         layers = tuple(LayerTotals.zero(sae.d_out) for sae in self.info.saes)
         seconds, clipped = StageSeconds(), 0
         with contextlib.ExitStack() as files:
             metrics = ParquetFile(
                 self.staging / METRICS,
-                self._metrics_schema,
+                metrics_schema(self.info.layers, self.recipe),
                 group_bytes=METRICS_GROUP_BYTES,
                 options=metrics_options(self.info.layers, self.recipe),
             )
@@ -171,10 +159,6 @@ class UnitWriter:
         """Remove the staging folder, whatever state it is in. Stored parts stay for another attempt."""
         remove_folder(self.staging)
 
-    @property
-    def _metrics_schema(self) -> pa.Schema:
-        return metrics_schema(self.info.layers, self.recipe)
-
     def _add(self, extent: PartExtent, last: bool) -> None:
         self._extents[extent.number] = extent
         if last:
@@ -209,18 +193,6 @@ class UnitWriter:
             raise AssertionError(f"unit {self.file.unit}: its last part is missing")
 
 
-def stored_part(finished: FinishedPart, tables: PartTables) -> StoredPart:
-    return StoredPart(
-        extent=finished.part.part.extent,
-        metrics=tables.metrics,
-        features=tables.features,
-        rejects=tuple(sorted(finished.rejects, key=lambda reject: reject.record_index)),
-        layers=finished.layers,
-        seconds=finished.seconds,
-        clipped=tables.clipped,
-    )
-
-
 def check_records(file: InputFile, stored: StoredPart, samples: list[int]) -> None:
     """Raises AssertionError unless samples and rejects of a part are its records, each once."""
     extent = stored.extent
@@ -245,7 +217,7 @@ class RejectsFile:
             return
         if self._file is None:
             self._file = HashedFile(self._path)
-        self._file.write(reject_lines(rejects))
+        self._file.write(b"".join(map(reject_line, rejects)))
         self.rows += len(rejects)
 
     def close(self) -> list[FileTotals]:
@@ -259,10 +231,6 @@ class RejectsFile:
         """Let go of the file."""
         if self._file is not None:
             self._file.close()
-
-
-def reject_lines(rejects: Sequence[Reject]) -> bytes:
-    return b"".join(map(reject_line, rejects))
 
 
 def reject_line(reject: Reject) -> bytes:

@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from daemon.analysis.drift import axis_twist, centroid_drift, cross_layer_consistency
-from daemon.analysis.sparse import from_dense
+from daemon.analysis.angles import line_angle, vector_angle
+from daemon.analysis.sparse import from_dense, shared_cosine
 from tests.analysis.synthetic import QUICK, random_acts, to_dense
 
 coordinates = st.floats(-1e3, 1e3).filter(lambda value: value == 0 or abs(value) > 1e-3)
@@ -18,13 +18,11 @@ vectors = st.lists(coordinates, min_size=3, max_size=3)
 
 
 def drift(a: list[float], b: list[float]) -> float:
-    return centroid_drift(
-        torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64)
-    ).item()
+    return vector_angle(torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64)).item()
 
 
 def twist(a: list[float], b: list[float]) -> float:
-    return axis_twist(torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64)).item()
+    return line_angle(torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64)).item()
 
 
 @pytest.mark.parametrize(
@@ -82,13 +80,13 @@ def test_consistency_is_the_cosine_over_the_shared_entries(seed, counts):
     expected = [
         dot / norm if norm else math.nan for dot, norm in zip((left * right).sum(1), norms, strict=True)
     ]
-    np.testing.assert_allclose(cross_layer_consistency(a, b, d_sae_a, d_sae_b), expected, atol=1e-12, rtol=0)
-    np.testing.assert_allclose(cross_layer_consistency(b, a, d_sae_b, d_sae_a), expected, atol=1e-12, rtol=0)
+    np.testing.assert_allclose(shared_cosine(a, b, d_sae_a), expected, atol=1e-12, rtol=0)
+    np.testing.assert_allclose(shared_cosine(b, a, d_sae_a), expected, atol=1e-12, rtol=0)
 
 
 def test_consistency_with_itself_is_one():
     acts = random_acts(0, [1 + row % 9 for row in range(100)], 9)
-    consistency = cross_layer_consistency(acts, acts, 9, 9)
+    consistency = shared_cosine(acts, acts, 9)
     assert_close(consistency, torch.ones(100, dtype=torch.float64))
     assert consistency.max() <= 1
 
@@ -96,11 +94,11 @@ def test_consistency_with_itself_is_one():
 def test_padding_is_not_taken_for_feature_zero():
     a = from_dense(torch.tensor([[0.0, 2.0, 0.0], [1.0, 2.0, 3.0]]))  # row 0 is padded with index 0
     b = from_dense(torch.tensor([[5.0, 0.0, 0.0], [1.0, 2.0, 3.0]]))
-    assert cross_layer_consistency(a, b, 3, 3).tolist() == [0, pytest.approx(1)]
+    assert shared_cosine(a, b, 3).tolist() == [0, pytest.approx(1)]
 
 
 def test_activity_beyond_the_smaller_dictionary_is_not_compared():
     small = from_dense(torch.tensor([[1.0, 1.0]]))
     large = from_dense(torch.tensor([[0.0, 0.0, 4.0]]))
-    assert cross_layer_consistency(small, large, 2, 3).isnan().all()
-    assert cross_layer_consistency(large, small, 3, 2).isnan().all()
+    assert shared_cosine(small, large, 2).isnan().all()
+    assert shared_cosine(large, small, 2).isnan().all()

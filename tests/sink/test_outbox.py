@@ -24,7 +24,16 @@ from daemon.sink.jsontext import to_json_lines
 from daemon.sink.manifest import manifest
 from daemon.sink.outbox import Outbox, Publication, Staged, complete, output_folder_name, seal
 from daemon.source.formats import without_suffix
-from tests.support.handmade import CONTRAST_RECIPE, INFO, UNIT, finish, make_file, make_part, open_writer
+from tests.support.handmade import (
+    CONTRAST_RECIPE,
+    INFO,
+    UNIT,
+    finish,
+    make_file,
+    make_part,
+    open_writer,
+    store,
+)
 
 CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -41,7 +50,7 @@ def outbox(tmp_path) -> Iterator[Outbox]:
 def stage(outbox: Outbox, name: str = "a.jsonl", unit: str = UNIT) -> tuple[Staged, UnitTotals]:
     """A finished unit of 5 records, one of them rejected."""
     writer = open_writer(outbox.staging(unit))
-    writer.write_part(finish(make_part(0, 0, 5, rejected=(2,), last=True)))
+    store(writer, finish(make_part(0, 0, 5, rejected=(2,), last=True)))
     totals = writer.write()
     staged = Staged(make_file(name, unit), writer.staging, content_for(totals, name))
     complete(staged)

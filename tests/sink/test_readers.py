@@ -13,7 +13,7 @@ import pytest
 
 from daemon.sink.outbox import output_folder_name
 from daemon.source.formats import without_suffix
-from tests.support.handmade import expected_features, expected_metrics, finish, make_part, open_writer
+from tests.support.handmade import expected_features, expected_metrics, finish, make_part, open_writer, store
 
 NAMES = ["a.jsonl", "b [1] * {x}=y.json.gz", "back\\slash?.json", "naïve 🧪 %20 #.jsonl", "rejects only.json"]
 
@@ -27,7 +27,7 @@ def outbox(request, tmp_path_factory) -> Path:
         writer = open_writer(
             outbox / output_folder_name(without_suffix(name), f"{number:012x}"), values=request.param
         )
-        writer.write_part(finish(make_part(0, 0, 4, rejected=rejected, last=True)))
+        store(writer, finish(make_part(0, 0, 4, rejected=rejected, last=True)))
         writer.write()
     (outbox / ".staging/0").mkdir(parents=True)
     (outbox / ".staging/0/metrics.parquet").write_bytes(b"PAR1")

@@ -8,7 +8,7 @@ from daemon.analysis.columns import analysis_columns
 from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE
 from daemon.sink.parquet import SMALL_ROWS
 from daemon.sink.schema import features_schema, metrics_schema
-from tests.support.handmade import finish, make_part, open_writer
+from tests.support.handmade import finish, make_part, open_writer, store
 
 
 @pytest.mark.parametrize("recipe", [CONTRAST_RECIPE, PLAIN_RECIPE])
@@ -79,7 +79,7 @@ def both(folder, rows, values, recipe=CONTRAST_RECIPE) -> tuple[dict[str, set[st
     """The encodings of each leaf column of an output's features and metrics."""
     rejected = () if rows else (0,)
     writer = open_writer(folder, recipe, values=values)
-    writer.write_part(finish(make_part(0, 0, rows or 1, rejected=rejected, last=True, recipe=recipe)))
+    store(writer, finish(make_part(0, 0, rows or 1, rejected=rejected, last=True, recipe=recipe)))
     writer.write()
     return encodings(folder / "features.parquet"), encodings(folder / "metrics.parquet")
 

@@ -12,7 +12,7 @@ import pytest
 
 from daemon.sink.parquet import ParquetFile
 from daemon.sink.schema import features_options
-from tests.support.handmade import expected_features, expected_metrics, finish, make_part, open_writer
+from tests.support.handmade import expected_features, expected_metrics, finish, make_part, open_writer, store
 from tests.support.spark import ask, needs_spark
 
 pytestmark = [needs_spark, pytest.mark.slow]
@@ -61,7 +61,7 @@ def answers(tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 def write(folder: Path, size: int, *, rejected=(), **options: object) -> None:
     writer = open_writer(folder, **options)
-    writer.write_part(finish(make_part(0, 0, size, rejected=rejected, last=True)))
+    store(writer, finish(make_part(0, 0, size, rejected=rejected, last=True)))
     writer.write()
 
 

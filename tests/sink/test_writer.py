@@ -16,7 +16,7 @@ from daemon.sink import parts as parts_module
 from daemon.sink import writer as writer_module
 from daemon.sink.parts import stored_extents
 from daemon.sink.schema import features_schema, metrics_schema
-from daemon.sink.tables import part_tables
+from daemon.sink.tables import stored_parts
 from tests.support.handmade import (
     CONTRAST_RECIPE,
     INFO,
@@ -28,6 +28,7 @@ from tests.support.handmade import (
     make_file,
     make_part,
     open_writer,
+    store,
 )
 
 
@@ -44,7 +45,7 @@ def write(staging: Path, parts: list[FinishedPart], **options: object) -> UnitTo
     writer = open_writer(staging, **options)
     for part in parts:
         assert not writer.complete
-        writer.write_part(part)
+        store(writer, part)
     return writer.write()
 
 
@@ -156,11 +157,11 @@ def test_a_file_is_rejected_whole_where_no_part_of_any_attempt_has_a_row(tmp_pat
     for first, expected in ((rejected[0], 7), (good, None)):
         folder = tmp_path / str(expected)
         earlier = open_writer(folder / "unit")
-        earlier.write_part(finish(first))
+        store(earlier, finish(first))
         for writer in (earlier, open_writer(folder / "unit")):
             if writer is not earlier:
                 writer.keep_part(first.part.file, first.part.extent, last=False)
-            writer.write_part(finish(rejected[1]))
+            store(writer, finish(rejected[1]))
             summary = writer.rejected_whole()
             assert (summary and summary.records) == expected
             assert writer.has_rows == (writer is earlier and first is good)
@@ -215,7 +216,7 @@ def test_file_totals_are_those_of_the_bytes_on_disk(tmp_path):
 def test_a_part_whose_samples_are_not_covered_once_is_a_bug(tmp_path, batches):
     writer = open_writer(tmp_path / "unit")
     with pytest.raises(AssertionError, match="exactly once"):
-        writer.write_part(finish(make_part(0, 0, 3), batches))
+        store(writer, finish(make_part(0, 0, 3), batches))
     writer.abandon()
 
 
@@ -225,9 +226,7 @@ def test_rows_that_do_not_pair_up_are_a_bug_even_where_their_numbers_do(tmp_path
     moved = dataclasses.replace(longer, part_rows=longer.part_rows[:1])
     given = dataclasses.replace(shorter, part_rows=np.array([1, 2]))
     with pytest.raises(AssertionError, match="exactly once"):
-        open_writer(tmp_path / "unit").write_part(
-            dataclasses.replace(finished, pieces=(moved, given, paired))
-        )
+        store(open_writer(tmp_path / "unit"), dataclasses.replace(finished, pieces=(moved, given, paired)))
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 3], [-1, 0, 1]])
@@ -236,33 +235,33 @@ def test_rows_that_are_not_of_the_part_are_a_bug(tmp_path, rows):
     (piece,) = finished.pieces
     moved = dataclasses.replace(piece, part_rows=np.array(rows))
     with pytest.raises(AssertionError, match="exactly once"):
-        open_writer(tmp_path / "unit").write_part(dataclasses.replace(finished, pieces=(moved,)))
+        store(open_writer(tmp_path / "unit"), dataclasses.replace(finished, pieces=(moved,)))
 
 
 def test_unexpected_parts_are_bugs(tmp_path):
     writer = open_writer(tmp_path / "unit")
-    writer.write_part(finish(make_part(0, 0, 3)))
-    writer.write_part(finish(make_part(2, 5, 1)))
+    store(writer, finish(make_part(0, 0, 3)))
+    store(writer, finish(make_part(2, 5, 1)))
     for number in (0, 2):
         with pytest.raises(AssertionError, match="not expected"):
-            writer.write_part(finish(make_part(number, 0, 3)))
+            store(writer, finish(make_part(number, 0, 3)))
     with pytest.raises(AssertionError, match="not expected"):
-        writer.write_part(finish(make_part(1, 3, 2, file=make_file(unit="f" * 12))))
+        store(writer, finish(make_part(1, 3, 2, file=make_file(unit="f" * 12))))
     with pytest.raises(AssertionError, match="last part is missing"):
         writer.write()
-    writer.write_part(finish(make_part(3, 6, 1, last=True)))
+    store(writer, finish(make_part(3, 6, 1, last=True)))
     assert not writer.complete
     with pytest.raises(AssertionError, match="part 1 is missing"):
         writer.write()
     with pytest.raises(AssertionError, match="not expected"):
-        writer.write_part(finish(make_part(4, 7, 1)))
+        store(writer, finish(make_part(4, 7, 1)))
 
 
 @pytest.mark.parametrize("first_record", [2, 4])
 def test_a_lost_or_repeated_record_is_a_bug(tmp_path, first_record):
     writer = open_writer(tmp_path / "unit")
-    writer.write_part(finish(make_part(0, 0, 3)))
-    writer.write_part(finish(make_part(1, first_record, 3, last=True)))
+    store(writer, finish(make_part(0, 0, 3)))
+    store(writer, finish(make_part(1, first_record, 3, last=True)))
     with pytest.raises(AssertionError, match="part 1 is missing or misplaced"):
         writer.write()
 
@@ -271,14 +270,14 @@ def test_a_record_that_is_neither_sample_nor_reject_is_a_bug(tmp_path):
     finished = finish(make_part(0, 0, 3, rejected=(1,), last=True))
     writer = open_writer(tmp_path / "unit")
     with pytest.raises(AssertionError, match="not the 3 records from 0 on"):
-        writer.write_part(dataclasses.replace(finished, rejects=()))
+        store(writer, dataclasses.replace(finished, rejects=()))
 
 
 def test_abandoning_keeps_the_parts(tmp_path):
     writer = open_writer(tmp_path / "unit")
     writer.abandon()
     for part in parts_of_a_file():
-        writer.write_part(finish(part))
+        store(writer, finish(part))
     writer.write()
     writer.abandon()
     writer.abandon()
@@ -321,9 +320,9 @@ def test_samples_of_several_files_in_one_batch_come_out_as_each_alone(values):
             ]
         begin += n
         finished.append(finished_from(part, pieces))
-    together = part_tables(finished, *schemas, INFO)
+    together = stored_parts(finished, *schemas, INFO)
     for part, tables in zip(finished, together, strict=True):
-        (alone,) = part_tables([part], *schemas, INFO)
+        (alone,) = stored_parts([part], *schemas, INFO)
         assert tables.metrics.equals(alone.metrics)
         assert tables.features.equals(alone.features)
         assert tables.clipped == alone.clipped
@@ -339,8 +338,8 @@ def test_parts_of_an_earlier_attempt_are_the_same_as_new_ones(tmp_path):
     parts = [finish(part) for part in parts_of_a_file()]
     expected = write(tmp_path / "whole", parts)
     first = open_writer(tmp_path / "unit")
-    first.write_part(parts[2])
-    first.write_part(parts[0])
+    store(first, parts[2])
+    store(first, parts[0])
 
     again = open_writer(tmp_path / "unit")
     stored = stored_extents(again.parts)
@@ -348,7 +347,7 @@ def test_parts_of_an_earlier_attempt_are_the_same_as_new_ones(tmp_path):
     again.keep_part(make_file(), stored[2], last=True)
     again.keep_part(make_file(), stored[0], last=False)
     assert [again.has(number) for number in range(3)] == [True, False, True]
-    again.write_part(parts[1])
+    store(again, parts[1])
     totals = again.write()
     assert totals.files == expected.files
     assert totals.layers[0].fvu() == expected.layers[0].fvu()
@@ -357,6 +356,6 @@ def test_parts_of_an_earlier_attempt_are_the_same_as_new_ones(tmp_path):
 
 def test_a_part_file_of_another_version_is_not_used(tmp_path, monkeypatch):
     writer = open_writer(tmp_path / "unit")
-    writer.write_part(finish(parts_of_a_file()[0]))
+    store(writer, finish(parts_of_a_file()[0]))
     monkeypatch.setattr(parts_module, "FORMAT", parts_module.FORMAT + 1)
     assert stored_extents(writer.parts) == {}
