@@ -12,14 +12,16 @@ import shutil
 import time
 from collections import Counter as Counted
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+import numpy.typing as npt
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, ProcessCollector
+from prometheus_client.registry import Collector
 
 from daemon.observe.histogram import ArrayHistogram
 from daemon.records import AGAINST, KINDS, PAUSE_REASONS, RETRIED
@@ -40,6 +42,8 @@ QUEUES = ("tokenize", "compute", "write")
 LOOPS = ("event_loop", "device")
 FOLDERS = ("inbox", "outbox")
 MEMORY_KINDS = ("resident", "allocated", "reserved", "total")
+
+SUFFIXES = {"counter": "_total", "info": "_info"}  # that a scrape adds to a metric's name
 
 BUSY_WINDOW_SECONDS = 60.0
 
@@ -69,10 +73,14 @@ class Description:
     """A metric as it is scraped, for its documentation."""
 
     name: str
-    kind: Literal["counter", "gauge", "histogram", "info"]
+    kind: str  # as Prometheus calls it
     text: str
     labels: tuple[Label, ...] = ()
     buckets: tuple[float, ...] = ()
+
+
+def names_of(labels: Iterable[Label]) -> list[str]:
+    return [label.name for label in labels]
 
 
 class Metrics:
@@ -186,20 +194,18 @@ class Metrics:
 
     def _declare_distributions(self) -> None:
         histogram = self._histogram
-        self.stage_duration_seconds = self._array_histogram(
+        self.stage_duration_seconds = histogram(
             "stage_duration_seconds", "Work of a stage on a part, a batch or a file.", STAGE_BUCKETS, STAGE
         )
         for stage in STAGES:
-            self.stage_duration_seconds.observe([], stage)
-        self.file_latency_seconds = self._array_histogram(
+            self.stage_duration_seconds.labels(stage)
+        self.file_latency_seconds = histogram(
             "file_latency_seconds", "From first read to commit.", LATENCY_BUCKETS
         )
         self.batch_tokens = histogram("batch_tokens", "Tokens of a batch, padding included.", TOKEN_BUCKETS)
         self.batch_texts = histogram("batch_texts", "Texts of a batch.", COUNT_BUCKETS)
-        self.sequence_tokens = self._array_histogram("sequence_tokens", "Tokens of a text.", TOKEN_BUCKETS)
-        self.feature_l0 = self._array_histogram(
-            "feature_l0", "Active features at a position.", L0_BUCKETS, LAYER
-        )
+        self.sequence_tokens = histogram("sequence_tokens", "Tokens of a text.", TOKEN_BUCKETS)
+        self.feature_l0 = histogram("feature_l0", "Active features at a position.", L0_BUCKETS, LAYER)
 
     def _declare_identity(self) -> None:
         self.build_info = self._info("build", "Versions; always 1.", ("version", "python", "torch"))
@@ -209,52 +215,39 @@ class Metrics:
         self.build_info.info(
             {"version": version("lensd"), "python": platform.python_version(), "torch": version("torch")}
         )
-        process = ProcessCollector(registry=self.registry)
-        for family in process.collect():
-            kind: Literal["counter", "gauge"] = "counter" if family.type == "counter" else "gauge"
-            name = f"{family.name}_total" if kind == "counter" else family.name
-            self.descriptions.append(Description(name, kind, family.documentation))
+        self._describe(ProcessCollector(registry=self.registry))
 
     def _counter(self, name: str, text: str, *labels: Label) -> Counter:
-        names = self._describe(f"{name}_total", "counter", text, *labels)
-        counter = Counter(f"lensd_{name}", text, names, registry=self.registry)
+        counter = Counter(f"lensd_{name}", text, names_of(labels), registry=self.registry)
+        self._describe(counter, labels)
         # A series that starts at 0 has a rate from then on.
         for values in itertools.product(*(label.values for label in labels)) if labels else ():
             counter.labels(*values)
         return counter
 
     def _gauge(self, name: str, text: str, *labels: Label) -> Gauge:
-        names = self._describe(name, "gauge", text, *labels)
-        return Gauge(f"lensd_{name}", text, names, registry=self.registry)
+        gauge = Gauge(f"lensd_{name}", text, names_of(labels), registry=self.registry)
+        self._describe(gauge, labels)
+        return gauge
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: Label) -> Histogram:
-        names = self._describe(name, "histogram", text, *labels, buckets=buckets)
-        return Histogram(f"lensd_{name}", text, names, buckets=buckets, registry=self.registry)
-
-    def _array_histogram(
-        self, name: str, text: str, buckets: tuple[float, ...], label: Label | None = None
-    ) -> ArrayHistogram:
-        self._describe(name, "histogram", text, *([label] if label else []), buckets=buckets)
-        return ArrayHistogram(
-            f"lensd_{name}", text, buckets, label.name if label else None, registry=self.registry
-        )
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: Label) -> ArrayHistogram:
+        names = names_of(labels)
+        histogram = ArrayHistogram(f"lensd_{name}", text, names, buckets=buckets, registry=self.registry)
+        self._describe(histogram, labels, buckets)
+        return histogram
 
     def _info(self, name: str, text: str, names: tuple[str, ...]) -> Info:
-        labels = tuple(map(Label, names))  # one value each in the life of a process
-        self.descriptions.append(Description(f"lensd_{name}_info", "info", text, labels))
-        return Info(f"lensd_{name}", text, registry=self.registry)
+        info = Info(f"lensd_{name}", text, registry=self.registry)
+        self._describe(info, tuple(map(Label, names)))  # one value each in the life of a process
+        return info
 
     def _describe(
-        self,
-        name: str,
-        kind: Literal["counter", "gauge", "histogram"],
-        text: str,
-        *labels: Label,
-        buckets: tuple[float, ...] = (),
-    ) -> tuple[str, ...]:
-        """Keep what documents a metric; the names of its labels."""
-        self.descriptions.append(Description(f"lensd_{name}", kind, text, labels, buckets))
-        return tuple(label.name for label in labels)
+        self, collector: Collector, labels: tuple[Label, ...] = (), buckets: tuple[float, ...] = ()
+    ) -> None:
+        """Keep what documents a collector's metrics."""
+        for family in collector.collect():
+            name = family.name + SUFFIXES.get(family.type, "")
+            self.descriptions.append(Description(name, family.type, family.documentation, labels, buckets))
 
     def describe(self, info: ModelInfo, max_batch_tokens: int) -> None:
         """The loaded model and its SAEs."""
@@ -273,8 +266,10 @@ class Metrics:
 
     def observe_tokenized(self, *parts: TokenizedPart) -> None:
         """Parts were read and tokenized."""
-        self.stage_duration_seconds.observe([part.part.read_seconds for part in parts], "read")
-        self.stage_duration_seconds.observe([part.part.tokenize_seconds for part in parts], "tokenize")
+        self._observe_stages(
+            read=[part.part.read_seconds for part in parts],
+            tokenize=[part.part.tokenize_seconds for part in parts],
+        )
         for part in parts:
             for reject in part.part.rejects:
                 self.rejects_total.labels(reject.reason).inc()
@@ -291,17 +286,24 @@ class Metrics:
         self.tokens_total.labels("padding").inc(result.padding_tokens)
         self.batch_tokens.observe(result.computed_tokens)
         self.batch_texts.observe(sum(len(sample.token_ids) for sample in batch.samples))
-        self.stage_duration_seconds.observe([plan_seconds], "pack")
-        self.stage_duration_seconds.observe([result.forward_seconds], "forward")
-        self.stage_duration_seconds.observe([result.sae_seconds], "sae")
-        self.stage_duration_seconds.observe([result.analysis_seconds], "analysis")
+        self._observe_stages(
+            pack=plan_seconds,
+            forward=result.forward_seconds,
+            sae=result.sae_seconds,
+            analysis=result.analysis_seconds,
+        )
         rows = [row for row, _ in result.not_finite]
         if rows:
             self.rejects_total.labels("not_finite_activation").inc(len(rows))
         counts = result.features.offsets[1:] - result.features.offsets[:-1]
         counted = ~np.isin(result.features.sample_row, rows)
         for number, sae in enumerate(info.saes):
-            self.feature_l0.observe(counts[(result.features.layer == number) & counted], str(sae.layer))
+            self.feature_l0.labels(sae.layer).observe(counts[(result.features.layer == number) & counted])
+
+    def _observe_stages(self, **seconds: npt.ArrayLike) -> None:
+        """Seconds of work by stage, of one or several pieces of work."""
+        for stage, values in seconds.items():
+            self.stage_duration_seconds.labels(stage).observe(values)
 
     def observe_outcomes(self, outcomes: Sequence[Outcome], layers: tuple[int, ...]) -> None:
         """Files came to their ends; `layers` are the SAEs'."""
@@ -319,9 +321,11 @@ class Metrics:
         self.file_latency_seconds.observe([outcome.seconds for outcome in committed])
         self.last_commit_timestamp_seconds.set_to_current_time()
         seconds = [outcome.stages for outcome in committed if outcome.stages is not None]
-        self.stage_duration_seconds.observe([stages.queue for stages in seconds], "queue")
-        self.stage_duration_seconds.observe([stages.write for stages in seconds], "write")
-        self.stage_duration_seconds.observe([stages.commit for stages in seconds], "commit")
+        self._observe_stages(
+            queue=[stages.queue for stages in seconds],
+            write=[stages.write for stages in seconds],
+            commit=[stages.commit for stages in seconds],
+        )
         set_last(self.sae_fvu, layers, [outcome.fvu for outcome in committed])
         set_last(self.sae_mean_l0, layers, [outcome.mean_l0 for outcome in committed])
 

@@ -14,7 +14,6 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as prometheus_text
 
 from daemon.observe.health import Health
-from daemon.observe.histogram import ArrayHistogram
 from daemon.observe.http import serve_http
 from daemon.observe.metrics import Metrics
 from tests.observe.test_http import FakeDevice
@@ -44,7 +43,7 @@ def registry() -> CollectorRegistry:
     """Every kind of metric, with some value."""
     metrics = Metrics(CollectorRegistry())
     metrics.files_total.labels("committed").inc(3)
-    metrics.feature_l0.observe([3, 70.5, 2000], "7")
+    metrics.feature_l0.labels("7").observe([3, 70.5, 2000])
     metrics.file_latency_seconds.observe([0.5])
     return metrics.registry
 
@@ -131,18 +130,6 @@ async def test_every_counter_and_histogram_says_when_it_began(registry, health):
         series = [sample.labels for sample in family.samples if sample.name == family.name + ends]
         assert [sample.labels for sample in created] == series, family.name
         assert not series or f"{family.name}_created" in names
-
-
-def test_a_series_began_when_it_was_first_observed():
-    now = 100.0
-    registry = CollectorRegistry()
-    histogram = ArrayHistogram("things", "Some.", (1, 2), "layer", registry=registry, clock=lambda: now)
-    histogram.observe([1], "7")
-    now = 200.0
-    histogram.observe([1], "7")
-    histogram.observe([1], "9")
-    assert registry.get_sample_value("things_created", {"layer": "7"}) == 100
-    assert registry.get_sample_value("things_created", {"layer": "9"}) == 200
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool (Debian: apt install prometheus)")
