@@ -39,10 +39,6 @@ BROKEN = frozenset({errno.EIO, errno.EREMOTEIO, errno.EUCLEAN})  # the disk's fa
 RETRY_SECONDS = 1.0  # between two tries of what the machine refused
 
 
-def ignore(stage: str) -> None:
-    pass
-
-
 class FoldersLost(MachineError):
     """The inbox or the outbox was removed under the daemon, and with it what the daemon had there."""
 
@@ -58,7 +54,7 @@ class Pause:
         *,
         patient: bool = True,
         retry_seconds: float = RETRY_SECONDS,
-        on_retry: Callable[[str], None] = ignore,
+        on_retry: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_retry` is told, before each repetition, which of RETRIED is repeated."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 import structlog
@@ -47,30 +47,15 @@ class Reload:
         self._on_change = on_change
         self._on_refused = on_refused
 
-    @contextlib.asynccontextmanager
-    async def following(
-        self, stop: asyncio.Event, notify: Notify, on_end: Callable[[asyncio.Task[None]], None]
-    ) -> AsyncIterator[None]:
-        """Within the context settings are read again; `on_end` is told how the task that does it ended."""
-        if self.source is None:
-            yield
-            return
-        task = asyncio.create_task(self._follow(self.source, stop, notify))
-        task.add_done_callback(on_end)
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.wait([task])
-
-    async def _follow(self, source: SettingsSource, stop: asyncio.Event, notify: Notify) -> None:
-        while not stop.is_set():
+    async def follow(self, stop: asyncio.Event, notify: Notify) -> None:
+        """Read settings again whenever they change, until the run stops."""
+        while self.source is not None and not stop.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.asked.wait(), LOOK_SECONDS)
-            if self.asked.is_set() or await asyncio.to_thread(source.changed):
+            if self.asked.is_set() or await asyncio.to_thread(self.source.changed):
                 self.asked.clear()
                 notify.reloading()
-                await self._read_again(source)
+                await self._read_again(self.source)
                 notify.ready()
 
     async def _read_again(self, source: SettingsSource) -> None:

@@ -12,9 +12,10 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -25,8 +26,8 @@ from daemon.errors import ConfigError, MachineError, SyncFailed
 from daemon.executor.device_thread import DeviceThread
 from daemon.machine import Machine, check_folders
 from daemon.model.buffers import keep_memory, memory_bytes, pool_bytes
-from daemon.observe.board import DRAINING, StatusBoard
-from daemon.observe.health import LOADING, Health
+from daemon.observe.board import StatusBoard
+from daemon.observe.health import DRAINING, LOADING, Health
 from daemon.observe.http import serve_http
 from daemon.observe.metrics import Metrics
 from daemon.observe.notify import Notify
@@ -63,15 +64,11 @@ class Forced(MachineError):
     """A second signal ended the drain."""
 
 
-def ignore(outcome: Outcome) -> None:
-    pass
-
-
 def serve(
     config: Config,
     *,
     once: bool,
-    on_outcome: Callable[[Outcome], None] = ignore,
+    on_outcome: Callable[[Outcome], None] = lambda _: None,
     load: Callable[[Config], Compute] = load_compute,
     settings_source: SettingsSource | None = None,
 ) -> Tally:
@@ -104,6 +101,27 @@ def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+@contextlib.asynccontextmanager
+async def background(
+    *works: Coroutine[Any, Any, None], on_error: Callable[[BaseException], None]
+) -> AsyncIterator[None]:
+    """Run coroutines within the context, and cancel them at its end; `on_error` is told how one fails."""
+
+    def see_end(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            on_error(error)
+
+    tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(see_end)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -169,7 +187,7 @@ class Service:
         """Start, serve, stop."""
         async with self.started():
             compute = await self.load()
-            async with self.reload.following(self.stop, self.notify, self.supervisor.see_end):
+            async with background(self.reload.follow(self.stop, self.notify), on_error=self.end):
                 await self.serve(compute)
         log.info("service.stopped", **dataclasses.asdict(self.tally))
         return self.tally
@@ -177,11 +195,16 @@ class Service:
     @contextlib.asynccontextmanager
     async def started(self) -> AsyncIterator[None]:
         """Signals, endpoints and supervisor, around a run."""
-        self.health.unmet.add(LOADING)
+        self.health.require(LOADING)
         folders = {role: str(folder) for role, folder in self.machine.folders.items()}
         log.info("service.starting", version=version("lensd"), **folders)
         with self.signals():
-            async with self.http(), self.supervisor.watching():
+            async with (
+                self.http(),
+                background(
+                    self.supervisor.watch_machine(), self.supervisor.watch_daemon(), on_error=self.end
+                ),
+            ):
                 try:
                     yield
                 except* SyncFailed:
@@ -199,7 +222,7 @@ class Service:
         info = compute.engine.info
         self.metrics.describe(info, compute.max_batch_tokens)
         self.board.describe(info, compute.max_batch_tokens)
-        self.health.unmet.discard(LOADING)
+        self.health.meet(LOADING)
         log.info(
             "model.loaded",
             model=info.name,
@@ -269,7 +292,7 @@ class Service:
             self.on_outcome(outcome)
 
     def snapshot(self) -> Snapshot:
-        """Describe this moment; implements `daemon.supervisor.Watched`."""
+        """Describe this moment; implements `daemon.supervisor.Daemon`."""
         snapshot = Snapshot(
             device_alive=self.device.alive,
             device_busy_seconds=self.device.busy_seconds,
@@ -317,7 +340,7 @@ class Service:
         def handle(received: signal.Signals) -> None:
             if not self.stop.is_set():
                 log.info("service.draining", signal=received.name)
-                self.health.unmet.add(DRAINING)
+                self.health.require(DRAINING)
                 self.notify.stopping()
                 self.stop.set()
                 self.end_pipeline.set()

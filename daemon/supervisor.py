@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
 from functools import partial
 from typing import Protocol
 
@@ -16,8 +15,8 @@ import structlog
 
 from daemon.errors import MachineError
 from daemon.machine import Machine
-from daemon.observe.board import DRAINING, PAUSED, StatusBoard
-from daemon.observe.health import DEVICE, EVENT_LOOP, HEARTBEAT_STALE_SECONDS, LOADING, Health
+from daemon.observe.board import StatusBoard
+from daemon.observe.health import DEVICE, DRAINING, EVENT_LOOP, HEARTBEAT_STALE_SECONDS, LOADING, Health
 from daemon.observe.metrics import Metrics
 from daemon.observe.notify import Notify, status_line
 from daemon.observe.snapshot import Snapshot
@@ -31,7 +30,7 @@ DEVICE_DEAD_SECONDS = 60.0  # that a daemon without its device thread stays, for
 log = structlog.get_logger()
 
 
-class Watched(Protocol):
+class Daemon(Protocol):
     """The daemon, as the supervisor sees it."""
 
     def snapshot(self) -> Snapshot:
@@ -45,11 +44,11 @@ class Watched(Protocol):
 
 
 class Supervisor:
-    """Looks and tells while `watching`."""
+    """Looks and tells while `watch_daemon` and `watch_machine` run."""
 
     def __init__(
         self,
-        watched: Watched,
+        daemon: Daemon,
         *,
         health: Health,
         machine: Machine,
@@ -57,7 +56,7 @@ class Supervisor:
         board: StatusBoard,
         notify: Notify,
     ) -> None:
-        self._watched = watched
+        self._daemon = daemon
         self._health = health
         self._machine = machine
         self._metrics = metrics
@@ -72,25 +71,8 @@ class Supervisor:
         for loop in (EVENT_LOOP, DEVICE):
             metrics.heartbeat_timestamp_seconds.labels(loop).set_function(partial(self._last_seen, loop))
 
-    @contextlib.asynccontextmanager
-    async def watching(self) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(work()) for work in (self._watch_machine, self._watch_daemon)]
-        for task in tasks:
-            task.add_done_callback(self.see_end)
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-    def see_end(self, task: asyncio.Task[None]) -> None:
-        """A background task ended: a bug, unless it was cancelled."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._watched.end(error)
-
-    async def _watch_daemon(self) -> None:
-        """On the event loop, so that a silence of this task means a stalled loop."""
+    async def watch_daemon(self) -> None:
+        """Look, on the event loop, so that a silence of this task means a stalled loop."""
         while True:
             self.look()
             await asyncio.sleep(LOOK_SECONDS)
@@ -99,18 +81,18 @@ class Supervisor:
         """Take one snapshot and tell everyone."""
         silence = self._health.beat()
         self._machine.see_unanswered()
-        snapshot = self._watched.snapshot()
+        snapshot = self._daemon.snapshot()
         self._check_loops(silence, snapshot)
         self._tell_pause()
         if snapshot.inbox is not None and snapshot.inbox is not self._load_of_inbox:
             self._load_of_inbox = snapshot.inbox
             self._take_load(snapshot.inbox)
         self._metrics.observe_snapshot(snapshot, self._load, time.monotonic())
-        self._board.look(self._load, snapshot.workload, ready=not self._health.unmet)
+        self._board.look(self._load, snapshot.workload, ready=not self._health.unmet())
         self._tell_manager(snapshot)
 
-    async def _watch_machine(self) -> None:
-        """In a thread, since a disk or network that is gone does not answer."""
+    async def watch_machine(self) -> None:
+        """Look at folders and disk in a thread, since a disk or network that is gone does not answer."""
         while True:
             await asyncio.to_thread(self._machine.look)
             self._tell_pause()
@@ -123,7 +105,7 @@ class Supervisor:
     def _count_waiting(self) -> None:
         """Count the inbox where nobody else did lately: in a pause, or while the queues are full."""
         if time.monotonic() - self._counted_at >= COUNT_SECONDS:
-            self._take_load(self._watched.count_waiting())
+            self._take_load(self._daemon.count_waiting())
 
     def _take_load(self, load: InboxLoad) -> None:
         self._counted_at = time.monotonic()
@@ -151,15 +133,14 @@ class Supervisor:
         self._device_died_at = self._device_died_at or time.monotonic()
         if time.monotonic() - self._device_died_at >= DEVICE_DEAD_SECONDS:
             died = "the device thread died: unfinished files were put back into the inbox"
-            self._watched.end(MachineError(died))
+            self._daemon.end(MachineError(died))
 
     def _tell_pause(self) -> None:
         """Tell why claiming pauses, in metrics, readiness and log."""
-        reasons, health = self._machine.reasons, self._health
+        reasons = self._machine.reasons
+        self._health.pause(reasons.values())
         for reason in PAUSE_REASONS:
             self._metrics.paused.labels(reason).set(reason in reasons)
-        health.unmet = {text for text in health.unmet if not text.startswith(PAUSED)}
-        health.unmet |= {f"{PAUSED}{message}" for message in reasons.values()}
         for reason in reasons.keys() - self._paused:
             log.warning("service.paused", reason=reason, message=reasons[reason])
         for reason in self._paused - reasons.keys():
@@ -171,7 +152,7 @@ class Supervisor:
 
         A drain, or a wait for the folders, may take as long as it makes progress; loading may not.
         """
-        stalled, unmet = self._health.stalled(), self._health.unmet
+        stalled, unmet = self._health.stalled(), self._health.unmet()
         if not stalled:
             self._notify.alive()
             if LOADING not in unmet and (DRAINING in unmet or snapshot.queued is None):
@@ -179,7 +160,7 @@ class Supervisor:
         load = self._load
         self._notify.status(
             status_line(
-                "; ".join(stalled or sorted(unmet)) or "running",
+                "; ".join(stalled or unmet) or "running",
                 files=load.files if load else 0,
                 oldest_seconds=load.oldest_seconds(time.time()) if load else 0.0,
                 done=snapshot.done,

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from daemon.escaping import escape_control
 from daemon.observe.formatting import counted, duration, period
-from daemon.observe.health import LOADING
+from daemon.observe.health import DRAINING, LOADING, PAUSED, Health
 from daemon.observe.status import (
     HEALTHY,
     Alert,
@@ -52,16 +52,6 @@ RATE_SECONDS = 10.0  # that a rate "now" looks back
 FILES_SHOWN = 20
 NO_PROGRESS_SECONDS = 120.0  # with work at hand, after which that is worth an alert
 WAITING = "queue"  # of the stages, the one that does no work
-
-DRAINING, PAUSED = "draining", "paused: "  # how readiness words them
-
-
-class Verdicts(Protocol):
-    """Health as the board needs it: reasons not to be ready, and not to be live."""
-
-    @property
-    def unmet(self) -> set[str]: ...
-    def stalled(self) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +176,10 @@ class StatusBoard:
         if ready and self._work_at_hand and unread is not None and rate:
             self._eta_seconds = round((backlog.samples_under_way + unread) / rate, 1)
 
-    def status(self, health: Verdicts) -> Status:
+    def status(self, health: Health) -> Status:
         """Describe this moment."""
         now, at = self._now(), self._wall_clock()
-        stalled, unmet = health.stalled(), sorted(health.unmet)
+        stalled, unmet = health.stalled(), health.unmet()
         with self._lock:
             return self._status(stalled, unmet, now, at)
 

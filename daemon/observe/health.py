@@ -6,15 +6,18 @@ Read from any thread: the endpoints live on one of their own, so that they tell 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 EVENT_LOOP, DEVICE = "event_loop", "device"  # the loops that must make progress
 HEARTBEAT_STALE_SECONDS = 15.0  # an event loop that is silent for longer is stalled
-LOADING = "loading the model"  # while it is unmet, one call may take as long as it takes
+# What readiness waits for, in words.
+LOADING = "loading the model"  # meanwhile one call may take as long as it takes
+DRAINING = "draining"
+PAUSED = "paused: "  # and why
 
 
-class Watched(Protocol):
+class Device(Protocol):
     """The device as health needs it."""
 
     @property
@@ -29,18 +32,35 @@ class Watched(Protocol):
 class Health:
     """Whether the daemon is alive and ready; written by the service, read by the endpoints.
 
-    `unmet` holds what readiness still waits for, in words. A device busy on one call for more than
-    `stall_seconds` is stalled, except while LOADING is unmet; one whose thread died is so at once.
+    A device busy on one call for more than `stall_seconds` is stalled, except while LOADING is unmet; one
+    whose thread died is so at once.
     """
 
     def __init__(
-        self, device: Watched, *, stall_seconds: float, clock: Callable[[], float] = time.monotonic
+        self, device: Device, *, stall_seconds: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.unmet: set[str] = set()
         self.stall_seconds = stall_seconds
+        # Conditions and pauses are replaced as a whole: other threads read them.
+        self._conditions: frozenset[str] = frozenset()
+        self._pauses: tuple[str, ...] = ()
         self._device = device
         self._clock = clock
         self._beat = self._device_seen = clock()
+
+    def require(self, condition: str) -> None:
+        """The daemon is not ready before this is met."""
+        self._conditions |= {condition}
+
+    def meet(self, condition: str) -> None:
+        self._conditions -= {condition}
+
+    def pause(self, messages: Iterable[str]) -> None:
+        """The daemon is not ready for these reasons, and no others that were given here before."""
+        self._pauses = tuple(f"{PAUSED}{message}" for message in messages)
+
+    def unmet(self) -> list[str]:
+        """List what readiness waits for, in words; empty while the daemon is ready."""
+        return sorted((*self._conditions, *self._pauses))
 
     def beat(self) -> float:
         """The event loop is running; seconds since it last was seen so."""
@@ -70,6 +90,6 @@ class Health:
         silence = self.silence_seconds(DEVICE)
         if not self._device.alive:
             reasons.append("device thread died")
-        elif LOADING not in self.unmet and silence > self.stall_seconds:
+        elif LOADING not in self._conditions and silence > self.stall_seconds:
             reasons.append(f"device busy on one call for {silence:.0f} s")
         return reasons

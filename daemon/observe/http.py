@@ -34,7 +34,7 @@ def application(
         return verdict(health.stalled())
 
     async def readyz(_: web.Request) -> web.Response:
-        return verdict(sorted(health.unmet))
+        return verdict(health.unmet())
 
     app = web.Application()
     own = (web.get("/metrics", metrics), web.get("/livez", livez), web.get("/readyz", readyz))

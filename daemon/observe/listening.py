@@ -11,17 +11,17 @@ import errno
 import os
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 from daemon.errors import ConfigError, MachineError
 
 EVERYWHERE = "::"  # every address of the machine, of IPv4 too
-BACKLOG = 128
 FREE_PORT_TRIES = 10  # of a port that is free on every address
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)  # such an address is not here
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
-# Family, protocol and what `bind` takes.
-Place = tuple[socket.AddressFamily, int, tuple[object, ...]]
+# Family and what `bind` takes.
+Place = tuple[socket.AddressFamily, tuple[Any, ...]]
 
 
 async def listen(address: str) -> list[socket.socket]:
@@ -52,9 +52,9 @@ async def resolve(address: str, host: str, port: int) -> list[Place]:
         raise refusal(address, error) from None
     except ValueError:  # of UnicodeError too: no name of a host
         raise ConfigError(f"http.address = {address}: {host!r} is no name of a host") from None
-    places: list[Place] = [(family, protocol, where) for family, _, protocol, _, where in found]
+    places: list[Place] = [(family, where) for family, _, _, _, where in found]
     if host == EVERYWHERE:
-        places.append((socket.AF_INET, socket.IPPROTO_TCP, ("0.0.0.0", port)))
+        places.append((socket.AF_INET, ("0.0.0.0", port)))
     return list(dict.fromkeys(places))
 
 
@@ -75,7 +75,7 @@ def bind_all(places: Sequence[Place]) -> list[socket.socket]:
         listening: list[socket.socket] = []
         for place in places:
             port = listening[0].getsockname()[1] if listening else None
-            if any(takes_ipv4(other) for other in listening) and place[0] == socket.AF_INET:
+            if place[0] == socket.AF_INET and any(map(takes_ipv4, listening)):
                 continue
             try:
                 one = bind(place, port)
@@ -93,26 +93,19 @@ def bind_all(places: Sequence[Place]) -> list[socket.socket]:
 
 def bind(place: Place, port: int | None) -> socket.socket:
     """Listen at one place; `port` in place of its own if given."""
-    family, protocol, where = place
-    host, own_port, *rest = where
-    with contextlib.ExitStack() as opened:
-        one = opened.enter_context(socket.socket(family, socket.SOCK_STREAM, protocol))
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            only = host != EVERYWHERE
-            with contextlib.suppress(OSError):  # else as the system has it
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
-        one.bind((host, own_port if port is None else port, *rest))
-        one.listen(BACKLOG)
-        one.setblocking(False)
-        opened.pop_all()
-        return one
+    family, (host, own_port, *rest) = place
+    where = (host, own_port if port is None else port, *rest)
+    both = host == EVERYWHERE and socket.has_dualstack_ipv6()
+    try:
+        one = socket.create_server(where, family=family, dualstack_ipv6=both)
+    except OSError as error:  # whose words repeat the address
+        raise OSError(error.errno, os.strerror(error.errno or 0)) from None
+    one.setblocking(False)
+    return one
 
 
 def takes_ipv4(listening: socket.socket) -> bool:
     """Whether a socket of IPv6 hears IPv4 as well."""
-    return (
-        listening.family == socket.AF_INET6
-        and listening.getsockname()[0] == EVERYWHERE
-        and not listening.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    return listening.family == socket.AF_INET6 and not listening.getsockopt(
+        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
     )

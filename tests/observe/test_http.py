@@ -92,11 +92,11 @@ async def test_head_is_answered_where_get_is(health):
 
 async def test_ready_follows_what_is_unmet(health):
     async with serve_http("127.0.0.1:0", CollectorRegistry(), health) as url:
-        health.unmet.add("loading the model")
+        health.require("loading the model")
         assert (await get(f"{url}/readyz"))[0] == 503
         assert "loading the model" in (await get(f"{url}/readyz"))[2]
         assert (await get(f"{url}/livez"))[0] == 200
-        health.unmet.clear()
+        health.meet("loading the model")
         assert (await get(f"{url}/readyz"))[0] == 200
 
 

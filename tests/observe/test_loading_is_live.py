@@ -19,11 +19,11 @@ class Device:
 def test_only_loading_may_take_longer_than_the_limit():
     now = [0.0]
     health = Health(Device(), stall_seconds=60.0, clock=lambda: now[0])
-    health.unmet.add(LOADING)
+    health.require(LOADING)
     now[0] = 300.0
     health.beat()
     assert health.stalled() == []
-    health.unmet.discard(LOADING)
+    health.meet(LOADING)
     assert health.stalled() == ["device busy on one call for 300 s"]
 
 

@@ -44,12 +44,12 @@ def waiting(files: int, size: int) -> InboxLoad:
     return InboxLoad(files=files, bytes=size, oldest_at=EPOCH + 900.0, counted_at=EPOCH + 1000.0)
 
 
-@dataclasses.dataclass
-class Verdicts:
+class ToldHealth(Health):
     """Health that says what it is told to."""
 
-    unmet: set[str] = dataclasses.field(default_factory=set)
-    reasons: list[str] = dataclasses.field(default_factory=list)
+    def __init__(self) -> None:
+        super().__init__(FakeDevice(), stall_seconds=60.0)
+        self.reasons: list[str] = []
 
     def stalled(self) -> list[str]:
         return self.reasons
@@ -64,7 +64,7 @@ class Daemon:
         self.progress = Progress(Console(quiet=True), clock=self.clock)
         self.progress.__enter__()
         self.workload = Workload()
-        self.health = Verdicts()
+        self.health = ToldHealth()
         self.load = NOTHING
         self.board = StatusBoard(
             inbox=Path("/in"),
@@ -84,7 +84,7 @@ class Daemon:
             self.now += 1.0
             self.progress.advance(samples)
             self.metrics.tokens_total.labels("computed").inc(tokens)
-            self.board.look(self.load, self.workload, ready=not self.health.unmet)
+            self.board.look(self.load, self.workload, ready=not self.health.unmet())
 
     def settle(self, outcome: Outcome) -> None:
         self.metrics.observe_outcomes([outcome], INFO.layers)
@@ -157,7 +157,7 @@ def test_nobody_can_tell_the_time_left_during_a_pause(daemon):
     daemon.load = waiting(2, 500)
     daemon.progress.add_total(100)
     daemon.run(10, samples=5)
-    daemon.health.unmet.add("paused: full")
+    daemon.health.pause(["full"])
     daemon.run(10)
     status = daemon.status()
     assert status.pace.eta_seconds is None
@@ -209,7 +209,9 @@ def test_offsets_in_a_compressed_file_are_not_taken_for_its_bytes():
     ],
 )
 def test_state_and_alerts_follow_health(daemon, unmet, stalled, state, alerts):
-    daemon.health.unmet, daemon.health.reasons = unmet, stalled
+    for condition in unmet:
+        daemon.health.require(condition)
+    daemon.health.reasons = stalled
     daemon.run(1)
     status = daemon.status()
     assert (status.state, titles(status)) == (state, alerts)
@@ -326,7 +328,7 @@ def test_a_file_far_from_a_card_is_told_until_the_next_one(daemon):
 def test_a_status_survives_json(daemon):
     daemon.board.describe(INFO, 512)
     daemon.settle(Outcome("failed", "caf\udce9\n.json", reason="empty", message="m"))
-    daemon.health.unmet.add("paused: x")
+    daemon.health.pause(["x"])
     daemon.run(30)
     status = daemon.status()
     assert from_json(to_json(status)) == status
