@@ -15,7 +15,8 @@ from daemon.config import PRESETS, load_config
 from daemon.recipes import CONTRAST_RECIPE
 from daemon.records import Outcome
 from daemon.service import serve
-from daemon.tools.verify import DEMO_SAMPLES, verify
+from daemon.tools.samples import DEMO_SAMPLES
+from daemon.tools.verify import verify
 
 pytestmark = [
     pytest.mark.slow,

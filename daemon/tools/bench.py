@@ -11,22 +11,24 @@ import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from daemon.config import Config
 from daemon.errors import ConfigError, MachineError
 from daemon.executor.autotune import processor
-from daemon.tools.bench_worker import AUTO, BARE, Loaded, Measured, baseline_process, lensd_process
+from daemon.tools.bench_worker import AUTO, BARE, RATE, Measured, Workload, baseline_process, lensd_process
 from daemon.tools.limit import ProductRate
+from daemon.tools.samples import DEMO_SAMPLES
 
-DEMO_SAMPLES = Path(__file__).parents[1] / "presets" / "demo.jsonl"
 BATCH_SIZES = (1, 4, 8, 16, 32)
 NOISE = 0.97  # of the fastest rate: one that reaches it is as fast
 SLOW_SAMPLES = {"sequential": 16, "original": 16}  # a rate needs no more of the slowest
@@ -46,21 +48,14 @@ class VariantReport:
 
 
 @dataclass(frozen=True, slots=True)
-class BenchReport:
+class BenchReport(Workload):
     machine: str
     cores: int
-    device: str
     model: str
     dtype: str
     positions: str
-    engine: str
     files: tuple[str, ...]
-    samples: int
-    text_tokens: int
-    unique_tokens: int
-    multiply_adds: int
     repetitions: int
-    max_batch_tokens: int  # that auto chose
     torch_product_flops: float  # multiply-adds per second, twice: torch's own matrix product
     fastest_product_flops: float
     fraction_of_fastest: float  # of the time at the fastest product's rate
@@ -109,19 +104,22 @@ def bench(
     try:
         with ExitStack() as workers:
             lensd = workers.enter_context(worker(lensd_process, config, paths, list(batch_sizes)))
-            loaded: Loaded = lensd.receive()  # first: it may measure what auto is to be
+            variants, workload = lensd.receive()  # first: it may measure what auto is to be
             others = workers.enter_context(worker(baseline_process, config, paths, limits))
             names = chosen(others.receive(), baselines)
-            order = [(others, name) for name in names] + [(lensd, name) for name in loaded.variants]
-            with progress_bar((repetitions + 1) * len(order)) as progress:
+            order = [(others, name) for name in names] + [(lensd, name) for name in variants]
+            with progress_bar() as progress:
+                task = progress.add_task("loading", total=(repetitions + 1) * len(order))
                 for number in range(repetitions + 1):  # the first warms up
-                    rounds.append(one_round(order, lensd, progress))
-                    progress.say(f"repetition {number} of {repetitions}: {rounds[-1]}" if number else "warm")
+                    rounds.append(one_round(order, lensd, partial(progress.update, task)))
+                    progress.print(
+                        f"repetition {number} of {repetitions}: {rounds[-1]}" if number else "warm"
+                    )
     except KeyboardInterrupt:
         if len(rounds) < 2:
             raise
         sys.stderr.write(f"interrupted: what follows is of {len(rounds) - 1} whole repetitions\n")
-    return report(config, paths, loaded, rounds[1:])
+    return report(config, paths, workload, rounds[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +135,15 @@ class Round:
         )
 
 
-def one_round(order: Sequence[tuple[Worker, str]], lensd: Worker, progress: BenchProgress) -> Round:
+def one_round(order: Sequence[tuple[Worker, str]], lensd: Worker, show: Callable[..., None]) -> Round:
     """Each variant in turn, and the rate of products just before `lensd auto`."""
     runs: dict[str, Measured] = {}
     for process, name in order:
-        progress.begin(name)
+        show(description=name)
         if name == AUTO:
-            rate: ProductRate = lensd.ask("rate")
+            rate: ProductRate = lensd.ask(RATE)
         runs[name] = process.ask(name)
-        progress.end()
+        show(advance=1)
     return Round(runs, rate)
 
 
@@ -158,7 +156,7 @@ def chosen(known: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
     return [name for name in known if name in (*wanted, "sequential")]
 
 
-def report(config: Config, files: Sequence[Path], loaded: Loaded, rounds: Sequence[Round]) -> BenchReport:
+def report(config: Config, files: Sequence[Path], workload: Workload, rounds: Sequence[Round]) -> BenchReport:
     runs = {name: [one.runs[name] for one in rounds] for name in rounds[0].runs}
     rates = [one.rate for one in rounds]
     speed = {name: [run.samples / run.seconds for run in measured] for name, measured in runs.items()}
@@ -169,24 +167,18 @@ def report(config: Config, files: Sequence[Path], loaded: Loaded, rounds: Sequen
 
     def fraction(limits: list[float]) -> float:
         return statistics.median(
-            loaded.multiply_adds / limit / run.seconds for limit, run in zip(limits, auto, strict=True)
+            workload.multiply_adds / limit / run.seconds for limit, run in zip(limits, auto, strict=True)
         )
 
     return BenchReport(
+        **asdict(workload),
         machine=processor().partition(":")[2].strip() or "unknown",
         cores=len(os.sched_getaffinity(0)),
-        device=loaded.device,
         model=config.model.name,
         dtype=config.model.dtype,
         positions=config.analysis.positions,
-        engine=loaded.engine,
         files=tuple(file.name for file in files),
-        samples=loaded.samples,
-        text_tokens=loaded.text_tokens,
-        unique_tokens=loaded.unique_tokens,
-        multiply_adds=loaded.multiply_adds,
         repetitions=len(auto),
-        max_batch_tokens=loaded.max_batch_tokens,
         torch_product_flops=2 * statistics.median(rate.torch for rate in rates),
         fastest_product_flops=2 * statistics.median(rate.fastest for rate in rates),
         fraction_of_fastest=fraction([rate.fastest for rate in rates]),
@@ -242,33 +234,13 @@ def worker(target: Any, *args: Any) -> Iterator[Worker]:
         process.join()
 
 
-class BenchProgress:
+def progress_bar() -> Progress:
     """A bar on standard error, and lines above it that stay."""
-
-    def __init__(self, progress: Progress, steps: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("loading", total=steps)
-
-    def begin(self, name: str) -> None:
-        self._progress.update(self._task, description=name)
-
-    def end(self) -> None:
-        self._progress.advance(self._task)
-
-    def say(self, line: str) -> None:
-        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def progress_bar(steps: int) -> Iterator[BenchProgress]:
-    from rich.console import Console
-
-    with Progress(
+    return Progress(
         TextColumn("{task.description:>14}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(stderr=True, highlight=False, markup=False, soft_wrap=True),
         transient=True,
-    ) as progress:
-        yield BenchProgress(progress, steps)
+    )

@@ -6,11 +6,10 @@ other's figures. Knows nothing about repetitions and reports.
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 import functools
 import gc
 import logging
-import shutil
 import signal
 import tempfile
 import time
@@ -28,18 +27,18 @@ from daemon.config import Config
 from daemon.model.buffers import trim
 from daemon.model.trie import build_trie
 from daemon.observe.logs import configure as configure_logs
-from daemon.records import Batch, TokenizedPart, TokenizedSample
+from daemon.records import TokenizedPart, TokenizedSample
 from daemon.service import serve
 from daemon.source.tokenizer import Tokenizer
 from daemon.tools.baselines import Baselines
 from daemon.tools.limit import ProductRate, Products, Work
-from daemon.tools.verify import tokenized_parts
+from daemon.tools.samples import UNLIMITED, all_batches, private_inbox, tokenized_parts
 from daemon.wiring import Compute, load_compute, load_parts, tokenizer_of
 
 R = TypeVar("R")
 
-UNLIMITED = 1 << 40
 BARE, AUTO = "bare engine", "lensd auto"
+RATE = "rate"  # asks for the rate of products
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +52,14 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """The answer of a worker once its model is loaded."""
+class Workload:
+    """The texts and the model that run them."""
 
-    variants: tuple[str, ...]
     samples: int
     text_tokens: int
     unique_tokens: int
-    multiply_adds: int  # 0 of the baselines
-    max_batch_tokens: int
+    multiply_adds: int
+    max_batch_tokens: int  # that auto chose
     engine: str
     device: str
 
@@ -73,26 +71,31 @@ class LensdWorker:
         self._work = in_a_thread(lambda: Work.of(*load_parts(config)))
         self._config, self._files = config, files
         self._compute = in_a_thread(lambda: load_compute(config))
-        self._parts = read_files(config, self._compute.tokenizer, files)
-        self._samples = [sample for part in self._parts for sample in part.samples]
+        parts = read_files(config, self._compute.tokenizer, files)
+        self._samples = [sample for part in parts for sample in part.samples]
         device = self._compute.engine.info.device
         self._products = Products(self._work, getattr(torch, config.model.dtype), device)
         self._variants: dict[str, Callable[[], float]] = {BARE: lambda: in_a_thread(self._bare)}
         for size in batch_sizes:
             self._variants[f"lensd {size}"] = functools.partial(self._daemon, size)
         self._variants[AUTO] = functools.partial(self._daemon, None)
-        self._planned = self._plan()
+        engine = self._compute.engine
+        batcher = Batcher(self._compute.max_batch_tokens, shares_prefixes=engine.shares_prefixes)
+        self._planned = all_batches(batcher, parts)
         gc.collect()
         gc.freeze()  # as a daemon does once its model is loaded, which is not what is measured
 
-    def loaded(self) -> Loaded:
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return tuple(self._variants)
+
+    def workload(self) -> Workload:
         texts = [ids for sample in self._samples for ids in sample.token_ids]
         packed = build_trie(texts)
         skip = int(self._compute.engine.prepend_bos)
         every = self._config.analysis.positions != "last"
         readings = int((packed.depth >= skip).sum()) if every else len(texts)
-        return Loaded(
-            variants=tuple(self._variants),
+        return Workload(
             samples=len(self._samples),
             text_tokens=sum(map(len, texts)),
             unique_tokens=len(packed),
@@ -108,17 +111,6 @@ class LensdWorker:
     def run(self, variant: str) -> Measured:
         return measured(self._variants[variant], self._samples)
 
-    def _plan(self) -> list[Batch]:
-        batcher = Batcher(
-            self._compute.max_batch_tokens, shares_prefixes=self._compute.engine.shares_prefixes
-        )
-        for part in self._parts:
-            batcher.add(part)
-        batches = []
-        while batcher:
-            batches.append(batcher.take())
-        return batches
-
     def _bare(self) -> float:
         """The batches of the auto setting through the engine and the analysis, and nothing else."""
         began = time.perf_counter()
@@ -129,34 +121,23 @@ class LensdWorker:
 
     def _daemon(self, batch_samples: int | None) -> float:
         """Drop the files, drain the inbox; a batch holds so many samples, or what auto chose."""
-        config = self._config
-        folder = Path(tempfile.mkdtemp(prefix="lensd-bench-"))
-        try:
-            inbox, outbox = folder / "inbox", folder / "outbox"
-            inbox.mkdir()
-            for file in self._files:
-                shutil.copy(file, inbox / file.name)
-            settings = config.model_copy(
-                update={
-                    "inbox": config.inbox.model_copy(update={"path": inbox, "settle_seconds": 0.0}),
-                    "outbox": config.outbox.model_copy(update={"path": outbox}),
-                    "http": config.http.model_copy(update={"enabled": False}),
-                    "batching": config.batching.model_copy(update={"max_batch_samples": batch_samples}),
-                }
-            )
-            compute = self._compute if batch_samples is None else unlimited(self._compute)
+        compute = self._compute if batch_samples is None else unlimited(self._compute)
+        with (
+            tempfile.TemporaryDirectory(prefix="lensd-bench-") as folder,
+            private_inbox(self._config, self._files, Path(folder)) as settings,
+        ):
+            batching = settings.batching.model_copy(update={"max_batch_samples": batch_samples})
+            settings = settings.model_copy(update={"batching": batching})
             began = time.perf_counter()
             tally = serve(settings, once=True, load=lambda _: compute)
             seconds = time.perf_counter() - began
-            assert tally.committed == len(self._files), tally
-            return seconds
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        assert tally.committed == len(self._files), tally
+        return seconds
 
 
 def unlimited(compute: Compute) -> Compute:
     """The same with batches limited by samples alone."""
-    return Compute(compute.engine, compute.runner, compute.tokenizer, UNLIMITED)
+    return dataclasses.replace(compute, max_batch_tokens=UNLIMITED)
 
 
 def in_a_thread(function: Callable[[], R]) -> R:
@@ -210,7 +191,7 @@ def measured(run: Callable[[], float], samples: Sequence[TokenizedSample]) -> Me
 
 
 def read_files(config: Config, tokenizer: Tokenizer, files: Sequence[Path]) -> list[TokenizedPart]:
-    return [part for file in files for part in asyncio.run(tokenized_parts(config, tokenizer, file))]
+    return [part for file in files for part in tokenized_parts(config, tokenizer, file)]
 
 
 def evenly(samples: Sequence[TokenizedSample], n: int) -> list[TokenizedSample]:
@@ -236,18 +217,18 @@ def peak_bytes() -> int:
 
 
 def lensd_process(connection: Connection, config: Config, files: list[Path], sizes: list[int]) -> None:
-    """Say what is loaded; then answer "rate" with the product's rate, a variant's name with its figures."""
+    """Tell the variants and the workload; then answer RATE, and the name of a variant with its figures."""
     quiet()
     worker = LensdWorker(config, files, sizes)
-    connection.send(worker.loaded())
+    connection.send((worker.variants, worker.workload()))
     while (asked := connection.recv()) is not None:
-        connection.send(worker.rate() if asked == "rate" else worker.run(asked))
+        connection.send(worker.rate() if asked == RATE else worker.run(asked))
 
 
 def baseline_process(
     connection: Connection, config: Config, files: list[Path], limits: dict[str, int] | int
 ) -> None:
-    """Say what the variants are called; then answer the name of each with its figures."""
+    """Tell the variants; then answer the name of each with its figures."""
     quiet()
     worker = BaselineWorker(config, files, limits)
     connection.send(worker.variants)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 from rich.console import Console
 
@@ -17,8 +14,7 @@ from daemon.errors import LensdError, MachineError
 from daemon.records import Outcome
 from daemon.service import serve
 from daemon.tools.report import print_published, read_manifest
-
-SAMPLES = Path(__file__).parents[1] / "presets" / "demo.jsonl"
+from daemon.tools.samples import DEMO_SAMPLES, private_inbox
 
 
 def demo(config: Config) -> int:
@@ -28,18 +24,10 @@ def demo(config: Config) -> int:
     """
     console = Console(file=sys.stdout)
     outcomes: list[Outcome] = []
-    outbox = config.outbox.path
-    outbox.mkdir(parents=True, exist_ok=True)
-    private_inbox = Path(tempfile.mkdtemp(prefix=".demo-inbox-", dir=outbox))  # on the outbox's file system
-    try:
-        shutil.copy(SAMPLES, private_inbox / "demo.jsonl")
-        inbox = config.inbox.model_copy(update={"path": private_inbox, "settle_seconds": 0.0})
-        http = config.http.model_copy(update={"enabled": False})
+    with private_inbox(config, [DEMO_SAMPLES], config.outbox.path) as settings:
         began = time.monotonic()
-        serve(config.model_copy(update={"inbox": inbox, "http": http}), once=True, on_outcome=outcomes.append)
+        serve(settings, once=True, on_outcome=outcomes.append)
         total = time.monotonic() - began
-    finally:
-        shutil.rmtree(private_inbox, ignore_errors=True)
     if not outcomes:
         raise MachineError("told to stop before the samples were read: run it again")
     (outcome,) = outcomes

@@ -12,11 +12,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from daemon.analysis.geometry import DecoderRows
 from daemon.batching.batcher import Batcher
 from daemon.executor.runner import BatchRunner
 from daemon.model.compiled_layers import can_compile
-from daemon.model.cuda_streams import finish, on_cuda
+from daemon.model.cuda_streams import on_cuda
 from daemon.model.encoding import FusedEncoder, can_split, jumprelu
 from daemon.model.loading import LoadedModel, ModelLocation
 from daemon.model.onednn import product, split_product
@@ -37,13 +37,12 @@ from daemon.model.trie_engine import TrieEngine
 from daemon.model.trunk import Trunk
 from daemon.model_info import SaeInfo
 from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE, Recipe
-from daemon.records import Batch, PartExtent, Positions, Sample, TokenizedPart, TokenizedSample
-from daemon.tools.limit import Products, Work
-
-T = TypeVar("T")
+from daemon.records import Batch, Positions, Sample, TokenizedSample
+from daemon.tools.limit import Products, Work, best_seconds
+from daemon.tools.samples import all_batches, one_part
 
 CALIBRATION_TEXTS = 32
-TRIES = 3
+TRIES = 4  # the first of which warms up
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,39 +204,17 @@ def documents(n: int, vocabulary: int) -> list[Texts]:
 
 
 def batches(samples: Sequence[Texts], recipe: Recipe, tokens: int) -> list[Batch]:
-    tokenized = tuple(
+    tokenized = [
         TokenizedSample(Sample(number, f"s{number}", None, None, None, (), None, 0), texts)
         for number, texts in enumerate(samples)
-    )
-    extent = PartExtent(number=0, first_record=0, records=len(samples), byte_offset=0)
-    part: Any = SimpleNamespace(recipe=recipe, extent=extent, samples=())
-    batcher = Batcher(tokens, shares_prefixes=True)
-    batcher.add(TokenizedPart(part, tokenized))
-    planned = []
-    while batcher:
-        planned.append(batcher.take())
-    return planned
+    ]
+    return all_batches(Batcher(tokens, shares_prefixes=True), [one_part(recipe, tokenized)])
 
 
-def each(function: Callable[[T], object], items: Sequence[T]) -> None:
-    for item in items:
-        function(item)
-
-
-def run_each(runner: BatchRunner, planned: Sequence[Batch]) -> None:
-    for _ in runner.runs(planned):
+def run_all(results_of: Callable[[Any], Iterable[object]], items: Sequence[object]) -> None:
+    """Have all results made, and keep none."""
+    for _ in results_of(items):
         pass
-
-
-def seconds_of(run: Callable[[], None], device: str) -> float:
-    """Of the best of a few runs, after one that is not counted."""
-    seconds = []
-    for _ in range(TRIES + 1):
-        began = time.perf_counter()
-        run()
-        finish(device)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
 
 
 def waiting_share(run: Callable[[], None]) -> tuple[float, str]:
@@ -287,9 +264,9 @@ def measure(
             flops_of_forward = 2 * sum(work.multiply_adds(one, 0) for one in packed)
             unique = sum(map(len, packed))
             with torch.inference_mode():
-                extraction = seconds_of(partial(each, engine.start, texts), device)
-                whole_run = partial(run_each, runner, planned)
-                whole = seconds_of(whole_run, device)
+                extraction = best_seconds(partial(run_all, partial(map, engine.start), texts), device, TRIES)
+                whole_run = partial(run_all, runner.runs, planned)
+                whole = best_seconds(whole_run, device, TRIES)
                 l0 = float(engine.extract(texts[0]).layers[0].acts.counts.double().mean())
                 waits, kernels = waiting_share(whole_run) if on_cuda(device) else (None, "")
             yield (

@@ -10,7 +10,6 @@ of axes are weighted with that gap, relative to the largest eigenvalue.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -27,24 +26,12 @@ from daemon.config import Config
 from daemon.errors import ConfigError, FileError
 from daemon.observe.progress import Progress
 from daemon.recipes import Recipe
-from daemon.records import (
-    Claim,
-    FileIdentity,
-    FloatArray,
-    InputFile,
-    Part,
-    PartExtent,
-    TokenizedPart,
-    TokenizedSample,
-)
-from daemon.source.reader import read_parts
-from daemon.source.tokenizer import Tokenizer
+from daemon.records import FloatArray, TokenizedSample
 from daemon.tools.oracle import Oracle
 from daemon.tools.reference import ReferenceLayer, reference_columns
-from daemon.wiring import Compute, load_compute, read_limits, study_settings
+from daemon.tools.samples import DEMO_SAMPLES, UNLIMITED, all_batches, one_part, tokenized_parts
+from daemon.wiring import Compute, load_compute, study_settings
 
-DEMO_SAMPLES = Path(__file__).parents[1] / "presets" / "demo.jsonl"
-UNLIMITED = 1 << 40
 ABSOLUTE_TOLERANCE = {"float64": 1e-6}
 RELATIVE_TOLERANCE = {"float32": 1e-4}  # of the column's largest magnitude
 MAX_FLIP_RATE = {"float64": 0.0, "float32": 1e-3}  # of active features
@@ -120,8 +107,8 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """Results of one text at a time, for every sample of one recipe."""
+class Results:
+    """One way's results for every sample of one recipe, in the order of the samples."""
 
     columns: dict[str, list[Value]]
     active: list[dict[tuple[int, int], frozenset[int]]]  # per sample: (text, SAE) -> active features
@@ -143,7 +130,7 @@ def verify(
         raise ConfigError('verify reads last tokens: set analysis.positions = "last"')
     compute = load_compute(config)
     oracle = load_oracle(config)
-    parts = asyncio.run(tokenized_parts(config, compute.tokenizer, file or DEMO_SAMPLES))
+    parts = tokenized_parts(config, compute.tokenizer, file or DEMO_SAMPLES)
     recipe = parts[0].part.recipe
     chosen = [sample for part in parts for sample in part.samples][:samples]
     if not chosen:
@@ -180,25 +167,13 @@ def load_oracle(config: Config) -> Oracle:
     return Oracle(config)
 
 
-async def tokenized_parts(config: Config, tokenizer: Tokenizer, file: Path) -> list[TokenizedPart]:
-    source = source_of(file)
-    with file.open("rb") as content:
-        parts = read_parts(content, source, recipe=config.recipe, limits=read_limits(config), stored={})
-        return tokenizer.tokenize([part async for part in parts if isinstance(part, Part)])
-
-
-def source_of(file: Path) -> InputFile:
-    """A file that nobody claimed."""
-    return InputFile(Claim(file.name, str(file), 1, FileIdentity(0, 0, 0, 0, 0)), sha256="", size=0, unit="")
-
-
 def run_reference(
     config: Config,
     oracle: Oracle,
     recipe: Recipe,
     samples: Sequence[TokenizedSample],
     progress: Progress,
-) -> Reference:
+) -> Results:
     """Each sample alone, text by text."""
     settings = study_settings(config)
     layer_numbers = [dictionary.layer for dictionary in oracle.dictionaries]
@@ -232,7 +207,7 @@ def run_reference(
                 for text, feature_acts in enumerate(layer.feature_acts)
             }
         )
-    return Reference(columns, active, frozenset(not_finite))
+    return Results(columns, active, frozenset(not_finite))
 
 
 def is_finite(layer: ReferenceLayer) -> bool:
@@ -240,28 +215,17 @@ def is_finite(layer: ReferenceLayer) -> bool:
     return all(bool(np.isfinite(values).all()) for values in (*layer.x, *layer.target, *layer.feature_acts))
 
 
-@dataclass(frozen=True, slots=True)
-class Batched:
-    """Results of the daemon's batches, in the order of the samples."""
-
-    columns: dict[str, list[Value]]
-    active: list[dict[tuple[int, int], frozenset[int]]]
-    not_finite: frozenset[int]  # samples that it rejects
-
-
 def run_batched(
     compute: Compute, recipe: Recipe, samples: Sequence[TokenizedSample], batch_size: int
-) -> Batched:
+) -> Results:
     """Batches as the daemon forms them, of at most `batch_size` samples."""
     batcher = Batcher(UNLIMITED, batch_size, shares_prefixes=compute.engine.shares_prefixes)
-    batcher.add(one_part(recipe, samples))
     columns: dict[str, list[Value]] = {
         column.name: [0] * len(samples) for column in analysis_columns(compute.engine.info.layers, recipe)
     }
     active: list[dict[tuple[int, int], frozenset[int]]] = [{} for _ in samples]
     not_finite: set[int] = set()
-    while batcher:
-        batch = batcher.take()
+    for batch in all_batches(batcher, [one_part(recipe, samples)]):
         result = compute.runner.run(batch)
         rows = [entry.row for entry in batch.entries]
         not_finite |= {rows[row] for row, _ in result.not_finite}
@@ -272,21 +236,15 @@ def run_batched(
         for i, (start, stop) in enumerate(itertools.pairwise(features.offsets.tolist())):
             place = (int(features.text[i]), int(features.layer[i]))
             active[rows[features.sample_row[i]]][place] = frozenset(features.indices[start:stop].tolist())
-    return Batched(columns, active, frozenset(not_finite))
-
-
-def one_part(recipe: Recipe, samples: Sequence[TokenizedSample]) -> TokenizedPart:
-    extent = PartExtent(0, 0, len(samples), 0)
-    part = Part(source_of(Path()), extent, True, recipe, tuple(sample.sample for sample in samples), ())
-    return TokenizedPart(part, tuple(samples))
+    return Results(columns, active, frozenset(not_finite))
 
 
 def compare(
     batch_size: int,
     recipe: Recipe,
     layers: Sequence[int],
-    reference: Reference,
-    batched: Batched,
+    reference: Results,
+    batched: Results,
     strict: bool,
 ) -> BatchSizeReport:
     """`strict` compares every row; else rows with a flip are counted, and left out of the differences.

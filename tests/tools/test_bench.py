@@ -14,7 +14,7 @@ from daemon.errors import ConfigError
 from daemon.model.trie import build_trie
 from daemon.tools.bench import AUTO, BARE, BenchReport, VariantReport, bench
 from daemon.tools.bench_report import plot, print_bench, recommendations
-from daemon.tools.bench_worker import Loaded, Measured, baseline_process, lensd_process
+from daemon.tools.bench_worker import RATE, Measured, Workload, baseline_process, lensd_process
 from daemon.tools.limit import ProductRate, Products, Work
 from tests.support import tiny
 from tests.support.engines import loaded
@@ -83,16 +83,16 @@ class FakeWorker:
         self._asked += 1
         if self._asked == self._fail_at:
             raise KeyboardInterrupt
-        return ProductRate(1e9, 2e9) if question == "rate" else Measured(self._asked, 10, 100, 1 << 20)
+        return ProductRate(1e9, 2e9) if question == RATE else Measured(self._asked, 10, 100, 1 << 20)
 
 
 @pytest.mark.parametrize(("fail_at", "repetitions"), [(12, 2), (5, None)])
 def test_what_is_interrupted_reports_the_repetitions_that_are_whole(
     fail_at, repetitions, monkeypatch, capsys
 ):
-    loaded_as = Loaded((BARE, AUTO), 10, 100, 50, 1000, 64, "packed", "cpu")
+    hello = ((BARE, AUTO), Workload(10, 100, 50, 1000, 64, "packed", "cpu"))
     workers = {
-        lensd_process: FakeWorker(loaded_as, fail_at),  # three questions a round
+        lensd_process: FakeWorker(hello, fail_at),  # three questions a round
         baseline_process: FakeWorker(("sequential",)),
     }
     monkeypatch.setattr(
