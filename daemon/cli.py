@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +21,8 @@ from daemon.escaping import escape_control, escape_lines
 from daemon.streams import open_standard_streams
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from daemon.config import Config
 
 DONE, SOME_FAILED, BAD_USAGE, MACHINE_FAILED = 0, 1, 2, 3
@@ -103,7 +106,9 @@ def parser() -> argparse.ArgumentParser:
     verify = add_command(
         commands, "verify", run_verify, "compare with one text at a time, plain Hugging Face + SAELens"
     )
-    verify.add_argument("file", nargs="?", type=path, metavar="FILE", help="input file (default: the demo's)")
+    verify.add_argument(
+        "file", nargs="?", type=input_file, metavar="FILE", help="input file (default: the demo's)"
+    )
     verify.add_argument("--samples", type=positive, metavar="N", help="only the first N samples")
     verify.add_argument(
         "--batch-sizes",
@@ -115,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print the report as JSON")
     bench = add_command(commands, "bench", run_bench, "speed and memory, beside what people run instead")
     bench.add_argument(
-        "files", nargs="*", type=path, metavar="FILE", help="input files (default: the demo's)"
+        "files", nargs="*", type=input_file, metavar="FILE", help="input files (default: the demo's)"
     )
     bench.add_argument("--json", action="store_true", help="print the report as JSON")
     bench.add_argument("--plot", type=path, metavar="PNG", help="draw speed and memory by batch size")
@@ -167,6 +172,14 @@ def path(text: str) -> Path:
     if not text.strip():
         raise ConfigError("an empty path is no path: name one, or leave the argument out")
     return Path(text)
+
+
+def input_file(text: str) -> Path:
+    """A file given on the command line. Raises ConfigError where there is none."""
+    file = path(text)
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file")
+    return file
 
 
 def positive(text: str) -> int:
@@ -247,31 +260,19 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     config = configure(args)
-    from rich.console import Console
-
     from daemon.tools.report import print_verification
     from daemon.tools.verify import verify
 
-    if args.file is not None and not args.file.is_file():
-        raise ConfigError(f"{args.file}: no such file")
     verification = verify(config, args.file, samples=args.samples, batch_sizes=args.batch_sizes)
-    if args.json:
-        sys.stdout.write(json.dumps(verification.as_json(), indent=1) + "\n")
-    else:
-        print_verification(Console(), verification)
+    show(args, verification, print_verification)
     return DONE if verification.passed else SOME_FAILED
 
 
 def run_bench(args: argparse.Namespace) -> int:
     config = configure(args)
-    from rich.console import Console
-
     from daemon.tools.bench import BATCH_SIZES, bench
     from daemon.tools.bench_report import plot, print_bench
 
-    for file in args.files:
-        if not file.is_file():
-            raise ConfigError(f"{file}: no such file")
     report = bench(
         config,
         args.files,
@@ -282,11 +283,18 @@ def run_bench(args: argparse.Namespace) -> int:
     )
     if args.plot is not None:
         plot(report, args.plot)
+    show(args, report, print_bench)
+    return DONE
+
+
+def show(args: argparse.Namespace, report: Any, print_report: Callable[[Console, Any], None]) -> None:
+    """Write a command's report for people, or as JSON where that is asked for."""
+    from rich.console import Console
+
     if args.json:
         sys.stdout.write(json.dumps(report.as_json(), indent=1) + "\n")
     else:
-        print_bench(Console(), report)
-    return DONE
+        print_report(Console(), report)
 
 
 def run_retry(args: argparse.Namespace) -> int:

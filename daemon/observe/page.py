@@ -121,7 +121,7 @@ def document(status: Status, revision: str) -> str:
         charts=sections.charts(status),
         stages=sections.stage_shares(status),
         stages_bar=charts.bar(summary.shares(status)),
-        stages_label=sections.stages_label(status),
+        stages_label=f"Shares of the stages: {summary.shares_text(status)}",
         shows_sources=sections.shows_sources(status.running),
         free_space=sections.free_space(status),
     )

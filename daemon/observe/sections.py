@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from daemon.observe.charts import Line, line, nice_ceiling, nice_seconds
 from daemon.observe.formatting import count, duration, period, rate, size
-from daemon.observe.status import HEALTHY, Point, Running, Status
+from daemon.observe.status import HEALTHY, Running, Status
 from daemon.observe.summary import DASH, shares, time_left
 
 SPANS = (60.0, 120.0, 300.0, 600.0)
@@ -71,7 +71,9 @@ def charts(status: Status) -> tuple[Chart, ...]:
 def chart(status: Status, field: str, name: str, now: str) -> Chart:
     """Return the chart of one field of the history's points."""
     history, window = status.history, span(status)
-    points = [(status.at - point.at, value_of(point, field)) for point in history.points]
+    points: list[tuple[float, float | None]] = [
+        (status.at - point.at, getattr(point, field)) for point in history.points
+    ]
     highest = max((value for _, value in points if value is not None), default=0.0)
     top, top_text, highest_text = scale(field, highest)
     return Chart(
@@ -93,21 +95,10 @@ def scale(field: str, highest: float) -> tuple[float, str, str]:
     return top, count(top), count(highest) if field == "backlog_files" else rate(highest)
 
 
-def value_of(point: Point, field: str) -> float | None:
-    value: float | None = getattr(point, field)
-    return value
-
-
 def stage_shares(status: Status) -> tuple[StageShare, ...]:
     """Return the stages with their shares; empty where no work was done."""
     seconds = {stage.name: round(stage.seconds, 1) for stage in status.stages}
     return tuple(StageShare(name, f"{share:.1%}", seconds[name]) for name, share in shares(status))
-
-
-def stages_label(status: Status) -> str:
-    """Return the bar of shares in words, for screen readers."""
-    said = ", ".join(f"{name} {share:.0%}" for name, share in shares(status) if share >= 0.005)
-    return f"Shares of the stages: {said}"
 
 
 def shows_sources(running: Running | None) -> bool:

@@ -6,12 +6,19 @@ Plain values only; knows no files, no model and no HTML. Times are Unix times, d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter
+
+from daemon.escaping import escape_control
 
 State = Literal["loading", "idle", "working", "draining", "paused", "not ready", "stalled"]
 HEALTHY = ("idle", "working")
+
+# Of a status that is read, whoever wrote it: nothing that a terminal obeys, and numbers that can be shown.
+Text = Annotated[str, AfterValidator(escape_control)]
+Whole = Annotated[int, Field(gt=-(1 << 63), lt=1 << 63)]
+Number = FiniteFloat
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,33 +26,33 @@ class Alert:
     """Something that wants a look, while it holds; a `note` is nobody's fault."""
 
     level: Literal["critical", "warning", "note"]
-    title: str
-    detail: str
+    title: Text
+    detail: Text
 
 
 @dataclass(frozen=True, slots=True)
 class Dictionary:
     """A loaded SAE; `fvu` is that of the last file, None while unknown."""
 
-    hook_name: str
-    layer: int
-    architecture: str
-    d_in: int
-    d_sae: int
-    source: str
-    fvu: float | None
+    hook_name: Text
+    layer: Whole
+    architecture: Text
+    d_in: Whole
+    d_sae: Whole
+    source: Text
+    fvu: Number | None
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
     """The loaded model and its SAEs."""
 
-    model: str
-    architecture: str
-    dtype: str
-    device: str
-    engine: str
-    max_batch_tokens: int
+    model: Text
+    architecture: Text
+    dtype: Text
+    device: Text
+    engine: Text
+    max_batch_tokens: Whole
     saes: tuple[Dictionary, ...]
 
 
@@ -53,12 +60,12 @@ class Running:
 class Backlog:
     """The files that wait in the inbox, and the work that was taken up and is not settled."""
 
-    files: int
-    bytes: int
-    oldest_seconds: float
-    counted_at: float | None  # when somebody last looked, None before
-    files_under_way: int
-    samples_under_way: int  # read so far and not computed
+    files: Whole
+    bytes: Whole
+    oldest_seconds: Number
+    counted_at: Number | None  # when somebody last looked, None before
+    files_under_way: Whole
+    samples_under_way: Whole  # read so far and not computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +76,10 @@ class Pace:
     counted yet, so that their bytes stand for them.
     """
 
-    samples_per_second: float
-    tokens_per_second: float  # run by the model
-    device_busy_ratio: float
-    eta_seconds: float | None
+    samples_per_second: Number
+    tokens_per_second: Number  # run by the model
+    device_busy_ratio: Number
+    eta_seconds: Number | None
     estimated: bool
 
 
@@ -80,59 +87,59 @@ class Pace:
 class Totals:
     """Since the process started."""
 
-    committed: int
-    failed: int
-    duplicate: int
-    requeued: int
-    rows: int
-    rejects: int
-    text_tokens: int
-    computed_tokens: int
-    output_bytes: int
-    last_commit_at: float | None
+    committed: Whole
+    failed: Whole
+    duplicate: Whole
+    requeued: Whole
+    rows: Whole
+    rejects: Whole
+    text_tokens: Whole
+    computed_tokens: Whole
+    output_bytes: Whole
+    last_commit_at: Number | None
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Seconds of work. Stages overlap: the sum is no wall time."""
 
-    name: str
-    seconds: float
+    name: Text
+    seconds: Number
 
 
 @dataclass(frozen=True, slots=True)
 class SettledFile:
     """How one input file ended."""
 
-    name: str  # printable, whatever the file's name holds
-    outcome: str
-    rows: int
-    rejects: int
-    seconds: float  # first read to commit, 0 where nothing was published
-    reason: str | None
-    message: str | None
-    unit: str | None
-    at: float
+    name: Text  # printable, whatever the file's name holds
+    outcome: Text
+    rows: Whole
+    rejects: Whole
+    seconds: Number  # first read to commit, 0 where nothing was published
+    reason: Text | None
+    message: Text | None
+    unit: Text | None
+    at: Number
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
     """The means of a few seconds that ended at `at`."""
 
-    at: float
-    samples_per_second: float
-    tokens_per_second: float
-    backlog_files: int  # waiting or under way
-    eta_seconds: float | None
-    failed_files: int  # in these seconds
+    at: Number
+    samples_per_second: Number
+    tokens_per_second: Number
+    backlog_files: Whole  # waiting or under way
+    eta_seconds: Number | None
+    failed_files: Whole  # in these seconds
 
 
 @dataclass(frozen=True, slots=True)
 class History:
     """The last minutes, oldest first."""
 
-    window_seconds: float
-    step_seconds: float
+    window_seconds: Number
+    step_seconds: Number
     points: tuple[Point, ...]
 
 
@@ -140,13 +147,13 @@ class History:
 class Status:
     """Everything at one moment."""
 
-    version: str
-    host: str
-    instance: str  # another one after each start
-    inbox: str
-    outbox: str
-    at: float
-    started_at: float
+    version: Text
+    host: Text
+    instance: Text  # another one after each start
+    inbox: Text
+    outbox: Text
+    at: Number
+    started_at: Number
     state: State
     live: bool
     ready: bool
@@ -157,7 +164,7 @@ class Status:
     totals: Totals
     stages: tuple[Stage, ...]  # in the history's window
     files: tuple[SettledFile, ...]  # the newest first
-    free_bytes: dict[str, int]  # by folder's role
+    free_bytes: dict[Text, Whole]  # by folder's role
     history: History
 
     @property
@@ -173,5 +180,5 @@ def to_json(status: Status) -> bytes:
 
 
 def from_json(body: bytes) -> Status:
-    """Raises ValueError where the body is no status."""
+    """Read what anybody may have written. Raises ValueError where the body is no status."""
     return _status.validate_json(body)

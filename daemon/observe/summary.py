@@ -105,3 +105,8 @@ def shares(status: Status) -> tuple[tuple[str, float], ...]:
     """Return each stage's share of the work in the window; empty where no work was done."""
     total = sum(stage.seconds for stage in status.stages)
     return tuple((stage.name, stage.seconds / total) for stage in status.stages) if total else ()
+
+
+def shares_text(status: Status) -> str:
+    """Return the shares in words, those that round to 0% left out; empty where no work was done."""
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares(status) if share >= 0.005)

@@ -17,11 +17,10 @@ MEMORY_GIB = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 80, 141)
 
 def print_bench(console: Console, report: BenchReport) -> None:
     table = plain_table(
-        f"{report.model}, {report.dtype}, {report.device}, {report.cores} cores of {report.machine}"
+        f"{report.model}, {report.dtype}, {report.device}, {report.cores} cores of {report.machine}",
+        "",
+        right=("samples/s", "text tokens/s", "speedup", "peak GiB"),
     )
-    table.add_column("")
-    for header in ("samples/s", "text tokens/s", "speedup", "peak GiB"):
-        table.add_column(header, justify="right")
     for variant in report.variants:
         table.add_row(
             variant.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +27,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def plain_table(title: str) -> Table:
-    return Table(
+def plain_table(title: str, *left: str, right: Sequence[str]) -> Table:
+    """A table of these columns, by the side to which they are aligned."""
+    table = Table(
         title=Text(escape_control(title), style="bold"),
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
 
 
 def domain_table(folder: Path) -> Table:
@@ -42,11 +49,11 @@ def domain_table(folder: Path) -> Table:
     contrast = read_manifest(folder)["recipe"]["contrast"]
     positive, negative = contrast["positive"], contrast["negative"]
     reverse = " and ".join(metric.header for metric in CONTRAST_METRICS if metric.sign < 0)
-    table = plain_table(f"Mean contrast: {negative} - {positive}; of {reverse} {positive} - {negative}")
-    table.add_column("domain")
-    table.add_column("samples", justify="right")
-    for metric in CONTRAST_METRICS:
-        table.add_column(metric.header, justify="right")
+    table = plain_table(
+        f"Mean contrast: {negative} - {positive}; of {reverse} {positive} - {negative}",
+        "domain",
+        right=["samples", *(metric.header for metric in CONTRAST_METRICS)],
+    )
     domains = sorted(name for name in pc.unique(metrics["domain"]).to_pylist() if name is not None)
     for name in domains:
         add_means(table, name, metrics.filter(pc.equal(metrics["domain"], name)), "diff", "+.3f")
@@ -64,11 +71,9 @@ def add_means(table: Table, label: str, rows: pa.Table, which: str, style: str) 
 
 def layer_table(folder: Path) -> Table:
     """Rows of the manifest's SAEs."""
-    table = plain_table("Dictionaries on these texts")
-    table.add_column("hook")
-    table.add_column("architecture")
-    for header in ("d_sae", "mean L0", "FVU"):
-        table.add_column(header, justify="right")
+    table = plain_table(
+        "Dictionaries on these texts", "hook", "architecture", right=("d_sae", "mean L0", "FVU")
+    )
     for sae in read_manifest(folder)["saes"]:
         fvu = "-" if sae["fvu"] is None else f"{sae['fvu']:.3f}"
         mean_l0 = "-" if sae["mean_l0"] is None else f"{sae['mean_l0']:.1f}"
@@ -90,11 +95,11 @@ def print_verification(console: Console, verification: Verification) -> None:
     """Every column with its largest difference at any batch size, and the verdict."""
     table = plain_table(
         f"{verification.model} in {verification.dtype}, {verification.samples} samples:"
-        " largest difference from one text at a time"
+        " largest difference from one text at a time",
+        "column",
+        right=("absolute", "relative", "mismatches"),
     )
-    table.add_column("column", no_wrap=True)
-    for header in ("absolute", "relative", "mismatches"):
-        table.add_column(header, justify="right")
+    table.columns[0].no_wrap = True
     for rows in zip(*(report.columns for report in verification.reports), strict=True):
         mark = "" if all(map(verification.within, rows)) else " over"
         table.add_row(

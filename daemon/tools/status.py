@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import http.client
-import json
-import math
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -20,7 +17,7 @@ from daemon.errors import ConfigError, MachineError
 from daemon.escaping import escape_control, escape_name
 from daemon.observe.formatting import ago, count, duration, rate
 from daemon.observe.status import HEALTHY, SettledFile, Status, from_json
-from daemon.observe.summary import DASH, figures, sentence, shares, uptime, what_runs
+from daemon.observe.summary import DASH, figures, sentence, shares_text, uptime, what_runs
 
 TIMEOUT_SECONDS = 5.0
 STATUS_BYTES = 16 << 20  # what answers more is no daemon
@@ -47,11 +44,6 @@ def urls_of(config: Config) -> list[str]:
     if port == "0":
         raise ConfigError("http.address has port 0, any free one: give --url, which the daemon's log names")
     return [f"http://{asked}:{port}" for asked in ANYWHERE.get(host, (host,))]
-
-
-def url_of(config: Config) -> str:
-    """The first of `urls_of`."""
-    return urls_of(config)[0]
 
 
 class NoAnswer(MachineError):
@@ -90,23 +82,9 @@ def fetch(url: str) -> Status:
     try:
         if len(body) > STATUS_BYTES:
             raise ValueError("no status is that large")
-        answer = json.loads(body, parse_int=finite_int, parse_float=finite, parse_constant=finite)
-        return from_json(json.dumps(visible_texts(answer)).encode())
-    except (ValueError, RecursionError):
+        return from_json(body)
+    except ValueError:
         raise MachineError(f"{url}: the answer is no status: is that lensd, of this version?") from None
-
-
-def finite(text: str) -> float:
-    """Raises ValueError for what no number of a daemon is."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not finite")
-    return value
-
-
-def finite_int(text: str) -> int:
-    finite(text)
-    return int(text)
 
 
 def is_url(text: str) -> bool:
@@ -117,15 +95,6 @@ def is_url(text: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
-
-
-def visible_texts(value: Any) -> Any:
-    """The same JSON value with nothing in it that a terminal obeys, whoever answered."""
-    if isinstance(value, dict):
-        return {key: visible_texts(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [visible_texts(inner) for inner in value]
-    return escape_control(value) if isinstance(value, str) else value
 
 
 def healthy(status: Status) -> bool:
@@ -143,8 +112,7 @@ def print_status(console: Console, status: Status) -> None:
         show(console, Text.assemble("\n", title, "\n" if alert.detail else "", alert.detail))
     console.print()
     console.print(figure_table(status))
-    if parts := shares(status):
-        said = ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005)
+    if said := shares_text(status):
         show(console, Text(f"Time goes to {said}."))
     if status.files:
         console.print()

@@ -16,7 +16,7 @@ import pytest
 
 from daemon.config import load_config
 from daemon.errors import ConfigError, MachineError
-from daemon.tools.status import fetch, healthy, sparkline, url_of
+from daemon.tools.status import fetch, healthy, sparkline, urls_of
 from tests.reliability.daemons import ROOT, Job
 from tests.reliability.handling import events, running, wait_until
 from tests.support import tiny
@@ -152,13 +152,13 @@ def test_an_answer_of_someone_else_is_said_to_be_one(someone_else):
     ],
 )
 def test_it_asks_where_the_configuration_listens(address, url):
-    assert url_of(load_config(env={}, flags={"http.address": address})) == url
+    assert urls_of(load_config(env={}, flags={"http.address": address}))[0] == url
 
 
 @pytest.mark.parametrize("flags", [{"http.enabled": False}, {"http.address": "127.0.0.1:0"}])
 def test_a_configuration_without_an_address_is_one_clear_line(flags):
     with pytest.raises(ConfigError, match=r"^http\.(enabled|address) .*: (such|give)"):
-        url_of(load_config(env={}, flags=flags))
+        urls_of(load_config(env={}, flags=flags))
 
 
 def test_a_sparkline_never_hides_a_value():
