@@ -5,26 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Protocol
 
 import structlog
 
 from daemon.config import Config
 from daemon.errors import ConfigError
-from daemon.observe import logs
 from daemon.observe.metrics import Metrics
 from daemon.observe.notify import Notify
-from daemon.settings import AT_ONCE, SettingsSource, changes, is_in
+from daemon.settings import SettingsSource, changes
 
 LOOK_SECONDS = 1.0  # between two looks at the file
 
 log = structlog.get_logger()
-
-
-class OnChange(Protocol):
-    """Takes up settings; `at_once` where none of those that changed waits for another pipeline."""
-
-    def __call__(self, config: Config, *, at_once: bool) -> None: ...
 
 
 class Reload:
@@ -36,10 +28,12 @@ class Reload:
         source: SettingsSource | None,
         *,
         metrics: Metrics,
-        on_change: OnChange,
+        on_change: Callable[[Config, list[str]], None],
         on_refused: Callable[[str | None], None],
     ) -> None:
-        """`on_refused` is told why changed settings were not taken up, and None once some were."""
+        """`on_change` takes up settings, and is told the keys of those that changed.
+
+        `on_refused` is told why changed settings were not taken up, and None once some were."""
         self.config = config
         self.source = source
         self.asked = asyncio.Event()  # by SIGHUP
@@ -70,9 +64,7 @@ class Reload:
             return
         changed = changes(before, config)
         self.config = config
-        if any(is_in(key, ("log",)) for key in changed):
-            logs.configure(config.log.format, config.log.level)
-        self._on_change(config, at_once=all(is_in(key, AT_ONCE) for key in changed))
+        self._on_change(config, changed)
         log.info("settings.applied", changed=changed)
         self._metrics.config_reloads_total.labels("applied").inc()
         self._on_refused(None)

@@ -26,6 +26,7 @@ from daemon.errors import ConfigError, MachineError, SyncFailed
 from daemon.executor.device_thread import DeviceThread
 from daemon.machine import Machine, check_folders
 from daemon.model.buffers import keep_memory, memory_bytes, pool_bytes
+from daemon.observe import logs
 from daemon.observe.board import StatusBoard
 from daemon.observe.health import DRAINING, LOADING, Health
 from daemon.observe.http import serve_http
@@ -40,7 +41,7 @@ from daemon.pause import FOLDERS, FoldersLost, Pause
 from daemon.pipeline import Pipeline
 from daemon.records import InboxLoad, Outcome
 from daemon.reload import Reload
-from daemon.settings import SettingsSource
+from daemon.settings import AT_ONCE, SettingsSource, is_in
 from daemon.source.inbox import Inbox
 from daemon.source.scan import count_waiting
 from daemon.supervisor import Supervisor
@@ -324,11 +325,16 @@ class Service:
             self.fatal = error
             self.main_task.cancel()
 
-    def apply_settings(self, config: Config, *, at_once: bool) -> None:
-        """Apply changed settings; unless `at_once`, the pipeline ends with its files and another begins."""
+    def apply_settings(self, config: Config, changed: list[str]) -> None:
+        """Apply settings of which those keys changed.
+
+        Unless all of them are AT_ONCE, the pipeline ends with its files and another begins.
+        """
+        if any(is_in(key, ("log",)) for key in changed):
+            logs.configure(config.log.format, config.log.level)
         self.health.stall_seconds = config.http.stall_seconds
         self.machine.min_free_bytes = config.outbox.min_free_bytes
-        if not at_once:
+        if not all(is_in(key, AT_ONCE) for key in changed):
             self.end_pipeline.set()
 
     @contextlib.contextmanager

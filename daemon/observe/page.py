@@ -24,19 +24,6 @@ TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 REFRESH_SECONDS = 5  # where scripts are off
 
 SCRIPT = "script.js"
-FORMATS = {  # functions that the templates call
-    function.__name__: function
-    for function in (
-        formatting.ago,
-        formatting.count,
-        formatting.counted,
-        formatting.duration,
-        formatting.iso_time,
-        formatting.period,
-        formatting.plural,
-        formatting.utc_minute,
-    )
-}
 
 
 def status_headers(script: str) -> dict[str, str]:
@@ -69,7 +56,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    environment.globals.update(FORMATS, DASH=summary.DASH, WIDTH=charts.WIDTH, HEIGHT=charts.HEIGHT)
+    environment.globals.update(charts=charts, formatting=formatting, sections=sections, summary=summary)
     for name in environment.list_templates():  # before an upgrade replaces the files under a running daemon
         environment.get_template(name)
     return environment
@@ -111,17 +98,4 @@ def document(status: Status, revision: str) -> str:
         revision=revision,
         script=page_script(),
         refresh_seconds=REFRESH_SECONDS,
-        title=sections.title(status),
-        icon=sections.icon(status),
-        sentence=summary.sentence(status),
-        what_runs=summary.what_runs(status),
-        uptime=summary.uptime(status),
-        figures=summary.figures(status),
-        window=sections.span(status),
-        charts=sections.charts(status),
-        stages=sections.stage_shares(status),
-        stages_bar=charts.bar(summary.shares(status)),
-        stages_label=f"Shares of the stages: {summary.shares_text(status)}",
-        shows_sources=sections.shows_sources(status.running),
-        free_space=sections.free_space(status),
     )

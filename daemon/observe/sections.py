@@ -101,9 +101,9 @@ def stage_shares(status: Status) -> tuple[StageShare, ...]:
     return tuple(StageShare(name, f"{share:.1%}", seconds[name]) for name, share in shares(status))
 
 
-def shows_sources(running: Running | None) -> bool:
+def shows_sources(running: Running) -> bool:
     """Return whether any SAE comes from elsewhere than its hook's name says."""
-    return running is not None and any(sae.source != sae.hook_name for sae in running.saes)
+    return any(sae.source != sae.hook_name for sae in running.saes)
 
 
 def free_space(status: Status) -> str:

@@ -25,7 +25,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from daemon.config import Config
 from daemon.errors import ConfigError, MachineError
 from daemon.executor.autotune import processor
-from daemon.tools.bench_worker import AUTO, BARE, RATE, Measured, Workload, baseline_process, lensd_process
+from daemon.tools.bench_worker import (
+    AUTO,
+    BARE,
+    RATE,
+    BaselineWorker,
+    LensdWorker,
+    Measured,
+    Workload,
+    answer,
+)
 from daemon.tools.limit import ProductRate
 from daemon.tools.samples import DEMO_SAMPLES
 
@@ -103,9 +112,9 @@ def bench(
     rounds: list[Round] = []
     try:
         with ExitStack() as workers:
-            lensd = workers.enter_context(worker(lensd_process, config, paths, list(batch_sizes)))
+            lensd = workers.enter_context(worker(LensdWorker, config, paths, batch_sizes))
             variants, workload = lensd.receive()  # first: it may measure what auto is to be
-            others = workers.enter_context(worker(baseline_process, config, paths, limits))
+            others = workers.enter_context(worker(BaselineWorker, config, paths, limits))
             names = chosen(others.receive(), baselines)
             order = [(others, name) for name in names] + [(lensd, name) for name in variants]
             with progress_bar() as progress:
@@ -218,11 +227,11 @@ class Worker:
 
 
 @contextmanager
-def worker(target: Any, *args: Any) -> Iterator[Worker]:
-    """A process that runs `target(connection, *args)`, ended on leaving."""
+def worker(kind: Any, *args: Any) -> Iterator[Worker]:
+    """A process that makes a worker of this kind and answers for it, ended on leaving."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs, *args), daemon=True)
+    process = context.Process(target=answer, args=(theirs, kind, *args), daemon=True)
     process.start()
     theirs.close()
     try:

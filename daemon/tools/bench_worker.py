@@ -85,17 +85,14 @@ class LensdWorker:
         gc.collect()
         gc.freeze()  # as a daemon does once its model is loaded, which is not what is measured
 
-    @property
-    def variants(self) -> tuple[str, ...]:
-        return tuple(self._variants)
-
-    def workload(self) -> Workload:
+    def hello(self) -> tuple[tuple[str, ...], Workload]:
+        """The variants, and what they run."""
         texts = [ids for sample in self._samples for ids in sample.token_ids]
         packed = build_trie(texts)
         skip = int(self._compute.engine.prepend_bos)
         every = self._config.analysis.positions != "last"
         readings = int((packed.depth >= skip).sum()) if every else len(texts)
-        return Workload(
+        workload = Workload(
             samples=len(self._samples),
             text_tokens=sum(map(len, texts)),
             unique_tokens=len(packed),
@@ -104,11 +101,12 @@ class LensdWorker:
             engine=self._compute.engine.info.engine,
             device=self._compute.engine.info.device,
         )
+        return tuple(self._variants), workload
 
-    def rate(self) -> ProductRate:
-        return in_a_thread(self._products.rate)
-
-    def run(self, variant: str) -> Measured:
+    def run(self, variant: str) -> Measured | ProductRate:
+        """A variant, or RATE."""
+        if variant == RATE:
+            return in_a_thread(self._products.rate)
         return measured(self._variants[variant], self._samples)
 
     def _bare(self) -> float:
@@ -165,8 +163,8 @@ class BaselineWorker:
         self._chosen = {name: evenly(samples, of_each.get(name, of_all or len(samples))) for name in loops}
         self._loops = loops
 
-    @property
-    def variants(self) -> tuple[str, ...]:
+    def hello(self) -> tuple[str, ...]:
+        """The variants."""
         return tuple(self._loops)
 
     def run(self, variant: str) -> Measured:
@@ -216,22 +214,11 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def lensd_process(connection: Connection, config: Config, files: list[Path], sizes: list[int]) -> None:
-    """Tell the variants and the workload; then answer RATE, and the name of a variant with its figures."""
+def answer(connection: Connection, kind: Callable[..., LensdWorker | BaselineWorker], *args: object) -> None:
+    """Make a worker, tell its `hello`; then run what is asked for by name, and answer with its figures."""
     quiet()
-    worker = LensdWorker(config, files, sizes)
-    connection.send((worker.variants, worker.workload()))
-    while (asked := connection.recv()) is not None:
-        connection.send(worker.rate() if asked == RATE else worker.run(asked))
-
-
-def baseline_process(
-    connection: Connection, config: Config, files: list[Path], limits: dict[str, int] | int
-) -> None:
-    """Tell the variants; then answer the name of each with its figures."""
-    quiet()
-    worker = BaselineWorker(config, files, limits)
-    connection.send(worker.variants)
+    worker = kind(*args)
+    connection.send(worker.hello())
     while (asked := connection.recv()) is not None:
         connection.send(worker.run(asked))
 

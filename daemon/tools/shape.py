@@ -49,7 +49,7 @@ TRIES = 4  # the first of which warms up
 class Shape:
     """A Gemma-2 decoder and the dictionaries on it."""
 
-    config: dict[str, int]
+    config: dict[str, int]  # all else is as in Gemma-2-2B
     sae_layers: tuple[int, ...]
     d_sae: int
     l0: int  # active features that the thresholds are set for
@@ -57,17 +57,7 @@ class Shape:
 
 SHAPES = {
     "gemma-2-2b": Shape(
-        {
-            "hidden_size": 2304,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "query_pre_attn_scalar": 256,
-            "intermediate_size": 9216,
-            "sliding_window": 4096,
-            "vocab_size": 32_768,  # no logits are computed: a larger one would only fill memory
-        },
+        {"vocab_size": 32_768},  # no logits are computed: a larger one would only fill memory
         sae_layers=(5, 12, 20),
         d_sae=16_384,
         l0=70,

@@ -14,7 +14,7 @@ from daemon.errors import ConfigError
 from daemon.model.trie import build_trie
 from daemon.tools.bench import AUTO, BARE, BenchReport, VariantReport, bench
 from daemon.tools.bench_report import plot, print_bench, recommendations
-from daemon.tools.bench_worker import RATE, Measured, Workload, baseline_process, lensd_process
+from daemon.tools.bench_worker import RATE, BaselineWorker, LensdWorker, Measured, Workload
 from daemon.tools.limit import ProductRate, Products, Work
 from tests.support import tiny
 from tests.support.engines import loaded
@@ -92,12 +92,10 @@ def test_what_is_interrupted_reports_the_repetitions_that_are_whole(
 ):
     hello = ((BARE, AUTO), Workload(10, 100, 50, 1000, 64, "packed", "cpu"))
     workers = {
-        lensd_process: FakeWorker(hello, fail_at),  # three questions a round
-        baseline_process: FakeWorker(("sequential",)),
+        LensdWorker: FakeWorker(hello, fail_at),  # three questions a round
+        BaselineWorker: FakeWorker(("sequential",)),
     }
-    monkeypatch.setattr(
-        "daemon.tools.bench.worker", lambda target, *_: contextlib.nullcontext(workers[target])
-    )
+    monkeypatch.setattr("daemon.tools.bench.worker", lambda kind, *_: contextlib.nullcontext(workers[kind]))
     if repetitions is None:
         with pytest.raises(KeyboardInterrupt):
             bench(load_config(None, {}), [])
