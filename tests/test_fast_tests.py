@@ -18,6 +18,8 @@ from tests.support.processes import NotInAFastTest, is_allowed
         [sys.executable, "-m", "tests.reliability.daemons"],
         ["lensd", "status"],
         ["bash", "-c", 'exec "$@"', "bash", sys.executable, "-m", "daemon.cli"],
+        ["bash", "-c", "python -m daemon.cli status | head"],
+        ["bash", "-c", "lensd run --once"],
         ["unshare", "-m", "sh", "-c", "true"],
         ["mount", "-t", "tmpfs", "none", "/nowhere"],
         ["prometheus"],

@@ -240,7 +240,13 @@ OF_ROOT: dict[str, Callable[[Path], Path]] = {
 
 
 @ONLY_ROOT
-@pytest.mark.parametrize("what", OF_ROOT)
+@pytest.mark.parametrize(
+    "what",
+    [
+        what if what in ("inbox/done", "a claim") else pytest.param(what, marks=pytest.mark.slow)
+        for what in OF_ROOT
+    ],
+)
 def test_what_a_run_of_root_left_is_named_with_its_owner_and_the_remedy(public_place, what):
     assert as_user(public_place) == "ok"
     path = OF_ROOT[what](public_place)

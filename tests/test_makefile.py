@@ -102,8 +102,8 @@ def test_without_a_fit_python_it_says_so_in_one_line(tree, python, target):
 def test_an_installed_tree_is_not_installed_again(tree):
     (tree / ".venv").mkdir()
     (tree / ".venv/.ready").touch()
-    assert "installing" in make(tree, "-n", "-W", "pyproject.toml", "test").stdout
-    assert "installing" in make(tree, "-n", "-W", "deploy/constraints.txt", "test").stdout
+    assert "installing" in make(tree, "-n", "PYTHON=python3", "-W", "pyproject.toml", "test").stdout
+    assert "installing" in make(tree, "-n", "PYTHON=python3", "-W", "deploy/constraints.txt", "test").stdout
     for source in SOURCES:
-        assert "installing" in make(tree, "-n", "-W", source, "test").stdout
-    assert "installing" not in make(tree, "-n", "test").stdout
+        assert "installing" in make(tree, "-n", "PYTHON=python3", "-W", source, "test").stdout
+    assert "installing" not in make(tree, "-n", "PYTHON=python3", "test").stdout

@@ -109,6 +109,7 @@ def failed_files(folder: Path, n: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_failure(tmp_path):
     inbox = failed_files(tmp_path / "inbox", 1000)
     command = f"set -o pipefail; {sys.executable} -m daemon.cli retry --list --inbox {inbox} | head -n 1"
@@ -117,6 +118,7 @@ def test_a_reader_that_leaves_early_is_no_failure(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_complaints_to_a_reader_that_left_change_no_exit_code():
     command = f"{sys.executable} -m daemon.cli status --url nonsense 2> >(exec 0<&-; exit); exit $?"
     for _ in range(5):

@@ -23,11 +23,12 @@ def model(tmp_path_factory) -> Path:
     return tiny.save_llama(tmp_path_factory.mktemp("model"), n_layers=3)
 
 
-def plain_residuals(model: Path, text: list[int]) -> torch.Tensor:
-    """(length, d_model) after block 1, as Hugging Face has it."""
+@pytest.fixture(scope="module")
+def plain_residuals(model) -> list[torch.Tensor]:
+    """Of each text (length, d_model) after block 1, as Hugging Face has it."""
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
-        return hf(torch.tensor([text]), output_hidden_states=True).hidden_states[2][0]
+        return [hf(torch.tensor([text]), output_hidden_states=True).hidden_states[2][0] for text in TEXTS]
 
 
 def normalising(folder: Path, architecture: str, mode: str) -> Path:
@@ -42,15 +43,15 @@ def normalising(folder: Path, architecture: str, mode: str) -> Path:
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "gated"])
 @pytest.mark.parametrize("mode", ["none", "layer_norm", "constant_norm_rescale"])
 def test_features_and_reconstruction_are_those_of_saelens(
-    tmp_path, model, mode, architecture, positions, engine
+    tmp_path, model, plain_residuals, mode, architecture, positions, engine
 ):
     folder = normalising(tmp_path / "sae", architecture, mode)
     extraction = ENGINES[engine](model, [folder], torch.float32, positions).extract(TEXTS)
     (layer,) = extraction.layers
     sae = SAE.load_from_disk(folder)
-    for row, text in enumerate(TEXTS):
+    for row, residuals in enumerate(plain_residuals):
         with torch.no_grad():
-            x = plain_residuals(model, text)[1 if positions in ("mean", "max") else -1 :]
+            x = residuals[1 if positions in ("mean", "max") else -1 :]
             features = sae.encode(x)
             decoded = sae.decode(features)
         if positions == "max":
