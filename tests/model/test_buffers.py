@@ -111,6 +111,7 @@ def ran(tmp_path: Path, batches: int, sizes: str) -> tuple[int, int, int]:
     return pool, grown, faults
 
 
+@pytest.mark.slow
 @COUNTED
 def test_batches_after_the_first_take_no_new_memory(tmp_path):
     batches, residuals = 60, 100 * 60 * tiny.D_MODEL * 4  # bytes of one batch's residual stream
@@ -121,12 +122,14 @@ def test_batches_after_the_first_take_no_new_memory(tmp_path):
     assert 4096 * faults <= 0.1 * batches * residuals
 
 
+@pytest.mark.slow
 @COUNTED
 def test_batches_of_many_sizes_take_no_memory_for_each_size(tmp_path):
     _, grown, _ = ran(tmp_path, 100, "different")
     assert grown < 100 * (1 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not works(torch.float32), reason="needs oneDNN's packed products")
 @pytest.mark.skipif(not buffers.STATM.exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("products", ["onednn", "torch"])

@@ -176,7 +176,10 @@ def judge(case: Case) -> str:
     return "right"
 
 
-@pytest.mark.parametrize("first", range(0, MUTATIONS, AT_A_TIME))
+@pytest.mark.parametrize(
+    "first",
+    [0, *(pytest.param(first, marks=pytest.mark.slow) for first in range(AT_A_TIME, MUTATIONS, AT_A_TIME))],
+)
 def test_random_damage_ends_in_one_line_or_in_right_numbers(first, valid, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     ends = []
