@@ -86,7 +86,7 @@ def hub_that_says(
     status: int, headers: dict[str, str] | None = None, folder: Path | None = None, only: str | None = None
 ) -> Iterator[Hub]:
     hub = Hub(status, headers or {}, folder, only)
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield hub

@@ -134,6 +134,7 @@ def test_bench_measures_every_variant_beside_the_others(positions, made, tmp_pat
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_an_unknown_baseline_is_named_with_those_there_are(made, tmp_path):
     toml = tmp_path / "lensd.toml"
     toml.write_text(made.toml())

@@ -35,7 +35,7 @@ def answering() -> Iterator[Answering]:
                 pass
 
         server = HTTPServer(("127.0.0.1", 0), Answer)
-        thread = Thread(target=server.serve_forever)
+        thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         running.append((server, thread))
         return f"http://127.0.0.1:{server.server_port}"
