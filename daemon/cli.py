@@ -103,37 +103,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--http", metavar="HOST:PORT", dest="http.address", help="metrics and health")
     run.add_argument("--no-http", action="store_true", help="serve no metrics and health")
     demo = add_command(commands, "demo", run_demo, "the bundled 200 samples through the bundled model")
-    verify = add_command(
-        commands, "verify", run_verify, "compare with one text at a time, plain Hugging Face + SAELens"
-    )
-    verify.add_argument(
-        "file", nargs="?", type=input_file, metavar="FILE", help="input file (default: the demo's)"
-    )
-    verify.add_argument("--samples", type=positive, metavar="N", help="only the first N samples")
-    verify.add_argument(
-        "--batch-sizes",
-        type=sizes,
-        default=(1, 8, 32),
-        metavar="N,N",
-        help="samples per batch (default 1,8,32)",
-    )
-    verify.add_argument("--json", action="store_true", help="print the report as JSON")
-    bench = add_command(commands, "bench", run_bench, "speed and memory, beside what people run instead")
-    bench.add_argument(
-        "files", nargs="*", type=input_file, metavar="FILE", help="input files (default: the demo's)"
-    )
-    bench.add_argument("--json", action="store_true", help="print the report as JSON")
-    bench.add_argument("--plot", type=path, metavar="PNG", help="draw speed and memory by batch size")
-    bench.add_argument("--repetitions", type=positive, default=5, metavar="N", help="default 5")
-    bench.add_argument("--batch-sizes", type=sizes, metavar="N,N", help="samples per batch (1,4,8,16,32)")
-    bench.add_argument(
-        "--baselines",
-        type=baseline_names,
-        metavar="NAME,NAME",
-        help="only these (sequential, original, idiomatic 32, ...)",
-    )
-    bench.add_argument("--baseline-samples", type=positive, metavar="N", help="on which these run")
-    bench.add_argument("--positions", metavar="P", dest="analysis.positions", help="last, all, mean, max")
+    add_verify(commands)
+    add_bench(commands)
     retry = commands.add_parser("retry", help="put failed files back into the inbox")
     retry.set_defaults(command=run_retry)
     retry.add_argument("names", nargs="*", metavar="NAME", help="files in failed/ (default: all)")
@@ -150,6 +121,43 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--inbox", metavar="DIR", dest="inbox.path")
         command.add_argument("--outbox", metavar="DIR", dest="outbox.path")
     return root
+
+
+def add_verify(commands: Any) -> None:
+    verify = add_command(
+        commands, "verify", run_verify, "compare with one text at a time, plain Hugging Face + SAELens"
+    )
+    verify.add_argument(
+        "file", nargs="?", type=input_file, metavar="FILE", help="input file (default: the demo's)"
+    )
+    verify.add_argument("--samples", type=positive, metavar="N", help="only the first N samples")
+    verify.add_argument(
+        "--batch-sizes",
+        type=sizes,
+        default=(1, 8, 32),
+        metavar="N,N",
+        help="samples per batch (default 1,8,32)",
+    )
+    verify.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def add_bench(commands: Any) -> None:
+    bench = add_command(commands, "bench", run_bench, "speed and memory, beside what people run instead")
+    bench.add_argument(
+        "files", nargs="*", type=input_file, metavar="FILE", help="input files (default: the demo's)"
+    )
+    bench.add_argument("--json", action="store_true", help="print the report as JSON")
+    bench.add_argument("--plot", type=path, metavar="PNG", help="draw speed and memory by batch size")
+    bench.add_argument("--repetitions", type=positive, default=5, metavar="N", help="default 5")
+    bench.add_argument("--batch-sizes", type=sizes, metavar="N,N", help="samples per batch (1,4,8,16,32)")
+    bench.add_argument(
+        "--baselines",
+        type=baseline_names,
+        metavar="NAME,NAME",
+        help="only these (sequential, original, idiomatic 32, ...)",
+    )
+    bench.add_argument("--baseline-samples", type=positive, metavar="N", help="on which these run")
+    bench.add_argument("--positions", metavar="P", dest="analysis.positions", help="last, all, mean, max")
 
 
 def add_command(commands: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:

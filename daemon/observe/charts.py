@@ -1,4 +1,4 @@
-"""Computes the numbers that a line over time and a bar of shares have in SVG. Knows no daemon."""
+"""Computes the numbers that a line over time has in SVG. Knows no daemon."""
 
 from __future__ import annotations
 
@@ -16,15 +16,6 @@ class Line:
 
     stroke: str
     area: str
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A piece of a bar: its left edge and width."""
-
-    name: str
-    x: str
-    width: str
 
 
 def nice_ceiling(value: float) -> float:
@@ -76,12 +67,3 @@ def path(piece: Sequence[tuple[float, float]]) -> str:
 def closed_path(piece: Sequence[tuple[float, float]]) -> str:
     """Return the path data of the area between a polyline and the lower edge."""
     return f"{path(piece)} L{piece[-1][0]:.1f} {HEIGHT} L{piece[0][0]:.1f} {HEIGHT} Z"
-
-
-def bar(shares: Sequence[tuple[str, float]]) -> tuple[Piece, ...]:
-    """Return named shares, which sum to 1, side by side in a bar that is `WIDTH` wide."""
-    pieces, x = [], 0.0
-    for name, share in shares:
-        pieces.append(Piece(name, f"{x:.2f}", f"{WIDTH * share:.2f}"))
-        x += WIDTH * share
-    return tuple(pieces)

@@ -5,6 +5,7 @@ Values that only need formatting are formatted in the templates.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from daemon.observe.charts import Line, line, nice_ceiling, nice_seconds
@@ -29,10 +30,11 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class StageShare:
-    """A stage's part of the work."""
+    """A stage's part of the work, and where it begins in a bar of them all."""
 
     name: str
-    percent: str
+    share: float
+    begin: float  # the sum of the shares before it
     seconds: float
 
 
@@ -98,7 +100,12 @@ def scale(field: str, highest: float) -> tuple[float, str, str]:
 def stage_shares(status: Status) -> tuple[StageShare, ...]:
     """Return the stages with their shares; empty where no work was done."""
     seconds = {stage.name: round(stage.seconds, 1) for stage in status.stages}
-    return tuple(StageShare(name, f"{share:.1%}", seconds[name]) for name, share in shares(status))
+    found = shares(status)
+    begins = itertools.accumulate((share for _, share in found), initial=0.0)
+    return tuple(
+        StageShare(name, share, begin, seconds[name])
+        for (name, share), begin in zip(found, begins, strict=False)
+    )
 
 
 def shows_sources(running: Running) -> bool:

@@ -229,53 +229,69 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Texts of one kind, and what is read of them."""
+
+    name: str
+    positions: Positions
+    recipe: Recipe
+    samples: Callable[[int, int], list[Texts]]  # how many, of which vocabulary
+    per_document: int  # samples for each document of the other case
+
+
+CASES = (
+    Case("contrast, last", "last", CONTRAST_RECIPE, contrast_samples, 8),
+    Case("documents, all", "all", PLAIN_RECIPE, documents, 1),
+)
+
+
 def measure(
-    shape: Shape, device: str, dtype: torch.dtype, sizes: Sequence[int], n: int, compiles: bool, only: str
+    case: Case, shape: Shape, model: LoadedModel, sizes: Sequence[int], n: int, compiles: bool
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Print the measurement of each case and size of batch, and the kernels of a CUDA device."""
-    cases: tuple[tuple[str, Positions, Recipe, Callable[[int, int], list[Texts]], int], ...] = (
-        ("contrast, last", "last", CONTRAST_RECIPE, contrast_samples, 8 * n),
-        ("documents, all", "all", PLAIN_RECIPE, documents, n),
-    )
-    for name, positions, recipe, make, count in (case for case in cases if case[0].startswith(only)):
-        model = random_model(shape, device, dtype)  # anew: an engine changes it
-        saes = random_saes(shape, model)
-        work = Work.of(model, saes)
-        rate = 2 * Products(work, dtype, device).rate().fastest
-        samples = make(count, model.vocabulary)
-        engine = engine_of(model, saes, positions, shape.l0, compiles)
-        runner = BatchRunner(engine, StudySettings(0, 0.1, 8, 10, 50, positions))
-        for tokens in sizes:
-            planned = batches(samples, recipe, tokens)
-            texts = [[ids for sample in batch.samples for ids in sample.token_ids] for batch in planned]
-            packed = [build_trie(of_batch) for of_batch in texts]
-            readings = [len(one) - 1 if positions == "all" else len(one.leaf) for one in packed]
-            flops = 2 * sum(map(work.multiply_adds, packed, readings))
-            flops_of_forward = 2 * sum(work.multiply_adds(one, 0) for one in packed)
-            unique = sum(map(len, packed))
-            with torch.inference_mode():
-                extraction = best_seconds(partial(run_all, partial(map, engine.start), texts), device, TRIES)
-                whole_run = partial(run_all, runner.runs, planned)
-                whole = best_seconds(whole_run, device, TRIES)
-                l0 = float(engine.extract(texts[0]).layers[0].acts.counts.double().mean())
-                waits, kernels = waiting_share(whole_run) if on_cuda(device) else (None, "")
-            yield (
-                {
-                    "case": name,
-                    "max_batch_tokens": tokens,
-                    "batches": len(planned),
-                    "samples": len(samples),
-                    "unique_tokens": unique,
-                    "l0": round(l0, 1),
-                    "product_tflops": round(rate / 1e12, 1),
-                    "unique_tokens_per_second": round(unique / whole),
-                    "samples_per_second": round(len(samples) / whole, 1),
-                    "utilisation_of_forward": round(flops_of_forward / extraction / rate, 3),
-                    "utilisation": round(flops / whole / rate, 3),
-                    "device_waits": waits,
-                },
-                kernels,
-            )
+    """Measure each size of batch; yields figures, and the kernels of a CUDA device. Changes the model."""
+    saes = random_saes(shape, model)
+    work = Work.of(model, saes)
+    rate = 2 * Products(work, model.dtype, model.device).rate().fastest
+    samples = case.samples(case.per_document * n, model.vocabulary)
+    engine = engine_of(model, saes, case.positions, shape.l0, compiles)
+    runner = BatchRunner(engine, StudySettings(0, 0.1, 8, 10, 50, case.positions))
+    for tokens in sizes:
+        planned = batches(samples, case.recipe, tokens)
+        with torch.inference_mode():
+            figures, kernels = measure_batches(case, runner, engine, work, rate, planned)
+        yield {"case": case.name, "max_batch_tokens": tokens, **figures}, kernels
+
+
+def measure_batches(
+    case: Case, runner: BatchRunner, engine: TrieEngine, work: Work, rate: float, planned: Sequence[Batch]
+) -> tuple[dict[str, Any], str]:
+    """Run the batches a few times; `rate` is that of products, in operations a second."""
+    device = engine.info.device
+    texts = [[ids for sample in batch.samples for ids in sample.token_ids] for batch in planned]
+    packed = [build_trie(of_batch) for of_batch in texts]
+    readings = [len(one) - 1 if case.positions == "all" else len(one.leaf) for one in packed]
+    flops = 2 * sum(map(work.multiply_adds, packed, readings))
+    flops_of_forward = 2 * sum(work.multiply_adds(one, 0) for one in packed)
+    samples, unique = sum(len(batch.entries) for batch in planned), sum(map(len, packed))
+    extraction = best_seconds(partial(run_all, partial(map, engine.start), texts), device, TRIES)
+    whole_run = partial(run_all, runner.runs, planned)
+    whole = best_seconds(whole_run, device, TRIES)
+    l0 = float(engine.extract(texts[0]).layers[0].acts.counts.double().mean())
+    waits, kernels = waiting_share(whole_run) if on_cuda(device) else (None, "")
+    figures = {
+        "batches": len(planned),
+        "samples": samples,
+        "unique_tokens": unique,
+        "l0": round(l0, 1),
+        "product_tflops": round(rate / 1e12, 1),
+        "unique_tokens_per_second": round(unique / whole),
+        "samples_per_second": round(samples / whole, 1),
+        "utilisation_of_forward": round(flops_of_forward / extraction / rate, 3),
+        "utilisation": round(flops / whole / rate, 3),
+        "device_waits": waits,
+    }
+    return figures, kernels
 
 
 def main() -> None:
@@ -291,11 +307,13 @@ def main() -> None:
     sizes = [int(size) for size in args.max_batch_tokens.split(",")]
     dtype = getattr(torch, args.dtype)
     compiles = can_compile(args.device) and not args.no_compile
-    lines = measure(SHAPES[args.shape], args.device, dtype, sizes, args.documents, compiles, args.only)
-    for line, kernels in lines:
-        sys.stdout.write(json.dumps(line) + "\n")
-        sys.stdout.flush()
-        sys.stderr.write(kernels + "\n")
+    shape = SHAPES[args.shape]
+    for case in (case for case in CASES if case.name.startswith(args.only)):
+        model = random_model(shape, args.device, dtype)
+        for line, kernels in measure(case, shape, model, sizes, args.documents, compiles):
+            sys.stdout.write(json.dumps(line) + "\n")
+            sys.stdout.flush()
+            sys.stderr.write(kernels + "\n")
 
 
 if __name__ == "__main__":

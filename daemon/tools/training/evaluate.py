@@ -74,11 +74,9 @@ class LossRecovered:
         return total / count
 
     @staticmethod
-    def _splice(output: Any, replace: Callable[[Tensor], Tensor]) -> Any:
-        hidden = output if isinstance(output, Tensor) else output[0]
+    def _splice(hidden: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
         norms = hidden.norm(dim=-1, keepdim=True)
-        spliced = torch.where(norms < OUTLIER_RATIO * norms.median(), replace(hidden), hidden)
-        return spliced if isinstance(output, Tensor) else (spliced, *output[1:])
+        return torch.where(norms < OUTLIER_RATIO * norms.median(), replace(hidden), hidden)
 
 
 def card(measured: dict[int, dict[str, float]], harvest: dict[str, Any], clean_loss: float) -> str:

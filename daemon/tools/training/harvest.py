@@ -89,9 +89,7 @@ def harvest(model: LlamaModel, all_contexts: list[list[int]], out: Path, split: 
     seen: dict[int, torch.Tensor] = {}
     for layer in LAYERS:
         model.layers[layer].register_forward_hook(
-            lambda _module, _args, output, layer=layer: seen.__setitem__(
-                layer, output if isinstance(output, torch.Tensor) else output[0]
-            )
+            lambda _module, _args, output, layer=layer: seen.__setitem__(layer, output)
         )
     files = {layer: (out / f"{split}-{layer}.f16").open("wb") for layer in LAYERS}
     medians: dict[int, torch.Tensor] = {}
