@@ -12,11 +12,12 @@ import shutil
 import time
 from collections import Counter as Counted
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from daemon.model_info import ModelInfo
     from daemon.observe.snapshot import Snapshot
     from daemon.records import Batch, BatchResult, InboxLoad, Outcome, TokenizedPart
+
+M = TypeVar("M", Counter, Gauge, ArrayHistogram)
 
 FILE_OUTCOMES = ("committed", "failed", "duplicate", "requeued")
 SAMPLE_OUTCOMES = ("committed", "rejected")
@@ -79,10 +82,6 @@ class Description:
     buckets: tuple[float, ...] = ()
 
 
-def names_of(labels: Iterable[Label]) -> list[str]:
-    return [label.name for label in labels]
-
-
 class Metrics:
     """The metrics of one daemon, in the registry it is given. `descriptions` says what there is."""
 
@@ -97,7 +96,7 @@ class Metrics:
         self._declare_identity()
 
     def _declare_work(self) -> None:
-        counter = self._counter
+        counter = partial(self._add, Counter)
         self.files_total = counter("files", "Input files by how they ended.", Label("outcome", FILE_OUTCOMES))
         self.samples_total = counter(
             "samples", "Records by how they ended, when their file did.", Label("outcome", SAMPLE_OUTCOMES)
@@ -120,7 +119,7 @@ class Metrics:
         )
 
     def _declare_trouble(self) -> None:
-        counter = self._counter
+        counter = partial(self._add, Counter)
         self.oom_total = counter("oom", "Batches that the device's memory did not hold.")
         self.retries_total = counter(
             "retries", "Tries that the machine refused and that were repeated.", Label("stage", RETRIED)
@@ -146,14 +145,14 @@ class Metrics:
             Label("kind", KINDS),
             Label("against", AGAINST),
         )
-        self.paused = self._gauge(
-            "paused", "1 while nothing is taken up for this reason.", Label("reason", PAUSE_REASONS)
+        self.paused = self._add(
+            Gauge, "paused", "1 while nothing is taken up for this reason.", Label("reason", PAUSE_REASONS)
         )
         for reason in PAUSE_REASONS:
             self.paused.labels(reason)
 
     def _declare_moment(self) -> None:
-        gauge = self._gauge
+        gauge = partial(self._add, Gauge)
         self.inbox_files = gauge("inbox_files", "Files waiting in the inbox.")
         self.inbox_bytes = gauge("inbox_bytes", "Bytes of the files waiting in the inbox.")
         self.inbox_left_files = gauge(
@@ -193,19 +192,24 @@ class Metrics:
         self.sae_mean_l0 = gauge("sae_mean_l0", "Mean number of active features, last file.", LAYER)
 
     def _declare_distributions(self) -> None:
-        histogram = self._histogram
+        histogram = partial(self._add, ArrayHistogram)
         self.stage_duration_seconds = histogram(
-            "stage_duration_seconds", "Work of a stage on a part, a batch or a file.", STAGE_BUCKETS, STAGE
+            "stage_duration_seconds",
+            "Work of a stage on a part, a batch or a file.",
+            STAGE,
+            buckets=STAGE_BUCKETS,
         )
         for stage in STAGES:
             self.stage_duration_seconds.labels(stage)
         self.file_latency_seconds = histogram(
-            "file_latency_seconds", "From first read to commit.", LATENCY_BUCKETS
+            "file_latency_seconds", "From first read to commit.", buckets=LATENCY_BUCKETS
         )
-        self.batch_tokens = histogram("batch_tokens", "Tokens of a batch, padding included.", TOKEN_BUCKETS)
-        self.batch_texts = histogram("batch_texts", "Texts of a batch.", COUNT_BUCKETS)
-        self.sequence_tokens = histogram("sequence_tokens", "Tokens of a text.", TOKEN_BUCKETS)
-        self.feature_l0 = histogram("feature_l0", "Active features at a position.", L0_BUCKETS, LAYER)
+        self.batch_tokens = histogram(
+            "batch_tokens", "Tokens of a batch, padding included.", buckets=TOKEN_BUCKETS
+        )
+        self.batch_texts = histogram("batch_texts", "Texts of a batch.", buckets=COUNT_BUCKETS)
+        self.sequence_tokens = histogram("sequence_tokens", "Tokens of a text.", buckets=TOKEN_BUCKETS)
+        self.feature_l0 = histogram("feature_l0", "Active features at a position.", LAYER, buckets=L0_BUCKETS)
 
     def _declare_identity(self) -> None:
         self.build_info = self._info("build", "Versions; always 1.", ("version", "python", "torch"))
@@ -217,24 +221,16 @@ class Metrics:
         )
         self._describe(ProcessCollector(registry=self.registry))
 
-    def _counter(self, name: str, text: str, *labels: Label) -> Counter:
-        counter = Counter(f"lensd_{name}", text, names_of(labels), registry=self.registry)
-        self._describe(counter, labels)
-        # A series that starts at 0 has a rate from then on.
-        for values in itertools.product(*(label.values for label in labels)) if labels else ():
-            counter.labels(*values)
-        return counter
-
-    def _gauge(self, name: str, text: str, *labels: Label) -> Gauge:
-        gauge = Gauge(f"lensd_{name}", text, names_of(labels), registry=self.registry)
-        self._describe(gauge, labels)
-        return gauge
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: Label) -> ArrayHistogram:
-        names = names_of(labels)
-        histogram = ArrayHistogram(f"lensd_{name}", text, names, buckets=buckets, registry=self.registry)
-        self._describe(histogram, labels, buckets)
-        return histogram
+    def _add(self, kind: type[M], name: str, text: str, *labels: Label, **options: Any) -> M:
+        """Register a metric and describe it."""
+        names = [label.name for label in labels]
+        metric = kind(f"lensd_{name}", text, names, registry=self.registry, **options)
+        self._describe(metric, labels, options.get("buckets", ()))
+        if isinstance(metric, Counter) and labels:
+            # A series that starts at 0 has a rate from then on.
+            for values in itertools.product(*(label.values for label in labels)):
+                metric.labels(*values)
+        return metric
 
     def _info(self, name: str, text: str, names: tuple[str, ...]) -> Info:
         info = Info(f"lensd_{name}", text, registry=self.registry)
