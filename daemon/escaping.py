@@ -31,6 +31,11 @@ def escape_name(name: str) -> str:
     return f"./{escape_control(name)}" if name.startswith("-") else escape_control(name)
 
 
+def cut_short(text: str, most: int = 60) -> str:
+    """Not longer than `most` characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def printable_name(name: str) -> str:
     """A file name for JSON and logs: bytes that are not UTF-8 as escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from daemon.analysis.host import to_host
+from daemon.analysis.host import to_numpy
 from daemon.analysis.sparse import SparseActs
 from daemon.records import FeatureRows, FloatArray, IntArray
 
@@ -59,15 +58,9 @@ def flat_rows(acts: SparseActs, rows: IntArray) -> Flat:
     else:
         read = acts.select(torch.from_numpy(rows).to(acts.counts.device))
     active = read.active
+    values = read.values[active]  # NumPy has no bfloat16: what is not float64 becomes float32
     return (
-        to_host(read.counts).numpy(),
-        to_host(read.indices[active].int()).numpy().view(np.uint32),
-        host_values(read.values[active]),
+        to_numpy(read.counts),
+        to_numpy(read.indices[active].int()).view(np.uint32),
+        to_numpy(values if values.dtype == torch.float64 else values.float()),
     )
-
-
-def host_values(values: Tensor) -> npt.NDArray[np.float32] | FloatArray:
-    """In float64 if they are; NumPy has no bfloat16, so all else becomes float32."""
-    exact = values if values.dtype == torch.float64 else values.float()
-    array: npt.NDArray[np.float32] | FloatArray = to_host(exact).numpy()
-    return array

@@ -23,7 +23,7 @@ from daemon.analysis.columns import (
     token_count_name,
 )
 from daemon.analysis.geometry import SHAPE_CLASSES
-from daemon.analysis.host import to_host
+from daemon.analysis.host import to_numpy
 from daemon.analysis.stability import Noise
 from daemon.recipes import Recipe
 from daemon.records import FloatArray, LayerSums
@@ -64,7 +64,7 @@ def analyse(
         filled |= contrast_values(positive, negative)
     columns = analysis_columns([layer.layer for layer in layers], recipe)
     # one copy off the device; counts and classes are exact in float64
-    host = _host(torch.stack([filled[column.name].double() for column in columns]))
+    host = to_numpy(torch.stack([filled[column.name].double() for column in columns]))
     return {column.name: _as_kind(values, column.kind) for column, values in zip(columns, host, strict=True)}
 
 
@@ -105,18 +105,13 @@ def layer_sums(layer: LayerActivations, n_texts: int) -> LayerSums:
     else:
         x = layer.target.double().reshape(n, n_texts, -1)  # (n, T, d_out)
         residual = layer.reconstruction.double().reshape(x.shape) - x
-        squared_error = _host(residual.square().sum((1, 2)))
-        squared_norm = _host(x.square().sum((1, 2)))
-        total = _host(x.sum(1))
+        squared_error = to_numpy(residual.square().sum((1, 2)))
+        squared_norm = to_numpy(x.square().sum((1, 2)))
+        total = to_numpy(x.sum(1))
     return LayerSums(
         rows=np.full(n, n_texts, dtype=np.int64),
-        l0=_host(l0),
+        l0=to_numpy(l0),
         squared_error=squared_error,
         squared_norm=squared_norm,
         total=total,
     )
-
-
-def _host(values: Tensor) -> FloatArray:
-    array: FloatArray = to_host(values.double()).numpy()
-    return array

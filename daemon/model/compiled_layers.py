@@ -65,19 +65,14 @@ class FlexPlan:
     deepest: int
     needed: Any  # blocks of keys (B, B) by block of queries: bool, on the host
     whole: Any  # the same, of which every query attends to every key
-    _within: dict[int, Any] = field(default_factory=dict)  # block masks, by sliding window
-    _mask: Any = None
+    slides: bool = False  # whether a layer asked for a sliding window
+    _masks: dict[int | None, Any] = field(default_factory=dict)  # by window
 
     @classmethod
-    def of(cls, packed: Trie, device: str) -> FlexPlan:
-        n = len(packed)
-        needed, whole = block_pattern(packed)
-        end, depth = (to_device(row.astype(np.int32), device) for row in (packed.end, packed.depth))
-        return cls(n, end, depth, int(packed.depth.max()), needed, whole)
-
-    @property
-    def slides(self) -> bool:
-        return bool(self._within)
+    def of(cls, trie: Trie, device: str) -> FlexPlan:
+        needed, whole = block_pattern(trie)
+        end, depth = (to_device(row.astype(np.int32), device) for row in (trie.end, trie.depth))
+        return cls(len(trie), end, depth, int(trie.depth.max()), needed, whole)
 
     def attend(self, call: Call) -> Tensor:
         attended = flex()(
@@ -94,14 +89,12 @@ class FlexPlan:
 
     def mask(self, window: int | None) -> Any:
         """The block mask of a sliding window; no text is cut short by one that holds all of it."""
-        if window is not None and window not in self._within:
-            sees_all = self.deepest < window
-            self._within[window] = self.mask(None) if sees_all else self._block_mask(window)
-        if window is not None:
-            return self._within[window]
-        if self._mask is None:
-            self._mask = self._block_mask(None)
-        return self._mask
+        self.slides |= window is not None
+        if window is not None and self.deepest < window:
+            window = None
+        if window not in self._masks:
+            self._masks[window] = self._block_mask(window)
+        return self._masks[window]
 
     def _block_mask(self, window: int | None) -> Any:
         from torch.nn.attention.flex_attention import BlockMask
@@ -126,12 +119,12 @@ class FlexPlan:
         )
 
 
-def block_pattern(packed: Trie) -> tuple[np.ndarray, np.ndarray]:
+def block_pattern(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
     """Which blocks of keys each block of queries attends to at all, and which in whole: (B, B) bool each."""
-    n = len(packed)
+    n = len(trie)
     starts = np.arange(0, n, BLOCK)
     last = np.minimum(starts + BLOCK, n) - 1
-    latest, earliest = (ufunc.reduceat(packed.end, starts) for ufunc in (np.maximum, np.minimum))
+    latest, earliest = (ufunc.reduceat(trie.end, starts) for ufunc in (np.maximum, np.minimum))
     query, key = np.arange(len(starts))[:, None], np.arange(len(starts))
     # A key before the block is attended to by its first query if by any.
     needed = (key == query) | ((key < query) & (latest > starts[:, None]))

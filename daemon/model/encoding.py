@@ -43,12 +43,14 @@ class Encoder(Protocol):
         """(N, d_pre) -> dense feature activations (N, d_sae)."""
         ...
 
-    def pre_acts(self, x: Tensor) -> Tensor:
-        """(N, d_pre)."""
+    @property
+    def pre_acts(self) -> Callable[[Tensor], Tensor]:
+        """x -> (N, d_pre)."""
         ...
 
-    def project(self, noise: Tensor) -> Tensor:
-        """The change of `pre_acts` (M, d_pre) by adding `noise` (M, d_in) to x."""
+    @property
+    def project(self) -> Callable[[Tensor], Tensor]:
+        """Noise (M, d_in) added to x -> the change of `pre_acts` (M, d_pre)."""
         ...
 
     def trusts_noise(self, projected: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ class FusedEncoder:
         entry: LoadedSae,
         decoder: DecoderRows,
         activate: Callable[[Tensor], Tensor],
-        multiply: Callable[[Tensor, Tensor | None], Product] = product,
+        multiply: Callable[[Tensor, Tensor | None], Product],
     ) -> None:
         """`multiply` makes the product by W_enc: of what the model gives, not of any x."""
         sae = entry.sae
@@ -164,20 +166,14 @@ class FusedEncoder:
             bias = bias - W_enc.double() @ sae.b_dec.double()
         self.decoder = decoder
         self.bounds = Bounds.of(sae)
-        self._product = multiply(W_enc, bias.to(W_enc.dtype))
-        self._project = product(W_enc, None)
+        self.pre_acts: Callable[[Tensor], Tensor] = multiply(W_enc, bias.to(W_enc.dtype))
+        self.project: Callable[[Tensor], Tensor] = product(W_enc, None)
         self.activate = activate
         self._b_dec = sae.b_dec
         self._skip = None if entry.W_skip is None else product(entry.W_skip.contiguous(), None)
         self._written = sae.W_dec
         if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
             self._written = sae.W_dec / sae.W_dec.norm(dim=-1, keepdim=True)
-
-    def pre_acts(self, x: Tensor) -> Tensor:
-        return self._product(x)
-
-    def project(self, noise: Tensor) -> Tensor:
-        return self._project(noise)
 
     def trusts_noise(self, projected: Tensor) -> Tensor:
         return projected.abs().amax(-1) < self.bounds.pre_act
@@ -186,11 +182,11 @@ class FusedEncoder:
         return self.bounds.finite(x, self._steps)
 
     def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
-        pre_acts = self._product(x)
+        pre_acts = self.pre_acts(x)
         return pre_acts, self.activate(pre_acts)
 
     def encode(self, x: Tensor) -> SparseActs:
-        return from_dense(self.activate(self._product(x)))
+        return from_dense(self.activate(self.pre_acts(x)))
 
     def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
         written = weighted_sum(acts.indices, acts.values, acts.counts, self._written)

@@ -126,8 +126,7 @@ def explain(what: str, error: BaseException) -> ConfigError | MachineError:
     for link in chain:
         if isinstance(link, ConfigError | MachineError):
             return link
-    rules = (of_the_machine, of_the_repository, of_the_status, of_the_way, of_the_files)
-    for rule in rules:
+    for rule in RULES:
         for link in chain:
             if (found := rule(what, link)) is not None:
                 return found
@@ -233,12 +232,9 @@ def refused_token(what: str) -> ConfigError:
     )
 
 
-def of_the_files(what: str, error: BaseException) -> ConfigError | MachineError | None:
-    """Files that lie here and can't be used, and packages that are not installed."""
-    text = str(error)
-    if isinstance(error, ImportError):
-        return ConfigError(f"{what}: needs a package that is not installed: {sense(error)}")
-    if "SafetensorError" in names(error) or "HeaderTooLarge" in text:
+def of_the_files(what: str, error: BaseException) -> ConfigError | None:
+    """Files that lie here and can't be used."""
+    if "SafetensorError" in names(error) or "HeaderTooLarge" in str(error):
         return ConfigError(
             f"{what}: its weights are damaged or cut off ({sense(error)}): fetch them again,"
             " or save them again"
@@ -256,6 +252,14 @@ def of_the_files(what: str, error: BaseException) -> ConfigError | MachineError 
         and error.filename is not None
     ):
         return ConfigError(f"{what}: {os.fspath(error.filename)!r}: {error.strerror}: complete the folder")
+    return None
+
+
+def of_the_kind(what: str, error: BaseException) -> ConfigError | None:
+    """Models of a kind that can't be built here, and packages that are not installed."""
+    text = str(error)
+    if isinstance(error, ImportError):
+        return ConfigError(f"{what}: needs a package that is not installed: {sense(error)}")
     if "does not recognize this architecture" in text:
         kind = re.search(r"model type `([^`]{1,60})`", text)
         return ConfigError(
@@ -279,6 +283,9 @@ def of_the_files(what: str, error: BaseException) -> ConfigError | MachineError 
             " that Transformers loads by AutoModelForCausalLM"
         )
     return None
+
+
+RULES = (of_the_machine, of_the_repository, of_the_status, of_the_way, of_the_files, of_the_kind)
 
 
 def repository(error: BaseException) -> str:
@@ -329,11 +336,8 @@ def shortened(text: str, most: int = SENSE_CHARACTERS) -> str:
     """Not longer than `most` characters, cut between words."""
     if len(text) <= most:
         return text
-    return (
-        text[: most - 4].rpartition(" ")[0].rstrip(",;:") + " ..."
-        if " " in text[: most - 4]
-        else text[: most - 4] + " ..."
-    )
+    cut = text[: most - 4]
+    return f"{cut.rpartition(' ')[0].rstrip(',;:') if ' ' in cut else cut} ..."
 
 
 def quiet_libraries() -> None:

@@ -15,14 +15,11 @@ FLAGGED = {
     "hook_mlp_in": (
         "name {block}.mlp.hook_in for what the MLP reads, {block}.hook_resid_mid for what its norm reads"
     ),
-    "hook_attn_in": EACH_HEAD,
-    "hook_q_input": EACH_HEAD,
-    "hook_k_input": EACH_HEAD,
-    "hook_v_input": EACH_HEAD,
-    "attn.hook_attn_in": EACH_HEAD,
-    "attn.hook_q_input": EACH_HEAD,
-    "attn.hook_k_input": EACH_HEAD,
-    "attn.hook_v_input": EACH_HEAD,
+    **{
+        f"{part}hook_{what}": EACH_HEAD
+        for part in ("", "attn.")
+        for what in ("attn_in", "q_input", "k_input", "v_input")
+    },
     "attn.hook_result": "name {block}.attn.hook_z for the heads, {block}.hook_attn_out for their sum",
 }
 

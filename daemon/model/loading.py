@@ -206,37 +206,14 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
 
     Raises ConfigError where it can't be had, MachineError where hub or memory do not allow it for now.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     quiet_libraries()
     what = f"model {location.name}"
     with explained(what), warnings.catch_warnings(), refused_pickles(what):
         warnings.simplefilter("ignore")
-        config = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
-        check_config(config, what)
-        of_hub = not Path(location.target).is_dir()
-        if of_hub:
-            fetch_weights(location.target, what)
-        options: dict[str, Any] = {
-            "dtype": dtype,
-            "attn_implementation": "eager",
-            "use_safetensors": True,
-            "trust_remote_code": False,
-        }
-        if dtype == torch.float64:  # grouped products of experts know no float64
-            options["experts_implementation"] = "eager"
-        with explained_names(config, what):
-            if getattr(config, "quantization_config", None) is None:
-                check_shapes(location, options, what)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                location.target, output_loading_info=True, **options
-            )
-        if of_hub and getattr(config, "quantization_config", None) is None:
-            check_types(model_tensors(fetch_weights(location.target, what), what), what)
+        model, report = build_model(location, dtype, what)
         model = model.to(device)
         model.requires_grad_(False).eval()
         tokenizer = load_tokenizer(location)
-        settings = settings_sha256(model.config, tokenizer)
         config = model.config.get_text_config()
         return LoadedModel(
             model=model,
@@ -249,9 +226,38 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
             context=context_of(config),
             dtype=dtype,
             device=device,
-            report=LoadReport.of(info),
-            settings_sha256=settings,
+            report=report,
+            settings_sha256=settings_sha256(model.config, tokenizer),
         )
+
+
+def build_model(location: ModelLocation, dtype: torch.dtype, what: str) -> tuple[Any, LoadReport]:
+    """The Hugging Face module with its weights, and how these fit it. Raises what a library throws."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
+    check_config(config, what)
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    of_hub = not Path(location.target).is_dir()
+    if of_hub:
+        fetch_weights(location.target, what)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": "eager",
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }
+    if dtype == torch.float64:  # grouped products of experts know no float64
+        options["experts_implementation"] = "eager"
+    with explained_names(config, what):
+        if not is_quantized:
+            check_shapes(location, options, what)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            location.target, output_loading_info=True, **options
+        )
+    if of_hub and not is_quantized:
+        check_types(model_tensors(fetch_weights(location.target, what), what), what)
+    return model, LoadReport.of(info)
 
 
 def settings_sha256(config: Any, tokenizer: Any) -> str:
@@ -339,9 +345,7 @@ def context_of(config: Any) -> int | None:
     return min((int(length) for length in lengths if length), default=None)
 
 
-def model_info(
-    model: LoadedModel, saes: Sequence[SaeInfo], engine: str, cards: Sequence[Fit] = ()
-) -> ModelInfo:
+def model_info(model: LoadedModel, saes: Sequence[SaeInfo], engine: str, cards: Sequence[Fit]) -> ModelInfo:
     """The description of a loaded model."""
     return ModelInfo(
         name=model.location.name,

@@ -29,7 +29,6 @@ from daemon.model.plain_trace import Unreachable
 from daemon.model.positions import SaeStage, comparable_cards
 from daemon.model.probe import Difference, padded_texts
 from daemon.model.sae import LoadedSae, layer_of
-from daemon.model_info import ModelInfo
 from daemon.records import IntArray, Positions
 
 BoolArray = npt.NDArray[np.bool_]
@@ -41,6 +40,9 @@ log = structlog.get_logger()
 
 class PaddedEngine:
     """Implements `daemon.model.engine.Engine` with TransformerLens as it comes."""
+
+    shares_prefixes = False
+    concurrent = False
 
     def __init__(
         self,
@@ -56,7 +58,8 @@ class PaddedEngine:
         """
         points = [hook_points_of(entry) for entry in saes]
         self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.device)
-        self._info = model_info(
+        self.prepend_bos, self.encoders = self._stage.prepend_bos, self._stage.encoders
+        self.info = model_info(
             model, [entry.info for entry in saes], "padded", comparable_cards(saes, positions)
         )
         self._name, self._dtype, self._device = model.location.name, model.dtype, model.device
@@ -71,30 +74,6 @@ class PaddedEngine:
             if canonical(point) not in self._bridge.hook_dict:
                 raise ConfigError(self._absent(point))
         self._try(texts, plain)
-
-    @property
-    def info(self) -> ModelInfo:
-        return self._info
-
-    @property
-    def prepend_bos(self) -> bool:
-        return self._stage.prepend_bos
-
-    @property
-    def shares_prefixes(self) -> bool:
-        return False
-
-    @property
-    def concurrent(self) -> bool:
-        return False
-
-    @property
-    def encoders(self) -> tuple[Encoder, ...]:
-        return self._stage.encoders
-
-    @property
-    def saes(self) -> tuple[LoadedSae, ...]:
-        return self._stage.saes
 
     def _try(self, texts: Sequence[Sequence[int]], plain: Sequence[dict[str, Tensor]] | Unreachable) -> None:
         """Run texts as one padded batch. Raises ConfigError where values are not those of `plain`."""

@@ -127,13 +127,13 @@ def resid_mid(trace: LayerTrace) -> Tap:
 
 def attention_norm(trace: LayerTrace) -> str:
     """ln1: the norm that attention reads; where there is none, the one of what it gives."""
-    return branch_norm(trace, trace.get(trace.mixer, "in"), trace.get(trace.mixer, "out"))
+    return norm_at(trace, ("out", trace.get(trace.mixer, "in")), ("in", trace.get(trace.mixer, "out")))
 
 
 def mlp_norm(trace: LayerTrace) -> str:
     """ln2: the same of the MLP. Raises Unreachable where attention reads it too."""
     begins, ends = trace.mlp
-    norm = branch_norm(trace, trace.get(begins, "in"), trace.get(ends, "out"))
+    norm = norm_at(trace, ("out", trace.get(begins, "in")), ("in", trace.get(ends, "out")))
     if any(
         same(trace.get(name, "in"), trace.get(norm, "out"))
         for name in ATTENTION
@@ -143,8 +143,9 @@ def mlp_norm(trace: LayerTrace) -> str:
     return norm
 
 
-def branch_norm(trace: LayerTrace, read: Tensor, given: Tensor) -> str:
-    for side, value in (("out", read), ("in", given)):
+def norm_at(trace: LayerTrace, *wanted: tuple[str, Tensor]) -> str:
+    """The first norm that gives ("out") or reads ("in") one of these values. Raises Unreachable."""
+    for side, value in wanted:
         for norm in trace.norms:
             if same(trace.get(norm, side), value):
                 return norm
@@ -153,10 +154,7 @@ def branch_norm(trace: LayerTrace, read: Tensor, given: Tensor) -> str:
 
 def post_norm(trace: LayerTrace, path: str) -> str:
     """The norm of what a branch gives, where it reads a norm too: ln1_post or ln2_post."""
-    for norm in trace.norms:
-        if same(trace.get(norm, "in"), trace.get(path, "out")):
-            return norm
-    raise Unreachable("the layer has no such norm")
+    return norm_at(trace, ("in", trace.get(path, "out")))
 
 
 def normalized(trace: LayerTrace, norm: str) -> Tap:

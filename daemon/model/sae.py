@@ -141,22 +141,8 @@ def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae
         sae = load_from_hub(source, device, dtype)
     sae.requires_grad_(False)
     sae.turn_off_forward_pass_hook_z_reshaping()  # engines give the heads side by side already
-    architecture = sae.cfg.architecture()
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(
-            f"SAE {name}: architecture {architecture} is not supported: use one of {', '.join(ARCHITECTURES)}"
-        )
-    check_folded(sae.cfg.normalize_activations or "none", f"SAE {name}")
-    check_finite(f"SAE {name}", sae.state_dict().items())
+    check_supported(sae, name)
     hook_name, hook_name_out = hooks_of(sae, name)
-    kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
-    centred = bool(kwargs.get("center_writing_weights", False))
-    for hook in (hook_name, hook_name_out):
-        if centred and not CENTRED.fullmatch(hook):
-            raise ConfigError(
-                f"SAE {name}: was trained on weights that TransformerLens had processed, and what these give"
-                f" at {hook} can't be told from the model's own: use one with from_pretrained_no_processing"
-            )
     prepend_bos = sae.cfg.metadata.prepend_bos
     info = SaeInfo(
         hook_name=hook_name,
@@ -165,7 +151,7 @@ def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
         d_out=getattr(sae.cfg, "d_out", sae.cfg.d_in),
-        architecture=architecture,
+        architecture=sae.cfg.architecture(),
         source=name,
         weights_sha256=sha256_of(source.path / WEIGHTS_NAME) if source.path else tensors_sha256(sae),
         settings_sha256=settings_sha256(sae.cfg.to_dict()),
@@ -174,9 +160,33 @@ def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae
         info=info,
         sae=sae,
         prepend_bos=True if prepend_bos is None else bool(prepend_bos),
-        center_residual=centred,
+        center_residual=reads_centred(sae, (hook_name, hook_name_out), name),
         card=card_of(sae, source.release, source.id),
     )
+
+
+def check_supported(sae: Any, name: str) -> None:
+    """Raises ConfigError where a loaded dictionary would not compute as it did in training."""
+    architecture = sae.cfg.architecture()
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"SAE {name}: architecture {architecture} is not supported: use one of {', '.join(ARCHITECTURES)}"
+        )
+    check_folded(sae.cfg.normalize_activations or "none", f"SAE {name}")
+    check_finite(f"SAE {name}", sae.state_dict().items())
+
+
+def reads_centred(sae: Any, hooks: Sequence[str], name: str) -> bool:
+    """Whether the values that a dictionary was trained on had no mean. Raises ConfigError."""
+    kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
+    centred = bool(kwargs.get("center_writing_weights", False))
+    for hook in hooks:
+        if centred and not CENTRED.fullmatch(hook):
+            raise ConfigError(
+                f"SAE {name}: was trained on weights that TransformerLens had processed, and what these give"
+                f" at {hook} can't be told from the model's own: use one with from_pretrained_no_processing"
+            )
+    return centred
 
 
 def hooks_of(sae: Any, name: str) -> tuple[str, str]:

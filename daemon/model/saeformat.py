@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
 
 from daemon.errors import ConfigError
+from daemon.escaping import cut_short
 from daemon.model.failures import explained
 from daemon.model.weightfiles import named
 
@@ -297,11 +298,9 @@ def check_tensors(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
                 f"{what}: {name} is {shapes[name]}, transposed: expected {shape}: transpose it and save again"
             )
     if wrong:
-        widths = (
-            {"d_in": shapes["W_enc"][:1], "d_sae": shapes["W_enc"][1:]} if len(shapes["W_enc"]) == 2 else {}
-        )
-        for key, (width,) in widths.items():
-            if width != settings[key] and all(fits({**settings, key: width}, shapes)):
+        for key, width in zip(("d_in", "d_sae"), shapes["W_enc"], strict=False):
+            fitting = expected_shapes({**settings, key: width})
+            if width != settings[key] and all(shapes[name] == shape for name, shape in fitting.items()):
                 raise ConfigError(
                     f"{what}: {key} = {settings[key]} in its cfg.json,"
                     f" but its weights have {width}: correct it"
@@ -311,11 +310,6 @@ def check_tensors(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
             f"{what}: {name} is {shapes[name]}, where its cfg.json asks for {shape}: use the weights and the"
             " cfg.json that were saved together"
         )
-
-
-def fits(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterable[bool]:
-    """Whether each tensor is of the shape that `settings` ask for."""
-    return (shapes[name] == shape for name, shape in expected_shapes(settings).items())
 
 
 def known_keys(architecture: str) -> set[str]:
@@ -352,8 +346,7 @@ def check_folded(mode: str, what: str) -> None:
 
 def shown(value: Any) -> str:
     """A value of a configuration for a message: never long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return cut_short(repr(value))
 
 
 def judged(load: Callable[..., Any], what: str) -> Callable[..., Any]:

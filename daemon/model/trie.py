@@ -100,7 +100,7 @@ class AttentionBlock:
 
 
 def attention_blocks(end: IntArray, block: int) -> list[AttentionBlock]:
-    """The attention of a packed sequence, in runs of at most `block` queries."""
+    """The attention of a trie, in runs of at most `block` queries."""
     blocks = []
     for start in range(0, len(end), block):
         stop = min(start + block, len(end))

@@ -1,6 +1,6 @@
 """A bare Hugging Face module, run up to the last layer that is read: no cache, no logits.
 
-Knows nothing about SAEs, texts or packing.
+Knows nothing about SAEs, texts or tries.
 """
 
 from __future__ import annotations

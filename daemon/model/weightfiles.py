@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from daemon.errors import ConfigError
+from daemon.escaping import cut_short
+from daemon.model.failures import sense
 
 POINTER = b"version https://git-lfs"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SHARD = re.compile(r".+-\d+-of-\d+\.safetensors")
-HEADER_BYTES = 100_000_000  # as the format allows at most
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4"}
 
 
@@ -52,61 +53,43 @@ def tensor_headers(path: Path, what: str) -> dict[str, TensorHeader]:
 
     Raises ConfigError for a file that is none, is damaged or is cut off.
     """
+    from safetensors import SafetensorError, safe_open
+
     check_no_pointer(path, what)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        begins = file.read(8)
-        length = int.from_bytes(begins, "little")
-        if len(begins) < 8 or length > min(HEADER_BYTES, max(0, size - 8)):
-            if begins[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {
+                name: TensorHeader(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()
+            }
+    except SafetensorError as error:
+        with path.open("rb") as raw:
+            if raw.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
                 raise ConfigError(
                     f"{what}: {path.name} holds pickled weights under a safetensors name, and loading them"
                     " could run code: convert them where that does no harm"
-                )
-            raise ConfigError(
-                f"{what}: {path.name} ({size} bytes) is no safetensors file, or cut off:"
-                " fetch it again, or save it again"
-            )
-        header = parsed_object(file.read(length), f"{what}: {path.name}: its header")
-    header.pop("__metadata__", None)
-    found, end = {}, 0
-    for name, entry in header.items():
-        try:
-            found[name] = TensorHeader(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
-            end = max(end, int(entry["data_offsets"][1]))
-        except (KeyError, TypeError, ValueError, IndexError):
-            raise ConfigError(
-                f"{what}: {path.name}: its header is damaged at {name!r}: fetch it again"
-            ) from None
-    if 8 + length + end != size:
-        trouble = "cut off" if size < 8 + length + end else "longer than its header says"
+                ) from None
         raise ConfigError(
-            f"{what}: {path.name} is {trouble}: {size} bytes, where its header promises {8 + length + end}:"
-            " fetch it again, or save it again"
-        )
-    return found
+            f"{what}: {path.name} ({path.stat().st_size} bytes) is no safetensors file, or is cut off"
+            f" ({sense(error)}): fetch it again, or save it again"
+        ) from None
 
 
-def parsed_object(raw: bytes, what: str) -> dict[str, Any]:
-    """The JSON object that `raw` is. Raises ConfigError naming `what`."""
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises ConfigError."""
+    check_no_pointer(path, what)
     try:
-        value = json.loads(raw)
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         place = (
             f" ({error.msg} at its character {error.pos + 1})"
             if isinstance(error, json.JSONDecodeError)
             else ""
         )
-        raise ConfigError(f"{what} is no JSON{place}: fetch it again, or correct it") from None
+        raise ConfigError(f"{what}: {path.name} is no JSON{place}: fetch it again, or correct it") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{what} is JSON, but no object: fetch it again, or correct it")
+        raise ConfigError(f"{what}: {path.name} is JSON, but no object: fetch it again, or correct it")
     return value
-
-
-def read_object(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises ConfigError."""
-    check_no_pointer(path, what)
-    return parsed_object(path.read_bytes(), f"{what}: {path.name}")
 
 
 def model_tensors(folder: Path, what: str) -> dict[str, TensorHeader]:
@@ -170,5 +153,5 @@ def check_floating(tensors: Mapping[str, TensorHeader], what: str) -> None:
 def named(names: Iterable[str], most: int = 3) -> str:
     """A few of many names, and how many there are."""
     listed = sorted(names)
-    shown = ", ".join(name if len(name) <= 80 else name[:77] + "..." for name in listed[:most])
+    shown = ", ".join(cut_short(name, 80) for name in listed[:most])
     return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"

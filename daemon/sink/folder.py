@@ -46,14 +46,14 @@ class FolderSink:
         info: ModelInfo,
         values: ValueType,
         settings: dict[str, Any],
-        pause: Pause | None = None,
+        pause: Pause,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`settings` goes into manifests; `values` is the type of stored activations."""
         self._outbox = outbox
         self._info = info
         self._values: ValueType = values
-        self._pause = Pause() if pause is None else pause
+        self._pause = pause
         self._guard = SyncGuard(outbox.check_lost)
         self._staging = Staging(self._guard, info=info, settings=settings, clock=clock)
         self._units: dict[str, Unit] = {}

@@ -39,9 +39,6 @@ class Content:
     size: int  # bytes
     file: BinaryIO
 
-    def close(self) -> None:
-        self.file.close()
-
 
 def open_content(path: Path) -> Content:
     """Open and hash a file. Blocks.

@@ -33,7 +33,7 @@ class FolderSource:
         recipe: Recipe | None,
         limits: ReadLimits,
         results_key: str,
-        pause: Pause | None = None,
+        pause: Pause,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`results_key` stands for the model and every setting that changes results."""
@@ -41,7 +41,7 @@ class FolderSource:
         self._recipe = recipe
         self._limits = limits
         self._results_key = results_key
-        self._pause = Pause() if pause is None else pause
+        self._pause = pause
         self._clock = clock
 
     @property
@@ -114,4 +114,4 @@ class OpenedFile:
 
     def close(self) -> None:
         if self.content is not None:
-            self.content.close()
+            self.content.file.close()

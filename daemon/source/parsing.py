@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from daemon.errors import SampleError
+from daemon.escaping import cut_short
 from daemon.recipes import BUILT_IN_RECIPES, Recipe
 from daemon.records import Reject, Sample
 
@@ -93,6 +94,7 @@ def exact_number(text: str) -> Number:
 
 
 def exact_integer(text: str) -> int | Number:
+    """As an int of Python, but for -0, which would be another number."""
     return number_as_written(text) if text == "-0" else int(text)
 
 
@@ -107,16 +109,11 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 EXTRA = json.JSONEncoder(ensure_ascii=False)
 LENIENT = json.JSONDecoder(strict=False)
 DECODER = json.JSONDecoder(
-    object_pairs_hook=unique_object, parse_constant=refuse_constant, parse_float=exact_number
-)
-# Slower, since it calls Python for every integer: only -0 is another number as an int of Python.
-DECODER_OF_MINUS_ZERO = json.JSONDecoder(
     object_pairs_hook=unique_object,
     parse_constant=refuse_constant,
     parse_float=exact_number,
     parse_int=exact_integer,
 )
-MINUS_ZERO = re.compile(r"(?:^|[\[:,\s])-0(?![.\deE])")
 
 
 def parse_value(raw: str, max_nesting: int) -> Any:
@@ -126,9 +123,8 @@ def parse_value(raw: str, max_nesting: int) -> Any:
         raise SampleError(
             "nesting_too_deep", f"nests deeper than inbox.max_nesting = {max_nesting}: flatten it"
         )
-    decoder = DECODER_OF_MINUS_ZERO if "-0" in raw and MINUS_ZERO.search(raw) else DECODER
     try:
-        return decoder.decode(raw)
+        return DECODER.decode(raw)
     except json.JSONDecodeError as error:
         raise SampleError(
             "malformed_json", f"is not JSON: {error.msg} at its character {error.pos + 1}: correct it"
@@ -294,7 +290,7 @@ def sample_id_of(value: Any) -> str | None:
 
 def printable(text: str) -> str:
     """A field name for a message: never long, never unprintable."""
-    return ascii(text if len(text) <= 60 else text[:57] + "...")
+    return ascii(cut_short(text))
 
 
 def rejected(place: Place, error: SampleError, sample_id: str | None = None) -> Reject:

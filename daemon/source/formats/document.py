@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Literal
 
 from daemon.errors import FileError
-from daemon.source.formats.values import PLAIN_ELEMENT, WORD, ValueEnd, space_after
+from daemon.source.formats.values import WORD, ValueEnd, space_after
 from daemon.source.kinds import BOM, end_of
 from daemon.source.parsing import Fields, Place, RawRecord, is_record, parsed_object, printable
 
@@ -163,7 +163,7 @@ class DocumentFramer:
         if (yield from self._peek()) == b"]":
             self._at += 1
             return
-        while not (yield from self._plain_elements()):
+        while True:
             yield from self._peek()
             span = self._open(self._max)
             yield from self._value()
@@ -174,27 +174,6 @@ class DocumentFramer:
             self._at += 1
             if mark == b"]":
                 return
-
-    def _plain_elements(self) -> Generator[RawRecord, None, bool]:
-        """Those of little nesting that lie in this chunk whole, with what follows each: the fast path.
-
-        Returns whether that was the end of the array.
-        """
-        chunk, at, index = self._chunk, self._at, self._index
-        line, counted = self._line, self._counted
-        last = False
-        while not last and (element := PLAIN_ELEMENT.match(chunk, at)):
-            start, end = element.span(1)
-            line += chunk.count(b"\n", counted, start)
-            counted = start
-            text = chunk[start:end].decode("utf-8", "surrogateescape") if end - start <= self._max else None
-            yield RawRecord(Place(index, line, self._offset + start), text)
-            index += 1
-            at = element.end()
-            last = element[2] == b"]"
-        self._at, self._index = at, index
-        self._line, self._counted = line, counted
-        return last
 
     def _object(self) -> Generator[RawRecord | None, None, Held]:
         """An object at the top: the records of its list, or one record. Which of them it was."""

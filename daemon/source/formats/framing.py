@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from daemon.source.formats.document import DocumentFramer
 from daemon.source.formats.layout import FirstBytes, Layout
 from daemon.source.formats.lines import RECORD_SEPARATOR, LineSplitter
 from daemon.source.kinds import PROBE_BYTES, check_text
 from daemon.source.parsing import Fields, RawRecord
-
-
-class Framer(Protocol):
-    """Finds the records in a stream of bytes."""
-
-    def feed(self, chunk: bytes) -> Iterator[RawRecord]: ...
-
-    def finish(self) -> Iterator[RawRecord]: ...
 
 
 class RecordFramer:
@@ -34,7 +25,7 @@ class RecordFramer:
         self._recipes = recipes
         self._head = bytearray()
         self._probe = PROBE_BYTES  # how much of the content is looked at next
-        self._framer: Framer | None = None
+        self._framer: LineSplitter | DocumentFramer | None = None
 
     def feed(self, chunk: bytes) -> Iterator[RawRecord]:
         """The records that are known to have ended. Raises FileError for what is no text, or damaged."""
@@ -69,7 +60,7 @@ class RecordFramer:
         if (layout := first.layout()) is not None:
             self._framer = self._framer_of(layout)
 
-    def _framer_of(self, layout: Layout) -> Framer:
+    def _framer_of(self, layout: Layout) -> LineSplitter | DocumentFramer:
         match layout.framing:
             case "lines":
                 return LineSplitter(self._max)

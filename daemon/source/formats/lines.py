@@ -45,20 +45,7 @@ class LineSplitter:
         """The records that end in this chunk."""
         joints = JOINT.search(chunk) is not None
         *ended, rest = chunk.split(self._separator)
-        plain = not joints and self._separator == NEWLINE
         for piece in ended:
-            if (
-                plain
-                and not self._size
-                and self._printed is None
-                and piece[:1] == b"{"
-                and piece[-1:] == b"}"
-                and len(piece) <= self._max
-            ):
-                yield self._record(0, 0, piece)  # nearly every line
-                self._offset += len(piece) + 1
-                self._line += 1
-                continue
             joined = bool(self._size)
             self._extend(piece)
             yield from self._end_line(joints or joined)

@@ -15,18 +15,15 @@ def nested(levels: int) -> bytes:
 
 # All possessive, so that no bytes make them slow. A repeated group ends in an empty alternative: in Debian's
 # Python 3.11.2 a possessive repetition that fails halfway through its group leaves the match where it failed.
-SPACE = rb"[ \t\r\n]*+"
 STRING_BODY = rb'[^"\\]*+(?:\\.[^"\\]*+|)*+'
 STRING = rb'"' + STRING_BODY + rb'"'
 ATOM = rb'[^"\[\]{}]*+' + STRING + rb'|[^"\[\]{}]++'
 WORD_BYTE = rb'[^,\[\]{}" \t\r\n]'
-SPACES = re.compile(SPACE)
+SPACES = re.compile(rb"[ \t\r\n]*+")
 WORD = re.compile(WORD_BYTE + rb"*+")
 IN_STRING = re.compile(STRING_BODY, re.DOTALL)
 BALANCED = re.compile(nested(3), re.DOTALL)
 BRACKET_RUN = re.compile(rb"[\[{]++|[\]}]++")
-PLAIN_VALUE = rb"[\[{]" + nested(3) + rb"[\]}]|" + STRING + rb"|" + WORD_BYTE + rb"++"
-PLAIN_ELEMENT = re.compile(SPACE + rb"(" + PLAIN_VALUE + rb")" + SPACE + rb"([,\]])", re.DOTALL)
 
 
 def space_after(data: bytes, at: int) -> int:
