@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -21,14 +20,6 @@ SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays o
 INVERSE_ITERATIONS = 2
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Eigen:
-    """Of (rows, width, width) symmetric matrices without negative eigenvalues, but for rounding."""
-
-    values: Tensor  # (rows, width) descending
-    principal: Tensor  # (rows, width) unit eigenvectors of the first; arbitrary where that is not above 0
 
 
 @functools.cache
@@ -51,23 +42,26 @@ def kernels() -> Any:
     return module
 
 
-def eigen(gram: Tensor, counts: Tensor) -> Eigen:
+def eigen(gram: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """gram: (rows, width, width) float64, zero beyond the first `counts` (rows,) rows and columns.
 
-    On CUDA, matrices that our kernels can't take are solved on the host: to copy them there and back takes
-    less time than CUDA's own routine.
+    Without negative eigenvalues, but for rounding. Returns the eigenvalues (rows, width), descending, and the
+    unit eigenvectors (rows, width) of the first, arbitrary where that is not above 0. On CUDA, matrices that
+    our kernels can't take are solved on the host: to copy them there and back takes less time than CUDA's
+    own routine.
     """
     device = gram.device
     if device.type == "cuda":
         if (ours := kernels()) is not None and gram.shape[-1] <= ours.WIDEST:
-            return Eigen(*ours.eigen_on_device(gram, counts))
+            on_device: tuple[Tensor, Tensor] = ours.eigen_on_device(gram, counts)
+            return on_device
         if native.routine() is not None:
-            found = eigen(gram.cpu(), counts.cpu())
-            return Eigen(found.values.to(device), found.principal.to(device))
+            values, principal = eigen(gram.cpu(), counts.cpu())
+            return values.to(device), principal.to(device)
     elif (solved := native.eigen(gram, counts)) is not None:
-        return Eigen(*solved)
+        return solved
     values = torch.linalg.eigvalsh(gram).flip(-1)
-    return Eigen(values, inverse_iteration(gram, values[:, 0]))
+    return values, inverse_iteration(gram, values[:, 0])
 
 
 def inverse_iteration(gram: Tensor, largest: Tensor) -> Tensor:

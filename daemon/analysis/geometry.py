@@ -148,8 +148,8 @@ def _gathered(rows: SparseActs, W_dec: Tensor) -> Solved:
         moment = (weights * torch.linalg.vector_norm(decoders, dim=-1).square()).sum(-1)
         centroid = (weights.unsqueeze(1) @ decoders).squeeze(1)
         spread = decoders.sub_(centroid.unsqueeze(1)).mul_(weights.sqrt().unsqueeze(-1))
-    found = eigen(spread @ spread.mT, counts)
-    return Solved(found.values, (found.principal.unsqueeze(1) @ spread).squeeze(1), centroid, moment)
+    eigenvalues, principal = eigen(spread @ spread.mT, counts)
+    return Solved(eigenvalues, (principal.unsqueeze(1) @ spread).squeeze(1), centroid, moment)
 
 
 def _by_table(rows: SparseActs, decoder: DecoderRows, inner: Tensor) -> Solved | None:

@@ -12,14 +12,9 @@ above it. What is found is an SAE some layers away, or a scale of a half or of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from daemon.model_info import Fit, ModelInfo
-from daemon.records import AGAINST, Departure, DepartureKind
-
-if TYPE_CHECKING:
-    from daemon.records import Outcome
-
+from daemon.records import AGAINST, Departure, DepartureKind, Outcome
 
 MIN_READINGS = 64  # of a file that is judged
 L0_FACTOR = 4.0  # more or less

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -84,6 +85,14 @@ def explained(what: str) -> Iterator[None]:
     except Exception as error:
         log.debug("load.failed", what=what, exc_info=error)
         raise explain(what, error) from error
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """`explained`, without the warnings of libraries, which are advice on how to load."""
+    with explained(what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager
@@ -348,4 +357,5 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
-    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+    for name in ("transformer_lens", "sae_lens"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from daemon.errors import ConfigError, MachineError
 from daemon.model.completeness import DERIVED, LayersRead, LoadReport, check_complete, check_model_finite
-from daemon.model.failures import explain, explained, explained_names, quiet_libraries, sense
+from daemon.model.failures import explain, explained, explained_names, loading, quiet_libraries, sense
 from daemon.model.pickles import refused_pickles
 from daemon.model.quantized import check_packages
 from daemon.model.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
@@ -183,8 +182,7 @@ def load_tokenizer(location: ModelLocation) -> Any:
     from transformers import AutoTokenizer
 
     what = f"model {location.name}: its tokenizer"
-    with explained(what), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with loading(what):
         tokenizer = AutoTokenizer.from_pretrained(location.target, trust_remote_code=False)
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
@@ -208,8 +206,7 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
     """
     quiet_libraries()
     what = f"model {location.name}"
-    with explained(what), warnings.catch_warnings(), refused_pickles(what):
-        warnings.simplefilter("ignore")
+    with loading(what), refused_pickles(what):
         model, report = build_model(location, dtype, what)
         model = model.to(device)
         model.requires_grad_(False).eval()
@@ -370,8 +367,7 @@ def bridge_of(model: LoadedModel) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     what = f"model {model.location.name}"
-    with explained(what), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with loading(what):
         try:
             bridge = TransformerBridge.boot_transformers(
                 model.location.target, hf_model=model.model, tokenizer=model.tokenizer, dtype=model.dtype

@@ -67,7 +67,8 @@ class PaddedEngine:
         self._written = [written for _, written in points]
         self._points = tuple(dict.fromkeys([*self._read, *self._written]))
         self._stop_at_layer = max(map(layer_of, self._points)) + 1
-        texts = [text[: model.context] for text in padded_texts(model.vocabulary, special_tokens(model))]
+        special = list(map(int, model.tokenizer.all_special_ids))
+        texts = [text[: model.context] for text in padded_texts(model.vocabulary, special)]
         plain = plain_values(model, self._points, texts)  # before the modules change hands
         self._bridge = bridge_of(model)
         for point in self._points:
@@ -134,15 +135,13 @@ class PaddedEngine:
         """Raises ConfigError where a dictionary does not fit the places it reads and predicts."""
         for entry, read, written in zip(self._stage.saes, self._read, self._written, strict=True):
             info = entry.info
-            check_width(info.source, info.hook_name, info.d_in, values[read])
-            check_width(info.source, info.hook_name_out, info.d_out, values[written])
-
-    def residuals(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """tokens: (rows, width) on the device -> the raw values (rows, width, d) that each SAE reads, and
-        those that it reconstructs.
-        """
-        values = self._values(tokens)
-        return [values[point] for point in self._read], [values[point] for point in self._written]
+            places = ((info.hook_name, info.d_in, read), (info.hook_name_out, info.d_out, written))
+            for hook_name, width, point in places:
+                if (got := values[point].shape[-1]) != width:
+                    raise ConfigError(
+                        f"SAE {info.source}: expects {width} values at {hook_name}, where the model has"
+                        f" {got}: it belongs to another model"
+                    )
 
     def _values(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens: (rows, width) on the device -> per hook point (rows, width, d), heads side by side.
@@ -186,23 +185,15 @@ class PaddedEngine:
                 offsets=np.concatenate(([0], np.cumsum(lengths))),
                 token_ids=tokens[inside],
             )
-            read, written = self._kept(
-                to_device(tokens, self._device), to_device(readings.keep, self._device)
-            )
+            values = self._values(to_device(tokens, self._device))
+            keep = to_device(readings.keep, self._device)
+            kept = {point: values[point].flatten(0, 1)[keep] for point in self._points}
+            read, written = ([kept[point] for point in points] for points in (self._read, self._written))
         return Started(texts, readings, read, written, forward, tokens.size, tokens.size - int(lengths.sum()))
 
     def finish(self, started: Started) -> Extraction:
         """See `Engine.finish`."""
         return self._stage.finish(started, self.start)
-
-    def _kept(self, padded: Tensor, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        read, written = self.residuals(padded)
-        kept = [x.flatten(0, 1)[keep] for x in read]
-        targets = [
-            x if target is raw else target.flatten(0, 1)[keep]
-            for x, raw, target in zip(kept, read, written, strict=True)
-        ]
-        return kept, targets
 
 
 def padded_tokens(texts: Sequence[Sequence[int]]) -> tuple[IntArray, BoolArray]:
@@ -247,15 +238,3 @@ def plain_values(
             f"model {model.location.name}: can't be run in {str(model.dtype).removeprefix('torch.')} on"
             f" {model.device} ({type(error).__name__}: {sense(error)}): try another model.dtype"
         ) from error
-
-
-def special_tokens(model: LoadedModel) -> list[int]:
-    return [int(token) for token in model.tokenizer.all_special_ids]
-
-
-def check_width(source: str, hook_name: str, width: int, got: Tensor) -> None:
-    if got.shape[-1] != width:
-        raise ConfigError(
-            f"SAE {source}: expects {width} values at {hook_name}, where the model has {got.shape[-1]}:"
-            " it belongs to another model"
-        )

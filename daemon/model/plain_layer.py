@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from daemon.model.plain_trace import ATTENTION, Change, LayerTrace, Tap, Unreachable, is_linear, same
 
@@ -162,7 +162,8 @@ def normalized(trace: LayerTrace, norm: str) -> Tap:
     module = trace.block.get_submodule(norm)
     x, expected = trace.get(norm, "in"), trace.get(norm, "out").double()
     own = [float(getattr(module, name)) for name in EPSILONS if hasattr(module, name)]
-    weight, bias = (None if p is None else p.detach().double() for p in affine(module))
+    parameters = (getattr(module, name, None) for name in ("weight", "bias"))
+    weight, bias = (None if p is None else p.detach().double() for p in parameters)
     for epsilon in own or USUAL_EPSILONS:
         for centres in (False, True):
             change = functools.partial(normalise, epsilon=epsilon, centres=centres)
@@ -173,10 +174,6 @@ def normalized(trace: LayerTrace, norm: str) -> Tap:
                 if bool(((got - expected).norm(dim=-1) <= rounding).all()):
                     return trace.tap(norm, "in", change)
     raise Unreachable(f"{type(module).__name__} is no norm of a known kind")
-
-
-def affine(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    return getattr(module, "weight", None), getattr(module, "bias", None)
 
 
 def normalise(x: Tensor, epsilon: float, centres: bool) -> Tensor:

@@ -45,8 +45,19 @@ class SaeStage:
         return self.saes[0].prepend_bos
 
     def choose(self, path: IntArray, offsets: IntArray, token_ids: IntArray) -> ReadPositions:
-        """See `choose_readings`."""
-        return choose_readings(path, offsets, token_ids, self.positions, skip=int(self.prepend_bos))
+        """`path` holds where each text's tokens were computed, text by text; `offsets` (N + 1,) where they
+        begin; `token_ids` are the tokens there.
+        """
+        lengths = np.diff(offsets)
+        if self.positions == "last":
+            last, n = offsets[1:] - 1, len(lengths)
+            return ReadPositions(path[last], np.arange(n), np.arange(n + 1), lengths - 1, token_ids[last])
+        skip = int(self.prepend_bos)  # the first of a text is no token of its own
+        position = np.arange(len(path)) - np.repeat(offsets[:-1], lengths)
+        own = position >= skip
+        keep, rows = np.unique(path[own], return_inverse=True)
+        own_offsets = np.concatenate(([0], np.cumsum(lengths - skip)))
+        return ReadPositions(keep, rows, own_offsets, position[own], token_ids[own])
 
     def finish(self, started: Started, start: Callable[[Sequence[Sequence[int]]], Started]) -> Extraction:
         """Wait for the forward pass and encode its values; `start` reads texts again that are not finite."""
@@ -77,24 +88,6 @@ class SaeStage:
 def comparable_cards(saes: Sequence[LoadedSae], positions: Positions) -> tuple[Fit, ...]:
     """The dictionaries' cards, which are of single tokens; none where positions are pooled."""
     return tuple(entry.card for entry in saes) if positions in ("last", "all") else ()
-
-
-def choose_readings(
-    path: IntArray, offsets: IntArray, token_ids: IntArray, positions: Positions, skip: int
-) -> ReadPositions:
-    """`path` holds where each text's tokens were computed, text by text; `offsets` (N + 1,) where they begin.
-
-    `token_ids` are the tokens there; the first `skip` of each text are no tokens of its own.
-    """
-    lengths = np.diff(offsets)
-    if positions == "last":
-        last, n = offsets[1:] - 1, len(lengths)
-        return ReadPositions(path[last], np.arange(n), np.arange(n + 1), lengths - 1, token_ids[last])
-    position = np.arange(len(path)) - np.repeat(offsets[:-1], lengths)
-    own = position >= skip
-    keep, rows = np.unique(path[own], return_inverse=True)
-    own_offsets = np.concatenate(([0], np.cumsum(lengths - skip)))
-    return ReadPositions(keep, rows, own_offsets, position[own], token_ids[own])
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import logging
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch import Tensor
 from daemon.errors import ConfigError
 from daemon.model.cards import card_of
 from daemon.model.completeness import check_finite
-from daemon.model.failures import explained, quiet_libraries
+from daemon.model.failures import loading, quiet_libraries
 from daemon.model.pickles import refused_pickles
 from daemon.model.saeformat import ARCHITECTURES, TRANSCODERS, check_dictionary, check_folded, judged
 from daemon.model.smollm2 import sha256_of
@@ -223,7 +221,8 @@ def load_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
     from sae_lens import SAE
 
     what = f"SAE {path}"
-    with explained(what):
+    quiet_libraries()
+    with loading(what):
         if path.is_file():
             raise ConfigError(f"{what}: a file: give the folder that it lies in, in SAELens format")
         for needed in ("cfg.json", WEIGHTS_NAME):
@@ -245,7 +244,7 @@ def load_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
         if "scaling_factor" in shapes and is_neutral(path / WEIGHTS_NAME, "scaling_factor"):
             del shapes["scaling_factor"]
         check_dictionary(cfg, shapes, what)
-        return quietly(SAE.load_from_disk, path, device=device, dtype=str(dtype).removeprefix("torch."))
+        return SAE.load_from_disk(path, device=device, dtype=str(dtype).removeprefix("torch."))
 
 
 def is_neutral(path: Path, name: str) -> bool:
@@ -266,11 +265,10 @@ def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype) -> Any:
 
     what = f"SAE {source.release}/{source.id}"
     quiet_libraries()
-    with explained(what), refused_pickles(what):
+    with loading(what), refused_pickles(what):
         check_known(source, what)
         load = NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(source.release)]
-        return quietly(
-            SAE.from_pretrained,
+        return SAE.from_pretrained(
             release=source.release,
             sae_id=source.id,
             device=device,
@@ -300,14 +298,6 @@ def check_known(source: SaeSource, what: str) -> None:
     if sae_id not in ids:
         hint = difflib.get_close_matches(sae_id, ids, n=3, cutoff=0.3) or list(ids)[:3]
         raise ConfigError(f"{what}: that release has no such id: it has {', '.join(hint)} and more")
-
-
-def quietly(load: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a loader without its advice on how to load the model, which lensd follows by itself."""
-    logging.getLogger("sae_lens").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return load(*args, **kwargs)
 
 
 def settings_sha256(settings: dict[str, Any]) -> str:

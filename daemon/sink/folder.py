@@ -21,7 +21,6 @@ from daemon.records import (
     FileFailed,
     FinishedFile,
     FinishedPart,
-    InputFile,
     KeptPart,
     Outcome,
     Stored,
@@ -137,15 +136,16 @@ class FolderSink:
         unit.nbytes += arrival.nbytes if isinstance(arrival, FinishedPart) else 0
         if unit.results is None:
             recipe = arrival.part.part.recipe if isinstance(arrival, FinishedPart) else arrival.recipe
-            unit.results = self._writer(file, recipe)
+            unit.results = UnitWriter(
+                self._outbox.staging(file.unit),
+                file=file,
+                recipe=recipe,
+                info=self._info,
+                values=self._values,
+            )
         if isinstance(arrival, KeptPart):
             unit.writer.keep_part(file, arrival.extent, arrival.last)
         return unit
-
-    def _writer(self, file: InputFile, recipe: Recipe) -> UnitWriter:
-        return UnitWriter(
-            self._outbox.staging(file.unit), file=file, recipe=recipe, info=self._info, values=self._values
-        )
 
     def _store(self, finished: Iterable[FinishedPart]) -> None:
         """Parts to their units; those stored by an earlier try, or of a file that failed, are left out."""

@@ -72,13 +72,7 @@ class ParquetFile:
         if self._writer is None:
             self._sink = pa.BufferedOutputStream(pa.PythonFile(self._file, mode="w"), BUFFER_BYTES)
             self._writer = pq.ParquetWriter(self._sink, self._schema, **options)
-        if self._gathered:
-            group = self._group()
-            self._writer.write_table(group, row_group_size=len(group))
-
-    def _group(self) -> pa.Table:
-        """Take the gathered rows as one table."""
         gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
-        if len(gathered) == 1:
-            return gathered[0]
-        return pa.concat_tables(gathered)  # not combined: that would hold a row group twice
+        if gathered:  # not combined: that would hold a row group twice
+            group = gathered[0] if len(gathered) == 1 else pa.concat_tables(gathered)
+            self._writer.write_table(group, row_group_size=len(group))

@@ -26,7 +26,8 @@ from daemon.pause import Pause
 from daemon.records import Claim, InboxLoad, Presence
 from daemon.source.claims import CLAIMED, DRAFTS, Claims, claimed_files
 from daemon.source.filestatus import identity_of, presence, stamp_of
-from daemon.source.inputs import InputNames, is_input
+from daemon.source.formats import is_input
+from daemon.source.inputs import InputNames
 from daemon.source.scan import Candidate, Scanner
 from daemon.source.watch import watching
 

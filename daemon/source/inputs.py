@@ -10,8 +10,6 @@ from typing import Literal
 from daemon.source.claims import DONE, FAILED
 from daemon.source.formats import ENDING, is_input
 
-__all__ = ["InputNames", "is_input", "is_unfinished", "looks_temporary"]
-
 Owner = Literal["input", "temporary", "other", "hidden"]
 
 # Of office programs and of Syncthing, where the end of the name is the finished file's.

@@ -71,7 +71,7 @@ class Number(str):
     """A number with a fraction or an exponent, as it was written: nothing is rounded on its way through.
 
     It stands between two lone surrogates, which no text of a usable record has: the encoder writes it as a
-    string, and `extra_of` takes the quotes away together with them.
+    string, and `without_marks` takes the quotes away together with them.
     """
 
     __slots__ = ()
@@ -195,7 +195,7 @@ def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
         sample_id=sample_id if sample_id is not None else str(place.record_index),
         domain=domain,
         complexity=complexity,
-        extra=extra_of(extra) if extra else None,
+        extra=without_marks(EXTRA.encode(extra)) if extra else None,
         texts=texts,
         line=place.line,
         byte_offset=place.byte_offset,
@@ -204,11 +204,6 @@ def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
 
 def not_an_object(value: Any) -> SampleError:
     return SampleError("not_an_object", f"is a JSON {json_type(value)}, not an object: write one as {{...}}")
-
-
-def extra_of(fields: dict[str, Any]) -> str:
-    """The fields as one JSON object, numbers as they were written."""
-    return without_marks(EXTRA.encode(fields))
 
 
 def without_marks(encoded: str) -> str:

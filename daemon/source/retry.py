@@ -17,7 +17,7 @@ from daemon.escaping import escape_name
 from daemon.fs import durable
 from daemon.source.claims import CLAIMED, FAILED, FAILING
 from daemon.source.failed import reason_of
-from daemon.source.inputs import is_input
+from daemon.source.formats import is_input
 from daemon.source.names import ENDING, NAME_BYTES, cut, move_to_free
 
 NUMBER = re.compile(r"\.[0-9]+\Z")  # that keeps files of one name apart in `failed/`

@@ -45,15 +45,15 @@ KINDS = ["random", "of low rank", "steep", "alike", "diagonal", "equal eigenvalu
 @pytest.mark.parametrize("kind", KINDS)
 def test_eigenvalues_and_vectors_are_those_of_lapack(kind, width):
     gram, counts = grams(kind, 2 * LANES + 3, width)
-    found = eigen(gram, counts)
+    values, principal = eigen(gram, counts)
     expected = torch.linalg.eigvalsh(gram).flip(-1)
     largest = expected[:, :1]
-    assert ((found.values - expected).abs() <= 1e-13 * largest).all()
-    image = (gram @ found.principal.unsqueeze(2)).squeeze(2)
+    assert ((values - expected).abs() <= 1e-13 * largest).all()
+    image = (gram @ principal.unsqueeze(2)).squeeze(2)
     above = largest[:, 0] > 0
-    residual = torch.linalg.vector_norm(image - largest * found.principal, dim=-1)
+    residual = torch.linalg.vector_norm(image - largest * principal, dim=-1)
     assert (residual[above] <= 1e-10 * largest[above, 0]).all()
-    norm = torch.linalg.vector_norm(found.principal[above], dim=-1)
+    norm = torch.linalg.vector_norm(principal[above], dim=-1)
     torch.testing.assert_close(norm, torch.ones_like(norm))
 
 
@@ -63,12 +63,12 @@ def test_eigenvalues_and_vectors_are_those_of_lapack(kind, width):
 def test_a_matrix_gives_the_same_bits_whatever_its_neighbours(width, threads):
     gram, counts = grams("random", 6 * LANES, width)
     with torch_threads(threads):
-        together = eigen(gram, counts)
+        values, principal = eigen(gram, counts)
     for row in range(len(gram)):
         n = int(counts[row])
-        alone = eigen(gram[row : row + 1, :n, :n], counts[row : row + 1])
-        assert torch.equal(alone.values[0], together.values[row, :n])
-        assert torch.equal(alone.principal[0], together.principal[row, :n])
+        alone_values, alone_principal = eigen(gram[row : row + 1, :n, :n], counts[row : row + 1])
+        assert torch.equal(alone_values[0], values[row, :n])
+        assert torch.equal(alone_principal[0], principal[row, :n])
 
 
 def weighted(rows: int, width: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

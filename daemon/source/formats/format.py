@@ -13,10 +13,6 @@ from daemon.source.stream import InputStream
 Blocks = Iterator[Iterable[RawRecord]]
 
 
-def never(_: bytes) -> bool:
-    return False
-
-
 @dataclass(frozen=True, slots=True)
 class InputFormat:
     """How files of one format are recognised and read.
@@ -31,6 +27,6 @@ class InputFormat:
     suffixes: tuple[str, ...]
     read: Callable[[InputStream, ReadLimits, Sequence[Fields]], Blocks]
     compressible: bool = True  # with .gz or .zst after the suffix
-    begins: Callable[[bytes], bool] = never  # whether a content that begins so is of this format for sure
+    begins: Callable[[bytes], bool] = lambda _: False  # whether a content that begins so is of it for sure
     # Explains why no record is usable, by the beginning of the content and the number of records.
     explain: Callable[[bytes, int, Sequence[Fields]], FileError | None] = lambda *_: None

@@ -65,12 +65,6 @@ class RowSplitter:
         for line in content.splitlines(keepends=True):
             body = line.rstrip(b"\r\n")
             ended = len(body) < len(line)
-            if ended and not self._size and QUOTE not in line and len(body) <= self._max:
-                if body:
-                    yield Row(self._line, self._offset, body)  # nearly every row
-                self._offset += len(line)
-                self._line += 1
-                continue
             self._quotes.follow(body)
             self._size += len(line)
             self._lines += ended
