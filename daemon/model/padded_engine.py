@@ -59,6 +59,7 @@ class PaddedEngine:
         points = [hook_points_of(entry) for entry in saes]
         self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.device)
         self.prepend_bos, self.encoders = self._stage.prepend_bos, self._stage.encoders
+        self.saes = self._stage.saes
         self.info = model_info(
             model, [entry.info for entry in saes], "padded", comparable_cards(saes, positions)
         )
@@ -143,6 +144,12 @@ class PaddedEngine:
                         f" {got}: it belongs to another model"
                     )
 
+    def residuals(self, tokens: Tensor, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """tokens: (rows, width), keep: (K,) of all positions -> (K, d) that each SAE reads, and reconstructs."""
+        values = self._values(tokens)
+        kept = {point: values[point].flatten(0, 1)[keep] for point in self._points}
+        return [kept[point] for point in self._read], [kept[point] for point in self._written]
+
     def _values(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens: (rows, width) on the device -> per hook point (rows, width, d), heads side by side.
 
@@ -185,10 +192,8 @@ class PaddedEngine:
                 offsets=np.concatenate(([0], np.cumsum(lengths))),
                 token_ids=tokens[inside],
             )
-            values = self._values(to_device(tokens, self._device))
-            keep = to_device(readings.keep, self._device)
-            kept = {point: values[point].flatten(0, 1)[keep] for point in self._points}
-            read, written = ([kept[point] for point in points] for points in (self._read, self._written))
+            padded, keep = (to_device(one, self._device) for one in (tokens, readings.keep))
+            read, written = self.residuals(padded, keep)
         return Started(texts, readings, read, written, forward, tokens.size, tokens.size - int(lengths.sum()))
 
     def finish(self, started: Started) -> Extraction:

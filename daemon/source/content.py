@@ -1,6 +1,6 @@
 """Bytes of an input file: hashed, read in chunks, decompressed. Knows nothing about records.
 
-What is compressed is known by its first bytes, whatever its name says.
+The first bytes tell how a content is compressed, whatever its name says.
 """
 
 from __future__ import annotations
