@@ -145,7 +145,7 @@ class PaddedEngine:
                     )
 
     def residuals(self, tokens: Tensor, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """tokens: (rows, width), keep: (K,) of all positions -> (K, d) that each SAE reads, and reconstructs."""
+        """tokens: (rows, width), keep: (K,) of all positions -> (K, d) each SAE reads, and reconstructs."""
         values = self._values(tokens)
         kept = {point: values[point].flatten(0, 1)[keep] for point in self._points}
         return [kept[point] for point in self._read], [kept[point] for point in self._written]
