@@ -65,10 +65,6 @@ class Assembler:
         self._clock = clock
         self._open: dict[Key, OpenPart] = {}
 
-    def __len__(self) -> int:
-        """Parts under way."""
-        return len(self._open)
-
     def open(self, part: TokenizedPart) -> FinishedPart | None:
         """Expect results for a part. One without samples is finished at once, and returned."""
         opened = OpenPart(

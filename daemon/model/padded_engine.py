@@ -204,7 +204,7 @@ class PaddedEngine:
 def padded_tokens(texts: Sequence[Sequence[int]]) -> tuple[IntArray, BoolArray]:
     """Texts as rows of one array, each filled up with its own last token; and where they are.
 
-    What is not finite after a text reaches into it, by shares of 0: a token of its own is no worse than it.
+    Values that are not finite after a text reach into it, by shares of 0: a token of its own is no worse.
     """
     lengths = np.array([len(text) for text in texts])
     inside = np.arange(int(lengths.max())) < lengths[:, None]

@@ -24,7 +24,7 @@ BoolArray = npt.NDArray[np.bool_]
 def reread(started: Started, start: Callable[[Sequence[Sequence[int]]], Started]) -> Started:
     """The same with the numbers that texts give alone, in place of those that are not finite.
 
-    What is left of these is the texts' own. `start` reads other texts; it gets fewer and fewer of those that
+    Those that are left are the texts' own. `start` reads other texts; it gets fewer and fewer of those that
     are not finite, until each was alone.
     """
     left = ~finite_rows(started)  # (K,)
