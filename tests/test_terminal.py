@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
+import json
 import os
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from daemon.cli import main
 from daemon.errors import ConfigError, FileError
 from daemon.escaping import escape_control, escape_lines, escape_name
 from daemon.observe.logs import configure
+from daemon.observe.status import from_json, to_json
 from daemon.source.claims import CLAIMED, FAILED
 from daemon.source.failed import reason_of
 from daemon.source.inbox import Inbox
 from daemon.source.retry import chosen, retry
-from daemon.tools.status import visible_texts
+from tests.observe.test_status import INFO, Daemon
 from tests.support import tiny
 
 HOSTILE = {
@@ -173,8 +175,17 @@ def test_who_may_not_put_files_back_is_told_so_in_a_line(inbox, monkeypatch, cap
 
 
 def test_a_daemon_that_is_asked_can_not_write_to_the_terminal():
-    told = visible_texts({"name": "\x1b[2J", "at": 1.5, "files": [{"reason": "a\nb"}, None, True]})
-    assert told == {"name": r"\x1b[2J", "at": 1.5, "files": [{"reason": r"a\nb"}, None, True]}
+    daemon = Daemon()
+    daemon.board.describe(INFO, 4096)
+    settled = {"name": "\x1b[2J", "outcome": "failed", "rows": 0, "rejects": 0, "seconds": 0.0, "unit": None}
+    answer = json.loads(to_json(daemon.status())) | {
+        "host": "\x9bm",
+        "files": [settled | {"reason": "a\nb", "message": None, "at": 1.5}],
+    }
+    told = from_json(json.dumps(answer).encode())
+    (file,) = told.files
+    assert (told.host, file.name, file.reason) == (r"\x9bm", r"\x1b[2J", r"a\nb")
+    assert (file.message, file.at) == (None, 1.5)
 
 
 def test_a_bug_s_traceback_on_a_console_is_obeyed_by_nothing():
