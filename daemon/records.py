@@ -81,10 +81,13 @@ class Sample:
     texts: tuple[str, ...]  # in the order of the recipe
     line: int | None  # 1-based line of the input; None where lines mean nothing
     byte_offset: int | None  # of the record's first byte in the uncompressed input; None as with lines
+    row_group: int | None = None  # of a Parquet file
 
     def reject(self, reason: str, message: str) -> Reject:
         """This record as one that can't be used after all."""
-        return Reject(self.record_index, self.sample_id, self.line, self.byte_offset, reason, message)
+        return Reject(
+            self.record_index, self.sample_id, self.line, self.byte_offset, reason, message, self.row_group
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class Reject:
     byte_offset: int | None
     reason: str  # short stable word
     message: str
+    row_group: int | None = None  # of a Parquet file
 
 
 @dataclass(frozen=True, slots=True)

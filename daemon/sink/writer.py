@@ -242,6 +242,7 @@ def reject_line(reject: Reject) -> bytes:
                 "id": reject.sample_id,
                 "line": reject.line,
                 "byte_offset": reject.byte_offset,
+                "row_group": reject.row_group,
                 "reason": reject.reason,
                 "message": reject.message,
             }

@@ -199,6 +199,7 @@ def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
         texts=texts,
         line=place.line,
         byte_offset=place.byte_offset,
+        row_group=place.row_group,
     )
 
 
@@ -296,4 +297,5 @@ def rejected(place: Place, error: SampleError, sample_id: str | None = None) -> 
         byte_offset=place.byte_offset,
         reason=error.reason,
         message=f"{place}: the record {error}",
+        row_group=place.row_group,
     )

@@ -123,12 +123,14 @@ def test_rejects_come_in_record_order_and_only_then_is_there_a_file(tmp_path):
             "id": reject.sample_id,
             "line": reject.line,
             "byte_offset": reject.byte_offset,
+            "row_group": reject.row_group,
             "reason": reject.reason,
             "message": reject.message,
         }
         for reject in rejects
     ]
-    assert list(json.loads(lines[0])) == ["record_index", "id", "line", "byte_offset", "reason", "message"]
+    names = ["record_index", "id", "line", "byte_offset", "row_group", "reason", "message"]
+    assert list(json.loads(lines[0])) == names
 
     write(tmp_path / "clean", [finish(make_part(0, 0, 2, last=True))])
     assert not (tmp_path / "clean/rejects.jsonl").exists()

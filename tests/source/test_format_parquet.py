@@ -169,6 +169,7 @@ async def test_a_bad_row_is_one_reject_with_its_row_and_group(tmp_path):
         (3, "record_too_large", None, None),
         (4, "nesting_too_deep", None, None),
     ]
+    assert [one.row_group for one in part.rejects] == [0, 1, 1, 2]
     assert [one.message.partition(": ")[0] for one in part.rejects] == [
         "row 2 (row group 0)", "row 3 (row group 1)", "row 4 (row group 1)", "row 5 (row group 2)"
     ]  # fmt: skip
