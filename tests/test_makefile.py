@@ -26,7 +26,11 @@ def tree(tmp_path: Path) -> Path:
 
 
 def make(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MAKE", "MFLAGS", "WORKERS", "PYTEST"))
+    }
     env.pop("PYTHON", None)
     return subprocess.run(
         ["make", *arguments], cwd=tree, env=env, text=True, capture_output=True, stdin=subprocess.DEVNULL
