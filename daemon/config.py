@@ -35,7 +35,7 @@ from daemon.errors import ConfigError
 from daemon.recipes import Contrast, Recipe
 from daemon.records import Positions
 from daemon.setting_layers import env_layer, set_dotted, toml_layer
-from daemon.setting_types import BatchTokens, NamePatterns, SettingName, SettingPath
+from daemon.setting_types import BatchTokens, NamePatterns, SettingName, SettingPath, WorkerGpus, Workers
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_MODEL = "smollm2-135m"
@@ -116,6 +116,18 @@ class BatchingSection(Section):
     window_tokens: PositiveInt = 65_536  # tokens sorted by length at a time, and queued ahead
 
 
+class ExecutorSection(Section):
+    """Who runs batches: this process, or the workers of a Ray cluster, each with a model of its own."""
+
+    kind: Literal["local", "ray"] = "local"
+    workers: Workers = "auto"  # processes; auto: one for each GPU, or for every worker_cpus cores
+    worker_cpus: PositiveInt = 1  # cores of a worker
+    worker_gpus: WorkerGpus = (
+        "auto"  # GPUs of a worker, or a share of one; auto: one where the cluster has some
+    )
+    address: SettingName = "auto"  # the head's HOST:PORT; auto: RAY_ADDRESS, else a cluster is started here
+
+
 class InboxSection(Section):
     path: SettingPath = Path("inbox")
     ignore: NamePatterns = ()  # glob patterns of names that are somebody else's
@@ -167,6 +179,7 @@ class Config(Section):
     contrast: ContrastSection | None = None
     analysis: AnalysisSection = AnalysisSection()
     batching: BatchingSection = BatchingSection()
+    executor: ExecutorSection = ExecutorSection()
     inbox: InboxSection = InboxSection()
     outbox: OutboxSection = OutboxSection()
     http: HttpSection = HttpSection()

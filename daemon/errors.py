@@ -34,6 +34,10 @@ class OutOfMemory(LensdError):
         self.shared = shared
 
 
+class WorkersDied(LensdError):
+    """Every worker that was given this batch, and nothing else, died of it."""
+
+
 class FileError(LensdError):
     """An input file as a whole can't be used; it moves to `failed/` with this message.
 

@@ -20,7 +20,7 @@ from daemon.records import PAUSE_REASONS
 
 T = TypeVar("T")
 
-DISK, DESCRIPTORS, FOLDERS = PAUSE_REASONS
+DISK, DESCRIPTORS, FOLDERS, WORKERS = PAUSE_REASONS
 REASON_OF = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMLINK), DISK),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.ENOMEM), DESCRIPTORS),

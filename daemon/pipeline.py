@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from daemon.batching.assembler import Assembler
 from daemon.batching.batcher import Batcher
 from daemon.channel import Channel, EndOfStream
-from daemon.errors import FileError, MachineError, OutOfMemory, SyncFailed
+from daemon.errors import FileError, MachineError, OutOfMemory, SyncFailed, WorkersDied
 from daemon.ports import Executor, Observer, OpenFile, Sink, Source, Tokenizer
 from daemon.records import (
     Arrival,
@@ -215,7 +215,7 @@ class Pipeline:
 
     async def gather(self) -> bool:
         """Take what is tokenized, up to the window. True once everything was taken."""
-        while self.batcher.tokens < self.limits.queued_tokens:
+        while self.batcher.tokens < self.window:
             try:
                 item = self.tokenized.get_nowait()
             except EndOfStream:
@@ -242,32 +242,38 @@ class Pipeline:
     @property
     def has_room(self) -> bool:
         """Whether the batcher can take more samples, and there may be some."""
-        return self.batcher.tokens < self.limits.queued_tokens and not self.tokenized.ended
+        return self.batcher.tokens < self.window and not self.tokenized.ended
+
+    @property
+    def window(self) -> int:
+        """How many tokens the batcher holds: two batches at least for each slot beyond the first."""
+        more_slots = max(0, self.executor.slots - 1)
+        return max(self.limits.queued_tokens, 2 * more_slots * self.batcher.max_batch_tokens)
 
     @property
     def more_comes(self) -> bool:
         return bool(self._admitting or self._on_their_way or self.source.backlog)
 
     async def wait_for_change(self, running: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
-        """Wait until a batch ends, a part arrives or a partial batch has waited enough.
+        """Wait until a batch ends, a part arrives, a slot comes free or a partial batch has waited enough.
 
         Returns the batches that still run. Raises what a batch raised.
         """
-        waits: set[asyncio.Task[None]] = set(running)
-        arrival = None
+        changes: set[asyncio.Task[None]] = set()
         if self.has_room:
-            arrival = asyncio.create_task(self.tokenized.wait())
-            waits.add(arrival)
-        partial = self._partial_since is not None and len(running) < self.executor.slots
+            changes.add(asyncio.create_task(self.tokenized.wait()))
+        has_slot = len(running) < self.executor.slots
+        if self.batcher and not has_slot:
+            changes.add(asyncio.create_task(self.executor.more_slots(len(running))))
         try:
             done, _ = await asyncio.wait(
-                waits,
-                timeout=MAX_WAIT_SECONDS if partial else None,
+                running | changes,
+                timeout=MAX_WAIT_SECONDS if self._partial_since is not None and has_slot else None,
                 return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
-            if arrival is not None:
-                arrival.cancel()
+            for change in changes:
+                change.cancel()
         for task in done:
             task.result()
         return running - done
@@ -282,6 +288,8 @@ class Pipeline:
             result = await self.executor.run(batch)
         except OutOfMemory as error:
             finished = self.out_of_memory(batch, error)
+        except WorkersDied as error:
+            finished = self.workers_died(batch, error)
         else:
             self.observer.computed(batch, result, plan_seconds)
             finished = self.assembler.scatter(batch, result, plan_seconds)
@@ -300,6 +308,17 @@ class Pipeline:
         else:
             self.batcher.shrink(batch)
         self.observer.out_of_memory(batch, str(error), self.batcher.max_batch_tokens)
+        return []
+
+    def workers_died(self, batch: Batch, error: WorkersDied) -> list[FinishedPart]:
+        """Run the halves of the batch; reject a sample that alone made workers die.
+
+        Returns the parts that this finishes.
+        """
+        self.observer.workers_died(batch, str(error))
+        if len(batch.entries) == 1:
+            return self.assembler.set_aside(batch.entries[0], "worker_died", str(error))
+        self.batcher.halve(batch)
         return []
 
     async def write(self) -> None:

@@ -27,6 +27,7 @@ from daemon.records import (
     Presence,
     Stored,
     TokenizedPart,
+    WorkerLoad,
 )
 
 
@@ -105,7 +106,10 @@ class Executor(Protocol):
 
     @property
     def slots(self) -> int:
-        """How many batches it takes at a time; it may become fewer."""
+        """How many batches it takes at a time; it may change."""
+
+    async def more_slots(self, than: int) -> None:
+        """Wait until it takes more than so many batches at a time."""
 
     @property
     def shares_prefixes(self) -> bool:
@@ -115,8 +119,11 @@ class Executor(Protocol):
         """Compute a batch.
 
         Raises OutOfMemory where the device can't hold it; with `shared`, where it could not hold it beside
-        another batch: the same batch is then run again.
+        another batch: the same batch is then run again. Raises WorkersDied where workers died of it.
         """
+
+    def workers(self) -> Sequence[WorkerLoad]:
+        """Describe the processes that compute beside this one; none where it computes itself."""
 
 
 class Sink(Protocol):
@@ -158,5 +165,8 @@ class Observer(Protocol):
     def out_of_memory(self, batch: Batch, message: str, max_batch_tokens: int | None) -> None:
         """A batch did not fit; `max_batch_tokens` is the new limit, None where the batch is one sample,
         which becomes a reject."""
+
+    def workers_died(self, batch: Batch, message: str) -> None:
+        """Workers died of a batch: it is halved, or becomes a reject where it is one sample."""
 
     def settled(self, outcomes: Sequence[Outcome]) -> None: ...

@@ -23,7 +23,9 @@ Presence = Literal["same", "changed", "gone"]  # of a claimed file
 OutcomeKind = Literal["committed", "failed", "duplicate", "requeued"]
 DepartureKind = Literal["l0", "fvu"]
 Against = Literal["card", "file_before"]
-PAUSE_REASONS = ("disk", "descriptors", "folders")  # why nothing is taken up
+WorkerState = Literal["starting", "ready", "draining"]
+WORKER_STATES: tuple[WorkerState, ...] = get_args(WorkerState)
+PAUSE_REASONS = ("disk", "descriptors", "folders", "workers")  # why nothing is taken up
 RETRIED = ("start", "claim", "read", "forward", "write", "settle")  # what may be tried again
 KINDS: tuple[DepartureKind, ...] = get_args(DepartureKind)
 AGAINST: tuple[Against, ...] = get_args(Against)
@@ -160,6 +162,11 @@ class TokenizedSample:
         """Length of the longest text, in tokens."""
         return max(map(len, self.token_ids))
 
+    def without_texts(self) -> TokenizedSample:
+        sample = self.sample
+        bare = Sample(sample.record_index, sample.sample_id, None, None, None, (), None, None)
+        return TokenizedSample(bare, self.token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPart:
@@ -244,15 +251,35 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleBatch:
+    """Tokenized samples of one recipe that run in one forward pass, wherever they came from."""
+
+    recipe: Recipe
+    samples: tuple[TokenizedSample, ...]
+
+    def without_texts(self) -> SampleBatch:
+        """The same token ids and sample ids alone: all that another process needs to compute."""
+        return SampleBatch(self.recipe, tuple(sample.without_texts() for sample in self.samples))
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """Samples of one recipe that run in one forward pass."""
+    """Samples of one recipe that run in one forward pass, and where their results belong.
+
+    A `suspect` batch was on a worker that died; it runs alone on its next one.
+    """
 
     recipe: Recipe
     entries: tuple[Entry, ...]
+    suspect: bool = False
 
     @property
     def samples(self) -> tuple[TokenizedSample, ...]:
         return tuple(entry.sample for entry in self.entries)
+
+    @property
+    def inputs(self) -> SampleBatch:
+        return SampleBatch(self.recipe, self.samples)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -501,3 +528,17 @@ class Queued:
     compute: int
     write: int
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """One worker of an executor at one moment; what it counts goes on over its restarts."""
+
+    number: int  # counts from 0
+    state: WorkerState
+    node: str  # where it runs; empty while it has no place
+    batches: int = 0
+    samples: int = 0
+    restarts: int = 0
+    busy_seconds: float = 0.0  # of its device
+    memory_bytes: int = 0  # of its process, as of the last batch

@@ -24,6 +24,7 @@ REJECT_REASONS = (
     "text_too_long",
     "empty_text",
     "out_of_memory",
+    "worker_died",
     "not_finite_activation",
     "unknown_token",
 )

@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -47,7 +46,8 @@ from daemon.source.scan import count_waiting
 from daemon.supervisor import Supervisor
 from daemon.wiring import (
     Compute,
-    executor_of,
+    Computing,
+    computing,
     folders_of_use,
     input_names,
     load_compute,
@@ -186,10 +186,9 @@ class Service:
 
     async def run(self) -> Tally:
         """Start, serve, stop."""
-        async with self.started():
-            compute = await self.load()
-            async with background(self.reload.follow(self.stop, self.notify), on_error=self.end):
-                await self.serve(compute)
+        follow = background(self.reload.follow(self.stop, self.notify), on_error=self.end)
+        async with self.started(), self.loaded() as now, follow:
+            await self.serve(now)
         log.info("service.stopped", **dataclasses.asdict(self.tally))
         return self.tally
 
@@ -214,29 +213,38 @@ class Service:
                 finally:
                     self.device.close()
 
-    async def load(self) -> Compute:
+    @contextlib.asynccontextmanager
+    async def loaded(self) -> AsyncIterator[Computing]:
+        """The model, loaded by whoever runs it."""
         began = time.monotonic()
-        log.info("model.loading", model=self.config.model.name)
-        compute = await self.device.call(lambda: self.load_compute(self.config))
-        gc.collect()
-        gc.freeze()  # the libraries' million objects stay: no collection needs to look at them again
-        info = compute.engine.info
-        self.metrics.describe(info, compute.max_batch_tokens)
-        self.board.describe(info, compute.max_batch_tokens)
-        self.health.meet(LOADING)
-        log.info(
-            "model.loaded",
-            model=info.name,
-            dtype=info.dtype,
-            device=info.device,
-            engine=info.engine,
-            max_batch_tokens=compute.max_batch_tokens,
-            saes=[sae.hook_name for sae in info.saes],
-            seconds=round(time.monotonic() - began, 1),
-        )
-        return compute
+        log.info("model.loading", model=self.config.model.name, executor=self.config.executor.kind)
+        async with computing(
+            self.config,
+            device=self.device,
+            pause=self.pause,
+            patient=not self.once,
+            events=self.metrics,
+            load=self.load_compute,
+        ) as now:
+            gc.collect()
+            gc.freeze()  # the libraries' million objects stay: no collection needs to look at them again
+            info = now.executor.info
+            self.metrics.describe(info, now.max_batch_tokens)
+            self.board.describe(info, now.max_batch_tokens)
+            self.health.meet(LOADING)
+            log.info(
+                "model.loaded",
+                model=info.name,
+                dtype=info.dtype,
+                device=info.device,
+                engine=info.engine,
+                max_batch_tokens=now.max_batch_tokens,
+                saes=[sae.hook_name for sae in info.saes],
+                seconds=round(time.monotonic() - began, 1),
+            )
+            yield now
 
-    async def serve(self, compute: Compute) -> None:
+    async def serve(self, now: Computing) -> None:
         """Run pipelines until the run stops: another for changed settings, or once lost folders are back."""
         made_for = self.config
         with self.progress:
@@ -244,10 +252,10 @@ class Service:
                 self.end_pipeline = asyncio.Event()  # before the settings are taken: a later change sets it
                 config = self.config
                 if config is not made_for:
-                    compute = await self.device.call(partial(with_settings, compute, config))
+                    now = await with_settings(now, config)
                     made_for = config
                 try:
-                    await self.run_pipeline(compute, config)
+                    await self.run_pipeline(now, config)
                     if self.once or self.stop.is_set():
                         return
                 except* FoldersLost as lost:
@@ -258,20 +266,20 @@ class Service:
                     self.progress.total = self.progress.done  # what was read is read again
                 await self.folders_back()
 
-    async def run_pipeline(self, compute: Compute, config: Config) -> None:
+    async def run_pipeline(self, now: Computing, config: Config) -> None:
         """Open inbox and outbox and run a pipeline to its end."""
-        executor = executor_of(compute, self.device)
+        info = now.executor.info
         recorder = Recorder(
-            executor.info,
+            info,
             metrics=self.metrics,
             progress=self.progress,
             tally=self.tally,
-            departures=FitComparison(executor.info).of,
+            departures=FitComparison(info).of,
             on_outcomes=self.settled,
         )
         async with open_folders(config, self.pause) as folders:
             self.metrics.recovered_files_total.labels("staging_removed").inc(folders.removed)
-            pipeline = pipeline_of(config, compute, executor, folders, pause=self.pause, observer=recorder)
+            pipeline = pipeline_of(config, now, folders, pause=self.pause, observer=recorder)
             self.current = PipelineRun(folders.inbox, pipeline, recorder)
             self.notify.ready()
             if self.stop.is_set():
@@ -304,13 +312,15 @@ class Service:
         if self.current is None:
             return snapshot
         inbox, pipeline = self.current.inbox, self.current.pipeline
-        device = pipeline.executor.info.device
+        workers = pipeline.executor.workers()
+        device = "cpu" if workers else pipeline.executor.info.device  # of this process
         return dataclasses.replace(
             snapshot,
             inbox=inbox.pending(),
             recovered=inbox.take_recovered(),
             found=inbox.take_found(),
             queued=pipeline.queued(),
+            workers=workers,
             workload=self.current.recorder.workload,
             memory_bytes=memory_bytes(device),
             pool_bytes=pool_bytes(device),

@@ -49,13 +49,25 @@ NamePattern = Annotated[str, AfterValidator(check_pattern)]
 NamePatterns = Annotated[tuple[NamePattern, ...], BeforeValidator(check_list)]
 
 
-def check_batch_tokens(value: Any) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError("expected a number of tokens above 0, or auto")
-    return number
+def number_or_auto(kind: type[int] | type[float], what: str) -> BeforeValidator:
+    """A check for "auto" or a number above 0, which a flag or a variable gives as text."""
+
+    def check(value: Any) -> Any:
+        if value == "auto":
+            return "auto"
+        number = value
+        if isinstance(value, str):
+            try:
+                number = kind(value)
+            except ValueError:
+                number = None
+        if isinstance(number, bool) or not isinstance(number, int | kind) or not 0 < number < float("inf"):
+            raise ValueError(f"expected {what} above 0, or auto")
+        return number
+
+    return BeforeValidator(check)
 
 
-BatchTokens = Annotated[int | Literal["auto"], BeforeValidator(check_batch_tokens)]
+BatchTokens = Annotated[int | Literal["auto"], number_or_auto(int, "a number of tokens")]
+Workers = Annotated[int | Literal["auto"], number_or_auto(int, "a number of workers")]
+WorkerGpus = Annotated[float | Literal["auto"], number_or_auto(float, "a number of GPUs, such as 1 or 0.5,")]

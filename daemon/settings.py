@@ -17,6 +17,7 @@ AT_START = (
     "sae",
     "analysis.positions",
     "batching.max_batch_tokens",
+    "executor",
     "inbox.path",
     "outbox.path",
     "http.enabled",

@@ -11,9 +11,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -21,7 +23,7 @@ import torch
 from daemon.analysis.column_inputs import StudySettings
 from daemon.analysis.columns import ANALYSIS_VERSION
 from daemon.batching.batcher import Batcher
-from daemon.config import Config
+from daemon.config import PRESETS, Config
 from daemon.executor.autotune import auto_batch_tokens
 from daemon.executor.device_thread import DeviceThread
 from daemon.executor.local import LocalExecutor
@@ -40,7 +42,7 @@ from daemon.model_info import ModelInfo
 from daemon.native.library import NAME, library
 from daemon.pause import Pause
 from daemon.pipeline import Limits, Pipeline
-from daemon.ports import Executor, Observer
+from daemon.ports import Observer
 from daemon.recipes import BUILT_IN_RECIPES
 from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
@@ -51,6 +53,9 @@ from daemon.source.inbox import Inbox
 from daemon.source.inputs import InputNames
 from daemon.source.limits import ReadLimits
 from daemon.source.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from daemon.executor.ray import RayExecutor, WorkerEvents
 
 log = structlog.get_logger()
 
@@ -113,15 +118,96 @@ def tokenizer_of(model: LoadedModel, config: Config, *, prepend_bos: bool) -> To
     )
 
 
-def with_settings(compute: Compute, config: Config) -> Compute:
-    """The same model and SAEs under changed settings; call it on the device thread."""
-    with lasting():
-        runner = BatchRunner(compute.engine, study_settings(config))
-    return dataclasses.replace(
-        compute,
-        runner=runner,
-        tokenizer=compute.tokenizer.limited(config.batching.max_text_tokens),
+@dataclass(frozen=True, slots=True)
+class Computing:
+    """Whoever runs batches, and what the loop has to know of the model that is run."""
+
+    executor: LocalExecutor | RayExecutor
+    tokenizer: Tokenizer
+    max_batch_tokens: int
+
+
+@contextlib.asynccontextmanager
+async def computing(
+    config: Config,
+    *,
+    device: DeviceThread,
+    pause: Pause,
+    patient: bool,
+    events: WorkerEvents,
+    load: Callable[[Config], Compute] = load_compute,
+) -> AsyncIterator[Computing]:
+    """Choose who runs batches, and have the model loaded there. An executor is wired here.
+
+    `load` is called on the device thread of this process, or of each worker. Raises ConfigError and
+    MachineError.
+    """
+    if config.executor.kind == "local":
+        compute = await device.call(lambda: load(config))
+        yield Computing(LocalExecutor(device, compute.runner), compute.tokenizer, compute.max_batch_tokens)
+        return
+    from daemon.executor.ray import RayExecutor
+    from daemon.executor.ray_cluster import Cluster
+
+    settings = config.executor
+    cluster = Cluster(
+        settings.address,
+        workers=settings.workers,
+        cpus=settings.worker_cpus,
+        gpus=settings.worker_gpus,
+        may_use_gpus=config.model.device != "cpu",
     )
+    executor = RayExecutor(
+        cluster,
+        partial(load_in_worker, load, anywhere(config), PRESETS),
+        pause=pause,
+        patient=patient,
+        stall_seconds=config.http.stall_seconds,
+        events=events,
+    )
+    async with executor.running() as ready:
+        assert isinstance(ready.tokenizer, Tokenizer)
+        yield Computing(executor, ready.tokenizer, ready.max_batch_tokens)
+
+
+async def with_settings(now: Computing, config: Config) -> Computing:
+    """The same model and SAEs under changed settings."""
+    await now.executor.restudy(study_settings(config))
+    return dataclasses.replace(now, tokenizer=now.tokenizer.limited(config.batching.max_text_tokens))
+
+
+def anywhere(config: Config) -> Config:
+    """The configuration with paths that mean the same in whatever folder a process runs."""
+    saes = tuple(
+        sae if sae.path is None else sae.model_copy(update={"path": sae.path.absolute()})
+        for sae in config.sae
+    )
+    name = config.model.name
+    model = config.model.model_copy(
+        update={"name": str(Path(name).absolute()) if Path(name).is_dir() else name}
+    )
+    return config.model_copy(update={"sae": saes, "model": model})
+
+
+def load_in_worker(
+    load: Callable[[Config], Compute], config: Config, presets: Path, measures: bool
+) -> Compute:
+    """Load the model in another process, where the bundled dictionaries may lie elsewhere than in `presets`.
+
+    Unless it `measures`, an automatic number of tokens a batch is left at 0.
+    """
+    saes = tuple(
+        sae.model_copy(update={"path": PRESETS / sae.path.relative_to(presets)})
+        if sae.path is not None and sae.path.is_relative_to(presets)
+        else sae
+        for sae in config.sae
+    )
+    config = config.model_copy(update={"sae": saes})
+    if measures or config.batching.max_batch_tokens != "auto":
+        return load(config)
+    fixed = config.batching.model_copy(update={"max_batch_tokens": 1})
+    compute = load(config.model_copy(update={"batching": fixed}))
+    return dataclasses.replace(compute, max_batch_tokens=0)
 
 
 def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
@@ -233,21 +319,16 @@ async def open_folders(config: Config, pause: Pause) -> AsyncIterator[Folders]:
         await inbox.close()
 
 
-def executor_of(compute: Compute, device: DeviceThread) -> Executor:
-    """Choose who runs batches. An executor is wired here."""
-    return LocalExecutor(device, compute.runner)
-
-
 def pipeline_of(
     config: Config,
-    compute: Compute,
-    executor: Executor,
+    now: Computing,
     folders: Folders,
     *,
     pause: Pause,
     observer: Observer,
 ) -> Pipeline:
     """A pipeline from the inbox through an executor to the outbox. A sink is wired here."""
+    executor = now.executor
     return Pipeline(
         FolderSource(
             folders.inbox,
@@ -264,9 +345,9 @@ def pipeline_of(
             settings=config.model_dump(mode="json"),
             pause=pause,
         ),
-        tokenizer=compute.tokenizer,
+        tokenizer=now.tokenizer,
         batcher=Batcher(
-            compute.max_batch_tokens,
+            now.max_batch_tokens,
             config.batching.max_batch_samples,
             shares_prefixes=executor.shares_prefixes,
         ),

@@ -60,6 +60,12 @@ class Batcher:
         self._planned.appendleft(batch)
         self.tokens += sum(sample.n_tokens for sample in batch.samples)
 
+    def halve(self, batch: Batch) -> None:
+        """Hand this batch out again as two suspect halves, before all others."""
+        middle = len(batch.entries) // 2
+        for entries in (batch.entries[middle:], batch.entries[:middle]):
+            self.put_back(Batch(batch.recipe, entries, suspect=True))
+
     def shrink(self, batch: Batch) -> None:
         """Requeue a batch that did not fit, and halve the limit below its cost."""
         cost = self._cost()

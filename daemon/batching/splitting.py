@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from daemon.batching.batcher import TrieCost
-from daemon.records import Batch, BatchResult, FeatureRows, IntArray, LayerSums, RowMessage
+from daemon.records import BatchResult, FeatureRows, IntArray, LayerSums, RowMessage, SampleBatch
 
 PIECE_TOKENS = 256  # minimum of a piece: smaller products are less efficient
 SHARED = 0.05  # largest share of a batch's tokens that splitting may compute again
 
 
-def split_batch(batch: Batch, cores: int) -> list[Batch]:
+def split_batch(batch: SampleBatch, cores: int) -> list[SampleBatch]:
     """One piece for each core, of about as much work each.
 
     The batch stays whole where there are too few tokens for that, or where pieces would share too many.
@@ -31,7 +31,7 @@ def split_batch(batch: Batch, cores: int) -> list[Batch]:
     again = int(costs.tokens(bounds).sum()) - total
     if len(bounds) != cores + 1 or again > SHARED * total:
         return [batch]
-    return [Batch(batch.recipe, batch.entries[a:b]) for a, b in itertools.pairwise(bounds)]
+    return [SampleBatch(batch.recipe, batch.samples[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def piece_count(tokens: int, cores: int) -> int:
@@ -48,7 +48,7 @@ class Costs:
     texts: int  # of a sample: encoding and analysing one takes about as long as reading a token
 
     @classmethod
-    def of(cls, batch: Batch) -> Costs:
+    def of(cls, batch: SampleBatch) -> Costs:
         cost = TrieCost()
         totals, shared = [0], []
         for sample in batch.samples:

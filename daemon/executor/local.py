@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from daemon.analysis.column_inputs import StudySettings
 from daemon.errors import OutOfMemory
 from daemon.executor.device_thread import DeviceThread, telling_out_of_memory
 from daemon.executor.runner import BatchRunner, BegunBatch
+from daemon.model.buffers import lasting
 from daemon.model_info import ModelInfo
-from daemon.records import Batch, BatchResult
+from daemon.records import Batch, BatchResult, SampleBatch, WorkerLoad
 
 OVERLAPPED_SLOTS = 3  # one batch that is read out, one that the device computes, one that waits for it
 
@@ -49,19 +51,39 @@ class LocalExecutor:
     def slots(self) -> int:
         return OVERLAPPED_SLOTS if self._overlaps else 1
 
+    async def more_slots(self, than: int) -> None:
+        """Slots are free again only as batches end, so this never returns."""
+        await asyncio.Event().wait()
+
+    def workers(self) -> tuple[WorkerLoad, ...]:
+        return ()
+
     async def run(self, batch: Batch) -> BatchResult:
         """Compute a batch.
 
         Raises OutOfMemory where the device's memory is too small for it; `shared` where it held two batches,
         after which it takes one at a time.
         """
+        return await self.compute(batch.inputs)
+
+    async def compute(self, batch: SampleBatch) -> BatchResult:
+        """`run` of samples alone."""
         if not self._overlaps:
             return await self._device.call(lambda: self._runner.run(batch))
         result: Future[BatchResult] = Future()
         await self._device.call(lambda: self._advance(batch, result))
         return await asyncio.wrap_future(result)
 
-    def _advance(self, batch: Batch, result: Future[BatchResult]) -> None:
+    async def restudy(self, settings: StudySettings) -> None:
+        """Analyse the next batches under other settings."""
+
+        def change() -> None:
+            with lasting():
+                self._runner = BatchRunner(self._runner.engine, settings)
+
+        await self._device.call(change)
+
+    def _advance(self, batch: SampleBatch, result: Future[BatchResult]) -> None:
         """Begin a batch and finish the one before it; finish this one too where no other waits.
 
         Runs on the device thread.

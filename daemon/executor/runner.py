@@ -25,14 +25,14 @@ from daemon.model.engine import Engine
 from daemon.model.extraction import Extraction, NotFinite, Started
 from daemon.model_info import ModelInfo
 from daemon.native.threads import side_by_side
-from daemon.records import Batch, BatchResult, FeatureRows, RowMessage
+from daemon.records import BatchResult, FeatureRows, RowMessage, SampleBatch
 
 
 @dataclass(frozen=True, slots=True)
 class BegunBatch:
     """A batch that the device may still read."""
 
-    batch: Batch
+    batch: SampleBatch
     started: Started
 
 
@@ -50,13 +50,13 @@ class BatchRunner:
     def info(self) -> ModelInfo:
         return self.engine.info
 
-    def run(self, batch: Batch) -> BatchResult:
+    def run(self, batch: SampleBatch) -> BatchResult:
         """Every analysis column and the sparse features of a batch; on a CPU its pieces side by side."""
         pieces = split_batch(batch, torch.get_num_threads()) if self.engine.concurrent else [batch]
         results = side_by_side(lambda piece: self._finished(self.begin(piece)), pieces)
         return detach_from_heap(concat_results(results))
 
-    def runs(self, batches: Iterable[Batch]) -> Iterator[BatchResult]:
+    def runs(self, batches: Iterable[SampleBatch]) -> Iterator[BatchResult]:
         """`run` of each batch; where batches overlap, the next one begins before one is read out."""
         if not self.can_overlap:
             yield from map(self.run, batches)
@@ -70,7 +70,7 @@ class BatchRunner:
         if before is not None:
             yield self.finish(before)
 
-    def begin(self, batch: Batch) -> BegunBatch:
+    def begin(self, batch: SampleBatch) -> BegunBatch:
         """Have the device read the texts of a batch."""
         texts = [ids for sample in batch.samples for ids in sample.token_ids]
         return BegunBatch(batch, self.engine.start(texts))
@@ -83,7 +83,7 @@ class BatchRunner:
         with begun.started.forward.followed():
             return self._analysed(begun.batch, self.engine.finish(begun.started))
 
-    def _analysed(self, batch: Batch, extraction: Extraction) -> BatchResult:
+    def _analysed(self, batch: SampleBatch, extraction: Extraction) -> BatchResult:
         samples = batch.samples
         began = time.perf_counter()
         columns = analyse(

@@ -25,13 +25,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Info, ProcessCo
 from prometheus_client.registry import Collector
 
 from daemon.observe.histogram import ArrayHistogram
-from daemon.records import AGAINST, KINDS, PAUSE_REASONS, RETRIED
+from daemon.records import AGAINST, KINDS, PAUSE_REASONS, RETRIED, WORKER_STATES
 from daemon.rejects import REJECT_REASONS
 
 if TYPE_CHECKING:
     from daemon.model_info import ModelInfo
     from daemon.observe.snapshot import Snapshot
-    from daemon.records import Batch, BatchResult, InboxLoad, Outcome, TokenizedPart
+    from daemon.records import Batch, BatchResult, InboxLoad, Outcome, TokenizedPart, WorkerLoad
 
 M = TypeVar("M", Counter, Gauge, ArrayHistogram)
 
@@ -69,6 +69,7 @@ class Label:
 STAGE = Label("stage", STAGES)
 LAYER = Label("layer", meaning="the layers of the SAEs")
 FOLDER = Label("dir", FOLDERS)
+WORKER = Label("worker", meaning="numbers from 0, one less than there are workers at most")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ class Metrics:
         self._declare_work()
         self._declare_trouble()
         self._declare_moment()
+        self._declare_workers()
         self._declare_distributions()
         self._declare_identity()
 
@@ -190,6 +192,27 @@ class Metrics:
         )
         self.sae_fvu = gauge("sae_fvu", "Fraction of variance unexplained, last file.", LAYER)
         self.sae_mean_l0 = gauge("sae_mean_l0", "Mean number of active features, last file.", LAYER)
+
+    def _declare_workers(self) -> None:
+        counter, gauge = self._counter, self._gauge
+        self.workers = gauge(
+            "workers",
+            "Workers of the executor by state; none where it computes itself.",
+            Label("state", WORKER_STATES),
+        )
+        self.worker_restarts_total = counter(
+            "worker_restarts", "Workers that were lost, or stalled, and started again.", WORKER
+        )
+        self.worker_batches_total = counter("worker_batches", "Batches that a worker computed.", WORKER)
+        self.worker_samples_total = counter("worker_samples", "Samples of these.", WORKER)
+        self.worker_busy_seconds_total = counter(
+            "worker_busy_seconds", "Seconds that the device of a worker worked.", WORKER
+        )
+        self.worker_memory_bytes = gauge(
+            "worker_memory_bytes", "The most memory that the process of a worker has had.", WORKER
+        )
+        for state in WORKER_STATES:
+            self.workers.labels(state)
 
     def _declare_distributions(self) -> None:
         histogram = partial(self._add, ArrayHistogram)
@@ -330,6 +353,7 @@ class Metrics:
         self.observe_device(snapshot.device_busy_seconds, now)
         self.recovered_files_total.labels("taken_over").inc(snapshot.recovered)
         self.rescan_found_total.inc(snapshot.found)
+        self.observe_workers(snapshot.workers)
         if load is not None:
             self.observe_load(load)
         if snapshot.queued is not None:
@@ -337,6 +361,23 @@ class Metrics:
                 self.queue_items.labels(stage).set(getattr(snapshot.queued, stage))
             self.queue_tokens.set(snapshot.queued.tokens)
             self.observe_memory(snapshot.memory_bytes, snapshot.pool_bytes)
+
+    def observe_workers(self, workers: Sequence[WorkerLoad]) -> None:
+        """Set the gauges of the workers there are."""
+        states = Counted(worker.state for worker in workers)
+        for state in WORKER_STATES:
+            self.workers.labels(state).set(states[state])
+        for worker in workers:
+            self.worker_restarts_total.labels(str(worker.number))
+            self.worker_memory_bytes.labels(str(worker.number)).set(worker.memory_bytes)
+
+    def worker_restarted(self, number: int) -> None:
+        self.worker_restarts_total.labels(str(number)).inc()
+
+    def worker_computed(self, number: int, samples: int, busy_seconds: float) -> None:
+        self.worker_batches_total.labels(str(number)).inc()
+        self.worker_samples_total.labels(str(number)).inc(samples)
+        self.worker_busy_seconds_total.labels(str(number)).inc(busy_seconds)
 
     def observe_device(self, busy_seconds: float, now: float) -> None:
         """Set the busy ratio of the last minute; `busy_seconds` only grows, `now` is monotonic."""

@@ -87,6 +87,14 @@ class Recorder:
             self._metrics.observe_retry("forward")
             self._metrics.max_batch_tokens.set(max_batch_tokens)
 
+    def workers_died(self, batch: Batch, message: str) -> None:
+        log.warning("batch.workers_died", samples=len(batch.entries), message=message)
+        if len(batch.entries) == 1:
+            self._metrics.rejects_total.labels("worker_died").inc()
+            self._progress.advance(1)
+        else:
+            self._metrics.observe_retry("forward")
+
     def settled(self, outcomes: Sequence[Outcome]) -> None:
         outcomes = tuple(map(self._compared, outcomes))
         self._metrics.observe_outcomes(outcomes, self._info.layers)

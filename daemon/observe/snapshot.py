@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from daemon.observe.workload import Workload
-from daemon.records import InboxLoad, Queued
+from daemon.records import InboxLoad, Queued, WorkerLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class Snapshot:
     recovered: int = 0  # files taken over from dead processes since the last snapshot
     found: int = 0  # files first seen by a look that nothing asked for, since the last snapshot
     queued: Queued | None = None  # None while no pipeline runs, as of the rest
+    workers: Sequence[WorkerLoad] = ()  # beside this process
     workload: Workload | None = None
     memory_bytes: Mapping[str, int] = field(default_factory=dict)  # by kind
     pool_bytes: int = 0

@@ -113,7 +113,7 @@ class LensdWorker:
         """The batches of the auto setting through the engine and the analysis, and nothing else."""
         began = time.perf_counter()
         with torch.inference_mode():
-            for _ in self._compute.runner.runs(self._planned):
+            for _ in self._compute.runner.runs(batch.inputs for batch in self._planned):
                 pass
         return time.perf_counter() - began
 

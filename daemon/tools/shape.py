@@ -201,9 +201,19 @@ def batches(samples: Sequence[Texts], recipe: Recipe, tokens: int) -> list[Batch
     return all_batches(Batcher(tokens, shares_prefixes=True), [one_part(recipe, tokenized)])
 
 
+<<<<<<< HEAD
 def run_all(results_of: Callable[[Any], Iterable[object]], items: Sequence[object]) -> None:
     """Have all results made, and keep none."""
     for _ in results_of(items):
+=======
+def each(function: Callable[[T], object], items: Sequence[T]) -> None:
+    for item in items:
+        function(item)
+
+
+def run_each(runner: BatchRunner, planned: Sequence[Batch]) -> None:
+    for _ in runner.runs(batch.inputs for batch in planned):
+>>>>>>> ab034a2 (An executor of many workers on a Ray cluster: batches go to whichever is free, those of a lost worker to another)
         pass
 
 

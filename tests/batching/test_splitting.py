@@ -17,11 +17,10 @@ from daemon.model.fused_layers import FusedDecoderLayer
 from daemon.model.trie import build_trie
 from daemon.native.rmsnorm_rope_attention import routines
 from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE
-from daemon.records import Batch, BatchResult, Entry, Part, PartExtent, Sample, TokenizedPart, TokenizedSample
+from daemon.records import BatchResult, Sample, SampleBatch, TokenizedSample
 from tests.support import tiny
 from tests.support.engines import packed, padded, random_texts
 from tests.support.families import save_family
-from tests.support.sources import unclaimed
 from tests.support.torch_threads import torch_threads
 
 SETTINGS = StudySettings(seed=0, noise_sigma=0.1, noise_draws=4, stability_top_k=10, entropy_top_k=50)
@@ -38,22 +37,19 @@ def saes(tmp_path_factory):
     return [tiny.save_sae(folder / str(n), f"blocks.{n}.hook_resid_post", seed=n) for n in (1, 2)]
 
 
-def batch_of(samples: list[tuple[tuple[int, ...], ...]], recipe=PLAIN_RECIPE) -> Batch:
+def batch_of(samples: list[tuple[tuple[int, ...], ...]], recipe=PLAIN_RECIPE) -> SampleBatch:
     """A batch of samples given as the token ids of their texts."""
     plain = [Sample(i, str(i), None, None, None, ("",) * len(ids), None, 0) for i, ids in enumerate(samples)]
-    part = TokenizedPart(
-        Part(unclaimed("f"), PartExtent(0, 0, len(samples), 0), False, recipe, tuple(plain), ()),
-        tuple(TokenizedSample(sample, ids) for sample, ids in zip(plain, samples, strict=True)),
-    )
-    return Batch(recipe, tuple(Entry(part, row) for row in range(len(samples))))
+    tokenized = (TokenizedSample(sample, ids) for sample, ids in zip(plain, samples, strict=True))
+    return SampleBatch(recipe, tuple(tokenized))
 
 
-def tokens_of(batch: Batch) -> int:
+def tokens_of(batch: SampleBatch) -> int:
     return len(build_trie([ids for sample in batch.samples for ids in sample.token_ids]))
 
 
-def rows(batch: Batch) -> list[int]:
-    return [entry.row for entry in batch.entries]
+def rows(batch: SampleBatch) -> list[int]:
+    return [sample.sample.record_index for sample in batch.samples]
 
 
 @given(
@@ -79,7 +75,7 @@ def test_pieces_are_the_batch_in_its_order_and_compute_hardly_more(lengths, shar
 def test_pieces_of_like_samples_are_equal():
     batch = batch_of([(tuple(range(n * 100, n * 100 + 64)),) for n in range(64)])
     pieces = split_batch(batch, 4)
-    assert [len(piece.entries) for piece in pieces] == [16, 16, 16, 16]
+    assert [len(piece.samples) for piece in pieces] == [16, 16, 16, 16]
 
 
 def test_a_prompt_that_all_samples_share_keeps_a_batch_whole():
@@ -93,7 +89,7 @@ def test_pieces_may_compute_a_twentieth_once_more_and_no_token_over(prompt, samp
     shared = tuple(range(prompt))
     batch = batch_of([((*shared, *range(1000, 1525 - prompt)),), ((*shared, *range(2000, 2475)),)])
     assert tokens_of(batch) == 1000
-    assert [len(piece.entries) for piece in split_batch(batch, 2)] == samples
+    assert [len(piece.samples) for piece in split_batch(batch, 2)] == samples
 
 
 @pytest.mark.parametrize(
@@ -104,7 +100,7 @@ def test_a_batch_is_split_where_there_is_enough_for_every_core(tokens, cores, ex
     assert piece_count(tokens, cores) == expected
 
 
-def contrast_batch(n: int) -> Batch:
+def contrast_batch(n: int) -> SampleBatch:
     texts = random_texts([5 + i % 9 for i in range(n)])
     return batch_of(
         [(tuple(ids), (*ids, 1, 2), (*ids, 3, 4 + i)) for i, ids in enumerate(texts)], CONTRAST_RECIPE

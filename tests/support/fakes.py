@@ -36,6 +36,7 @@ from daemon.records import (
     Stored,
     TokenizedPart,
     TokenizedSample,
+    WorkerLoad,
 )
 
 Event = tuple[str, ...]
@@ -166,12 +167,16 @@ class FakeTokenizer:
 
 
 def result_of(batch: Batch) -> BatchResult:
+    return result_of_samples(batch.samples)
+
+
+def result_of_samples(samples: Sequence[TokenizedSample]) -> BatchResult:
     """One number for each sample, its record's index, and no features."""
-    n = len(batch.entries)
+    n = len(samples)
     none = np.zeros(0, dtype=np.int64)
     ones = np.ones(n)
     return BatchResult(
-        columns={"record": np.array([entry.sample.sample.record_index for entry in batch.entries])},
+        columns={"record": np.array([sample.sample.record_index for sample in samples])},
         features=FeatureRows(
             none, none, none, none, none, np.zeros(1, dtype=np.int64), none.astype(np.uint32), ones[:0]
         ),
@@ -197,6 +202,19 @@ class FakeExecutor:
         self._errors: Iterator[Exception] = iter(errors)
         self._hold = hold
         self._running: dict[int, asyncio.Future[None]] = {}
+        self._grown = asyncio.Event()
+
+    def grow(self, slots: int) -> None:
+        self.slots = slots
+        self._grown.set()
+
+    async def more_slots(self, than: int) -> None:
+        while self.slots <= than:
+            await self._grown.wait()
+            self._grown.clear()
+
+    def workers(self) -> tuple[WorkerLoad, ...]:
+        return ()
 
     @property
     def running(self) -> int:
@@ -319,6 +337,7 @@ class FakeObserver:
     outcomes: list[Outcome] = field(default_factory=list)
     batches: int = 0
     parts: int = 0
+    deaths: list[int] = field(default_factory=list)  # samples of batches of which workers died
     limits: list[int | None] = field(default_factory=list)  # told with batches that were too large
 
     def taken_up(self, file: InputFile) -> None:
@@ -335,6 +354,9 @@ class FakeObserver:
 
     def out_of_memory(self, batch: Batch, message: str, max_batch_tokens: int | None) -> None:
         self.limits.append(max_batch_tokens)
+
+    def workers_died(self, batch: Batch, message: str) -> None:
+        self.deaths.append(len(batch.entries))
 
     def settled(self, outcomes: Sequence[Outcome]) -> None:
         self.outcomes += outcomes

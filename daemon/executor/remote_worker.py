@@ -1,0 +1,111 @@
+"""One worker, as the executor sees it: a place in a cluster, and the process that is in it at the moment.
+
+Knows no other worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from typing import Any
+
+import ray
+
+from daemon.executor.ray_cluster import first_line
+from daemon.executor.worker import Computed, Ready
+from daemon.records import SampleBatch, WorkerLoad
+
+
+class Gone(Exception):
+    """A worker was lost with the batches that it had. `alone`: it had this one and nothing else."""
+
+    def __init__(self, message: str, *, alone: bool) -> None:
+        super().__init__(message)
+        self.alone = alone
+
+
+class RemoteWorker:
+    """One worker: a place in the cluster, and the process that is in it at the moment."""
+
+    def __init__(self, number: int) -> None:
+        self.load = WorkerLoad(number, "starting", "")
+        self.ready: Ready | None = None  # while it takes batches
+        self.reserved = False  # for a suspect batch
+        self.in_flight = 0
+        self.mixed = False  # it had another batch beside one that it still has
+        self.gone = asyncio.Event()  # set while there is no process
+        self.why_gone = ""
+        self.busy_before = 0.0  # its device's seconds, as of the last batch
+        self.last_progress = 0.0  # monotonic seconds: when it ended a batch, or was given one while idle
+        self.actor: Any = None  # Ray's handle of the process
+
+    @property
+    def slots(self) -> int:
+        return self.ready.slots if self.ready is not None and not self.reserved else 0
+
+    def idle_or_gone(self) -> bool | None:
+        """True once it has no batch, or no process; None before."""
+        return not self.in_flight or self.ready is None or None
+
+    def note(self, **changes: Any) -> None:
+        self.load = dataclasses.replace(self.load, **changes)
+
+    def begin(self, actor: Any) -> None:
+        """Another process is in its place from now on."""
+        self.actor = actor
+        self.gone = asyncio.Event()
+        self.note(state="starting", node="")
+
+    def lose(self, why: str) -> None:
+        """Take the process for gone, and with it all that it was asked."""
+        self.ready = None
+        if not self.gone.is_set():
+            self.why_gone = why
+            self.gone.set()
+
+    async def call(self, method: str, *args: object) -> Any:
+        """Call a method of the process. Raises what it raises, and Gone where the process is lost."""
+        actor, gone = self.actor, self.gone
+        lost = asyncio.ensure_future(gone.wait())
+        answer: asyncio.Future[Any] | None = None
+        try:
+            if gone.is_set():
+                raise Gone(self.why_gone, alone=False)
+            answer = asyncio.wrap_future(getattr(actor, method).remote(*args).future())
+            await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise Gone(self.why_gone, alone=not self.mixed)
+            return answer.result()
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            if actor is self.actor:
+                self.lose(reason(error))
+            raise Gone(reason(error), alone=not self.mixed) from None
+        finally:
+            lost.cancel()
+            if answer is not None:
+                answer.cancel()
+
+    async def run(self, batch: SampleBatch) -> Computed:
+        """Compute a batch. Raises OutOfMemory, and Gone."""
+        if not self.in_flight:
+            self.last_progress = time.monotonic()
+        self.mixed = self.in_flight > 0
+        self.in_flight += 1
+        try:
+            computed: Computed = await self.call("run", batch)
+        finally:
+            self.in_flight -= 1
+        self.last_progress = time.monotonic()
+        return computed
+
+
+def reason(error: ray.exceptions.RayError) -> str:
+    """Why a worker is lost, in one line."""
+    for line in str(error).splitlines():
+        said = line.strip()
+        if said.startswith(("The actor is dead because", "Worker exit detail", "The actor died because of")):
+            return said
+    return first_line(error)
