@@ -146,6 +146,7 @@ async def computing(
         compute = await device.call(lambda: load(config))
         yield Computing(LocalExecutor(device, compute.runner), compute.tokenizer, compute.max_batch_tokens)
         return
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # read once: Ray writes no lines among ours
     from daemon.executor.ray import RayExecutor
     from daemon.executor.ray_cluster import Cluster
 

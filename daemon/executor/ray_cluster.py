@@ -72,7 +72,7 @@ class Cluster:
     def connect(self) -> None:
         """Connect, after `disconnect` where there was a connection. Raises MachineError."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports nothing to anybody
-        logging.getLogger("ray").setLevel(logging.ERROR)  # its hints are for those who write Ray programs
+        logging.getLogger("ray").setLevel(logging.CRITICAL)  # its hints are for those who write Ray programs
         quiet = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
         try:
             if self.is_own:
