@@ -186,8 +186,11 @@ class Service:
 
     async def run(self) -> Tally:
         """Start, serve, stop."""
-        follow = background(self.reload.follow(self.stop, self.notify), on_error=self.end)
-        async with self.started(), self.loaded() as now, follow:
+        async with (
+            self.started(),
+            self.loaded() as now,
+            background(self.reload.follow(self.stop, self.notify), on_error=self.end),
+        ):
             await self.serve(now)
         log.info("service.stopped", **dataclasses.asdict(self.tally))
         return self.tally

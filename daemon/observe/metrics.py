@@ -194,7 +194,7 @@ class Metrics:
         self.sae_mean_l0 = gauge("sae_mean_l0", "Mean number of active features, last file.", LAYER)
 
     def _declare_workers(self) -> None:
-        counter, gauge = self._counter, self._gauge
+        counter, gauge = partial(self._add, Counter), partial(self._add, Gauge)
         self.workers = gauge(
             "workers",
             "Workers of the executor by state; none where it computes itself.",

@@ -201,19 +201,9 @@ def batches(samples: Sequence[Texts], recipe: Recipe, tokens: int) -> list[Batch
     return all_batches(Batcher(tokens, shares_prefixes=True), [one_part(recipe, tokenized)])
 
 
-<<<<<<< HEAD
 def run_all(results_of: Callable[[Any], Iterable[object]], items: Sequence[object]) -> None:
     """Have all results made, and keep none."""
     for _ in results_of(items):
-=======
-def each(function: Callable[[T], object], items: Sequence[T]) -> None:
-    for item in items:
-        function(item)
-
-
-def run_each(runner: BatchRunner, planned: Sequence[Batch]) -> None:
-    for _ in runner.runs(batch.inputs for batch in planned):
->>>>>>> ab034a2 (An executor of many workers on a Ray cluster: batches go to whichever is free, those of a lost worker to another)
         pass
 
 
@@ -285,7 +275,7 @@ def measure_batches(
     flops_of_forward = 2 * sum(work.multiply_adds(one, 0) for one in packed)
     samples, unique = sum(len(batch.entries) for batch in planned), sum(map(len, packed))
     extraction = best_seconds(partial(run_all, partial(map, engine.start), texts), device, TRIES)
-    whole_run = partial(run_all, runner.runs, planned)
+    whole_run = partial(run_all, runner.runs, [batch.inputs for batch in planned])
     whole = best_seconds(whole_run, device, TRIES)
     l0 = float(engine.extract(texts[0]).layers[0].acts.counts.double().mean())
     waits, kernels = waiting_share(whole_run) if on_cuda(device) else (None, "")

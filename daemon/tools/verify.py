@@ -225,14 +225,8 @@ def run_batched(
     }
     active: list[dict[tuple[int, int], frozenset[int]]] = [{} for _ in samples]
     not_finite: set[int] = set()
-<<<<<<< HEAD
     for batch in all_batches(batcher, [one_part(recipe, samples)]):
-        result = compute.runner.run(batch)
-=======
-    while batcher:
-        batch = batcher.take()
         result = compute.runner.run(batch.inputs)
->>>>>>> ab034a2 (An executor of many workers on a Ray cluster: batches go to whichever is free, those of a lost worker to another)
         rows = [entry.row for entry in batch.entries]
         not_finite |= {rows[row] for row, _ in result.not_finite}
         for name, values in result.columns.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import signal
@@ -72,10 +73,16 @@ class Torture:
         self.wrong += violations(self._feed.inbox, self._outbox, self._feed.dropped)
         counts = recount(self._outbox, self._feed.dropped)
         killed = " ".join(f"{name} {count}" for name, count in Counter(victims).items())
-        rejected = sum(len(path.read_bytes().splitlines()) for path in self._outbox.glob("*/rejects.jsonl"))
+        rejects = [
+            json.loads(line)
+            for path in self._outbox.glob("*/rejects.jsonl")
+            for line in path.read_bytes().splitlines()
+        ]
+        if any(reject["reason"] == "worker_died" for reject in rejects):
+            self.wrong.append("a sample was set aside, though workers died of kills alone")
         return (
             f"kills: {killed}  restarts of workers {len(events(self._log, 'worker.restarting'))}"
-            f"  files {len(self._feed.dropped)}  records {counts.records}  rejects {rejected}"
+            f"  files {len(self._feed.dropped)}  records {counts.records}  rejects {len(rejects)}"
             f"  lost {counts.lost}  duplicated {counts.duplicated}"
             f"  seconds {time.monotonic() - began:.0f}  violations {len(self.wrong)}"
         )
