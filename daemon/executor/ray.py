@@ -32,7 +32,7 @@ LOOK_SECONDS = 1.0  # between two looks at workers and cluster
 FAILURES = 3  # to start a worker, in a row and without any worker, after which a drain gives up
 RETRY_SECONDS = 1.0  # before another start after a failure, twice as long after each
 MAX_RETRY_SECONDS = 60.0
-PLACE_SECONDS = 15.0  # without a place for any worker, after which this is told
+START_SECONDS = 60.0  # without any worker's process, after which this is told
 
 T = TypeVar("T")
 
@@ -77,6 +77,7 @@ class RayExecutor:
         self._wanted = 0
         self._first: Ready | None = None
         self._failure: BaseException | None = None  # that ends the run
+        self._held: str | None = None  # the last message of why nothing is computed
         self._failures = 0  # in a row, without any worker
         self._connecting = asyncio.Lock()
         self._changed = asyncio.Event()  # replaced at each change
@@ -316,6 +317,7 @@ class RayExecutor:
         worker.note(state="ready")
         if self._first is None and ready.max_batch_tokens:
             self._first = ready
+        self._held = None
         self._pause.hold(WORKERS, None)
         log.info("worker.ready", worker=worker.load.number, node=place.node)
         self._tell()
@@ -328,14 +330,17 @@ class RayExecutor:
 
     def _hold(self, message: str) -> None:
         """Tell why nothing is computed; a daemon takes up no files meanwhile."""
-        if not self.slots:
+        if self.slots:
+            return
+        if message != self._held:
             log.warning("workers.missing", message=message)
-            if self._patient:
-                self._pause.hold(WORKERS, message)
+        self._held = message
+        if self._patient:
+            self._pause.hold(WORKERS, message)
 
     async def _watch(self) -> None:
         """Replace workers that stall, keep as many as are wanted, and see whether the cluster is there."""
-        unplaced = 0.0
+        waited = 0.0
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             now = time.monotonic()
@@ -350,10 +355,10 @@ class RayExecutor:
                 await self._connect()
                 continue
             await self._want()
-            placed = any(worker.load.node for worker in self._workers.values())
-            unplaced = 0.0 if placed else unplaced + LOOK_SECONDS
-            if unplaced >= PLACE_SECONDS:
-                await self._tell_no_place()
+            started = any(worker.load.node for worker in self._workers.values())
+            waited = 0.0 if started else waited + LOOK_SECONDS
+            if waited >= START_SECONDS:
+                await self._tell_none_starts()
 
     def _retire(self, worker: RemoteWorker) -> None:
         """Let a worker that is wanted no more end its batches; then end it."""
@@ -362,10 +367,12 @@ class RayExecutor:
         if not worker.in_flight:
             self._drop(worker, "it is wanted no more")
 
-    async def _tell_no_place(self) -> None:
+    async def _tell_none_starts(self) -> None:
+        """Tell why Ray may have started no worker: there is no room for one, or others have it."""
         needs = await asyncio.to_thread(self._cluster.needs)
         if await asyncio.to_thread(self._cluster.room):
-            self._hold(f"{self._cluster} has no place free for a worker, which takes {needs}")
+            others = "see by `ray status` who has its resources"
+            self._hold(f"{self._cluster} has started no worker yet, which takes {needs}: {others}")
             return
         message = (
             f"{self._cluster} has no node for a worker, which takes {needs}:"

@@ -317,7 +317,7 @@ async def test_a_worker_with_another_model_is_not_used():
 
 
 async def test_a_cluster_without_room_ends_a_drain(monkeypatch):
-    monkeypatch.setattr(ray_module, "PLACE_SECONDS", 0.001)
+    monkeypatch.setattr(ray_module, "START_SECONDS", 0.001)
     cluster = FakeCluster(1)
     cluster.rooms = 0
     cluster.worker = lambda: _unplaced(cluster)  # type: ignore[method-assign]

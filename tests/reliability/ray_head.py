@@ -34,17 +34,8 @@ class RayHead:
 
     def start(self) -> None:
         """Returns once it takes connections."""
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-        command += ["--node-ip-address=127.0.0.1", f"--port={self.port}", f"--num-cpus={self.cpus}"]
-        command += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=200000000"]
-        command.append(f"--temp-dir={self._temporary()}")
-        self._process = subprocess.Popen(
-            command,
-            env=os.environ | self.environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        head = ["--head", f"--port={self.port}", "--include-dashboard=false", f"--temp-dir={temporary()}"]
+        self._process = self._node(self.cpus, *head)
         while not listens(self.port):
             if self._process.poll() is not None:
                 raise RuntimeError(f"ray start ended with {self._process.returncode}")
@@ -55,32 +46,58 @@ class RayHead:
         """A short path: Ray puts sockets there, whose names may have 107 characters."""
         return tempfile.mkdtemp(prefix="r", dir="/tmp")
 
+    def add_node(self, cpus: int) -> subprocess.Popen[bytes]:
+        """Have one more node join, which also runs on this machine."""
+        return self._node(cpus, f"--address={self.address}")
+
+    def remove_node(self, node: subprocess.Popen[bytes]) -> None:
+        kill_family(node)
+
+    def _node(self, cpus: int, *more: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}"]
+        command += ["--node-ip-address=127.0.0.1", "--disable-usage-stats", "--object-store-memory=200000000"]
+        return subprocess.Popen(
+            [*command, *more],
+            env=os.environ | self.environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
     def workers(self) -> list[int]:
-        """The process ids of the workers there are."""
-        return [pid for pid, name in self._family() if name.startswith(WORKER)]
+        """The process ids of the workers on the head."""
+        return (
+            [pid for pid, name in family(self._process) if name.startswith(WORKER)] if self._process else []
+        )
 
     def kill(self) -> None:
-        """SIGKILL to every process of the cluster, and to every worker."""
-        for pid, _ in self._family():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """SIGKILL to every process of the head, and to every worker on it."""
         if self._process is not None:
-            self._process.wait()
+            kill_family(self._process)
             self._process = None
 
-    def _family(self) -> list[tuple[int, str]]:
-        """The head's process and all that descend from it, with their command lines."""
-        if self._process is None:
-            return []
-        found, parents = [], {self._process.pid}
-        processes = list(all_processes())
-        grown = True
-        while grown:
-            more = {pid for pid, parent, _ in processes if parent in parents} - parents
-            parents |= more
-            grown = bool(more)
-        found = [(pid, name) for pid, _, name in processes if pid in parents]
-        return found or [(self._process.pid, "")]
+
+def kill_family(process: subprocess.Popen[bytes]) -> None:
+    for pid, _ in family(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def family(process: subprocess.Popen[bytes]) -> list[tuple[int, str]]:
+    """A process and all that descend from it, with their command lines."""
+    processes = list(all_processes())
+    members, grown = {process.pid}, True
+    while grown:
+        more = {pid for pid, parent, _ in processes if parent in members} - members
+        members |= more
+        grown = bool(more)
+    return [(pid, name) for pid, _, name in processes if pid in members]
+
+
+def temporary() -> str:
+    """A short path: Ray puts sockets there, whose names may have 107 characters."""
+    return tempfile.mkdtemp(prefix="r", dir="/tmp")
 
 
 def all_processes() -> Iterator[tuple[int, int, str]]:
