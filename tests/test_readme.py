@@ -136,7 +136,7 @@ def test_the_configuration_shown_is_valid_and_shows_the_defaults():
     (text,) = blocks("toml")
     shown = Config.model_validate(tomllib.loads(text))
     default = load_config(None, {})
-    for section in ("model", "analysis", "batching", "inbox", "outbox", "http", "log"):
+    for section in ("model", "analysis", "batching", "executor", "inbox", "outbox", "http", "log"):
         assert getattr(shown, section) == getattr(default, section), section
     assert shown.recipe is not None
     assert shown.recipe.text_names == ("ask", "right", "wrong")
