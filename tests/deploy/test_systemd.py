@@ -121,7 +121,7 @@ def test_the_table_of_events_in_the_documentation_is_that_of_the_code():
         for name, level in zip(*spread(re.findall(r"`(\S+?)`", names), levels), strict=True)
     }
     code = "".join(path.read_text(encoding="utf-8") for path in (UNITS.parents[1] / "daemon").rglob("*.py"))
-    logged = re.findall(r"\blogs?\.(info|warning|error|exception)(?:_each)?\(\s*\"([a-z_.]+)\"", code)
+    logged = re.findall(r"\blogs?\.(debug|info|warning|error|exception)(?:_each)?\(\s*\"([a-z_.]+)\"", code)
     assert said == {name: level.replace("exception", "error") for level, name in logged}
 
 
