@@ -24,7 +24,7 @@ help:
 	@echo "make bench   speed and memory beside what people run instead: deploy/bench/"
 	@echo "make sweep   every family, hook point and dictionary class against plain modules and SAELens"
 	@echo "make format  rewrite the code in the house format"
-	@echo "make torture several small-files fuzz crash-points soak flat-memory"
+	@echo "make torture several workers small-files fuzz crash-points soak flat-memory"
 	@echo "             the reliability tools; KILLS=200 FILES=10000 RECORDS=1000000 MINUTES=30 SEED=0"
 	@echo "make clean   remove the environments and caches"
 
@@ -94,13 +94,16 @@ RECORDS ?= 1000000
 FILES ?= 10000
 SEED ?= 0
 
-.PHONY: torture several small-files fuzz crash-points soak flat-memory
+.PHONY: torture several workers small-files fuzz crash-points soak flat-memory
 
 torture: $(READY)
 	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.torture --kills $(KILLS) --seed $(SEED)
 
 several: $(READY)
 	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.several --seed $(SEED)
+
+workers: $(READY)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.workers --seed $(SEED)
 
 small-files: $(READY)
 	@OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability.small_files --files $(FILES)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -235,6 +237,7 @@ class RayExecutor:
             while True:
                 try:
                     await asyncio.to_thread(self._cluster.connect)
+                    take_signals_back()
                     break
                 except MachineError as error:
                     tries += 1
@@ -278,6 +281,7 @@ class RayExecutor:
                 self._hold(f"no worker of {self._cluster} could be started: {why}")
             self._drop(worker, why)
             if number >= self._wanted:
+                log.info("worker.left", worker=number, node=worker.load.node, reason=why)
                 break
             log.warning("worker.restarting", worker=number, node=worker.load.node, reason=why)
             worker.note(restarts=worker.load.restarts + 1)
@@ -289,12 +293,11 @@ class RayExecutor:
 
     def _gives_up(self, error: LensdError | Gone) -> bool:
         """Whether a worker that could not be started ends the run."""
-        if self.slots or (self._patient and not isinstance(error, ConfigError)):
+        if isinstance(error, ConfigError) and self._first is None:
+            self._fail(error)
+            return True
+        if self._patient or (self._first is not None and self.slots):
             return False
-        if isinstance(error, ConfigError):
-            if self._first is None:
-                self._fail(error)
-            return self._first is None
         if self._failures >= FAILURES:
             self._fail(MachineError(f"no worker of {self._cluster} could be started: {error}"))
         return self._failures >= FAILURES
@@ -382,6 +385,13 @@ class RayExecutor:
             self._hold(message)
         else:
             self._fail(MachineError(message))
+
+
+def take_signals_back() -> None:
+    """Have Python's handlers called again: Ray puts its own in their place when it connects."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.getsignal(number))
 
 
 def deaths_of(batch: Batch) -> int:

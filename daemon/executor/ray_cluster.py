@@ -23,6 +23,7 @@ except ImportError:
 
 ANSWER_SECONDS = 5.0  # that a cluster has to accept a connection
 CLIENT = "ray://"
+MESSAGE_LENGTH = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +82,14 @@ class Cluster:
                 self._check_answers()
                 ray.init(address=self._address, log_to_driver=False, configure_logging=False)
         except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise MachineError(f"{self}: {first_line(error)}") from None
+            raise MachineError(f"{self}: {one_line(error)}") from None
 
     def _start(self, quiet: dict[str, Any]) -> None:
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # Ray asks for a token: one that nobody else knows
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         asked = self._cpus * (1 if self._workers == "auto" else self._workers)
-        ray.init(address="local", num_cpus=max(cores, asked), _node_ip_address="127.0.0.1", **quiet)
+        ray.init(address="local", num_cpus=max(cores, asked), **quiet)
 
     def _check_answers(self) -> None:
         """Raises MachineError where nobody listens, for which Ray itself would wait long."""
@@ -166,7 +167,7 @@ def live_nodes() -> list[dict[str, Any]]:
     return [node for node in nodes if node["Alive"]]
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of a message that says something."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+def one_line(error: BaseException) -> str:
+    """A message of several lines as one, cut short."""
+    words = " ".join(str(error).split())
+    return f"{words[:MESSAGE_LENGTH]}..." if len(words) > MESSAGE_LENGTH else words or type(error).__name__

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from daemon.executor.ray_cluster import first_line
+from daemon.executor.ray_cluster import one_line
 from daemon.executor.worker import Computed, Ready
 from daemon.records import SampleBatch, WorkerLoad
 
@@ -108,4 +108,4 @@ def reason(error: ray.exceptions.RayError) -> str:
         said = line.strip()
         if said.startswith(("The actor is dead because", "Worker exit detail", "The actor died because of")):
             return said
-    return first_line(error)
+    return one_line(error)

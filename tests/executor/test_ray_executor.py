@@ -350,3 +350,21 @@ async def test_nothing_is_left_running_at_the_end():
         await until(lambda: executor.slots == 6)
     assert cluster.living == []
     assert not cluster.is_alive
+
+
+async def test_a_model_that_the_first_worker_cannot_have_ends_the_start_though_another_has_one():
+    cluster = FakeCluster(2)
+    cluster.ready = dataclasses.replace(cluster.ready, max_batch_tokens=0)  # the one that measures is not yet
+    workers = Workers(cluster)
+    starting = asyncio.create_task(_start(workers))
+    await until(lambda: workers.executor.slots == 4)
+    cluster.errors["load"] = ConfigError("its file is gone")
+    cluster.actors[0].die()
+    workers.executor._workers[0].lose("it died")
+    with pytest.raises(ConfigError, match="its file is gone"):
+        await starting
+
+
+async def _start(workers: Workers) -> None:
+    async with workers.running():
+        pytest.fail("nobody measured how many tokens a batch should have")
