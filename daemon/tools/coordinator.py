@@ -26,6 +26,7 @@ from daemon.analysis.columns import analysis_columns
 from daemon.config import Config, load_config
 from daemon.model_info import ModelInfo, SaeInfo
 from daemon.records import BatchResult, FeatureRows, LayerSums, Positions, SampleBatch
+from daemon.tools.samples import numbered
 
 if TYPE_CHECKING:
     from daemon.wiring import Compute
@@ -180,15 +181,10 @@ def drain(shape: str, positions: Positions, kind: Kind, file: Path, samples: int
     """Drain a file of so many samples, made of those of `file`, in this process."""
     from daemon.service import serve
 
-    records = json.loads(file.read_text()) if file.suffix == ".json" else list(map(json.loads, file.open()))
     with tempfile.TemporaryDirectory(prefix="lensd-coordinator-") as folder:
         inbox = Path(folder, "inbox")
         inbox.mkdir()
-        with (inbox / "all.jsonl").open("w") as target:
-            for number, record in zip(range(samples), itertools.cycle(records), strict=False):
-                text = "prompt" if "prompt" in record else "text"
-                numbered = record | {"id": f"r{number}", text: f"{number}. {record[text]}"}
-                target.write(json.dumps(numbered) + "\n")
+        (inbox / "all.jsonl").write_text("".join(numbered(file, samples)))
         flags = {
             "inbox.path": str(inbox),
             "inbox.settle_seconds": 0,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -85,3 +87,12 @@ def private_inbox(config: Config, files: Sequence[Path], outbox: Path) -> Iterat
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def numbered(file: Path, samples: int) -> Iterator[str]:
+    """Lines of so many records, each unlike every other, taken from the file's over and over."""
+    text = file.read_text()
+    records = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, text.splitlines()))
+    for number, record in zip(range(samples), itertools.cycle(records), strict=False):
+        first = "prompt" if "prompt" in record else "text"
+        yield json.dumps(record | {"id": f"r{number}", first: f"{number}. {record[first]}"}) + "\n"
