@@ -271,8 +271,7 @@ class RayExecutor:
                 await self._connect()
                 await self._start(worker)
                 self._failures, delay = 0, RETRY_SECONDS
-                await worker.gone.wait()
-                why = worker.why_gone
+                why = await worker.end()
             except (ConfigError, MachineError, Gone) as error:
                 why = str(error)
                 self._failures += 1
@@ -304,7 +303,7 @@ class RayExecutor:
 
     async def _start(self, worker: RemoteWorker) -> None:
         """Have a worker load its model. Raises Gone, ConfigError, and MachineError where it does not fit."""
-        worker.begin(await asyncio.to_thread(self._cluster.worker))
+        worker.begin(self._cluster.worker())
         place: Place = await worker.call("place")
         worker.note(node=place.node)
         if place.build != Build.here():
@@ -372,7 +371,7 @@ class RayExecutor:
 
     async def _tell_none_starts(self) -> None:
         """Tell why Ray may have started no worker: there is no room for one, or others have it."""
-        needs = await asyncio.to_thread(self._cluster.needs)
+        needs = self._cluster.needs
         if await asyncio.to_thread(self._cluster.room):
             others = "see by `ray status` who has its resources"
             self._hold(f"{self._cluster} has started no worker yet, which takes {needs}: {others}")

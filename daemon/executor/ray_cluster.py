@@ -56,6 +56,10 @@ class Cluster:
         self._cpus = cpus
         self._gpus = gpus
         self._may_use_gpus = may_use_gpus
+        self._needs = Needs(cpus, 0.0)  # of a worker; known once there is a connection
+        host, _, port = self._address.rpartition(":")
+        if self._address and not (host and port.isdigit()):
+            raise ConfigError(f"executor.address = {self._address}: expected HOST:PORT, e.g. 10.0.0.1:6379")
         if self._address.startswith(CLIENT):
             raise ConfigError(
                 f"executor.address = {self._address}: addresses of Ray Client are not supported:"
@@ -81,6 +85,7 @@ class Cluster:
             else:
                 self._check_answers()
                 ray.init(address=self._address, log_to_driver=False, configure_logging=False)
+            self._needs = self._find_needs()
         except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise MachineError(f"{self}: {one_line(error)}") from None
 
@@ -94,13 +99,11 @@ class Cluster:
     def _check_answers(self) -> None:
         """Raises MachineError where nobody listens, for which Ray itself would wait long."""
         host, _, port = self._address.rpartition(":")
-        if not host or not port.isdigit():
-            raise MachineError("expected HOST:PORT, e.g. 10.0.0.1:6379")
         try:
             socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
         except OSError as error:
             raise MachineError(
-                f"no answer ({error.strerror or error}): start it with `ray start --head`, or leave"
+                f"{self}: no answer ({error.strerror or error}): start it with `ray start --head`, or leave"
                 " executor.address out for a cluster on this machine"
             ) from None
 
@@ -123,8 +126,13 @@ class Cluster:
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError):
             return False
 
+    @property
     def needs(self) -> Needs:
-        """What a worker takes here: a GPU where the cluster has some and they may be used."""
+        """The resources that a worker takes here."""
+        return self._needs
+
+    def _find_needs(self) -> Needs:
+        """A GPU for each worker where the cluster has some and they may be used."""
         if self._gpus != "auto":
             return Needs(self._cpus, self._gpus)
         has_some = any(node["Resources"].get("GPU", 0) >= 1 for node in live_nodes())
@@ -136,7 +144,7 @@ class Cluster:
 
     def room(self) -> int:
         """How many workers all nodes that are alive have room for, whatever else they run."""
-        needs = self.needs()
+        needs = self._needs
         room = 0
         for node in live_nodes():
             has = node["Resources"]
@@ -147,8 +155,8 @@ class Cluster:
         return room
 
     def worker(self) -> Any:
-        """Have Ray start a worker as soon as it has a place for it; the actor's handle."""
-        needs = self.needs()
+        """Have Ray start a worker as soon as it has a place for it; the actor's handle. Does not block."""
+        needs = self._needs
         return (
             ray.remote(Worker)
             .options(num_cpus=needs.cpus, num_gpus=needs.gpus, max_restarts=0, max_task_retries=0)

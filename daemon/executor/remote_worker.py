@@ -6,6 +6,7 @@ Knows no other worker.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -87,6 +88,12 @@ class RemoteWorker:
             lost.cancel()
             if answer is not None:
                 answer.cancel()
+
+    async def end(self) -> str:
+        """Wait until the process is gone, also an idle one; returns why."""
+        with contextlib.suppress(Gone):
+            await self.call("live")
+        return self.why_gone
 
     async def run(self, batch: SampleBatch) -> Computed:
         """Compute a batch. Raises OutOfMemory, and Gone."""

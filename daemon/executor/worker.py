@@ -5,6 +5,7 @@ Knows no cluster and no files. Its methods are called from another process; what
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import resource
 from collections.abc import Callable
@@ -115,6 +116,10 @@ class Worker:
         assert self._executor is not None, "load comes first"
         result = await self._executor.compute(batch)
         return Computed(result, self._device.busy_seconds, peak_memory_bytes())
+
+    async def live(self) -> None:
+        """Never return: whoever waits for this hears at once that the process is gone."""
+        await asyncio.Event().wait()
 
     async def restudy(self, settings: StudySettings) -> None:
         """Analyse the next batches under other settings."""

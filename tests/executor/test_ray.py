@@ -180,7 +180,7 @@ def test_a_killed_worker_is_replaced(head, tiny_toml, tmp_path):
     ("address", "code", "said"),
     [
         ("127.0.0.1:{port}", 3, "lensd: the Ray cluster at 127.0.0.1:{port}: no answer"),
-        ("nowhere", 3, "lensd: the Ray cluster at nowhere: expected HOST:PORT"),
+        ("nowhere", 2, "lensd: executor.address = nowhere: expected HOST:PORT"),
         (
             "ray://127.0.0.1:10001",
             2,

@@ -205,6 +205,15 @@ async def test_a_worker_that_ends_no_batch_is_replaced():
     assert workers.events.restarts == [0]
 
 
+async def test_an_idle_worker_that_is_lost_is_replaced():
+    cluster = FakeCluster(1)
+    workers = Workers(cluster)
+    async with workers.running() as executor:
+        cluster.actors[0].die()
+        await until(lambda: len(cluster.living) == 1 and executor.slots == 2)
+    assert workers.events.restarts == [0]
+
+
 async def test_memory_that_a_worker_lacks_is_told_as_it_is_here():
     cluster = FakeCluster(1)
     async with Workers(cluster).running() as executor:
@@ -247,7 +256,7 @@ async def test_workers_join_and_leave_while_batches_run():
             actor.finish()
         assert [result.n_samples for result in await asyncio.gather(*tasks)] == [1, 2, 3]
         await until(lambda: len(cluster.living) == 1)
-        assert [load.number for load in executor.workers()] == [0]
+        await until(lambda: [load.number for load in executor.workers()] == [0])
     assert workers.events.restarts == []
 
 

@@ -36,6 +36,7 @@ class FakeActor:
         self.alive = True
         self.batches: list[tuple[SampleBatch, Reference]] = []
         self.calls: list[str] = []
+        self.watched: list[Reference] = []  # calls that end with the process
         self._cluster = cluster
 
     def __getattr__(self, method: str) -> Any:
@@ -51,6 +52,8 @@ class FakeActor:
         self.calls.append(method)
         if not self.alive:
             reference.result.set_exception(RayError("it is dead"))
+        elif method == "live":
+            self.watched.append(reference)
         elif method == "run":
             self.batches.append((args[0], reference))
             if self._cluster.answers(args[0]):
@@ -75,7 +78,7 @@ class FakeActor:
 
     def die(self) -> None:
         self.alive = False
-        for _, reference in self.batches:
+        for reference in [*self.watched, *(reference for _, reference in self.batches)]:
             if not reference.result.done():
                 reference.result.set_exception(RayError(f"worker {self.number} died"))
         self.batches = []
@@ -114,8 +117,7 @@ class FakeCluster:
         for actor in self.actors:
             actor.alive = False  # and no call is answered any more
 
-    def needs(self) -> Needs:
-        return Needs(1, 0.0)
+    needs = Needs(1, 0.0)
 
     def wanted(self) -> int:
         return self.workers
