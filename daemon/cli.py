@@ -169,7 +169,7 @@ def add_command(commands: Any, name: str, function: Any, summary: str) -> argpar
     command.set_defaults(command=function)
     command.add_argument("--config", type=path, metavar="FILE", help="TOML settings")
     command.add_argument("--model", metavar="NAME", dest="model.name", help="preset, folder or hub name")
-    command.add_argument("--device", metavar="DEV", dest="model.device", help="auto, cpu, cuda, cuda:N")
+    command.add_argument("--device", metavar="DEV", dest="model.device", help="auto, cpu, cuda, cuda:N, mps")
     command.add_argument(
         "--dtype", metavar="T", dest="model.dtype", help="float32, float64, bfloat16, float16"
     )

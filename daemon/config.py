@@ -54,7 +54,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     name: SettingName = DEFAULT_MODEL  # bundled preset, local folder, TransformerLens or Hugging Face name
     dtype: Dtype = "float32"
-    device: SettingName = "auto"  # auto, cpu, cuda, cuda:N
+    device: SettingName = "auto"  # auto, cpu, cuda, cuda:N, mps
     quantization: Literal["none"] = "none"
     compile: Literal["auto", "off"] = "auto"  # layers and attention by torch.compile: on CUDA, where it pays
 

@@ -35,7 +35,11 @@ def check_folders(
     `taken` are folders of other use, by what they are. Unless `make`, the two are not made where missing.
     """
     try:
-        trouble = place_trouble(inbox, outbox, taken or {}) or unfit(inbox, outbox, make=make)
+        trouble = (
+            place_trouble(inbox, outbox, taken or {})
+            or unfit(inbox, outbox, make=make)
+            or place_trouble(inbox, outbox, taken or {})  # two names, once made, may be one folder's
+        )
     except OSError as error:
         message = describe(error)
         raise (ConfigError(message) if error.errno in OF_PATHS else MachineError(message)) from None

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from daemon.errors import MachineError
 from daemon.escaping import escape_control
+from daemon.platform_calls import error_codes
 from daemon.records import PAUSE_REASONS
 
 T = TypeVar("T")
@@ -30,12 +31,12 @@ REASON_OF = {
             # What a network file system says, or a disk that was pulled out.
             *(errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
             *(errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ESHUTDOWN),
-            *(errno.ENOLCK, errno.ENODEV, errno.ENXIO, errno.ENOMEDIUM),
+            *(errno.ENOLCK, errno.ENODEV, errno.ENXIO, *error_codes("ENOMEDIUM")),
         ),
         FOLDERS,
     ),
 }
-BROKEN = frozenset({errno.EIO, errno.EREMOTEIO, errno.EUCLEAN})  # the disk's fault, and no waiting mends it
+BROKEN = error_codes("EIO", "EREMOTEIO", "EUCLEAN")  # the disk's fault, and no waiting mends it
 RETRY_SECONDS = 1.0  # between two tries of what the machine refused
 
 

@@ -24,12 +24,14 @@ from daemon.analysis.column_inputs import StudySettings
 from daemon.analysis.columns import ANALYSIS_VERSION
 from daemon.batching.batcher import Batcher
 from daemon.config import PRESETS, Config
+from daemon.devices import exact_device
 from daemon.executor.autotune import auto_batch_tokens
 from daemon.executor.device_thread import DeviceThread
 from daemon.executor.local import LocalExecutor
 from daemon.executor.runner import BatchRunner
 from daemon.model.buffers import keep_memory, lasting
 from daemon.model.compiled_layers import can_compile
+from daemon.model.device_check import check_device
 from daemon.model.encoding import encoder_of
 from daemon.model.engine import Engine
 from daemon.model.failures import explained
@@ -213,17 +215,18 @@ def load_in_worker(
 
 def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
     """The model and its dictionaries, their weights accepted. Raises ConfigError or MachineError."""
-    device = resolve_device(config.model.device)
     dtype = getattr(torch, config.model.dtype)
+    device = resolve_device(config.model.device, dtype)
     model = load_model(locate_model(config.model.name, default_cache_dir()), device=device, dtype=dtype)
     saes = load_saes(
         config.sae,
         d_model=model.d_model,
         n_layers=model.n_layers,
-        device=device,
+        device=exact_device(device),
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
     )
     check_weights(model, last_layer_read(saes))
+    check_device(model, list(dict.fromkeys(hook for entry in saes for hook in entry.hook_names)))
     return model, saes
 
 
@@ -238,7 +241,7 @@ def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
 
 def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
     model, saes = load_parts(config)
-    encoders = [encoder_of(entry, model.dtype) for entry in saes]
+    encoders = [encoder_of(entry, model.dtype, model.device) for entry in saes]
     positions = config.analysis.positions
     try:
         compiles = config.model.compile == "auto" and can_compile(model.device)

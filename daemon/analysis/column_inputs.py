@@ -17,6 +17,7 @@ from torch import Tensor
 from daemon.analysis.geometry import DecoderRows, Geometry, geometry
 from daemon.analysis.sparse import SparseActs
 from daemon.analysis.stability import Noise, noise_draws, stability
+from daemon.devices import to_device
 from daemon.records import Positions
 
 
@@ -104,7 +105,7 @@ class ComparedText:
             noise_draws(settings.seed, sample_id, self.name, settings.noise_draws)
             for sample_id in self.sample_ids
         ]
-        drawn = torch.from_numpy(np.stack(draws)).to(x.device)
+        drawn = to_device(np.stack(draws), x.device)
         return Stability(*stability(self.noise, x[self.rows], drawn, settings.stability_top_k))
 
 

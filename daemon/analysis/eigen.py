@@ -14,6 +14,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from daemon.devices import to_device, to_host
 from daemon.native import eigen as native
 
 SHIFT = 1e-11  # of the principal eigenvalue, by which inverse iteration stays off it
@@ -56,8 +57,8 @@ def eigen(gram: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
             on_device: tuple[Tensor, Tensor] = ours.eigen_on_device(gram, counts)
             return on_device
         if native.routine() is not None:
-            values, principal = eigen(gram.cpu(), counts.cpu())
-            return values.to(device), principal.to(device)
+            values, principal = eigen(to_host(gram), to_host(counts))
+            return to_device(values, device), to_device(principal, device)
     elif (solved := native.eigen(gram, counts)) is not None:
         return solved
     values = torch.linalg.eigvalsh(gram).flip(-1)

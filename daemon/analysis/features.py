@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from daemon.analysis.host import to_numpy
 from daemon.analysis.sparse import SparseActs
+from daemon.devices import to_device, to_numpy
 from daemon.records import FeatureRows, FloatArray, IntArray
 
 
@@ -56,7 +56,7 @@ def flat_rows(acts: SparseActs, rows: IntArray) -> Flat:
     if np.array_equal(rows, np.arange(len(acts.counts))):
         read = acts
     else:
-        read = acts.select(torch.from_numpy(rows).to(acts.counts.device))
+        read = acts.select(to_device(rows, acts.counts.device))
     active = read.active
     values = read.values[active]  # NumPy has no bfloat16: what is not float64 becomes float32
     return (

@@ -16,10 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from daemon.devices import on_mps, to_device, to_exact
 from daemon.records import IntArray
 
 NOISE_BANK_SIZE = 256  # rows; a byte of a hash is a row
-MAX_ACTIVATED = {"cpu": 512, "cuda": 8192}  # rows of the dense (M, d_sae) workspace, or one text's draws
+MAX_ACTIVATED = {
+    "cpu": 512,
+    "mps": 2048,
+    "cuda": 8192,
+}  # rows of the dense (M, d_sae) workspace, or one text's draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ def stability(noise: Noise, x: Tensor, draws: Tensor, top_k: int) -> tuple[Tenso
     """
     n, k = draws.shape
     pre_acts = noise.pre_acts(x)
-    rows = max(1, MAX_ACTIVATED[x.device.type] // (k + 1))
+    rows = max(1, MAX_ACTIVATED[pre_acts.device.type] // (k + 1))
     pieces = [slice(start, start + rows) for start in range(0, max(1, n), rows)]
     sets = torch.cat([_sets(noise, pre_acts[piece], draws[piece], top_k) for piece in pieces])
     jaccard = _similarity(sets).where(noise.defined(x, draws).unsqueeze(1), torch.nan)
@@ -82,25 +87,31 @@ def stability(noise: Noise, x: Tensor, draws: Tensor, top_k: int) -> tuple[Tenso
 def strongest(feature_acts: Tensor, top_k: int) -> Tensor:
     """The `top_k` largest positive entries of each row (M, d_sae) as indices (M, <= top_k); -1 for none.
 
-    Ties go to the lower index.
+    Ties go to the lower index. On the exact device, wherever the activations are.
     """
     d_sae = feature_acts.shape[-1]
-    largest = feature_acts.topk(min(top_k + 1, d_sae), dim=-1)
-    values, indices = largest.values[:, :top_k], largest.indices[:, :top_k]
+    largest_values, largest_indices = map(to_exact, feature_acts.topk(min(top_k + 1, d_sae), dim=-1))
+    values, indices = largest_values[:, :top_k], largest_indices[:, :top_k]
     if d_sae > top_k:  # topk leaves open which of equals it takes
-        tied = (values[:, -1] == largest.values[:, top_k]) & (values[:, -1] > 0)
+        tied = (values[:, -1] == largest_values[:, top_k]) & (values[:, -1] > 0)
         if tied.any():
+            rows = tied.nonzero().squeeze(1)
+            equal = to_exact(feature_acts[to_device(rows, feature_acts.device)])
             indices = indices.clone()
-            indices[tied] = feature_acts[tied].sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+            indices[rows] = equal.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     return indices.where(values > 0, -1)
 
 
 def _sets(noise: Noise, pre_acts: Tensor, draws: Tensor, top_k: int) -> Tensor:
     """pre_acts: (m, d_pre), draws: (m, K) -> the strongest features (m, 1 + K, <= top_k)."""
     m, k = draws.shape
-    inputs = pre_acts.new_empty(m, k + 1, pre_acts.shape[1])
-    inputs[:, 0] = pre_acts
-    torch.add(noise.projected[draws], pre_acts.unsqueeze(1), out=inputs[:, 1:])
+    drawn, unmoved = noise.projected[to_device(draws, pre_acts.device)], pre_acts.unsqueeze(1)
+    if on_mps(pre_acts.device):  # writes to parts of a tensor have been lost there
+        inputs = torch.cat((unmoved, drawn + unmoved), dim=1)
+    else:
+        inputs = pre_acts.new_empty(m, k + 1, pre_acts.shape[1])
+        inputs[:, 0] = pre_acts
+        torch.add(drawn, unmoved, out=inputs[:, 1:])
     return strongest(noise.activate(inputs.flatten(0, 1)), top_k).view(m, k + 1, -1)
 
 

@@ -23,8 +23,8 @@ from daemon.analysis.columns import (
     token_count_name,
 )
 from daemon.analysis.geometry import SHAPE_CLASSES
-from daemon.analysis.host import to_numpy
 from daemon.analysis.stability import Noise
+from daemon.devices import to_numpy
 from daemon.recipes import Recipe
 from daemon.records import FloatArray, LayerSums
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,12 +19,17 @@ import structlog
 import torch
 
 from daemon.batching.splitting import piece_count
-from daemon.executor.device_thread import is_out_of_memory
+from daemon.devices import is_out_of_memory
 from daemon.model.engine import Engine
 from daemon.native.library import library
 from daemon.native.threads import side_by_side
+from daemon.platform_calls import processor_name
 
-CANDIDATES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384, 32768, 65536)}
+CANDIDATES = {
+    "cpu": (256, 512, 1024, 2048, 4096),
+    "mps": (512, 1024, 2048, 4096, 8192),
+    "cuda": (2048, 4096, 8192, 16384, 32768, 65536),
+}
 TEXT_TOKENS = 64  # of the texts that are tried
 TRIES = 3  # of which the first finds nothing ready
 MAX_SECONDS = 12.0  # after which nothing more is tried
@@ -106,7 +110,7 @@ def steady(seconds: list[float]) -> bool:
 def machine_key(engine: Engine) -> str:
     """Stands for all that a measured rate depends on."""
     identity = [
-        processor(),
+        processor_name(),
         torch.get_num_threads(),
         torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         version("torch"),
@@ -115,15 +119,6 @@ def machine_key(engine: Engine) -> str:
         dataclasses.astuple(engine.info),
     ]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-
-
-def processor() -> str:
-    """The CPU's name as the kernel gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith("model name")), platform.processor())
 
 
 def remember(path: Path, content: dict[str, object]) -> None:

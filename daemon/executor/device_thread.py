@@ -11,16 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 
+from daemon.devices import is_out_of_memory, release_memory
 from daemon.errors import OutOfMemory
+from daemon.platform_calls import thread_lives
 
 R = TypeVar("R")
-OWN_THREADS = Path("/proc/self/task")  # on Linux
 
 
 class DeviceThread:
@@ -108,9 +108,7 @@ class DeviceThread:
 
 def runs(thread: threading.Thread) -> bool:
     """Whether a thread that was started lives, by Python's word and by the kernel's, where it has one."""
-    if not thread.is_alive():
-        return False
-    return not OWN_THREADS.is_dir() or (OWN_THREADS / str(thread.native_id)).exists()
+    return thread.is_alive() and thread_lives(thread.native_id)
 
 
 @contextlib.contextmanager
@@ -121,13 +119,5 @@ def telling_out_of_memory() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         raise OutOfMemory(str(error).partition("\n")[0]) from None
-
-
-def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Whether an error says that memory ran out; torch has a type of its own for that on CUDA only."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "not enough memory" in str(error) or "can't allocate memory" in str(error)

@@ -20,7 +20,7 @@ from daemon.analysis.features import feature_rows
 from daemon.analysis.stability import Noise, noise_bank
 from daemon.analysis.study import analyse, layer_sums
 from daemon.batching.splitting import concat_results, split_batch
-from daemon.model.cuda_streams import finish, on_cuda
+from daemon.devices import exact_device, finish, on_cuda, on_mps, to_device
 from daemon.model.engine import Engine
 from daemon.model.extraction import Extraction, NotFinite, Started
 from daemon.model_info import ModelInfo
@@ -123,6 +123,8 @@ def not_finite_message(name: str, found: NotFinite, info: ModelInfo) -> str:
     sae = info.saes[found.sae]
     wider = {"float16": "bfloat16 or float32", "bfloat16": "float64", "float32": "float64"}.get(info.dtype)
     remedy = f"set model.dtype to {wider}" if wider else "leave it out"
+    if wider == "float64" and on_mps(info.device):
+        remedy += " and model.device to cpu"
     if found.in_model:
         where = (
             sae.hook_name if sae.hook_name == sae.hook_name_out else f"{sae.hook_name} or {sae.hook_name_out}"
@@ -158,7 +160,8 @@ def noise_of(engine: Engine, settings: StudySettings) -> Noise:
     """The noise bank, projected by the first SAE."""
     info, encoder = engine.info, engine.encoders[0]
     dtype = torch.float64 if info.dtype == "float64" else torch.float32
-    bank = noise_bank(settings.seed, info.saes[0].d_in, dtype).to(info.device)
+    bank = noise_bank(settings.seed, info.saes[0].d_in, dtype)
+    bank = to_device(bank, exact_device(info.device))
     with torch.inference_mode():
         projected = encoder.project(settings.noise_sigma * bank)
         sound = encoder.trusts_noise(projected)

@@ -9,7 +9,6 @@ kernel may have dropped the dirty pages that it could not write.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import io
@@ -19,13 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from daemon import platform_calls
 from daemon.errors import SyncFailed
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
-
-AT_FDCWD = -100  # <fcntl.h>: a path is relative to the working folder
-RENAME_NOREPLACE = 1  # <stdio.h>
 
 OperationName = Literal[
     "create", "write", "fsync_file", "fsync_folder", "mkdir", "rename", "link", "unlink", "rmdir"
@@ -113,7 +110,7 @@ def fsync_path(name: OperationName, path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         announce(name, path)
-        os.fsync(descriptor)
+        platform_calls.sync(descriptor)
     except OSError as error:
         raise SyncFailed(f"{path}: fsync failed: {error.strerror}: check the disk, then restart") from error
     finally:
@@ -171,17 +168,10 @@ def rename_without_replacing(source: Path, target: Path) -> bool | None:
 
     None where this file system or C library can't.
     """
-    if RENAMEAT2 is None:
+    if not platform_calls.can_rename_exclusive():
         return None
     announce("rename", source, target)
-    if RENAMEAT2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code == errno.EEXIST:
-        return False
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return None
-    raise OSError(code, os.strerror(code), str(source), None, str(target))
+    return platform_calls.rename_exclusive(source, target)
 
 
 def unlink(path: Path) -> None:
@@ -229,6 +219,3 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-RENAMEAT2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

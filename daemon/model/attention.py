@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from daemon.model.cuda_streams import to_device
+from daemon.devices import on_mps, to_device
 from daemon.model.trie import AttentionBlock, Trie, attention_blocks
 from daemon.native.rmsnorm_rope_attention import Nodes
 
@@ -157,16 +157,26 @@ def attend(
 ) -> Tensor:
     """(1, heads, Q, d_head), (1, key heads, K, d_head) twice, and a mask (Q, K)."""
     groups = query.shape[1] // key.shape[1]
-    if softcap is None:
+    if on_mps(query.device):  # whose products, and more so whose own attention, have been wrong on views
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    elif softcap is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask[None, None], scale=scale, enable_gqa=groups > 1
         )
     # The heads that share a key head side by side, as more queries of it.
     batch, heads, n, d_head = query.shape
     together = query.reshape(batch, heads // groups, groups * n, d_head)
-    scores = (together @ key.mT).mul_(scale / softcap).tanh_().view(batch, heads, n, -1)
-    scores = torch.add(mask, scores, alpha=softcap)
-    attended = scores.softmax(-1).view(batch, heads // groups, groups * n, -1) @ value
+    scores = (together @ key.mT).view(batch, heads, n, -1)
+    if softcap is None:
+        return weighted((scores * scale + mask).float().softmax(-1).to(value.dtype), value)
+    scores = torch.add(mask, scores.mul_(scale / softcap).tanh_(), alpha=softcap)
+    return weighted(scores.softmax(-1), value)
+
+
+def weighted(shares: Tensor, value: Tensor) -> Tensor:
+    """shares: (1, heads, Q, K), value: (1, key heads, K, d_head) -> (1, heads, Q, d_head)."""
+    batch, heads, n, _ = shares.shape
+    attended = shares.view(batch, value.shape[1], heads // value.shape[1] * n, -1) @ value
     return attended.view(batch, heads, n, -1)
 
 

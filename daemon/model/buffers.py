@@ -9,32 +9,28 @@ elsewhere (`daemon.mmap_arrays`). Knows nothing about the computation.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
-import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
+from daemon.devices import device_bytes
+from daemon.platform_calls import (
+    M_ARENA_MAX,
+    M_MMAP_THRESHOLD,
+    M_TRIM_THRESHOLD,
+    heap_info,
+    resident_bytes,
+    set_heap,
+    trim_heap,
+)
+
 KEPT_BYTES = (1 << 31) - 1  # free memory at a heap's end, up to which none of it is given back
 MAPPED_BYTES = 32 << 20  # from which on a piece is mapped by itself: the most that the C library allows
 LASTING_BYTES = 64 << 10  # the same for what is to stay
-STATM = Path("/proc/self/statm")  # sizes in pages: of the address space, resident, ...
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's for it
 KEPT_KERNELS = 768  # by oneDNN, which counts two for each shape of a product; they take half a MiB
 ARENAS = 2  # heaps that all threads share: with one for each thread, memory grows for hours
-
-
-class MallInfo(ctypes.Structure):
-    """`struct mallinfo2` of <malloc.h>: ten counts, in bytes or pieces."""
-
-    _fields_ = [
-        *[(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")],
-        *[(name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")],
-    ]
 
 
 def keep_memory() -> None:
@@ -63,53 +59,20 @@ def lasting() -> Iterator[None]:
         yield
     finally:
         set_heap(M_MMAP_THRESHOLD, MAPPED_BYTES)
-        trim()
-
-
-def trim() -> None:
-    """Give what is free in the heap back to the system, where it can."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(0)
-
-
-def set_heap(parameter: int, value: int) -> None:
-    """Where the C library's heap can be told."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(parameter, value)
+        trim_heap()
 
 
 def memory_bytes(device: str) -> dict[str, int]:
-    """By kind, the memory that bounds batches: of the process on a CPU, of the device on CUDA."""
-    if torch.device(device).type == "cuda":
-        return {
-            "allocated": torch.cuda.memory_allocated(device),
-            "reserved": torch.cuda.memory_reserved(device),
-            "total": torch.cuda.get_device_properties(device).total_memory,
-        }
-    try:
-        pages = int(STATM.read_text().split()[1])
-    except OSError:  # no Linux
-        return {}
-    return {"resident": pages * os.sysconf("SC_PAGE_SIZE")}
+    """By kind, the memory that bounds batches: of the process on a CPU, else of the device."""
+    if kinds := device_bytes(device):
+        return kinds
+    resident = resident_bytes()
+    return {} if resident is None else {"resident": resident}
 
 
 def pool_bytes(device: str) -> int:
     """The memory that is kept for batches on this device, in use or free; 0 where nobody counts it."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.memory_reserved(device)
-    count = heap_count()
-    if count is None:
-        return 0
-    info = count()
-    return int(info.arena + info.hblkhd)
-
-
-@functools.cache
-def heap_count() -> ctypes._FuncPointer | None:
-    """`mallinfo2`, of glibc 2.33 and later."""
-    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if function is not None:
-        function.restype = MallInfo
-    return function
+    if kinds := device_bytes(device):
+        return kinds["reserved"]
+    info = heap_info()
+    return 0 if info is None else int(info.arena + info.hblkhd)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from daemon.devices import on_cuda, to_device
 from daemon.model.attention import Call
-from daemon.model.cuda_streams import on_cuda, to_device
 from daemon.model.trie import Trie
 
 BLOCK = 128  # queries, and keys, that are looked at or skipped together

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from daemon.devices import to_exact
 from daemon.errors import ConfigError
 from daemon.model.trunk import UnknownModel, decoder_layers
 from daemon.model.weightfiles import named
@@ -154,7 +155,8 @@ def check_finite(what: str, tensors: Iterable[tuple[str, Tensor]], dtype: torch.
     for name, tensor in tensors:
         if tensor.numel() == 0 or not tensor.is_floating_point():
             continue
-        low, high = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())
+        there = to_exact(tensor)
+        low, high = torch.aminmax(there if there.element_size() > 1 else there.float())
         if not (torch.isfinite(low) and torch.isfinite(high)):
             within = f" in {str(dtype).removeprefix('torch.')}" if dtype is not None else ""
             wider = ", or set model.dtype = float32 or bfloat16" if dtype == torch.float16 else ""
@@ -170,7 +172,7 @@ def check_model_finite(what: str, model: Any, last_layer: int) -> None:
         next(model.parameters()).dtype,
     )
     for name, tensor in model.named_buffers():
-        if name.endswith("inv_freq") and read.has(name) and not bool(torch.isfinite(tensor).all()):
+        if name.endswith("inv_freq") and read.has(name) and not bool(torch.isfinite(to_exact(tensor)).all()):
             raise ConfigError(
                 f"{what}: its rotary frequencies are not finite: correct rope_parameters in config.json"
             )

@@ -1,7 +1,8 @@
 """Starts work on a device without waiting for it, and overlaps it with the next batch's. Knows no model.
 
 On CUDA the host only starts a forward pass; its results are encoded and analysed on a stream of their own,
-beside the next batch's forward pass. On a CPU every call has ended when it returns.
+beside the next batch's forward pass. On MPS the host waits for each; on a CPU every call has ended when it
+returns.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
+
+from daemon.devices import finish, on_cuda, on_mps
 
 
 class Launch:
@@ -43,6 +43,9 @@ class Launch:
     def seconds(self) -> float:
         """The seconds that they took. Waits for their end."""
         began, ended = self._marks
+        if on_mps(self._device):
+            finish(self._device)
+            return time.perf_counter() - float(began)
         if not on_cuda(self._device):
             return float(ended - began)
         ended.synchronize()
@@ -67,21 +70,3 @@ class Launch:
 def beside(device: str) -> Any:
     """A CUDA stream whose small kernels go before those of the forward pass that it runs beside."""
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-
-
-def on_cuda(device: str) -> bool:
-    return torch.device(device).type == "cuda"
-
-
-def finish(device: str) -> None:
-    """Wait for the operations of this thread's stream."""
-    if on_cuda(device):
-        torch.cuda.current_stream(device).synchronize()
-
-
-def to_device(values: npt.NDArray[np.integer[Any]], device: str | torch.device) -> Tensor:
-    """On the device; to CUDA by pinned memory, so that the host goes on while it is copied."""
-    on_host = torch.from_numpy(values)
-    if torch.device(device).type == "cuda":
-        return on_host.pin_memory().to(device, non_blocking=True)
-    return on_host.to(device)

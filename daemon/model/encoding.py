@@ -15,6 +15,7 @@ from torch import Tensor
 
 from daemon.analysis.geometry import DecoderRows, weighted_sum
 from daemon.analysis.sparse import SparseActs, from_dense
+from daemon.devices import on_mps, to_device, to_exact
 from daemon.model.onednn import Product, product, split_product
 from daemon.model.overflow import NORMALISING, Bounds
 from daemon.model.sae import LoadedSae
@@ -23,6 +24,11 @@ from daemon.model.saeformat import TRANSCODERS
 PROBE_ROWS = 64
 PROBE_SCALES = (0.1, 1.0, 10.0, 100.0)  # of the residuals it is tried on
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # relative; in float32 a feature may flip
+
+PIECE_NUMBERS = 1 << 28  # in the activations that MPS makes at a time: 1 GiB
+
+# Makes the activation of a dictionary's kind on a device.
+Build = Callable[[Any, str | torch.device], Callable[[Tensor], Tensor]]
 
 log = structlog.get_logger()
 
@@ -69,21 +75,27 @@ class Encoder(Protocol):
         ...
 
 
-def encoder_of(entry: LoadedSae, model_dtype: torch.dtype = torch.float32) -> Encoder:
+def encoder_of(
+    entry: LoadedSae, model_dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+) -> Encoder:
     """The fastest encoder of a dictionary that agrees with the dictionary's own, else that one.
 
-    `model_dtype` is what the residuals are before they are the dictionary's.
+    `model_dtype` is what the residuals are before they are the dictionary's. The product runs on `device`, the
+    dictionary's own or MPS; a dictionary for MPS is on the host.
     """
     decoder = DecoderRows.of(entry.W_dec)
     plain = PlainEncoder(entry, decoder)
+    device = device or entry.W_dec.device
     build = ACTIVATIONS.get(entry.info.architecture)
     if build is not None and entry.sae.cfg.normalize_activations == "none":
         for multiply in (split_product, product) if can_split(entry, model_dtype) else (product,):
             try:
-                fused = FusedEncoder(entry, decoder, build(entry.sae), multiply)
+                fused = FusedEncoder(entry, decoder, build, multiply, device)
                 if agree(plain, fused, entry, model_dtype):
                     return fused
             except (TypeError, RuntimeError) as error:  # of a torch that has no such product
+                if on_mps(device):  # it lacks an operation, and the host has them all
+                    break
                 if multiply is product:
                     raise
                 log.info("sae.not_split", sae=entry.info.source, reason=str(error))
@@ -147,7 +159,11 @@ class PlainEncoder:
 
 
 class FusedEncoder:
-    """One product with every bias folded in, and the activation on its result."""
+    """One product with every bias folded in, and the activation on its result.
+
+    Both may be on a device of their own, and with them pre-activations, projected noise, and what `activate`
+    takes and gives. All else is where the dictionary is.
+    """
 
     affine = True
 
@@ -155,8 +171,9 @@ class FusedEncoder:
         self,
         entry: LoadedSae,
         decoder: DecoderRows,
-        activate: Callable[[Tensor], Tensor],
+        build: Build,
         multiply: Callable[[Tensor, Tensor | None], Product],
+        device: str | torch.device,
     ) -> None:
         """`multiply` makes the product by W_enc: of what the model gives, not of any x."""
         sae = entry.sae
@@ -166,27 +183,50 @@ class FusedEncoder:
             bias = bias - W_enc.double() @ sae.b_dec.double()
         self.decoder = decoder
         self.bounds = Bounds.of(sae)
-        self.pre_acts: Callable[[Tensor], Tensor] = multiply(W_enc, bias.to(W_enc.dtype))
-        self.project: Callable[[Tensor], Tensor] = product(W_enc, None)
-        self.activate = activate
+        W_enc, bias = to_device(W_enc, device), to_device(bias.to(W_enc.dtype), device)
+        self._device = device
+        self._product = multiply(W_enc, bias)
+        self._project = product(W_enc, None)
+        self.activate = build(sae, device)
         self._b_dec = sae.b_dec
         self._skip = None if entry.W_skip is None else product(entry.W_skip.contiguous(), None)
         self._written = sae.W_dec
         if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
             self._written = sae.W_dec / sae.W_dec.norm(dim=-1, keepdim=True)
 
+    def pre_acts(self, x: Tensor) -> Tensor:
+        return self._product(to_device(x, self._device))
+
+    def project(self, noise: Tensor) -> Tensor:
+        return self._project(to_device(noise, self._device))
+
     def trusts_noise(self, projected: Tensor) -> Tensor:
-        return projected.abs().amax(-1) < self.bounds.pre_act
+        return to_exact(projected).abs().amax(-1) < self.bounds.pre_act
 
     def finite(self, x: Tensor) -> Tensor:
         return self.bounds.finite(x, self._steps)
 
     def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
         pre_acts = self.pre_acts(x)
-        return pre_acts, self.activate(pre_acts)
+        return to_exact(pre_acts), to_exact(self.activate(pre_acts))
 
     def encode(self, x: Tensor) -> SparseActs:
+        if on_mps(self._device):
+            return from_dense(self._in_pieces(x))
         return from_dense(self.activate(self.pre_acts(x)))
+
+    def _in_pieces(self, x: Tensor) -> Tensor:
+        """The feature activations (N, d_sae) of x (N, d_in), both on the host.
+
+        MPS ends the process at a tensor of 4 GiB, and has counted wrongly which entries of large ones fire.
+        """
+        d_sae = len(self._written)
+        feature_acts = x.new_empty(len(x), d_sae)
+        rows = max(1, PIECE_NUMBERS // d_sae)
+        for start in range(0, len(x), rows):
+            piece = slice(start, start + rows)
+            feature_acts[piece] = to_exact(self.activate(self.pre_acts(x[piece])))
+        return feature_acts
 
     def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
         written = weighted_sum(acts.indices, acts.values, acts.counts, self._written)
@@ -194,36 +234,36 @@ class FusedEncoder:
         return reconstruction if self._skip is None else reconstruction + self._skip(x)
 
 
-def standard(sae: Any) -> Callable[[Tensor], Tensor]:
+def standard(sae: Any, device: str | torch.device) -> Callable[[Tensor], Tensor]:
     activation: Callable[[Tensor], Tensor] = sae.activation_fn
     return activation
 
 
-def jumprelu(sae: Any) -> Callable[[Tensor], Tensor]:
-    threshold = sae.threshold.clamp(min=0)
+def jumprelu(sae: Any, device: str | torch.device) -> Callable[[Tensor], Tensor]:
+    threshold = to_device(sae.threshold.clamp(min=0), device)
     return lambda pre_acts: pre_acts.where(pre_acts > threshold, 0)
 
 
-def topk(sae: Any) -> Callable[[Tensor], Tensor]:
+def topk(sae: Any, device: str | torch.device) -> Callable[[Tensor], Tensor]:
     if not sae.cfg.rescale_acts_by_decoder_norm:
-        return standard(sae)
-    norms = sae.W_dec.norm(dim=-1)
-    activation = standard(sae)
+        return standard(sae, device)
+    norms = to_device(sae.W_dec.norm(dim=-1), device)
+    activation = standard(sae, device)
     return lambda pre_acts: activation(pre_acts * norms)
 
 
-def gated(sae: Any) -> Callable[[Tensor], Tensor]:
-    scale = sae.r_mag.exp()
+def gated(sae: Any, device: str | torch.device) -> Callable[[Tensor], Tensor]:
+    scale, b_mag, b_gate = (to_device(one, device) for one in (sae.r_mag.exp(), sae.b_mag, sae.b_gate))
 
     def activate(pre_acts: Tensor) -> Tensor:
-        magnitudes: Tensor = sae.activation_fn(pre_acts * scale + sae.b_mag)
-        return magnitudes.where(pre_acts + sae.b_gate > 0, 0)
+        magnitudes: Tensor = sae.activation_fn(pre_acts * scale + b_mag)
+        return magnitudes.where(pre_acts + b_gate > 0, 0)
 
     return activate
 
 
 # By the name of SAELens's architecture.
-ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+ACTIVATIONS: dict[str, Build] = {
     "standard": standard,
     "jumprelu": jumprelu,
     "topk": topk,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from daemon.devices import best_device, on_mps
 from daemon.errors import ConfigError, MachineError
 from daemon.model.completeness import DERIVED, LayersRead, LoadReport, check_complete, check_model_finite
 from daemon.model.failures import explain, explained, explained_names, loading, quiet_libraries, sense
@@ -164,16 +165,28 @@ def folder_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def resolve_device(device: str) -> str:
-    """`auto` is the first CUDA device if there is one. Raises ConfigError for one that is not there."""
+def resolve_device(device: str, dtype: torch.dtype = torch.float32) -> str:
+    """`auto` is the first of CUDA, MPS and CPU that is there and has the dtype.
+
+    Raises ConfigError for a device that is not there, or that does not have the dtype.
+    """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return best_device(dtype)
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ConfigError(f"model.device = {device!r}: {sense(error)}") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"model.device = {device!r}: no CUDA device here: use auto or cpu")
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError(f"model.device = {device!r}: no MPS device here: use auto or cpu")
+        if dtype == torch.float64:
+            raise ConfigError(
+                f"model.device = {device!r}: MPS has no float64: set model.dtype to float32,"
+                " or model.device to cpu"
+            )
+        return "mps"  # there is one
     return device
 
 
@@ -207,7 +220,7 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
     quiet_libraries()
     what = f"model {location.name}"
     with loading(what), refused_pickles(what):
-        model, report = build_model(location, dtype, what)
+        model, report = build_model(location, device, dtype, what)
         model = model.to(device)
         model.requires_grad_(False).eval()
         tokenizer = load_tokenizer(location)
@@ -228,8 +241,13 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
         )
 
 
-def build_model(location: ModelLocation, dtype: torch.dtype, what: str) -> tuple[Any, LoadReport]:
-    """The Hugging Face module with its weights, and how these fit it. Raises what a library throws."""
+def build_model(
+    location: ModelLocation, device: str, dtype: torch.dtype, what: str
+) -> tuple[Any, LoadReport]:
+    """The Hugging Face module, still on the host, and how its weights fit it.
+
+    Raises what a library throws.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
@@ -244,7 +262,7 @@ def build_model(location: ModelLocation, dtype: torch.dtype, what: str) -> tuple
         "use_safetensors": True,
         "trust_remote_code": False,
     }
-    if dtype == torch.float64:  # grouped products of experts know no float64
+    if dtype == torch.float64 or on_mps(device):  # grouped products of experts know neither
         options["experts_implementation"] = "eager"
     with explained_names(config, what):
         if not is_quantized:

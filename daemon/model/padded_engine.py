@@ -16,8 +16,9 @@ import structlog
 import torch
 from torch import Tensor
 
+from daemon.devices import to_device
 from daemon.errors import ConfigError
-from daemon.model.cuda_streams import Launch, to_device
+from daemon.model.cuda_streams import Launch
 from daemon.model.encoding import Encoder
 from daemon.model.extraction import Extraction, Started
 from daemon.model.failures import sense
@@ -81,7 +82,7 @@ class PaddedEngine:
         """Run texts as one padded batch. Raises ConfigError where values are not those of `plain`."""
         tokens, _ = padded_tokens(texts)
         try:
-            values = self._values(torch.from_numpy(tokens).to(self._device))
+            values = self._values(to_device(tokens, self._device))
         except RUN_ERRORS as error:
             raise ConfigError(
                 f"model {self._name}: TransformerLens can't run it ({type(error).__name__}: {sense(error)}):"

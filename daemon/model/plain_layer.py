@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from daemon.devices import to_exact
 from daemon.model.plain_trace import ATTENTION, Change, LayerTrace, Tap, Unreachable, is_linear, same
 
 EXPERTS = ("experts", "router")  # modules of a mixture, which has no one inner layer
@@ -163,7 +164,7 @@ def normalized(trace: LayerTrace, norm: str) -> Tap:
     x, expected = trace.get(norm, "in"), trace.get(norm, "out").double()
     own = [float(getattr(module, name)) for name in EPSILONS if hasattr(module, name)]
     parameters = (getattr(module, name, None) for name in ("weight", "bias"))
-    weight, bias = (None if p is None else p.detach().double() for p in parameters)
+    weight, bias = (None if p is None else to_exact(p.detach()).double() for p in parameters)
     for epsilon in own or USUAL_EPSILONS:
         for centres in (False, True):
             change = functools.partial(normalise, epsilon=epsilon, centres=centres)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from daemon.devices import to_exact
+
 ATTENTION = ("self_attn", "attn", "self_attention", "attention", "multi_head_attention")
 MIXERS = (*ATTENTION, "linear_attn", "mamba", "conv", "mixer", "temporal_block")  # what is in its place
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block")
@@ -44,12 +46,12 @@ class LayerTrace:
     block: nn.Module
     config: Any  # of the language model
     length: int  # tokens
-    values: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (length, d)
+    values: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (length, d), on the exact device
 
     def note(self, path: str, side: str, tensor: Tensor | None) -> None:
         rows = None if tensor is None else token_rows(tensor, self.length)
         if rows is not None and (path, side) not in self.values:
-            self.values[path, side] = rows.clone()  # modules change some tensors in place
+            self.values[path, side] = to_exact(rows).clone()  # modules change some tensors in place
 
     def get(self, path: str, side: str) -> Tensor:
         """Raises Unreachable where the module did not run."""

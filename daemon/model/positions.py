@@ -7,6 +7,7 @@ with `all`, `mean` and `max` it is left out. Knows no model.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from daemon.analysis.column_inputs import LayerActivations
 from daemon.analysis.features import StoredFeatures
 from daemon.analysis.sparse import SparseActs, from_dense
-from daemon.model.cuda_streams import finish
+from daemon.devices import finish, on_mps, to_device, to_exact, to_numpy
 from daemon.model.encoding import Encoder
 from daemon.model.extraction import Extraction, NotFinite, ReadPositions, Started
 from daemon.model.overflow import all_finite
@@ -64,9 +65,10 @@ class SaeStage:
         forward_seconds = started.forward.seconds()
         began = time.perf_counter()
         with torch.inference_mode():
+            started = self._exact(started)
             given = self._given(started)
             if any(one.finite is not None for one in given):
-                started = reread(started, start)
+                started = reread(started, lambda texts: self._exact(start(texts)))
                 given = self._given(started)
             layers, stored = encode_readings(given, started.readings, self.positions)
             not_finite = texts_not_finite(given, layers, started.readings)
@@ -80,6 +82,14 @@ class SaeStage:
             forward_seconds=forward_seconds,
             sae_seconds=time.perf_counter() - began,
         )
+
+    def _exact(self, started: Started) -> Started:
+        """The same with the values where float64 is computed."""
+        if not on_mps(self.device):
+            return started
+        moved = {id(values): to_exact(values) for values in (*started.read, *started.written)}
+        read, written = ([moved[id(values)] for values in kind] for kind in (started.read, started.written))
+        return dataclasses.replace(started, read=read, written=written)
 
     def _given(self, started: Started) -> list[Given]:
         return list(map(Given.of, self.saes, self.encoders, started.read, started.written))
@@ -142,8 +152,8 @@ class Encoded:
 
     def pooled(self, readings: ReadPositions, positions: Positions) -> LayerActivations:
         """The features of each text's positions pooled: their mean, with the mean of x; or their maximum."""
-        rows = torch.from_numpy(readings.rows).to(self.x.device)
-        counts = torch.from_numpy(np.diff(readings.offsets)).to(self.x.device)
+        rows = to_device(readings.rows, self.x.device)
+        counts = to_device(np.diff(readings.offsets), self.x.device)
         text = torch.repeat_interleave(torch.arange(len(counts), device=self.x.device), counts)  # (R,)
         d_sae = self.entry.info.d_sae
         features = self.x.new_zeros(len(counts) * d_sae)
@@ -209,7 +219,7 @@ def encode_readings(
         readings.token_ids,
     )
     if positions == "all":
-        last = torch.from_numpy(readings.last).to(encoded[0].x.device)
+        last = to_device(readings.last, encoded[0].x.device)
         encoded = [one.select(last) for one in encoded]
     return tuple(one.analysed() for one in encoded), stored
 
@@ -223,7 +233,7 @@ def texts_not_finite(
         if one.finite is not None:
             in_model = ~(all_finite(one.x) & all_finite(one.target))
             for rows, whose in ((in_model, True), (~one.finite, False)):
-                for text in of_texts(rows.cpu().numpy(), readings).tolist():
+                for text in of_texts(to_numpy(rows), readings).tolist():
                     found.setdefault(text, NotFinite(text, sae, whose))
         pooled = layer.acts.values.amax(-1).isfinite()  # (N,)
         if not pooled.all():

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from daemon.devices import to_exact
+
 PROBE_TOLERANCE = {  # relative, of an engine's values to plain ones: of the worst token, of the median
     torch.float64: (1e-9, 1e-9),
     torch.float32: (1e-4, 1e-4),
@@ -32,7 +34,7 @@ class Difference:
     def of(cls, expected: Tensor, got: Tensor) -> Difference:
         """Of two times (N, d). Tokens whose plain values are not finite say nothing of an engine."""
         errors = relative_errors(expected, got)
-        errors = errors[expected.isfinite().all(-1)]
+        errors = errors[to_exact(expected).isfinite().all(-1)]
         if not len(errors):
             return cls(0.0, 0.0)
         return cls(float(errors.max()), float(errors.median()))
@@ -47,7 +49,7 @@ class Difference:
 
 def relative_errors(expected: Tensor, got: Tensor) -> Tensor:
     """(N,) the difference of each two rows (N, d), relative to the length of the first."""
-    expected, got = expected.double(), got.double()
+    expected, got = to_exact(expected).double(), to_exact(got).double()
     difference: Tensor = torch.linalg.vector_norm(got - expected, dim=-1)
     return torch.where(difference == 0, 0.0, difference / torch.linalg.vector_norm(expected, dim=-1))
 

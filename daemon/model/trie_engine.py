@@ -13,6 +13,7 @@ import structlog
 import torch
 from torch import Tensor, nn
 
+from daemon.devices import to_device
 from daemon.model.attention import (
     IMPLEMENTATION,
     BlockPlan,
@@ -22,7 +23,7 @@ from daemon.model.attention import (
     register,
 )
 from daemon.model.compiled_layers import FlexPlan, can_compile, compile_layers, restore_layers
-from daemon.model.cuda_streams import Launch, to_device
+from daemon.model.cuda_streams import Launch
 from daemon.model.encoding import Encoder, FusedEncoder
 from daemon.model.extraction import Extraction, Started
 from daemon.model.fused_layers import FusedDecoderLayer, fuse_layers
@@ -190,7 +191,7 @@ class TrieEngine:
     def _pack(self, texts: Sequence[Sequence[int]]) -> Callable[[int], int]:
         """Give the layers a faster form, where there is one; returns how many rows to run for n nodes."""
         trie = build_trie(texts)
-        plan, keep = self._plan(trie), torch.from_numpy(trie.path).to(self._device)
+        plan, keep = self._plan(trie), to_device(trie.path, self._device)
         fused = fuse_layers(self._trunk, plan, lambda: self._run(trie, plan, keep))
         return padded_rows if pack_linears(self._trunk.layers) or fused else int
 
@@ -212,7 +213,7 @@ class TrieEngine:
         """Run texts as a trie; returns their plan. Raises CannotPack where values differ from `plain`."""
         trie = build_trie(texts)
         plan = self._plan(trie)
-        got = self._run(trie, plan, torch.from_numpy(trie.path).to(self._device))
+        got = self._run(trie, plan, to_device(trie.path, self._device))
         for entry, residuals in zip(self._stage.saes, got, strict=True):
             hook_name = entry.info.hook_name
             difference = Difference.of(plain[hook_name], residuals)

@@ -62,7 +62,7 @@ class Notify:
         if not self._address:
             return
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
                 sender.settimeout(SEND_SECONDS)
                 sender.sendto(os.fsencode(message), os.fsencode(self._address))
         except OSError as error:

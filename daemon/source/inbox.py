@@ -28,6 +28,7 @@ from daemon.source.claims import CLAIMED, DRAFTS, Claims, claimed_files
 from daemon.source.filestatus import identity_of, presence, stamp_of
 from daemon.source.formats import is_input
 from daemon.source.inputs import InputNames
+from daemon.source.names import folded
 from daemon.source.scan import Candidate, Scanner
 from daemon.source.watch import watching
 
@@ -266,11 +267,15 @@ class Inbox:
 
     def _free(self, candidates: Sequence[Candidate], folder: Path) -> list[Candidate]:
         """Those of which no file of their name lies in the lease: a claim replaces nothing."""
-        there = set(os.listdir(folder))  # noqa: PTH208 - names, of every file under way
+        there = {folded(name) for name in os.listdir(folder)}  # noqa: PTH208 - names, of every file under way
+        free: list[Candidate] = []
         for candidate in candidates:
-            if candidate.name in there:  # where a claim ended halfway: the next process takes it back
+            if folded(candidate.name) in there and os.path.lexists(folder / candidate.name):
+                # where a claim ended halfway: the next process takes it back
                 self._leave(candidate.name, "a file of this name lies in the lease: restart lensd")
-        return [candidate for candidate in candidates if candidate.name not in there]
+            else:
+                free.append(candidate)
+        return free
 
     def _passed_over(self, name: str, error: OSError, folder: Path) -> bool:
         """Whether a file that could not be claimed is to be left alone: this user may not, or it is gone."""

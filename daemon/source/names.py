@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def cut(name: str, max_bytes: int) -> str:
     while max_bytes > 1 and raw[max_bytes] & 0xC0 == 0x80:
         max_bytes -= 1
     return os.fsdecode(raw[:max_bytes])
+
+
+def folded(name: str) -> str:
+    """The same for names that some file systems, as those of macOS, take for one.
+
+    They ignore case, and how an accented letter is composed.
+    """
+    return name if name.isascii() and name.islower() else unicodedata.normalize("NFD", name.casefold())
 
 
 def move_to_free(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from daemon.config import Config
 from daemon.errors import ConfigError, MachineError
-from daemon.executor.autotune import processor
+from daemon.platform_calls import processor_name, usable_cores
 from daemon.tools.bench_worker import (
     AUTO,
     BARE,
@@ -181,8 +180,8 @@ def report(config: Config, files: Sequence[Path], workload: Workload, rounds: Se
 
     return BenchReport(
         **asdict(workload),
-        machine=processor().partition(":")[2].strip() or "unknown",
-        cores=len(os.sched_getaffinity(0)),
+        machine=processor_name().partition(":")[2].strip() or "unknown",
+        cores=usable_cores(),
         model=config.model.name,
         dtype=config.model.dtype,
         positions=config.analysis.positions,

@@ -24,9 +24,9 @@ import torch
 
 from daemon.batching.batcher import Batcher
 from daemon.config import Config
-from daemon.model.buffers import trim
 from daemon.model.trie import build_trie
 from daemon.observe.logs import configure as configure_logs
+from daemon.platform_calls import high_water_bytes, restart_high_water, trim_heap
 from daemon.records import TokenizedPart, TokenizedSample
 from daemon.service import serve
 from daemon.source.tokenizer import Tokenizer
@@ -200,8 +200,8 @@ def evenly(samples: Sequence[TokenizedSample], n: int) -> list[TokenizedSample]:
 
 def forget_peak() -> None:
     """Give free memory back and start the kernel's high-water mark anew."""
-    trim()
-    Path("/proc/self/clear_refs").write_text("5")
+    trim_heap()
+    restart_high_water()
 
 
 def peak_bytes() -> int:
@@ -210,8 +210,7 @@ def peak_bytes() -> int:
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+    return high_water_bytes()
 
 
 def answer(connection: Connection, kind: Callable[..., LensdWorker | BaselineWorker], *args: object) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import sys
 import time
 
@@ -11,6 +9,7 @@ from rich.console import Console
 
 from daemon.config import Config
 from daemon.errors import LensdError, MachineError
+from daemon.platform_calls import peak_bytes, usable_cores
 from daemon.records import Outcome
 from daemon.service import serve
 from daemon.tools.report import print_published, read_manifest
@@ -36,7 +35,7 @@ def demo(config: Config) -> int:
     print_published(console, outcome.folder)
     manifest = read_manifest(outcome.folder)
     rate = manifest["rows"] / manifest["seconds"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    peak = peak_bytes() / 1024**3
     if outcome.kind == "duplicate":
         console.print(
             f"Already there from an earlier run, at {rate:.1f} samples/sec: not computed again.",
@@ -45,7 +44,7 @@ def demo(config: Config) -> int:
     else:
         console.print(
             f"{manifest['rows']} samples in {manifest['seconds']:.1f} s: {rate:.1f} samples/sec on"
-            f" {len(os.sched_getaffinity(0))} cores in {config.model.dtype};"
+            f" {usable_cores()} cores in {config.model.dtype};"
             f" {total:.1f} s with loading; peak memory {peak:.2f} GiB.",
             soft_wrap=True,
             highlight=False,

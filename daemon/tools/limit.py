@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from daemon.model.cuda_streams import finish
+from daemon.devices import finish
 from daemon.model.loading import LoadedModel
 from daemon.model.onednn import product
 from daemon.model.sae import LoadedSae, hook_point

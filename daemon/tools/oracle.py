@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from daemon.config import Config, SaeSection
+from daemon.devices import exact_device
 from daemon.errors import ConfigError
 from daemon.model.loading import locate_model, resolve_device
 from daemon.model.pickles import refused_pickles
@@ -66,7 +67,8 @@ class Oracle:
 
     def __init__(self, config: Config) -> None:
         """Load all anew. Raises ConfigError where plain modules do not give what a dictionary reads."""
-        device, dtype = resolve_device(config.model.device), getattr(torch, config.model.dtype)
+        dtype = getattr(torch, config.model.dtype)
+        device = exact_device(resolve_device(config.model.device, dtype))  # the host checks MPS
         sae_dtype = "float64" if dtype == torch.float64 else "float32"
         dictionaries = [plain_dictionary(source, device, sae_dtype) for source in config.sae]
         self.dictionaries = sorted(dictionaries, key=lambda each: each.layer)

@@ -25,9 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 from daemon.analysis.column_inputs import StudySettings
 from daemon.analysis.geometry import DecoderRows
 from daemon.batching.batcher import Batcher
+from daemon.devices import on_cuda
 from daemon.executor.runner import BatchRunner
 from daemon.model.compiled_layers import can_compile
-from daemon.model.cuda_streams import on_cuda
 from daemon.model.encoding import FusedEncoder, can_split, jumprelu
 from daemon.model.loading import LoadedModel, ModelLocation
 from daemon.model.onednn import product, split_product
@@ -148,8 +148,9 @@ def engine_of(
         FusedEncoder(
             entry,
             DecoderRows.of(entry.W_dec),
-            jumprelu(entry.sae),
+            jumprelu,
             split_product if can_split(entry, model.dtype) else product,
+            entry.W_dec.device,
         )
         for entry in saes
     ]

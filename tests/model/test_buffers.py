@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.model import buffers
+from daemon import platform_calls
 from daemon.model.onednn import works
 from tests.support import tiny
 
@@ -60,17 +60,18 @@ with torch.inference_mode():
 """
 
 HEAP = """
-from daemon.model.buffers import heap_count, keep_memory, lasting
+from daemon.model.buffers import keep_memory, lasting
+from daemon.platform_calls import heap_info
 import numpy as np
 
 keep_memory()
 with lasting():
-    before = heap_count()()
+    before = heap_info()
     kept = [np.ones(100_000) for _ in range(100)][::2]
-    after = heap_count()()
+    after = heap_info()
 print(after.arena - before.arena, after.hblkhd - before.hblkhd)
 kept.append(np.ones(100_000))
-print(heap_count()().hblkhd - after.hblkhd)
+print(heap_info().hblkhd - after.hblkhd)
 """
 
 ALLOCATORS = """
@@ -90,7 +91,7 @@ print(pa.default_memory_pool().backend_name, sum(used))
 """
 
 COUNTED = pytest.mark.skipif(
-    buffers.heap_count() is None, reason="the C library does not count its heap (mallinfo2)"
+    platform_calls.heap_info() is None, reason="the C library does not count its heap (mallinfo2)"
 )
 
 
@@ -131,7 +132,7 @@ def test_batches_of_many_sizes_take_no_memory_for_each_size(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not works(torch.float32), reason="needs oneDNN's packed products")
-@pytest.mark.skipif(not buffers.STATM.exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not platform_calls.OWN_STATM.exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("products", ["onednn", "torch"])
 def test_once_loaded_no_kernel_is_made_and_no_weight_file_is_mapped(products, tmp_path):
     toml = tmp_path / "lensd.toml"
