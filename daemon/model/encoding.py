@@ -80,8 +80,8 @@ def encoder_of(
 ) -> Encoder:
     """The fastest encoder of a dictionary that agrees with the dictionary's own, else that one.
 
-    `model_dtype` is what the residuals are before they are the dictionary's. The product runs on `device`, the
-    dictionary's own or MPS; a dictionary for MPS is on the host.
+    `model_dtype` is what the residuals are before they are the dictionary's. The product runs on `device`:
+    the dictionary's own, or MPS for a dictionary on the host.
     """
     decoder = DecoderRows.of(entry.W_dec)
     plain = PlainEncoder(entry, decoder)

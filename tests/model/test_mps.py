@@ -173,7 +173,9 @@ def test_a_device_that_computes_wrong_is_refused(model, tmp_path, mps, monkeypat
     """As torch 2.8 did in products of views."""
     monkeypatch.setattr(OnMps, "spoiled", {"linear": 1.1})
     sae = tiny.save_sae(tmp_path / "s", "blocks.1.hook_resid_post")
-    refused = pytest.raises(ConfigError, match=r"mps gives other values than the host.*set model.device to cpu")
+    refused = pytest.raises(
+        ConfigError, match=r"mps gives other values than the host.*set model.device to cpu"
+    )
     with torch.inference_mode(), refused:
         try_engines(configured(tmp_path / "c", model, [sae], "mps"))
 

@@ -1,9 +1,9 @@
-"""Stands in for Apple's GPU on a machine without one: computes on the CPU, and refuses what MPS does not have.
+"""Stands in for Apple's GPU (MPS): computes on the CPU, and refuses what MPS does not have.
 
-Within `mps_stand_in`, on this thread, `device="mps"` gives tensors that say so. Every operation on one is looked
-at: a result in float64 or complex numbers, an operand on the host, an operation that MPS lacks or has been wrong
-at, and a move to or from the host other than by `daemon.devices` or by `Module.to`, raise. It shows that the product
-keeps to what MPS has; it does not show that MPS computes right.
+Within `mps_stand_in`, on this thread, `device="mps"` gives tensors that say so, and every operation on one is
+looked at. These raise: a result in float64 or complex numbers, an operand on the host, an operation that MPS
+lacks or has been wrong at, a move to or from the host other than by `daemon.devices` or `Module.to`. So it shows
+that the product keeps to what MPS has, and not that MPS computes right.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from daemon import devices
 DEVICE = torch.device("mps:0")
 PRODUCT, DEVICES = str(Path(daemon.__file__).parent), devices.__file__
 MODULES = torch.nn.modules.module.__file__
-# Makes masks by integer scans, which MPS has from macOS 13.3 on, and by `where` of views, which it has got right
-# since torch 2.8. The padded engine tries batches against single texts, whose masks are no views.
+# Makes masks by integer scans, which MPS has from macOS 13.3 on, and by `where` of views, which is right there
+# since torch 2.8; the padded engine tries batches against single texts, whose masks are no views.
 MASKS = transformers.masking_utils.__file__
 MOST_BYTES = 1 << 32  # of a tensor: MPS ends the process at more
 NOT_THERE = torch.float64, torch.complex64, torch.complex128
 
-# By the names of torch's own operators, without their overloads: what MPS does not have, has only by way of the
-# host, or has done wrong without an error in some version of torch or macOS.
+# Operators of torch that MPS does not have, has only by way of the host, or has done wrong without an error in
+# some version of torch or macOS.
 REFUSED = frozenset(
     {
         *(
@@ -80,7 +80,7 @@ OF_CONTIGUOUS = frozenset({"where", "scatter", "scatter_", "masked_fill", "maske
 
 
 class RefusedOnMps(Exception):
-    """An operation that MPS does not have, or that is in doubt there. Of no type that the product recovers from."""
+    """An operation that MPS does not have or that is in doubt there; the product recovers from no such type."""
 
 
 class OnMps(Tensor):
@@ -185,7 +185,7 @@ def within(path: str) -> bool:
 
 
 def check_mover(by: str) -> None:
-    """Raises RefusedOnMps where the product moves a tensor otherwise than by `daemon.devices` or as a module."""
+    """Raises RefusedOnMps where the product moves a tensor neither by `daemon.devices` nor as a module's."""
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
