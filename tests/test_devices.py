@@ -40,17 +40,16 @@ def test_the_memory_of_a_cpu_is_the_process(monkeypatch):
 @pytest.mark.parametrize(
     "message",
     [
-        "MPS backend out of memory (MPS allocated: 5.02 GB, other allocations: 9.11 GB, max allowed: 18.13 GB)."
-        " Tried to allocate 8.00 GB on private pool.",
+        "MPS backend out of memory (MPS allocated: 5.02 GB, other allocations: 9.11 GB, max allowed:"
+        " 18.13 GB). Tried to allocate 8.00 GB on private pool.",
         "Invalid buffer size: 21.46 GiB",
     ],
 )
 def test_mps_says_in_words_that_memory_ran_out(message, monkeypatch):
     emptied = []
-    monkeypatch.setattr(devices, "release_memory", lambda: emptied.append("all"))
     monkeypatch.setattr("daemon.executor.device_thread.release_memory", lambda: emptied.append("all"))
     with (
-        pytest.raises(OutOfMemory, match="MPS backend out of memory|Invalid buffer size"),
+        pytest.raises(OutOfMemory, match=message[:15]),
         telling_out_of_memory(),
     ):
         raise RuntimeError(message)

@@ -86,7 +86,7 @@ def test_a_full_sync_that_the_disk_refuses_is_not_repeated(synced, monkeypatch, 
 
 @pytest.fixture(params=["this", "macOS", "neither"])
 def renames(request, libc) -> str:
-    """Renames without replacing: of this system, by macOS's call, and by links where there is no such call."""
+    """Renames without replacing: of this system, by macOS's call, by links where there is no such call."""
     if request.param == "macOS":
 
         def renamex_np(source: bytes, target: bytes, flags: int) -> int:
@@ -139,7 +139,7 @@ def test_linux_counts_memory_cores_and_threads(tmp_path):
     assert resident is not None and 1 << 20 < resident <= 1.1 * peak
     assert peak == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     platform_calls.restart_high_water()
-    assert platform_calls.high_water_bytes() <= peak
+    assert 0 < platform_calls.high_water_bytes() <= 1.1 * peak
     assert platform_calls.usable_cores() == len(os.sched_getaffinity(0))
     assert platform_calls.thread_lives(threading.get_native_id())
     assert not platform_calls.thread_lives(0)

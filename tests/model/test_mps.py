@@ -181,7 +181,9 @@ def test_a_device_that_computes_wrong_is_refused(model, tmp_path, mps, monkeypat
 
 
 def test_float64_is_refused_and_auto_passes_mps_over_for_it(mps):
-    with pytest.raises(ConfigError, match="MPS has no float64: set model.dtype to float32, or model.device"):
+    with pytest.raises(
+        ConfigError, match=r"MPS has no float64: set model\.dtype to float32, or model\.device"
+    ):
         resolve_device("mps", torch.float64)
     assert resolve_device("auto") == resolve_device("mps:0", torch.bfloat16) == "mps"
     assert resolve_device("auto", torch.float64) == "cpu"

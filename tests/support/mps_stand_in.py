@@ -2,8 +2,8 @@
 
 Within `mps_stand_in`, on this thread, `device="mps"` gives tensors that say so, and every operation on one is
 looked at. These raise: a result in float64 or complex numbers, an operand on the host, an operation that MPS
-lacks or has been wrong at, a move to or from the host other than by `daemon.devices` or `Module.to`. So it shows
-that the product keeps to what MPS has, and not that MPS computes right.
+lacks or has been wrong at, a move to or from the host other than by `daemon.devices` or `Module.to`. So it
+shows that the product keeps to what MPS has, and not that MPS computes right.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from daemon import devices
 DEVICE = torch.device("mps:0")
 PRODUCT, DEVICES = str(Path(daemon.__file__).parent), devices.__file__
 MODULES = torch.nn.modules.module.__file__
-# Makes masks by integer scans, which MPS has from macOS 13.3 on, and by `where` of views, which is right there
-# since torch 2.8; the padded engine tries batches against single texts, whose masks are no views.
+# Makes masks by integer scans, which MPS has from macOS 13.3 on, and by `where` of views, right since torch 2.8;
+# the padded engine tries batches against single texts, whose masks are no views.
 MASKS = transformers.masking_utils.__file__
 MOST_BYTES = 1 << 32  # of a tensor: MPS ends the process at more
 NOT_THERE = torch.float64, torch.complex64, torch.complex128
 
-# Operators of torch that MPS does not have, has only by way of the host, or has done wrong without an error in
-# some version of torch or macOS.
+# Operators of torch that MPS does not have, has only by way of the host, or has done wrong without an error
+# in some version of torch or macOS.
 REFUSED = frozenset(
     {
         *(
@@ -80,7 +80,7 @@ OF_CONTIGUOUS = frozenset({"where", "scatter", "scatter_", "masked_fill", "maske
 
 
 class RefusedOnMps(Exception):
-    """An operation that MPS does not have or that is in doubt there; the product recovers from no such type."""
+    """An operation that MPS does not have, or that is in doubt there. The product recovers from none."""
 
 
 class OnMps(Tensor):
