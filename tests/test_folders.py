@@ -78,6 +78,17 @@ def test_missing_folders_are_made_by_the_start_alone(tmp_path):
     assert everything(tmp_path) == {"a", "a/inbox", "b", "b/outbox"}
 
 
+def test_two_names_of_one_folder_are_found_out_once_it_is_made(tmp_path, monkeypatch):
+    """As where a file system ignores case: while neither is there, nothing tells that they are the same."""
+
+    def make(path: Path) -> None:
+        path.symlink_to(tmp_path / "inbox") if path.name == "Inbox" else path.mkdir()
+
+    monkeypatch.setattr("daemon.machine.make_folder", make)
+    with pytest.raises(ConfigError, match="are the same folder"):
+        check_folders(tmp_path / "inbox", tmp_path / "Inbox")
+
+
 @pytest.mark.parametrize("name", ["done", "failed"])
 def test_a_link_to_another_file_system_is_refused(place, elsewhere, name):
     (place / "inbox" / name).rmdir()

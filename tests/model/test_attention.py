@@ -1,4 +1,4 @@
-"""Both ways to attend, against one query at a time."""
+"""All ways to attend, against one query at a time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from daemon.devices import to_device, to_exact
 from daemon.model.attention import BlockPlan, Call, Plan
 from daemon.model.compiled_layers import BLOCK, FlexPlan, block_pattern
 from daemon.model.trie import build_trie
 from tests.support.engines import random_texts
+from tests.support.mps_stand_in import mps_stand_in
 
 HEADS, KEY_HEADS, D_HEAD = 4, 2, 8
 
@@ -58,6 +60,12 @@ def test_a_query_sees_its_own_text_and_of_it_what_came_before(window, softcap):
     expected = slowly(call, texts)
     for plan in plans(texts):
         assert_close(plan.attend(call)[0], expected)
+    with mps_stand_in(), torch.inference_mode():
+        there = (to_device(heads.float(), "mps") for heads in (query, key, value))
+        attended = BlockPlan(build_trie(texts), "mps", torch.float32).attend(
+            Call(*there, window, 0.4, softcap)
+        )
+        assert_close(to_exact(attended)[0].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_of_keys_are_skipped_only_where_no_query_attends_and_whole_only_where_all_do():

@@ -78,6 +78,32 @@ async def test_a_claim_replaces_nothing_in_the_lease(tmp_path, monkeypatch):
     assert sorted(path.read_text() for path in (tmp_path / "done").iterdir()) == ["1", "2"]
 
 
+@pytest.mark.parametrize("ignores_case", [True, False])
+async def test_a_name_in_another_case_is_another_file_unless_the_file_system_takes_both_for_one(
+    tmp_path, monkeypatch, ignores_case
+):
+    """As on macOS, where a rename to the one would replace the other."""
+    there = os.path.lexists
+
+    def lexists(path: Path) -> bool:
+        return there(path) or (ignores_case and Path(path).name.lower() in os.listdir(Path(path).parent))
+
+    async with opened(tmp_path, rescan_seconds=0.0) as inbox:
+        (tmp_path / "a.json").write_text("1")
+        (first,) = inbox._next()[0]
+        monkeypatch.setattr(os.path, "lexists", lexists)
+        (tmp_path / "A.json").write_text("2")
+        claims = inbox._next()[0]
+        assert [claim.name for claim in claims] == ([] if ignores_case else ["A.json"])
+        await inbox.retire([first, *claims])
+        monkeypatch.setattr(os.path, "lexists", there)
+        await drained(inbox)
+    assert {path.name: path.read_text() for path in (tmp_path / "done").iterdir()} == {
+        "a.json": "1",
+        "A.json": "2",
+    }
+
+
 async def test_what_is_not_known_to_be_claimed_goes_back(tmp_path, monkeypatch):
     def fail(path: Path) -> None:
         raise OSError(errno.EIO, "the disk is at fault")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.escaping import printable_name
-from daemon.source.names import NAME_BYTES, numbered, numbered_stem
+from daemon.source.names import NAME_BYTES, folded, numbered, numbered_stem
 
 
 @given(name=st.binary(min_size=1, max_size=255), number=st.integers(0, 9999), room=st.integers(20, 255))
@@ -39,3 +39,10 @@ def test_a_cut_leaves_no_half_character():
 
 def test_bytes_that_are_no_text_are_shown_as_escapes():
     assert printable_name(os.fsdecode(b"caf\xe9.json")) == "caf\\xe9.json"
+
+
+def test_names_fold_that_a_file_system_may_take_for_one():
+    composed, decomposed = "\u00c9t\u00e9.json", "e\u0301te\u0301.JSON"
+    assert folded(composed) == folded(decomposed)
+    assert folded("a.json") == folded("A.JSON") == "a.json"
+    assert len({folded(name) for name in ("a.json", "b.json", "a_.json", os.fsdecode(b"\xff.json"))}) == 4

@@ -27,8 +27,8 @@ from daemon import devices
 DEVICE = torch.device("mps:0")
 PRODUCT, DEVICES = str(Path(daemon.__file__).parent), devices.__file__
 MODULES = torch.nn.modules.module.__file__
-# Makes masks by integer scans, which MPS has from macOS 13.3 on, and by `where` of views, right since torch 2.8;
-# the padded engine tries batches against single texts, whose masks are no views.
+# Makes masks by integer scans, which MPS has from macOS 13.3 on, and by `where` of views, right since torch
+# 2.8; the padded engine tries batches against single texts, whose masks are no views.
 MASKS = transformers.masking_utils.__file__
 MOST_BYTES = 1 << 32  # of a tensor: MPS ends the process at more
 NOT_THERE = torch.float64, torch.complex64, torch.complex128
