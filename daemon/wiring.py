@@ -95,7 +95,7 @@ def load_compute(config: Config) -> Compute:
     with lasting():
         engine, model = load_engine(config)
         runner = BatchRunner(engine, study_settings(config))
-    if engine.info.device == "cpu" and library() is None:
+    if exact_device(engine.info.device) == "cpu" and library() is None:
         log.warning(
             "code.not_compiled", missing=[NAME], message="installed without a C compiler: runs slower"
         )

@@ -23,6 +23,7 @@ from daemon.records import Batch, BatchResult
 from daemon.wiring import study_settings, try_engines
 from tests.batching.test_splitting import batch_of
 from tests.support import tiny
+from tests.support.families import save_family
 from tests.support.mps_stand_in import OnMps, RefusedOnMps, mps_stand_in
 from tests.test_not_finite import UNPROBED, save_overflowing
 
@@ -123,6 +124,18 @@ def test_dictionaries_that_saelens_encodes_run_on_the_host(positions, model, tmp
     assert isinstance(encoder, PlainEncoder)
     assert type(encoder.pre_acts(torch.zeros(1, tiny.D_MODEL))) is torch.Tensor
     assert len(result.features.values)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe", "falcon"])
+def test_other_families_keep_to_what_mps_has(family, tmp_path):
+    """With learned positions, soft caps and sliding windows, experts, and indices that are lists."""
+    folder = save_family(tmp_path / "m", family)
+    sae = tiny.save_sae(tmp_path / "s", "blocks.2.hook_resid_post")
+    batch = samples(tiny.contrast_records(3))
+    _, expected = ran(configured(tmp_path / "cpu", folder, [sae], "cpu"), batch)
+    with mps_stand_in():
+        _, got = ran(configured(tmp_path / "mps", folder, [sae], "mps"), batch)
+    assert_same(got, expected)
 
 
 @pytest.mark.parametrize("architecture", tiny.TRANSCODERS)

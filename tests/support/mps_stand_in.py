@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import transformers.masking_utils
+import transformer_lens
+import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -27,15 +28,12 @@ from daemon import devices
 DEVICE = torch.device("mps:0")
 PRODUCT, DEVICES = str(Path(daemon.__file__).parent), devices.__file__
 MODULES = torch.nn.modules.module.__file__
-# Makes masks by integer scans, which MPS has from macOS 13.3 on, and by `where` of views, right since torch
-# 2.8; the padded engine tries batches against single texts, whose masks are no views.
-MASKS = transformers.masking_utils.__file__
+LIBRARIES = tuple(str(Path(one.__file__).parent) for one in (transformers, transformer_lens))
 MOST_BYTES = 1 << 32  # of a tensor: MPS ends the process at more
 NOT_THERE = torch.float64, torch.complex64, torch.complex128
 
-# Operators of torch that MPS does not have, has only by way of the host, or has done wrong without an error
-# in some version of torch or macOS.
-REFUSED = frozenset(
+# Operators of torch that MPS does not have, or has by way of the host only.
+LACKING = frozenset(
     {
         *(
             "_linalg_eigh",
@@ -46,37 +44,33 @@ REFUSED = frozenset(
             "_linalg_eigvals",
         ),
         *("_linalg_svd", "linalg_svd", "linalg_svdvals", "linalg_qr", "geqrf", "ormqr", "linalg_lstsq"),
-        *("linalg_cholesky_ex", "cholesky_solve", "linalg_ldl_factor_ex", "linalg_matrix_exp", "_linalg_det"),
-        *("_linalg_slogdet", "linalg_householder_product", "linalg_inv_ex", "_linalg_solve_ex"),
+        *(
+            "linalg_ldl_factor_ex",
+            "linalg_matrix_exp",
+            "linalg_householder_product",
+            "pin_memory",
+            "_pin_memory",
+        ),
+        *("view_as_complex", "complex", "polar", "_fft_r2c", "_fft_c2c", "_fft_c2r", "_grouped_mm"),
+    }
+)
+# Those that MPS lacked lately, or has done wrong without an error by the version of torch or macOS. The
+# product uses none; what Transformers does within a model is checked at the start against the host.
+IN_DOUBT = frozenset(
+    {
         *("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"),
         *("_scaled_dot_product_attention_math", "_scaled_dot_product_attention_math_for_mps"),
         *("nonzero", "nonzero_static", "argwhere", "masked_select", "count_nonzero", "repeat_interleave"),
         *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount"),
         *("_embedding_bag", "_embedding_bag_forward_only", "searchsorted", "bucketize", "histc", "aminmax"),
         *("median", "nanmedian", "mode", "kthvalue", "special_entr", "scatter_reduce", "scatter_reduce_"),
-        *(
-            "index_add",
-            "index_add_",
-            "index_reduce",
-            "index_reduce_",
-            "_grouped_mm",
-            "logcumsumexp",
-            "cummax",
-        ),
-        *(
-            "_fft_r2c",
-            "_fft_c2c",
-            "_fft_c2r",
-            "view_as_complex",
-            "complex",
-            "polar",
-            "pin_memory",
-            "_pin_memory",
-        ),
+        *("index_add", "index_add_", "index_reduce", "index_reduce_", "logcumsumexp", "cummax", "cummin"),
+        *("linalg_cholesky_ex", "cholesky_solve", "linalg_inv_ex", "_linalg_solve_ex", "_linalg_det"),
     }
 )
 INTEGER_SCANS = frozenset({"cumsum", "cumsum_", "cumprod", "cumprod_"})
 OF_CONTIGUOUS = frozenset({"where", "scatter", "scatter_", "masked_fill", "masked_fill_"})
+INDEXING = frozenset({"index", "index_put", "index_put_"})  # whose indices may be on the host
 
 
 class RefusedOnMps(Exception):
@@ -124,7 +118,7 @@ class OnMps(Tensor):
 
         def unwrapped(tensor: Tensor) -> Tensor:
             if not isinstance(tensor, OnMps):
-                if tensor.ndim:
+                if tensor.ndim and name not in INDEXING:
                     raise RefusedOnMps(f"{func}: an operand of shape {tuple(tensor.shape)} is on the host")
                 return tensor
             wrappers[id(tensor.inner)] = tensor
@@ -145,22 +139,34 @@ class OnMps(Tensor):
 
 
 def look_at(name: str, func: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises RefusedOnMps for an operation that MPS does not have, or has been wrong at."""
+    """Raises RefusedOnMps for an operation that MPS does not have, or that the product is not to ask for."""
     tensors = [one for one in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-    if name in REFUSED or "sparse" in name:
-        raise RefusedOnMps(f"{func} is not to run on MPS")
-    if within(MASKS):
+    if name in LACKING or "sparse" in name:
+        raise RefusedOnMps(f"{func} is not there on MPS")
+    if asked_by_library():
         return
+    if name in IN_DOUBT and not func.endswith("self_int"):  # of repeat_interleave: by a number
+        raise RefusedOnMps(f"{func} is not to run on MPS")
     if name in INTEGER_SCANS and not tensors[0].is_floating_point():
         raise RefusedOnMps(f"{func} of {tensors[0].dtype} is not to run on MPS")
-    if name in ("index", "index_put", "index_put_") and any(
-        one is not None and one.dtype == torch.bool for one in args[1]
-    ):
+    if name in INDEXING and any(one is not None and one.dtype == torch.bool for one in args[1]):
         raise RefusedOnMps(f"{func} by a mask is not to run on MPS")
     if name in OF_CONTIGUOUS and not all(one.is_contiguous() for one in tensors if one.ndim > 1):
         raise RefusedOnMps(f"{func} of a view is not to run on MPS")
     if isinstance(out := kwargs.get("out"), Tensor) and not out.is_contiguous():
         raise RefusedOnMps(f"{func} into a view is not to run on MPS")
+
+
+def asked_by_library() -> bool:
+    """Whether code of a model's library asks for this, and not ours that it calls."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(LIBRARIES):
+            return True
+        if frame.f_code.co_filename.startswith(PRODUCT):
+            return False
+        frame = frame.f_back
+    return False
 
 
 def placed(tensor: Tensor, by: str) -> OnMps:
@@ -174,14 +180,6 @@ def placed(tensor: Tensor, by: str) -> OnMps:
 
 def is_mps(device: object) -> bool:
     return isinstance(device, str | torch.device) and torch.device(device).type == "mps"
-
-
-def within(path: str) -> bool:
-    """Whether a function of that file is being called."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != path:
-        frame = frame.f_back
-    return frame is not None
 
 
 def check_mover(by: str) -> None:
@@ -215,7 +213,7 @@ class StandIn(TorchFunctionMode):
             return self._to(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "_has_compatible_shallow_copy_type":  # asked by `Module.to`
-            return isinstance(args[0], OnMps) == isinstance(args[1], OnMps)
+            return not any(isinstance(one, OnMps) for one in args)
         if args and isinstance(args[0], OnMps):
             if name == "__repr__":  # torch's own reads memory that is not there
                 return OnMps.__repr__(args[0])
@@ -225,7 +223,7 @@ class StandIn(TorchFunctionMode):
                 return args[0].inner.tolist()
             if func in (Tensor.numpy, Tensor.pin_memory, Tensor.__array__, Tensor.cuda, Tensor.data_ptr):
                 raise RefusedOnMps(f"{name} of a tensor on MPS")
-            if name in REFUSED:
+            if name in LACKING or (name == "scaled_dot_product_attention" and not asked_by_library()):
                 raise RefusedOnMps(f"{name} is not to run on MPS")
         if is_mps(kwargs.get("device")):
             kwargs["device"] = "cpu"
