@@ -20,11 +20,8 @@ from daemon.devices import on_mps, to_device, to_exact
 from daemon.records import IntArray
 
 NOISE_BANK_SIZE = 256  # rows; a byte of a hash is a row
-MAX_ACTIVATED = {
-    "cpu": 512,
-    "mps": 2048,
-    "cuda": 8192,
-}  # rows of the dense (M, d_sae) workspace, or one text's draws
+# Rows of the dense (M, d_sae) workspace, or one text's draws.
+MAX_ACTIVATED = {"cpu": 512, "mps": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def test_a_normalising_dictionary_is_left_to_saelens():
 
 
 def test_an_encoder_that_differs_is_not_used(monkeypatch):
-    monkeypatch.setitem(encoding.ACTIVATIONS, "standard", lambda sae: lambda pre_acts: 2 * pre_acts.relu())
+    monkeypatch.setitem(encoding.ACTIVATIONS, "standard", lambda sae, device: lambda acts: 2 * acts.relu())
     assert isinstance(encoder_of(loaded("standard")), PlainEncoder)
 
 

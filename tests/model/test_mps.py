@@ -20,6 +20,7 @@ from daemon.model.extraction import NotFinite
 from daemon.model.loading import resolve_device
 from daemon.recipes import CONTRAST_RECIPE
 from daemon.records import Batch, BatchResult
+from daemon.tools.oracle import Oracle
 from daemon.wiring import study_settings, try_engines
 from tests.batching.test_splitting import batch_of
 from tests.support import tiny
@@ -191,6 +192,30 @@ def test_a_device_that_computes_wrong_is_refused(model, tmp_path, mps, monkeypat
     )
     with torch.inference_mode(), refused:
         try_engines(configured(tmp_path / "c", model, [sae], "mps"))
+
+
+def test_the_oracle_of_verify_checks_mps_from_the_host(model, tmp_path, mps):
+    sae = tiny.save_sae(tmp_path / "s", "blocks.1.hook_resid_post")
+    oracle = Oracle(configured(tmp_path / "c", model, [sae], "mps"))
+    oracle.layers([[tiny.BOS, 97]])
+    assert type(oracle.dictionaries[0].sae.W_dec.data) is torch.Tensor
+    assert mps.moved_to_host == 0
+
+
+def test_an_activation_that_mps_lacks_is_left_to_the_host(model, tmp_path, mps, monkeypatch):
+    def lacking(sae, device):
+        def activate(pre_acts):
+            raise NotImplementedError(
+                "The operator 'aten::relu' is not currently implemented for the MPS device"
+            )
+
+        return activate
+
+    monkeypatch.setitem(encoding.ACTIVATIONS, "standard", lacking)
+    sae = tiny.save_sae(tmp_path / "s", "blocks.1.hook_resid_post", architecture="standard")
+    with torch.inference_mode():
+        engine, _ = try_engines(configured(tmp_path / "c", model, [sae], "mps"))
+    assert isinstance(engine.encoders[0], PlainEncoder)
 
 
 def test_float64_is_refused_and_auto_passes_mps_over_for_it(mps):

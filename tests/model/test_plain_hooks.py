@@ -192,5 +192,8 @@ def test_the_oracle_shares_nothing_with_what_it_checks():
             elif isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
     ours = {name for name in imported if name.startswith("daemon")}
-    assert ours == {"daemon.model.float64", "daemon.model.plain_layer", "daemon.model.plain_trace"}
+    assert ours == {
+        "daemon.devices",
+        *("daemon.model.float64", "daemon.model.plain_layer", "daemon.model.plain_trace"),
+    }
     assert not any(name.startswith(("transformer_lens", "sae_lens", "transformers")) for name in imported)
