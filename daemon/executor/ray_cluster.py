@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from daemon.errors import ConfigError, MachineError
 from daemon.executor.worker import Worker
+from daemon.platform_calls import usable_cores
 
 try:
     import ray
@@ -92,7 +93,7 @@ class Cluster:
     def _start(self, quiet: dict[str, Any]) -> None:
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # Ray asks for a token: one that nobody else knows
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         asked = self._cpus * (1 if self._workers == "auto" else self._workers)
         ray.init(address="local", num_cpus=max(cores, asked), **quiet)
 
