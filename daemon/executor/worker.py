@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import platform
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from daemon.executor.device_thread import DeviceThread
 from daemon.executor.local import LocalExecutor
 from daemon.executor.runner import BatchRunner
 from daemon.model_info import ModelInfo
+from daemon.platform_calls import peak_bytes
 from daemon.ports import Tokenizer
 from daemon.records import BatchResult, SampleBatch
 
@@ -115,7 +115,7 @@ class Worker:
         """Compute a batch. Raises OutOfMemory."""
         assert self._executor is not None, "load comes first"
         result = await self._executor.compute(batch)
-        return Computed(result, self._device.busy_seconds, peak_memory_bytes())
+        return Computed(result, self._device.busy_seconds, peak_bytes())
 
     async def live(self) -> None:
         """Never return: whoever waits for this hears at once that the process is gone."""
@@ -125,9 +125,3 @@ class Worker:
         """Analyse the next batches under other settings."""
         assert self._executor is not None, "load comes first"
         await self._executor.restudy(settings)
-
-
-def peak_memory_bytes() -> int:
-    """The most that this process has had in memory."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
