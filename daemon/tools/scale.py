@@ -16,7 +16,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from daemon.tools.scale_setup import WORKLOADS, ZERO_IS_FINE, Setup
-from daemon.tools.scale_simulation import Simulation
+from daemon.tools.scale_simulation import TAIL_TO, Prediction, Simulation
+
+FORM = "{:>7} {:>7} {:>11} {:>10} {:>7} {:>6} {:>6} {:>7} {:>5}  {}\n"
+HEAD = ("workers", "daemons", "samples/s", "efficiency", "loading", "tail", "file", "held", "busy", "binds")
+UNITS = ("", "", "", "", "s", "s", "s", "GB", "", "")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -50,39 +54,50 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Setup]:
     given = {
         name: value for name, value in vars(args).items() if name in Setup.__slots__ and value is not None
     }
-    for name, value in {**given, "samples": args.samples or 1, "seed": args.seed + 1}.items():
+    for name, value in {
+        **given,
+        "samples": 1 if args.samples is None else args.samples,
+        "seed": args.seed + 1,
+    }.items():
         if not math.isfinite(value) or value < 0 or (value == 0 and name not in ZERO_IS_FINE):
             parser.error(f"--{name.replace('_', '-')} {value:g} is out of range")
-    return args, dataclasses.replace(WORKLOADS[args.workload], **given)
+    setup = dataclasses.replace(WORKLOADS[args.workload], **given)
+    if setup.tail > 1:
+        parser.error(f"--tail {setup.tail:g} is out of range: it is a share")
+    longest = TAIL_TO * setup.batch_samples / setup.worker_rate
+    if 3600 * setup.mtbf_hours < setup.slots * longest:
+        parser.error(
+            f"--mtbf-hours {setup.mtbf_hours:g}: a batch may take {longest:.0f} s, and none would end"
+        )
+    if max(args.workers) < min(args.daemons):
+        parser.error("more daemons than workers")
+    return args, setup
+
+
+def row(found: Prediction) -> str:
+    return FORM.format(
+        found.workers,
+        found.daemons,
+        f"{found.samples_per_second:,.1f}",
+        f"{found.efficiency:.3f}",
+        f"{found.load_seconds:,.0f}",
+        f"{found.tail_seconds:,.0f}",
+        f"{found.file_seconds:,.0f}",
+        f"{found.held_gb:,.2f}",
+        f"{max(found.busy.values()):.2f}",
+        found.binds,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, setup = arguments(argv)
-    form = "{:>8} {:>8} {:>13} {:>11} {:>8} {:>7} {:>7} {:>8}  {}\n"
     if not args.json:
-        names = ("workers", "daemons", "samples/s", "efficiency", "loaded", "tail", "file", "held", "binds")
-        sys.stdout.write(form.format(*names) + form.format(*("", "", "", "", "s", "s", "s", "GB", "")))
+        sys.stdout.write(FORM.format(*HEAD) + FORM.format(*UNITS))
     for workers, daemons in itertools.product(args.workers, args.daemons):
-        if daemons > workers:
-            continue
-        found = Simulation(setup, workers, daemons, args.samples, args.seed).run()
-        line = (
-            json.dumps(dataclasses.asdict(found)) + "\n"
-            if args.json
-            else form.format(
-                workers,
-                daemons,
-                f"{found.samples_per_second:,.1f}",
-                f"{found.efficiency:.3f}",
-                f"{found.load_seconds:,.0f}",
-                f"{found.tail_seconds:,.0f}",
-                f"{found.file_seconds:,.0f}",
-                f"{found.held_gb:,.2f}",
-                f"{found.binds} ({max(found.busy.values()):.2f})",
-            )
-        )
-        sys.stdout.write(line)
-        sys.stdout.flush()
+        if daemons <= workers:
+            found = Simulation(setup, workers, daemons, args.samples, args.seed).run()
+            sys.stdout.write(json.dumps(dataclasses.asdict(found)) + "\n" if args.json else row(found))
+            sys.stdout.flush()
     return 0
 
 

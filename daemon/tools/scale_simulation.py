@@ -26,10 +26,9 @@ GROUP_SYNCS = 3  # of folders, one after the other: the outbox, done/ and the le
 LOCKED_OPERATIONS = 2  # of a file while no other daemon publishes
 READ_SHARE = 0.25  # of a sample's cost at its daemon that falls before it is computed
 TAIL_FROM, TAIL_TO, TAIL_POWER = 2.0, 20.0, 1.5  # a Pareto law of how much longer a straggler takes
-TAIL_MEAN = (TAIL_POWER * TAIL_FROM - TAIL_TO * (TAIL_FROM / TAIL_TO) ** TAIL_POWER) / (TAIL_POWER - 1)
+TAIL_MEAN: float = (TAIL_POWER * TAIL_FROM - TAIL_TO * (TAIL_FROM / TAIL_TO) ** TAIL_POWER) / (TAIL_POWER - 1)
 MAX_BATCHES = 60_000  # simulated for a steady rate
 SATURATED = 0.9  # share of the time
-
 
 Process = Iterator[float]  # yields when it goes on
 
@@ -287,7 +286,7 @@ class Simulation:
         """How much longer than the mean a batch takes: 1 on average."""
         spread, tail = self.setup.spread, self.setup.tail
         body = math.exp(self.chance.normal(-(spread**2) / 2, spread))
-        drawn: float = min(TAIL_TO, TAIL_FROM / (1 - self.chance.random()) ** (1 / TAIL_POWER))
+        drawn = min(TAIL_TO, TAIL_FROM * math.exp(self.chance.exponential() / TAIL_POWER))
         return body * (drawn if self.chance.random() < tail else 1.0) / (1 + tail * (TAIL_MEAN - 1))
 
     def arrive(self, batch: Batch) -> NDArray[np.int64]:
