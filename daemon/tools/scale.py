@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from daemon.tools.scale_setup import WORKLOADS, ZERO_IS_FINE, Setup
-from daemon.tools.scale_simulation import TAIL_TO, Prediction, Simulation
+from daemon.tools.scale_setup import WORKLOADS, ZERO_IS_FINE, Prediction, Setup
+from daemon.tools.scale_simulation import TAIL_TO, Simulation
 
 FORM = "{:>7} {:>7} {:>11} {:>10} {:>7} {:>6} {:>6} {:>7} {:>5}  {}\n"
 HEAD = ("workers", "daemons", "samples/s", "efficiency", "loading", "tail", "file", "held", "busy", "binds")

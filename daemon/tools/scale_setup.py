@@ -1,4 +1,4 @@
-"""Costs and sizes that `daemon.tools.scale` starts from; `deploy/ray/SCALE.md` says where each comes from."""
+"""Costs and sizes of a model of scale, and its answer. `deploy/ray/SCALE.md` has their sources."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ class Setup:
         """Samples a second of a worker that never waits."""
         batch_ms = self.worker_batch_ms + self.batch_samples * self.worker_sample_ms
         return 1000 * self.batch_samples / batch_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """For one number of workers and daemons."""
+
+    workers: int
+    daemons: int
+    samples_per_second: float  # steadily; of a fixed job, from the start to its last file
+    efficiency: float  # of workers that never wait
+    binds: str
+    busy: dict[str, float]  # share of the time of what could bind
+    load_seconds: float  # until every worker is loaded, when all start at once
+    tail_seconds: float  # from the last batch shipped to the last file published
+    file_seconds: float  # from a part's claim to its publication, median
+    held_gb: float  # results in a daemon's memory that wait for the rest of their parts, at most
 
 
 DOCUMENTS = Setup(batch_samples=11, out_kb=1.5, back_kb=300.0, parquet_kb=99.0, worker_sample_ms=1010.0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from daemon.tools.scale_setup import Setup
+from daemon.tools.scale_setup import Prediction, Setup
 
 PART_SAMPLES = 1024  # a larger file is computed and stored in parts of so many
 GROUP_FILES = 256  # claimed or published together, at most
@@ -24,6 +24,7 @@ PART_OPERATIONS = 4  # create, sync, rename, unlink
 FILE_SYNCS, SYNC_THREADS = 4, 16  # one after the other for a file; so many files at a time
 GROUP_SYNCS = 3  # of folders, one after the other: the outbox, done/ and the lease
 LOCKED_OPERATIONS = 2  # of a file while no other daemon publishes
+SLICE_SECONDS = 0.02  # that a daemon's writer computes before it looks whether its loop does, too
 READ_SHARE = 0.25  # of a sample's cost at its daemon that falls before it is computed
 TAIL_FROM, TAIL_TO, TAIL_POWER = 2.0, 20.0, 1.5  # a Pareto law of how much longer a straggler takes
 TAIL_MEAN: float = (TAIL_POWER * TAIL_FROM - TAIL_TO * (TAIL_FROM / TAIL_TO) ** TAIL_POWER) / (TAIL_POWER - 1)
@@ -65,6 +66,12 @@ class Line:
         self.asked += seconds
         return self._free_at
 
+    def share(self, seconds: float) -> float:
+        """The same for a thread, which takes turns with what waits here."""
+        turns = 2 if self._free_at > self._clock.now else 1
+        self.serve(seconds)
+        return self._clock.now + turns * seconds
+
     def drop(self) -> None:
         """Serve nothing of what is not done."""
         self._free_at = self._clock.now
@@ -92,7 +99,7 @@ class Daemon:
     def __init__(self, run: Simulation, workers: int) -> None:
         self.run, self.setup, self.clock = run, run.setup, run.clock
         self.cpu, self.sent, self.received = (Line(run.clock) for _ in range(3))
-        self.claiming = self.publishing = 0.0  # seconds that one thread needs for it
+        self.claiming = self.writing = self.publishing = 0.0  # seconds that one thread needs for it
         self.held = self.most_held = 0  # samples that came back and are not written
         self._slots = workers * self.setup.slots
         self._running = 0  # batches shipped whose parts no queue took yet
@@ -104,8 +111,9 @@ class Daemon:
         self._unplanned: list[NDArray[np.int64]] = []  # parts of samples that were read
         self._planned: deque[Batch] = deque()
         self._waiting = 0  # samples, read and not shipped
-        self._reading = self._is_publishing = self._has_read_all = False
+        self._reading = self._has_read_all = self._is_writing = self._is_publishing = False
         self._unpublished = 0  # samples of whole parts
+        self._unwritten: deque[NDArray[np.int64]] = deque()  # whole parts
         self._whole: list[int] = []  # parts, written
 
     def fill(self) -> None:
@@ -149,7 +157,7 @@ class Daemon:
         yield run.operations.serve(len(parts) / run.parts_of_file / setup.store_ops) + claiming
         run.claimed[parts] = self.clock.now
         samples = np.repeat(parts, run.part_samples)
-        yield self.cpu.serve(READ_SHARE * len(samples) * setup.sample_ms / 1000 / setup.cores)
+        yield self.cpu.share(READ_SHARE * len(samples) * setup.sample_ms / 1000 / setup.cores)
         self._unplanned.append(samples)
         self._waiting += len(samples)
         self._reading, self._has_read_all = False, run.n_claimed == len(run.parts)
@@ -184,26 +192,39 @@ class Daemon:
         self._unblock()
 
     def _unblock(self) -> None:
-        """Hand whole parts on while there is room for them."""
+        """Hand whole parts to the writer while there is room for them."""
         while self._blocked and self._unpublished * self.setup.back_kb <= 1000 * self.setup.queue_mb:
             parts = self._blocked.popleft()
             self._running -= 1
             self._unpublished += len(parts) * self.run.part_samples
-            self.clock.start(self._write(parts))
+            self._unwritten.append(parts)
+            if not self._is_writing:
+                self._is_writing = True
+                self.clock.start(self._write())
         self.fill()
 
-    def _write(self, parts: NDArray[np.int64]) -> Process:
-        run, setup, n, files = self.run, self.setup, len(parts), len(parts) / self.run.parts_of_file
-        mb = n * run.part_samples * setup.parquet_kb / 1000
-        operations = files * FILE_OPERATIONS + (n * PART_OPERATIONS if run.parts_of_file > 1 else 0)
-        yield self.cpu.serve((mb * setup.mb_ms + files * setup.file_ms) / 1000 / setup.cores)
-        yield run.bandwidth.serve(mb / 1000 / setup.store_gbps)
-        yield run.operations.serve(operations / setup.store_ops)
-        self.held -= n * run.part_samples
-        self._whole.extend(parts.tolist())
-        if not self._is_publishing:
-            self._is_publishing = True
-            self.clock.start(self._publish())
+    def _write(self) -> Process:
+        """All parts that are handed over, on a thread."""
+        run, setup = self.run, self.setup
+        while self._unwritten:
+            parts = self._unwritten.popleft()
+            n, files = len(parts), len(parts) / run.parts_of_file
+            mb = n * run.part_samples * setup.parquet_kb / 1000
+            operations = files * FILE_OPERATIONS + (n * PART_OPERATIONS if run.parts_of_file > 1 else 0)
+            seconds = (mb * setup.mb_ms + files * setup.file_ms) / 1000 / setup.cores
+            storing, naming = mb / 1000 / setup.store_gbps, operations / setup.store_ops
+            self.writing += seconds + storing + naming
+            slices = math.ceil(seconds / SLICE_SECONDS)
+            for _ in range(slices):
+                yield self.cpu.share(seconds / slices)
+            yield run.bandwidth.serve(storing)
+            yield run.operations.serve(naming)
+            self.held -= n * run.part_samples
+            self._whole.extend(parts.tolist())
+            if not self._is_publishing:
+                self._is_publishing = True
+                self.clock.start(self._publish())
+        self._is_writing = False
 
     def _publish(self) -> Process:
         """All written parts in groups of files, until none is left."""
@@ -241,22 +262,6 @@ class Daemon:
             self.fill()
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """For one number of workers and daemons."""
-
-    workers: int
-    daemons: int
-    samples_per_second: float  # steadily; of a fixed job, from the start to its last file
-    efficiency: float  # of workers that never wait
-    binds: str
-    busy: dict[str, float]  # share of the time of what could bind
-    load_seconds: float  # until every worker is loaded, when all start at once
-    tail_seconds: float  # from the last batch shipped to the last file published
-    file_seconds: float  # from a part's claim to its publication, median
-    held_gb: float  # results in a daemon's memory that wait for the rest of their parts, at most
-
-
 class Simulation:
     """One job, from the first claim to the last file. Run it once."""
 
@@ -264,7 +269,7 @@ class Simulation:
         """Without `samples` all workers are loaded at the start, and the steady rate is of interest."""
         self.setup, self.clock, self.is_steady = setup, Clock(), samples is None
         self.chance = np.random.Generator(np.random.PCG64(seed))
-        samples = samples or setup.batch_samples * min(MAX_BATCHES, max(400, 16 * workers))
+        samples = samples or setup.batch_samples * min(MAX_BATCHES, max(2000, 16 * workers))
         self.part_samples = min(setup.file_samples, PART_SAMPLES, samples)
         self.parts_of_file = min(setup.file_samples, samples) / self.part_samples
         self.parts = np.arange(-(-samples // self.part_samples))
@@ -307,6 +312,7 @@ class Simulation:
             "daemon's core": sum(daemon.cpu.asked for daemon in daemons) / len(daemons),
             "daemon's link": sum(daemon.received.asked for daemon in daemons) / len(daemons),
             "claiming": sum(daemon.claiming for daemon in daemons) / len(daemons),
+            "writing": sum(daemon.writing for daemon in daemons) / len(daemons),
             "publishing": sum(daemon.publishing for daemon in daemons) / len(daemons),
             "store operations": self.operations.asked,
             "store bandwidth": self.bandwidth.asked,

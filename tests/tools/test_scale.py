@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from daemon.tools.scale import main
-from daemon.tools.scale_setup import WORKLOADS, Setup
-from daemon.tools.scale_simulation import FILE_OPERATIONS, Prediction, Simulation
+from daemon.tools.scale_setup import WORKLOADS, Prediction, Setup
+from daemon.tools.scale_simulation import FILE_OPERATIONS, Simulation
 
 PAGE = Path(__file__).parents[2] / "deploy" / "ray" / "SCALE.md"
 EVEN = dataclasses.replace(
@@ -54,7 +54,7 @@ def test_workers_multiply_under_a_daemon_that_costs_nothing():
 @pytest.mark.parametrize("workers", [300, 600])
 def test_a_daemon_s_core_bounds_what_any_number_of_workers_brings(workers):
     found = predict(dataclasses.replace(FREE, sample_ms=0.25), workers)
-    assert found.samples_per_second == pytest.approx(4000, rel=0.01)
+    assert found.samples_per_second == pytest.approx(4000, rel=0.02)
     assert found.binds == "daemon's core"
 
 
