@@ -57,24 +57,24 @@ class Line:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._free_at = 0.0
+        self.free_at = 0.0
         self.asked = 0.0  # seconds
 
     def serve(self, seconds: float) -> float:
         """When work of so many seconds, asked for now, is done."""
-        self._free_at = max(self._free_at, self._clock.now) + seconds
+        self.free_at = max(self.free_at, self._clock.now) + seconds
         self.asked += seconds
-        return self._free_at
+        return self.free_at
 
     def share(self, seconds: float) -> float:
         """The same for a thread, which takes turns with what waits here."""
-        turns = 2 if self._free_at > self._clock.now else 1
+        turns = 2 if self.free_at > self._clock.now else 1
         self.serve(seconds)
         return self._clock.now + turns * seconds
 
     def drop(self) -> None:
         """Serve nothing of what is not done."""
-        self._free_at = self._clock.now
+        self.free_at = self._clock.now
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -321,7 +321,8 @@ class Simulation:
 
     def run(self) -> Prediction:
         self.clock.run(lambda: self.n_published == len(self.parts))
-        asked, workers, seconds = self._asked(), len(self._workers), self.clock.now
+        asked, workers = self._asked(), len(self._workers)
+        seconds = max(self.clock.now, *(daemon.cpu.free_at for daemon in self._daemons))
         binds = max(asked, key=asked.__getitem__)
         loading = self.setup.load_seconds + workers * self.read_seconds
         tail = seconds - self.last_shipped
