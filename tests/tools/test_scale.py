@@ -180,3 +180,28 @@ def test_it_prints_a_table_or_a_line_of_json_for_each(capsys):
     assert set(lines[0]) == {field.name for field in dataclasses.fields(Prediction)}
     assert main(["--workers", "1,2"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def tables() -> list[tuple[str, list[str]]]:
+    """The commands of the page, and the rows below each that take no long time to compute."""
+    blocks = re.findall(
+        r"```text\n\$ python -m daemon\.tools\.scale (.*)\n(.*\n.*\n(?:.*\n)+?)```", PAGE.read_text()
+    )
+    return [
+        (command, [row for row in rows.splitlines()[2:] if int(row.split()[0]) <= 64])
+        for command, rows in blocks
+    ]
+
+
+@pytest.mark.parametrize(("command", "rows"), [(command, rows) for command, rows in tables() if rows])
+def test_the_page_has_what_the_command_prints(command, rows, capsys):
+    arguments = {option: value for option, value in itertools.pairwise(shlex.split(command))}
+    arguments["--workers"] = ",".join(dict.fromkeys(row.split()[0] for row in rows))
+    assert main([part for option in arguments.items() if option[0].startswith("--") for part in option]) == 0
+    printed = capsys.readouterr().out.splitlines()[2:]
+    assert len(printed) == len(rows) > 0
+    for now, then in zip(printed, rows, strict=True):
+        assert now.split()[:2] == then.split()[:2]
+        rates = [float(row.split()[2].replace(",", "")) for row in (now, then)]
+        assert rates[0] == pytest.approx(rates[1], rel=0.05)
+        assert now.split()[9:] == then.split()[9:]
