@@ -195,7 +195,7 @@ def tables() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("command", "rows"), [(command, rows) for command, rows in tables() if rows])
 def test_the_page_has_what_the_command_prints(command, rows, capsys):
-    arguments = {option: value for option, value in itertools.pairwise(shlex.split(command))}
+    arguments = dict(itertools.pairwise(shlex.split(command)))
     arguments["--workers"] = ",".join(dict.fromkeys(row.split()[0] for row in rows))
     assert main([part for option in arguments.items() if option[0].startswith("--") for part in option]) == 0
     printed = capsys.readouterr().out.splitlines()[2:]
