@@ -55,8 +55,18 @@ class ModelSection(Section):
     name: SettingName = DEFAULT_MODEL  # bundled preset, local folder, TransformerLens or Hugging Face name
     dtype: Dtype = "float32"
     device: SettingName = "auto"  # auto, cpu, cuda, cuda:N, mps
+    device_map: Literal["none", "auto"] = "none"  # auto: one model spread over the devices of this host
     quantization: Literal["none"] = "none"
     compile: Literal["auto", "off"] = "auto"  # layers and attention by torch.compile: on CUDA, where it pays
+
+    @model_validator(mode="after")
+    def check_device_map(self) -> ModelSection:
+        if self.device_map != "none" and self.device != "auto":
+            raise ValueError(
+                f"device_map = {self.device_map!r} spreads the model over all devices, and device ="
+                f" {self.device!r} names one: leave one of the two out"
+            )
+        return self
 
 
 SAE_LOOKS = (

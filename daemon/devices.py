@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from daemon.model_info import SEPARATOR, compute_devices
+
 OUT_OF_MEMORY = (
     "not enough memory",
     "can't allocate memory",
@@ -24,11 +26,12 @@ OUT_OF_MEMORY = (
 
 
 def on_cuda(device: str | torch.device) -> bool:
-    return torch.device(device).type == "cuda"
+    """Whether it is one CUDA device; a model may have several."""
+    return SEPARATOR not in str(device) and torch.device(device).type == "cuda"
 
 
 def on_mps(device: str | torch.device) -> bool:
-    return torch.device(device).type == "mps"
+    return SEPARATOR not in str(device) and torch.device(device).type == "mps"
 
 
 def best_device(dtype: torch.dtype) -> str:
@@ -85,23 +88,25 @@ def on_exact_device(module: nn.Module, device: str) -> Iterator[None]:
 
 
 def finish(device: str) -> None:
-    """Wait for the operations that this thread started: of its stream on CUDA, of all on MPS."""
-    if on_cuda(device):
-        torch.cuda.current_stream(device).synchronize()
-    elif on_mps(device):
-        torch.mps.synchronize()
+    """Wait for the operations that this thread started: of its streams on CUDA, of all on MPS."""
+    for one in compute_devices(device):
+        if on_cuda(one):
+            torch.cuda.current_stream(one).synchronize()
+        elif on_mps(one):
+            torch.mps.synchronize()
 
 
 def device_bytes(device: str) -> dict[str, int]:
-    """By kind, an accelerator's memory: of torch's tensors, of all that torch holds, all that there is.
+    """By kind, accelerators' memory: of torch's tensors, of all that torch holds, all that there is.
 
     Empty for the CPU. Of MPS, whose memory is the host's, the last is what Metal recommends to stay below.
     """
-    if on_cuda(device):
+    devices = compute_devices(device)
+    if on_cuda(devices[0]):
         return {
-            "allocated": torch.cuda.memory_allocated(device),
-            "reserved": torch.cuda.memory_reserved(device),
-            "total": torch.cuda.get_device_properties(device).total_memory,
+            "allocated": sum(map(torch.cuda.memory_allocated, devices)),
+            "reserved": sum(map(torch.cuda.memory_reserved, devices)),
+            "total": sum(torch.cuda.get_device_properties(one).total_memory for one in devices),
         }
     if on_mps(device):
         return {

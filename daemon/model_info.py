@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SEPARATOR = ","  # of the devices of one model
+STORES = ("cpu", "disk")  # hold weights for other devices to compute with
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:
@@ -38,7 +41,7 @@ class ModelInfo:
     d_model: int
     n_layers: int
     dtype: str
-    device: str
+    device: str  # or several: those that compute, then what else holds weights, "cuda:0,cuda:1,cpu"
     engine: str  # "packed", or "padded" where the model can't be packed
     weights_sha256: str | None  # None where the weights came from a hub
     saes: tuple[SaeInfo, ...]
@@ -53,3 +56,9 @@ class ModelInfo:
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(sae.layer for sae in self.saes)
+
+
+def compute_devices(device: str) -> tuple[str, ...]:
+    """The devices that compute, of `ModelInfo.device`."""
+    names = device.split(SEPARATOR)
+    return tuple(name for name in names if name not in STORES) or ("cpu",)

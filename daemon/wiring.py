@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,10 +39,11 @@ from daemon.model.engine import Engine
 from daemon.model.failures import explained
 from daemon.model.loading import LoadedModel, check_weights, load_model, locate_model, resolve_device
 from daemon.model.padded_engine import PaddedEngine
-from daemon.model.sae import LoadedSae, last_layer_read, load_saes
+from daemon.model.placement import asked_map
+from daemon.model.sae import LoadedSae, last_layer_read, load_saes, move_saes
 from daemon.model.smollm2 import default_cache_dir
 from daemon.model.trie_engine import CannotPack, TrieEngine
-from daemon.model_info import ModelInfo
+from daemon.model_info import ModelInfo, compute_devices
 from daemon.native.library import NAME, library
 from daemon.pause import Pause
 from daemon.pipeline import Limits, Pipeline
@@ -95,7 +98,8 @@ def load_compute(config: Config) -> Compute:
     with lasting():
         engine, model = load_engine(config)
         runner = BatchRunner(engine, study_settings(config))
-    if exact_device(engine.info.device) == "cpu" and library() is None:
+    hosts = map(exact_device, compute_devices(engine.info.device))
+    if set(hosts) == {"cpu"} and library() is None:
         log.warning(
             "code.not_compiled", missing=[NAME], message="installed without a C compiler: runs slower"
         )
@@ -217,14 +221,19 @@ def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
     """The model and its dictionaries, their weights accepted. Raises ConfigError or MachineError."""
     dtype = getattr(torch, config.model.dtype)
     device = resolve_device(config.model.device, dtype)
-    model = load_model(locate_model(config.model.name, default_cache_dir()), device=device, dtype=dtype)
+    location = locate_model(config.model.name, default_cache_dir())
+    device_map = asked_map(config.model.device_map)
+    model = load_model(location, device=device, dtype=dtype, device_map=device_map)
     saes = load_saes(
         config.sae,
         d_model=model.d_model,
         n_layers=model.n_layers,
-        device=exact_device(device),
+        device=exact_device(model.device) if model.placement is None else "cpu",
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
     )
+    if model.placement is not None:
+        log.info("model.spread", devices=model.devices, layers=dict(Counter(model.placement.held)))
+        move_saes(saes, model.placement)
     check_weights(model, last_layer_read(saes))
     check_device(model, list(dict.fromkeys(hook for entry in saes for hook in entry.hook_names)))
     return model, saes
@@ -241,7 +250,8 @@ def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
 
 def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
     model, saes = load_parts(config)
-    encoders = [encoder_of(entry, model.dtype, model.device) for entry in saes]
+    device = model.device if model.placement is None else None  # else that of each dictionary
+    encoders = [encoder_of(entry, model.dtype, device) for entry in saes]
     positions = config.analysis.positions
     try:
         compiles = config.model.compile == "auto" and can_compile(model.device)
@@ -253,6 +263,7 @@ def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
         changed = error.model_changed
     if changed:
         del model  # before there is a second one
+        gc.collect()  # modules that are hooked hold themselves
         model, saes = load_parts(config)
     return PaddedEngine(model, saes, encoders, positions), model
 

@@ -217,7 +217,8 @@ def cross_layer_consistency(text: ComparedText) -> Tensor:
     if len(text.layers) < 2:
         return text.undefined
     a, b = text.layers[-2:]
-    return shared_cosine(a.acts.select(text.rows), b.acts.select(text.rows), min(a.d_sae, b.d_sae))
+    ours, theirs = (one.acts.select(text.rows.to(one.acts.counts.device)) for one in (a, b))
+    return shared_cosine(ours, theirs.to(ours.counts.device), min(a.d_sae, b.d_sae))
 
 
 def token_count_name(text: str) -> str:

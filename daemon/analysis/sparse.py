@@ -33,6 +33,9 @@ class SparseActs:
         """The positions `rows` (M,) int64, in that order; none has more than `width` features."""
         return SparseActs(self.indices[rows, :width], self.values[rows, :width], self.counts[rows])
 
+    def to(self, device: torch.device) -> SparseActs:
+        return SparseActs(self.indices.to(device), self.values.to(device), self.counts.to(device))
+
     def to_dense(self, d_sae: int) -> Tensor:
         """(N, d_sae)."""
         dense = self.values.new_zeros(len(self.counts), d_sae)

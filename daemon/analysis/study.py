@@ -63,9 +63,8 @@ def analyse(
         )
         filled |= contrast_values(positive, negative)
     columns = analysis_columns([layer.layer for layer in layers], recipe)
-    # one copy off the device; counts and classes are exact in float64
-    host = to_numpy(torch.stack([filled[column.name].double() for column in columns]))
-    return {column.name: _as_kind(values, column.kind) for column, values in zip(columns, host, strict=True)}
+    host = _on_host({column.name: filled[column.name] for column in columns})
+    return {column.name: _as_kind(host[column.name], column.kind) for column in columns}
 
 
 def contrast_values(positive: ComparedText, negative: ComparedText) -> dict[str, Tensor]:
@@ -115,3 +114,14 @@ def layer_sums(layer: LayerActivations, n_texts: int) -> LayerSums:
         squared_norm=squared_norm,
         total=total,
     )
+
+
+def _on_host(columns: dict[str, Tensor]) -> dict[str, FloatArray]:
+    """Columns (n,) of one device or several, in float64, in which counts and classes are exact."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, values in columns.items():
+        by_device.setdefault(values.device, []).append(name)
+    host: dict[str, FloatArray] = {}
+    for names in by_device.values():  # one copy off each device
+        host |= zip(names, to_numpy(torch.stack([columns[name].double() for name in names])), strict=True)
+    return host

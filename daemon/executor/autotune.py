@@ -21,6 +21,7 @@ import torch
 from daemon.batching.splitting import piece_count
 from daemon.devices import is_out_of_memory
 from daemon.model.engine import Engine
+from daemon.model_info import compute_devices
 from daemon.native.library import library
 from daemon.native.threads import side_by_side
 from daemon.platform_calls import processor_name
@@ -72,7 +73,7 @@ def measure(engine: Engine, vocabulary: int) -> dict[int, list[float]]:
     Leaves out what memory does not hold, and what takes too long.
     """
     generator = np.random.Generator(np.random.PCG64(0))
-    sizes = CANDIDATES[torch.device(engine.info.device).type]
+    sizes = CANDIDATES[torch.device(compute_devices(engine.info.device)[0]).type]
     texts = {
         size: generator.integers(0, vocabulary, (size // TEXT_TOKENS, TEXT_TOKENS)).tolist() for size in sizes
     }

@@ -20,7 +20,7 @@ from daemon.analysis.features import feature_rows
 from daemon.analysis.stability import Noise, noise_bank
 from daemon.analysis.study import analyse, layer_sums
 from daemon.batching.splitting import concat_results, split_batch
-from daemon.devices import exact_device, finish, on_cuda, on_mps, to_device
+from daemon.devices import finish, on_cuda, on_mps, to_device
 from daemon.model.engine import Engine
 from daemon.model.extraction import Extraction, NotFinite, Started
 from daemon.model_info import ModelInfo
@@ -161,7 +161,7 @@ def noise_of(engine: Engine, settings: StudySettings) -> Noise:
     info, encoder = engine.info, engine.encoders[0]
     dtype = torch.float64 if info.dtype == "float64" else torch.float32
     bank = noise_bank(settings.seed, info.saes[0].d_in, dtype)
-    bank = to_device(bank, exact_device(info.device))
+    bank = to_device(bank, encoder.decoder.W_dec.device)
     with torch.inference_mode():
         projected = encoder.project(settings.noise_sigma * bank)
         sound = encoder.trusts_noise(projected)

@@ -7,7 +7,7 @@ than the block itself, for a long shared prompt that prompt and the block.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -100,6 +100,24 @@ class BlockPlan:
                 for block in attention_blocks(self.trie.end, QUERY_BLOCK)
             )
         return self._blocks[window]
+
+
+@dataclass(slots=True)
+class PlanByDevice:
+    """A plan for each device that layers attend on, made at the first call from there."""
+
+    make: Callable[[str], Plan]
+    _plans: dict[str, Plan] = field(default_factory=dict)
+
+    @property
+    def slides(self) -> bool:
+        return any(plan.slides for plan in self._plans.values())
+
+    def attend(self, call: Call) -> Tensor:
+        device = str(call.query.device)
+        if device not in self._plans:
+            self._plans[device] = self.make(device)
+        return self._plans[device].attend(call)
 
 
 def masked(

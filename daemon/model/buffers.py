@@ -63,7 +63,7 @@ def lasting() -> Iterator[None]:
 
 
 def memory_bytes(device: str) -> dict[str, int]:
-    """By kind, the memory that bounds batches: of the process on a CPU, else of the device."""
+    """By kind, the memory that bounds batches: of the process on a CPU, else of all devices."""
     if kinds := device_bytes(device):
         return kinds
     resident = resident_bytes()
@@ -71,7 +71,7 @@ def memory_bytes(device: str) -> dict[str, int]:
 
 
 def pool_bytes(device: str) -> int:
-    """The memory that is kept for batches on this device, in use or free; 0 where nobody counts it."""
+    """The memory that is kept for batches on these devices, in use or free; 0 where nobody counts it."""
     if kinds := device_bytes(device):
         return kinds["reserved"]
     info = heap_info()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from daemon.devices import to_exact
 from daemon.errors import ConfigError
+from daemon.model.placement import weight_of
 from daemon.model.trunk import UnknownModel, decoder_layers
 from daemon.model.weightfiles import named
 
@@ -168,7 +169,7 @@ def check_model_finite(what: str, model: Any, last_layer: int) -> None:
     read = LayersRead(model, last_layer)
     check_finite(
         what,
-        ((name, tensor) for name, tensor in model.named_parameters() if read.has(name)),
+        ((name, weight_of(model, name, part)) for name, part in model.named_parameters() if read.has(name)),
         next(model.parameters()).dtype,
     )
     for name, tensor in model.named_buffers():

@@ -1,8 +1,8 @@
 """Starts work on a device without waiting for it, and overlaps it with the next batch's. Knows no model.
 
 On CUDA the host only starts a forward pass; its results are encoded and analysed on a stream of their own,
-beside the next batch's forward pass. On MPS the host waits for each; on a CPU every call has ended when it
-returns.
+beside the next batch's forward pass. On MPS, and over several devices, the host waits for each; on a CPU
+every call has ended when it returns. Devices go by the name that `ModelInfo.device` has.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from daemon.devices import finish, on_cuda, on_mps
+from daemon.model_info import SEPARATOR
 
 
 class Launch:
@@ -30,6 +31,8 @@ class Launch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if SEPARATOR in self._device:
+            finish(self._device)
         self._mark()
 
     def _mark(self) -> None:

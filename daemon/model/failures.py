@@ -357,5 +357,5 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
-    for name in ("transformer_lens", "sae_lens"):
+    for name in ("transformer_lens", "sae_lens", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)

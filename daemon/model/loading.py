@@ -18,6 +18,7 @@ from daemon.errors import ConfigError, MachineError
 from daemon.model.completeness import DERIVED, LayersRead, LoadReport, check_complete, check_model_finite
 from daemon.model.failures import explain, explained, explained_names, loading, quiet_libraries, sense
 from daemon.model.pickles import refused_pickles
+from daemon.model.placement import DeviceMap, Placement, free_memory, tokens_device
 from daemon.model.quantized import check_packages
 from daemon.model.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
 from daemon.model.weightfiles import (
@@ -61,9 +62,15 @@ class LoadedModel:
     vocabulary: int  # token ids are below it
     context: int | None  # tokens of a text, at most; None where it reads any number
     dtype: torch.dtype
-    device: str
+    device: str  # takes the tokens
     report: LoadReport = field(default_factory=LoadReport)  # how its checkpoint fits: see `check_weights`
     settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
+    placement: Placement | None = None  # where it is spread over several devices
+
+    @property
+    def devices(self) -> str:
+        """As `ModelInfo.device` names them."""
+        return self.device if self.placement is None else self.placement.name
 
 
 def locate_model(name: str, cache_dir: Path) -> ModelLocation:
@@ -212,16 +219,24 @@ def load_tokenizer(location: ModelLocation) -> Any:
     return tokenizer
 
 
-def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> LoadedModel:
+def load_model(
+    location: ModelLocation, *, device: str, dtype: torch.dtype, device_map: DeviceMap | None = None
+) -> LoadedModel:
     """The model as Hugging Face has it, in evaluation mode; `check_weights` is to accept its weights.
 
-    Raises ConfigError where it can't be had, MachineError where hub or memory do not allow it for now.
+    It is on `device`, or where a `device_map` has its parts. Raises ConfigError where it can't be had,
+    MachineError where hub or memory do not allow it for now.
     """
     quiet_libraries()
     what = f"model {location.name}"
     with loading(what), refused_pickles(what):
-        model, report = build_model(location, device, dtype, what)
-        model = model.to(device)
+        model, report = build_model(location, device, dtype, what, device_map)
+        placement = None
+        if device_map is None:
+            model = model.to(device)
+        else:
+            placement = Placement.of(model)
+            device = str(tokens_device(model))
         model.requires_grad_(False).eval()
         tokenizer = load_tokenizer(location)
         config = model.config.get_text_config()
@@ -238,13 +253,14 @@ def load_model(location: ModelLocation, *, device: str, dtype: torch.dtype) -> L
             device=device,
             report=report,
             settings_sha256=settings_sha256(model.config, tokenizer),
+            placement=placement,
         )
 
 
 def build_model(
-    location: ModelLocation, device: str, dtype: torch.dtype, what: str
+    location: ModelLocation, device: str, dtype: torch.dtype, what: str, device_map: DeviceMap | None
 ) -> tuple[Any, LoadReport]:
-    """The Hugging Face module, still on the host, and how its weights fit it.
+    """The Hugging Face module, still on the host unless it is spread, and how its weights fit it.
 
     Raises what a library throws.
     """
@@ -267,8 +283,10 @@ def build_model(
     with explained_names(config, what):
         if not is_quantized:
             check_shapes(location, options, what)
+        if device_map == "auto":
+            options["max_memory"] = free_memory()
         model, info = AutoModelForCausalLM.from_pretrained(
-            location.target, output_loading_info=True, **options
+            location.target, output_loading_info=True, device_map=device_map, **options
         )
     if of_hub and not is_quantized:
         check_types(model_tensors(fetch_weights(location.target, what), what), what)
@@ -368,7 +386,7 @@ def model_info(model: LoadedModel, saes: Sequence[SaeInfo], engine: str, cards: 
         d_model=model.d_model,
         n_layers=model.n_layers,
         dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device,
+        device=model.devices,
         engine=engine,
         weights_sha256=model.location.weights_sha256,
         settings_sha256=model.settings_sha256,
@@ -385,6 +403,11 @@ def bridge_of(model: LoadedModel) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     what = f"model {model.location.name}"
+    if model.placement is not None and model.placement.offloads:
+        raise ConfigError(
+            f"{what}: part of it is offloaded ({model.devices}), which TransformerLens can't run, and its"
+            " layers can't be read packed: use more or larger GPUs, or a smaller model.dtype"
+        )
     with loading(what):
         try:
             bridge = TransformerBridge.boot_transformers(

@@ -58,7 +58,7 @@ class PaddedEngine:
         other values there than the model by itself, or where plain modules can't tell.
         """
         points = [hook_points_of(entry) for entry in saes]
-        self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.device)
+        self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices)
         self.prepend_bos, self.encoders = self._stage.prepend_bos, self._stage.encoders
         self.saes = self._stage.saes
         self.info = model_info(
@@ -146,10 +146,19 @@ class PaddedEngine:
                     )
 
     def residuals(self, tokens: Tensor, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """tokens: (rows, width), keep: (K,) of all positions -> (K, d) each SAE reads, and reconstructs."""
+        """tokens: (rows, width), keep: (K,) of all positions -> (K, d) each SAE reads, and reconstructs.
+
+        On the device of the SAE.
+        """
         values = self._values(tokens)
-        kept = {point: values[point].flatten(0, 1)[keep] for point in self._points}
-        return [kept[point] for point in self._read], [kept[point] for point in self._written]
+        kept = {point: x.flatten(0, 1)[to_device(keep, x.device)] for point, x in values.items()}
+        devices = [entry.W_dec.device for entry in self.saes]
+        read = [to_device(kept[point], device) for point, device in zip(self._read, devices, strict=True)]
+        written = [
+            x if target == source else to_device(kept[target], x.device)
+            for x, source, target in zip(read, self._read, self._written, strict=True)
+        ]
+        return read, written
 
     def _values(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens: (rows, width) on the device -> per hook point (rows, width, d), heads side by side.
@@ -185,7 +194,7 @@ class PaddedEngine:
 
     def start(self, texts: Sequence[Sequence[int]]) -> Started:
         """See `Engine.start`."""
-        with Launch(self._device) as forward:
+        with Launch(self.info.device) as forward:
             tokens, inside = padded_tokens(texts)
             lengths = inside.sum(1)
             readings = self._stage.choose(

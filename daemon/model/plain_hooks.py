@@ -36,8 +36,10 @@ class PlainHooks:
     def __init__(self, model: Any, hook_names: Iterable[str], vocabulary: int) -> None:
         """Find the module of each name. Raises Unreachable for a name that no module gives."""
         self._model = model
-        parameter = next(model.parameters())
-        self._dtype, self._device = parameter.dtype, parameter.device
+        weight = model.get_input_embeddings().weight
+        self._dtype, self._device = weight.dtype, weight.device
+        if weight.is_meta:  # offloaded: Accelerate moves the tokens to where they are looked up
+            self._device = torch.device("cpu")
         generator = torch.Generator().manual_seed(0)
         text = torch.randint(0, vocabulary, (TRACED_TOKENS,), generator=generator).tolist()
         self._blocks = self._running_blocks(text)

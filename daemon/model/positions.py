@@ -39,7 +39,7 @@ class SaeStage:
     saes: tuple[LoadedSae, ...]
     encoders: tuple[Encoder, ...]  # of each SAE
     positions: Positions
-    device: str
+    devices: str  # as `ModelInfo.device` names them
 
     @property
     def prepend_bos(self) -> bool:
@@ -72,7 +72,7 @@ class SaeStage:
                 given = self._given(started)
             layers, stored = encode_readings(given, started.readings, self.positions)
             not_finite = texts_not_finite(given, layers, started.readings)
-            finish(self.device)
+            finish(self.devices)
         return Extraction(
             layers=layers,
             stored=stored,
@@ -85,7 +85,7 @@ class SaeStage:
 
     def _exact(self, started: Started) -> Started:
         """The same with the values where float64 is computed."""
-        if not on_mps(self.device):
+        if not on_mps(self.devices):
             return started
         moved = {id(values): to_exact(values) for values in (*started.read, *started.written)}
         read, written = ([moved[id(values)] for values in kind] for kind in (started.read, started.written))
@@ -220,7 +220,7 @@ def encode_readings(
     )
     if positions == "all":
         last = to_device(readings.last, encoded[0].x.device)
-        encoded = [one.select(last) for one in encoded]
+        encoded = [one.select(to_device(last, one.x.device)) for one in encoded]
     return tuple(one.analysed() for one in encoded), stored
 
 

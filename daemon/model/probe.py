@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from daemon.devices import to_exact
+from daemon.devices import to_device, to_exact
 
 PROBE_TOLERANCE = {  # relative, of an engine's values to plain ones: of the worst token, of the median
     torch.float64: (1e-9, 1e-9),
@@ -49,7 +49,7 @@ class Difference:
 
 def relative_errors(expected: Tensor, got: Tensor) -> Tensor:
     """(N,) the difference of each two rows (N, d), relative to the length of the first."""
-    expected, got = to_exact(expected).double(), to_exact(got).double()
+    expected, got = to_exact(expected).double(), to_device(to_exact(got), to_exact(expected).device).double()
     difference: Tensor = torch.linalg.vector_norm(got - expected, dim=-1)
     return torch.where(difference == 0, 0.0, difference / torch.linalg.vector_norm(expected, dim=-1))
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from daemon.devices import to_device, to_numpy
+from daemon.devices import to_device, to_host
 from daemon.model.extraction import ReadPositions, Started
 from daemon.model.overflow import all_finite
 from daemon.records import IntArray
@@ -60,7 +60,7 @@ def reread(started: Started, start: Callable[[Sequence[Sequence[int]]], Started]
 def finite_rows(started: Started) -> BoolArray:
     """(K,) whether all that SAEs read and predict there is finite."""
     distinct: Iterable[Tensor] = {id(values): values for values in (*started.read, *started.written)}.values()
-    finite: BoolArray = to_numpy(torch.stack([all_finite(values) for values in distinct]).all(0))
+    finite: BoolArray = torch.stack([to_host(all_finite(values)) for values in distinct]).all(0).numpy()
     return finite
 
 

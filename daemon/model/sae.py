@@ -19,6 +19,7 @@ from daemon.model.cards import card_of
 from daemon.model.completeness import check_finite
 from daemon.model.failures import loading, quiet_libraries
 from daemon.model.pickles import refused_pickles
+from daemon.model.placement import Placement
 from daemon.model.saeformat import ARCHITECTURES, TRANSCODERS, check_dictionary, check_folded, judged
 from daemon.model.smollm2 import sha256_of
 from daemon.model.weightfiles import check_floating, read_object, tensor_headers
@@ -125,6 +126,13 @@ def load_saes(
     if len({entry.prepend_bos for entry in loaded}) > 1:
         raise ConfigError("the SAEs disagree on prepend_bos, so no one token sequence serves them all")
     return tuple(sorted(loaded, key=lambda entry: entry.info.layer))
+
+
+def move_saes(saes: Sequence[LoadedSae], placement: Placement) -> None:
+    """Have each dictionary on the device that holds the values it reads."""
+    for entry in saes:
+        place = entry.info.hook_name
+        entry.sae.to(placement.after(entry.info.layer - place.endswith("hook_resid_pre")))
 
 
 def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae:

@@ -18,6 +18,7 @@ from daemon.model.attention import (
     IMPLEMENTATION,
     BlockPlan,
     Plan,
+    PlanByDevice,
     UnsupportedAttention,
     attending,
     register,
@@ -37,6 +38,7 @@ from daemon.model.onednn import (
     padded_rows,
     works,
 )
+from daemon.model.placement import is_hooked, lighten_hooks
 from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
 from daemon.model.positions import SaeStage, comparable_cards
@@ -44,7 +46,7 @@ from daemon.model.probe import Difference, packed_texts
 from daemon.model.sae import LoadedSae, hook_point
 from daemon.model.trie import Trie, build_trie
 from daemon.model.trunk import Trunk, UnknownModel
-from daemon.model_info import ModelInfo
+from daemon.model_info import ModelInfo, compute_devices
 from daemon.native.threads import side_by_side
 from daemon.records import Positions
 
@@ -79,11 +81,13 @@ class TrieEngine:
 
         Raises CannotPack.
         """
-        self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.device)
+        self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices)
         self._info = model_info(
             model, [entry.info for entry in saes], "packed", comparable_cards(saes, positions)
         )
         self._device, self._dtype = model.device, model.dtype
+        self._spread = model.placement is not None
+        self._several = len(compute_devices(model.devices)) > 1
         # A mask of four dimensions reaches the attention as it is, which then does not look at it.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
         if elsewhere := [entry.info for entry in saes if len(entry.hook_names) > 1]:
@@ -94,7 +98,7 @@ class TrieEngine:
             self._trunk = Trunk(model.model, [hook_point(entry.info.hook_name) for entry in saes])
         except (UnknownModel, ValueError) as error:
             raise CannotPack(str(error), model_changed=False) from None
-        self._concurrent = model.device == "cpu" and keeps_nothing(model.model, encoders)
+        self._concurrent = model.devices == "cpu" and keeps_nothing(model.model, encoders)
         self._compiled = False  # whether attention is one kernel
         texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
         plain = self._adopt(model, texts)
@@ -132,7 +136,7 @@ class TrieEngine:
 
     def start(self, texts: Sequence[Sequence[int]]) -> Started:
         """See `Engine.start`."""
-        with Launch(self._device) as forward:
+        with Launch(self._info.device) as forward:
             trie = build_trie(texts)
             run = trie.filled(self._rows(len(trie)))
             readings = self._stage.choose(trie.path, trie.offsets, trie.tokens[trie.path])
@@ -148,9 +152,14 @@ class TrieEngine:
         return self._run(trie, self._plan(trie), keep)
 
     def _plan(self, trie: Trie) -> Plan:
+        if self._several:
+            return PlanByDevice(lambda device: self._plan_on(trie, device))
+        return self._plan_on(trie, self._device)
+
+    def _plan_on(self, trie: Trie, device: str) -> Plan:
         if self._compiled:
-            return FlexPlan.of(trie, self._device)
-        return BlockPlan(trie, self._device, self._dtype)
+            return FlexPlan.of(trie, device)
+        return BlockPlan(trie, device, self._dtype)
 
     def _run(self, trie: Trie, plan: Plan, keep: Tensor) -> list[Tensor]:
         tokens, depth = (to_device(row, self._device).unsqueeze(0) for row in (trie.tokens, trie.depth))
@@ -190,20 +199,23 @@ class TrieEngine:
 
     def _pack(self, texts: Sequence[Sequence[int]]) -> Callable[[int], int]:
         """Give the layers a faster form, where there is one; returns how many rows to run for n nodes."""
+        if self._spread:
+            lighten_hooks(self._trunk.layers)
         trie = build_trie(texts)
         plan, keep = self._plan(trie), to_device(trie.path, self._device)
-        fused = fuse_layers(self._trunk, plan, lambda: self._run(trie, plan, keep))
+        fused = 0 if self._several else fuse_layers(self._trunk, plan, lambda: self._run(trie, plan, keep))
         return padded_rows if pack_linears(self._trunk.layers) or fused else int
 
     def _compile(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
         """Compile the layers, and on an accelerator the attention; restore them where that does not work."""
         began = time.perf_counter()
+        layers = [layer for layer in self._trunk.layers if not is_hooked(layer)]
         try:
-            compile_layers(self._trunk.layers)
+            compile_layers(layers)
             self._compiled = can_compile(self._device)
             self._probe(texts, plain)
         except Exception as error:  # of a compiler, a driver or a kernel: nothing is lost but speed
-            restore_layers(self._trunk.layers)
+            restore_layers(layers)
             self._compiled = False
             log.warning("engine.not_compiled", reason=f"{type(error).__name__}: {first_line(error)}")
             return

@@ -77,8 +77,8 @@ class Trunk:
     ) -> list[Tensor]:
         """tokens, positions: (rows, width) -> per hook point the residuals (rows * width, d_model).
 
-        With `keep` (K,), only those of the flattened positions: (K, d_model). A `mask` of four dimensions
-        reaches the attention as it is; without one, attention is causal.
+        With `keep` (K,), only those of the flattened positions: (K, d_model). They are on the device of their
+        layer. A `mask` of four dimensions reaches the attention as it is; without one, attention is causal.
         """
         run = Run(self, keep)
         token = current.set(run)
@@ -123,7 +123,7 @@ class Trunk:
 
     def _capture(self, run: Run, point: HookPoint, hidden: Tensor) -> None:
         flat = hidden.flatten(0, 1)
-        run.captured[point] = flat if run.keep is None else flat.index_select(0, run.keep)
+        run.captured[point] = flat if run.keep is None else flat.index_select(0, run.keep.to(flat.device))
 
 
 def writer(point: HookPoint) -> int:

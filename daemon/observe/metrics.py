@@ -171,7 +171,7 @@ class Metrics:
         self.device_memory_bytes = gauge(
             "device_memory_bytes",
             "On a CPU the process's resident memory; on CUDA and MPS torch's allocated and reserved, and the"
-            " total.",
+            " total, over all GPUs of the model.",
             Label("kind", MEMORY_KINDS),
         )
         self.disk_free_bytes = gauge("disk_free_bytes", "Free space under a folder.", FOLDER)

@@ -25,6 +25,7 @@ import torch
 from daemon.batching.batcher import Batcher
 from daemon.config import Config
 from daemon.model.trie import build_trie
+from daemon.model_info import compute_devices
 from daemon.observe.logs import configure as configure_logs
 from daemon.platform_calls import high_water_bytes, restart_high_water, trim_heap
 from daemon.records import TokenizedPart, TokenizedSample
@@ -73,7 +74,7 @@ class LensdWorker:
         self._compute = in_a_thread(lambda: load_compute(config))
         parts = read_files(config, self._compute.tokenizer, files)
         self._samples = [sample for part in parts for sample in part.samples]
-        device = self._compute.engine.info.device
+        device = compute_devices(self._compute.engine.info.device)[0]
         self._products = Products(self._work, getattr(torch, config.model.dtype), device)
         self._variants: dict[str, Callable[[], float]] = {BARE: lambda: in_a_thread(self._bare)}
         for size in batch_sizes:

@@ -22,6 +22,7 @@ from daemon.devices import exact_device
 from daemon.errors import ConfigError
 from daemon.model.loading import locate_model, resolve_device
 from daemon.model.pickles import refused_pickles
+from daemon.model.placement import asked_map
 from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
 from daemon.model.smollm2 import default_cache_dir
@@ -53,7 +54,7 @@ class PlainDictionary:
 
     def of_model(self, value: Tensor, place: str) -> Tensor:
         """The model's value at a place (1, d), as the dictionary was trained on it."""
-        value = value.to(self.sae.dtype)
+        value = value.to(self.sae.W_dec)
         return value - value.mean() if self.centred and WRITES.fullmatch(place) else value
 
     def encode(self, x: FloatArray) -> FloatArray:
@@ -73,7 +74,8 @@ class Oracle:
         dictionaries = [plain_dictionary(source, device, sae_dtype) for source in config.sae]
         self.dictionaries = sorted(dictionaries, key=lambda each: each.layer)
         name = config.model.name
-        model = plain_model(locate_model(name, default_cache_dir()).target, device, dtype)
+        target = locate_model(name, default_cache_dir()).target
+        model = plain_model(target, device, dtype, spread=asked_map(config.model.device_map) is not None)
         places = [place for each in self.dictionaries for place in (each.read, each.written)]
         try:
             self._plain = PlainHooks(model, dict.fromkeys(places), model.config.get_text_config().vocab_size)
@@ -99,8 +101,8 @@ class Oracle:
         return ReferenceLayer(dictionary.layer, xs, targets, feature_acts, reconstructions, W_dec)
 
 
-def plain_model(target: str, device: str, dtype: torch.dtype) -> Any:
-    """A causal language model as Transformers has it, in evaluation mode."""
+def plain_model(target: str, device: str, dtype: torch.dtype, *, spread: bool = False) -> Any:
+    """A causal language model as Transformers has it, in evaluation mode; `spread` over all devices."""
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "use_safetensors": True}
@@ -108,8 +110,10 @@ def plain_model(target: str, device: str, dtype: torch.dtype) -> Any:
         options["experts_implementation"] = "eager"
     with warnings.catch_warnings(), refused_pickles("the model"):
         warnings.simplefilter("ignore")
+        options["device_map"] = "auto" if spread else None
         model = AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False, **options)
-    return model.to(device).requires_grad_(False).eval()
+    model = model if spread else model.to(device)
+    return model.requires_grad_(False).eval()
 
 
 def plain_dictionary(source: SaeSection, device: str, dtype: str) -> PlainDictionary:

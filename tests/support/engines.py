@@ -11,25 +11,38 @@ from daemon.config import SaeSection
 from daemon.model.encoding import encoder_of
 from daemon.model.loading import LoadedModel, ModelLocation, load_model
 from daemon.model.padded_engine import PaddedEngine
-from daemon.model.sae import LoadedSae, load_saes
+from daemon.model.placement import DeviceMap
+from daemon.model.sae import LoadedSae, load_saes, move_saes
 from daemon.model.trie_engine import TrieEngine
 from daemon.records import Positions
 from tests.support import tiny
 
 
 def loaded(
-    model: Path, sae_folders: Sequence[Path], dtype: torch.dtype, device: str = "cpu"
+    model: Path,
+    sae_folders: Sequence[Path],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    device_map: DeviceMap | None = None,
 ) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
-    hf = load_model(ModelLocation("tiny", str(model), None), device=device, dtype=dtype)
+    location = ModelLocation("tiny", str(model), None)
+    hf = load_model(location, device=device, dtype=dtype, device_map=device_map)
     sources = [SaeSection(path=folder) for folder in sae_folders]
     sae_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    return hf, load_saes(sources, d_model=hf.d_model, n_layers=hf.n_layers, device=device, dtype=sae_dtype)
+    saes = load_saes(sources, d_model=hf.d_model, n_layers=hf.n_layers, device=device, dtype=sae_dtype)
+    if hf.placement is not None:
+        move_saes(saes, hf.placement)
+    return hf, saes
 
 
 def padded(
-    model: Path, saes: Sequence[Path], dtype: torch.dtype = torch.float64, positions: Positions = "last"
+    model: Path,
+    saes: Sequence[Path],
+    dtype: torch.dtype = torch.float64,
+    positions: Positions = "last",
+    device_map: DeviceMap | None = None,
 ) -> PaddedEngine:
-    hf, entries = loaded(model, saes, dtype)
+    hf, entries = loaded(model, saes, dtype, device_map=device_map)
     return PaddedEngine(hf, entries, [encoder_of(entry) for entry in entries], positions)
 
 
@@ -40,8 +53,9 @@ def packed(
     positions: Positions = "last",
     device: str = "cpu",
     compiles: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> TrieEngine:
-    hf, entries = loaded(model, saes, dtype, device)
+    hf, entries = loaded(model, saes, dtype, device, device_map)
     return TrieEngine(hf, entries, [encoder_of(entry) for entry in entries], positions, compiles=compiles)
 
 
