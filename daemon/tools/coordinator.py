@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from daemon.wiring import Compute
 
 Kind = Literal["local", "ray"]
-DRAWN = 4096  # rows of random features
+DRAWN = 32_768  # rows of random features
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class ResultShape:
 
 
 SHAPES = {
-    "smollm2-135m": ResultShape(576, 2304, (7, 15, 22), 32),
+    "smollm2-135m": ResultShape(576, 2304, (7, 15, 22), 114),
     "gemma-2-2b": ResultShape(2304, 16_384, (5, 12, 20), 70),
 }
 
