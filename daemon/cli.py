@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from daemon.config import Config
+    from daemon.model_info import ModelInfo
 
 DONE, SOME_FAILED, BAD_USAGE, MACHINE_FAILED = 0, 1, 2, 3
 STATUS = """Asks a running daemon what it does. Exit codes: 0 live and ready, 1 not so (loading, draining,
@@ -102,9 +103,6 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--once", action="store_true", help="drain what is there, then exit")
     run.add_argument("--http", metavar="HOST:PORT", dest="http.address", help="metrics and health")
     run.add_argument("--no-http", action="store_true", help="serve no metrics and health")
-    run.add_argument("--executor", metavar="KIND", dest="executor.kind", help="local, or ray: many workers")
-    run.add_argument("--workers", metavar="N", dest="executor.workers", help="ray: processes, or auto")
-    run.add_argument("--ray-address", metavar="A", dest="executor.address", help="ray: HOST:PORT of its head")
     demo = add_command(commands, "demo", run_demo, "the bundled 200 samples through the bundled model")
     add_verify(commands)
     add_bench(commands)
@@ -123,6 +121,16 @@ def parser() -> argparse.ArgumentParser:
     for command in (run, demo, check):
         command.add_argument("--inbox", metavar="DIR", dest="inbox.path")
         command.add_argument("--outbox", metavar="DIR", dest="outbox.path")
+    for command in (run, check):
+        command.add_argument(
+            "--executor", metavar="KIND", dest="executor.kind", help="local, or ray: many workers"
+        )
+        command.add_argument(
+            "--workers", metavar="N", dest="executor.workers", help="ray: processes, or auto"
+        )
+        command.add_argument(
+            "--ray-address", metavar="A", dest="executor.address", help="ray: HOST:PORT of its head"
+        )
     return root
 
 
@@ -350,15 +358,41 @@ def check_config(args: argparse.Namespace) -> int:
     from daemon.wiring import folders_of_use, load_compute
 
     check_folders(config.inbox.path, config.outbox.path, taken=folders_of_use(config), make=False)
-    info = load_compute(config).engine.info
+    if config.executor.kind == "local":
+        info, loader = load_compute(config).engine.info, ""
+    else:
+        info, node = check_cluster(config)
+        loader = f", loaded by a worker on {node}"
     say(
         f"ok: {info.name} ({info.architecture}, {info.n_layers} layers, d_model {info.d_model})"
-        f" in {info.dtype} on {info.device}"
+        f" in {info.dtype} on {info.device}{loader}"
     )
     for sae in info.saes:
         say(f"ok: {sae.hook_name}: {sae.source} ({sae.architecture}, d_sae {sae.d_sae})")
     say(f"ok: inbox {config.inbox.path.resolve()}, outbox {config.outbox.path.resolve()}")
     return DONE
+
+
+def check_cluster(config: Config) -> tuple[ModelInfo, str]:
+    """Say what the cluster has and which workers there would be; the model as one loads it, and its node."""
+    import asyncio
+
+    from daemon.wiring import cluster_of, loading_in_worker
+
+    cluster = cluster_of(config)
+    from daemon.executor.ray_cluster import counted
+    from daemon.executor.ray_trial import try_worker
+
+    try:
+        cluster.connect()
+        for node in cluster.nodes():
+            say(f"ok: node {node}")
+        wanted, room = cluster.wanted(), cluster.room()
+        others = f": {wanted - room} of them wait for nodes" if 0 < room < wanted else ""
+        say(f"ok: {cluster}: {counted(wanted)} wanted, room for {room}; each takes {cluster.needs()}{others}")
+        return asyncio.run(try_worker(cluster, loading_in_worker(config)))
+    finally:
+        cluster.disconnect()
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class Pipeline:
     ) -> None:
         self.source = source
         self.executor = executor
+        self.batches_in_flight = 0  # at the executor
         self.sink = sink
         self.tokenizer = tokenizer
         self.batcher = batcher
@@ -284,6 +285,7 @@ class Pipeline:
         A batch that is too large for the device comes back as smaller ones; a sample that alone is too large
         becomes a reject.
         """
+        self.batches_in_flight += 1
         try:
             result = await self.executor.run(batch)
         except OutOfMemory as error:
@@ -293,6 +295,8 @@ class Pipeline:
         else:
             self.observer.computed(batch, result, plan_seconds)
             finished = self.assembler.scatter(batch, result, plan_seconds)
+        finally:
+            self.batches_in_flight -= 1
         await self.finished.put_all((part, part.nbytes) for part in finished)
 
     def out_of_memory(self, batch: Batch, error: OutOfMemory) -> list[FinishedPart]:

@@ -122,6 +122,10 @@ class Executor(Protocol):
         another batch: the same batch is then run again. Raises WorkersDied where workers died of it.
         """
 
+    @property
+    def workers_wanted(self) -> int:
+        """How many processes are to compute beside this one; 0 where it computes itself."""
+
     def workers(self) -> Sequence[WorkerLoad]:
         """Describe the processes that compute beside this one; none where it computes itself."""
 

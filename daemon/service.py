@@ -38,6 +38,7 @@ from daemon.observe.snapshot import Snapshot
 from daemon.observe.threaded_server import threaded_server
 from daemon.pause import FOLDERS, FoldersLost, Pause
 from daemon.pipeline import Pipeline
+from daemon.ports import Executor
 from daemon.records import InboxLoad, Outcome
 from daemon.reload import Reload
 from daemon.settings import AT_ONCE, SettingsSource, is_in
@@ -158,7 +159,13 @@ class Service:
         self.notify = Notify()
         self.pause = Pause(patient=not once, on_retry=self.metrics.observe_retry)
         inbox, outbox = config.inbox.path, config.outbox.path
-        self.board = StatusBoard(inbox=inbox, outbox=outbox, metrics=self.metrics, progress=self.progress)
+        self.board = StatusBoard(
+            inbox=inbox,
+            outbox=outbox,
+            executor=config.executor.kind,
+            metrics=self.metrics,
+            progress=self.progress,
+        )
         self.machine = Machine(inbox, outbox, min_free_bytes=config.outbox.min_free_bytes, pause=self.pause)
         self.supervisor = Supervisor(
             self,
@@ -176,6 +183,7 @@ class Service:
             on_refused=self.board.refuse_settings,
         )
         self.current: PipelineRun | None = None  # the current one
+        self.executor: Executor | None = None  # one of workers is there before any of them is ready
         self.fatal: BaseException | None = None  # what ends the run from outside the pipeline
         self.main_task: asyncio.Task[object] | None = None
         self.tally = Tally()
@@ -228,6 +236,7 @@ class Service:
             patient=not self.once,
             events=self.metrics,
             load=self.load_compute,
+            on_executor=self.see_executor,
         ) as now:
             gc.collect()
             gc.freeze()  # the libraries' million objects stay: no collection needs to look at them again
@@ -305,29 +314,37 @@ class Service:
 
     def snapshot(self) -> Snapshot:
         """Describe this moment; implements `daemon.supervisor.Daemon`."""
+        executor = self.executor
         snapshot = Snapshot(
             device_alive=self.device.alive,
             device_busy_seconds=self.device.busy_seconds,
+            coordinator_seconds=max(0.0, time.process_time() - self.device.cpu_seconds),
             done=self.progress.done,
             total=self.progress.total,
             rate=self.progress.rate,
+            slots=executor.slots if executor is not None else 0,
+            workers_wanted=executor.workers_wanted if executor is not None else 0,
+            workers=executor.workers() if executor is not None else (),
         )
         if self.current is None:
             return snapshot
         inbox, pipeline = self.current.inbox, self.current.pipeline
-        workers = pipeline.executor.workers()
-        device = "cpu" if workers else pipeline.executor.info.device  # of this process
+        is_local = self.config.executor.kind == "local"
+        device = pipeline.executor.info.device if is_local else "cpu"  # of this process
         return dataclasses.replace(
             snapshot,
             inbox=inbox.pending(),
             recovered=inbox.take_recovered(),
             found=inbox.take_found(),
             queued=pipeline.queued(),
-            workers=workers,
+            batches_in_flight=pipeline.batches_in_flight,
             workload=self.current.recorder.workload,
             memory_bytes=memory_bytes(device),
             pool_bytes=pool_bytes(device),
         )
+
+    def see_executor(self, executor: Executor) -> None:
+        self.executor = executor
 
     def count_waiting(self) -> InboxLoad:
         return count_waiting(self.config.inbox.path, input_names(self.config))

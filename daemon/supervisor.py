@@ -88,7 +88,9 @@ class Supervisor:
             self._load_of_inbox = snapshot.inbox
             self._take_load(snapshot.inbox)
         self._metrics.observe_snapshot(snapshot, self._load, time.monotonic())
-        self._board.look(self._load, snapshot.workload, ready=not self._health.unmet())
+        self._board.look(
+            self._load, snapshot.workload, ready=not self._health.unmet(), workers=snapshot.workers
+        )
         self._tell_manager(snapshot)
 
     async def watch_machine(self) -> None:

@@ -47,7 +47,7 @@ from daemon.model_info import ModelInfo, compute_devices
 from daemon.native.library import NAME, library
 from daemon.pause import Pause
 from daemon.pipeline import Limits, Pipeline
-from daemon.ports import Observer
+from daemon.ports import Executor, Observer
 from daemon.recipes import BUILT_IN_RECIPES
 from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
@@ -61,6 +61,7 @@ from daemon.source.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from daemon.executor.ray import RayExecutor, WorkerEvents
+    from daemon.executor.ray_cluster import Cluster
 
 log = structlog.get_logger()
 
@@ -141,40 +142,58 @@ async def computing(
     pause: Pause,
     patient: bool,
     events: WorkerEvents,
+    on_executor: Callable[[Executor], None],
     load: Callable[[Config], Compute] = load_compute,
 ) -> AsyncIterator[Computing]:
     """Choose who runs batches, and have the model loaded there. An executor is wired here.
 
+    `on_executor` is given it as soon as it is there; one of workers waits then for the first that is ready.
     `load` is called on the device thread of this process, or of each worker. Raises ConfigError and
     MachineError.
     """
     if config.executor.kind == "local":
         compute = await device.call(lambda: load(config))
-        yield Computing(LocalExecutor(device, compute.runner), compute.tokenizer, compute.max_batch_tokens)
+        local = LocalExecutor(device, compute.runner)
+        on_executor(local)
+        yield Computing(local, compute.tokenizer, compute.max_batch_tokens)
         return
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # read once: Ray writes no lines among ours
+    cluster = cluster_of(config)
     from daemon.executor.ray import RayExecutor
+
+    executor = RayExecutor(
+        cluster,
+        loading_in_worker(config, load),
+        pause=pause,
+        patient=patient,
+        stall_seconds=config.http.stall_seconds,
+        events=events,
+    )
+    on_executor(executor)
+    async with executor.running() as ready:
+        assert isinstance(ready.tokenizer, Tokenizer)
+        yield Computing(executor, ready.tokenizer, ready.max_batch_tokens)
+
+
+def cluster_of(config: Config) -> Cluster:
+    """The Ray cluster that is configured, without a connection. Raises ConfigError where Ray is missing."""
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # read once: Ray writes no lines among ours
     from daemon.executor.ray_cluster import Cluster
 
     settings = config.executor
-    cluster = Cluster(
+    return Cluster(
         settings.address,
         workers=settings.workers,
         cpus=settings.worker_cpus,
         gpus=settings.worker_gpus,
         may_use_gpus=config.model.device != "cpu",
     )
-    executor = RayExecutor(
-        cluster,
-        partial(load_in_worker, load, anywhere(config), PRESETS),
-        pause=pause,
-        patient=patient,
-        stall_seconds=config.http.stall_seconds,
-        events=events,
-    )
-    async with executor.running() as ready:
-        assert isinstance(ready.tokenizer, Tokenizer)
-        yield Computing(executor, ready.tokenizer, ready.max_batch_tokens)
+
+
+def loading_in_worker(
+    config: Config, load: Callable[[Config], Compute] = load_compute
+) -> Callable[[bool], Compute]:
+    """A function that loads the model in a worker, and measures the batch size where it is told to."""
+    return partial(load_in_worker, load, anywhere(config), PRESETS)
 
 
 async def with_settings(now: Computing, config: Config) -> Computing:

@@ -21,6 +21,7 @@ from daemon.errors import OutOfMemory
 from daemon.platform_calls import thread_lives
 
 R = TypeVar("R")
+THREAD_CLOCKS = hasattr(time, "pthread_getcpuclockid")
 
 
 class DeviceThread:
@@ -34,6 +35,7 @@ class DeviceThread:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None  # from the first call on
         self._closed = False
+        self._cpu_seconds = 0.0  # as of the last look
         # Seconds in calls that ended, and since when in this one: together, for others look at both.
         self._busy: tuple[float, float | None] = (0.0, None)
         self.last_progress = clock()
@@ -53,6 +55,15 @@ class DeviceThread:
         """How long it has worked, up to now."""
         seconds, since = self._busy
         return seconds if since is None else seconds + self._clock() - since
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of the thread, up to now; 0 where the system does not tell that of one thread."""
+        thread = self._thread
+        if thread is not None and thread.ident is not None and THREAD_CLOCKS and runs(thread):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                self._cpu_seconds = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+        return self._cpu_seconds
 
     @property
     def has_waiting_calls(self) -> bool:

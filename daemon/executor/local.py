@@ -55,6 +55,10 @@ class LocalExecutor:
         """Slots are free again only as batches end, so this never returns."""
         await asyncio.Event().wait()
 
+    @property
+    def workers_wanted(self) -> int:
+        return 0
+
     def workers(self) -> tuple[WorkerLoad, ...]:
         return ()
 

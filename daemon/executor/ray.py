@@ -22,7 +22,7 @@ from daemon.analysis.column_inputs import StudySettings
 from daemon.errors import ConfigError, LensdError, MachineError, WorkersDied
 from daemon.executor.ray_cluster import Cluster
 from daemon.executor.remote_worker import Gone, RemoteWorker
-from daemon.executor.worker import Build, Computed, Loaded, Place, Ready
+from daemon.executor.worker import Computed, Loaded, Ready
 from daemon.model_info import ModelInfo
 from daemon.pause import WORKERS, Pause
 from daemon.records import Batch, BatchResult, WorkerLoad
@@ -123,6 +123,10 @@ class RayExecutor:
     async def more_slots(self, than: int) -> None:
         """Wait until there are more. Raises what ended the workers for good."""
         await self._wait_for(lambda: self.slots > than or None)
+
+    @property
+    def workers_wanted(self) -> int:
+        return self._wanted
 
     def workers(self) -> tuple[WorkerLoad, ...]:
         return tuple(self._workers[number].load for number in sorted(self._workers))
@@ -304,15 +308,10 @@ class RayExecutor:
     async def _start(self, worker: RemoteWorker) -> None:
         """Have a worker load its model. Raises Gone, ConfigError, and MachineError where it does not fit."""
         worker.begin(self._cluster.worker())
-        place: Place = await worker.call("place")
-        worker.note(node=place.node)
-        if place.build != Build.here():
-            raise MachineError(
-                f"{place.node} runs {place.build}, this daemon {Build.here()}: install the same"
-            )
+        node = await worker.place()
         ready: Ready = await worker.call("load", partial(self._load, worker.load.number == 0))
         if self._first is not None and model_of(ready) != model_of(self._first):
-            raise MachineError(f"{place.node} loaded another model or dictionary than the first worker")
+            raise MachineError(f"{node} loaded another model or dictionary than the first worker")
         if self._settings is not None:
             await worker.call("restudy", self._settings)
         worker.ready, worker.busy_before = ready, 0.0
@@ -321,7 +320,7 @@ class RayExecutor:
             self._first = ready
         self._held = None
         self._pause.hold(WORKERS, None)
-        log.info("worker.ready", worker=worker.load.number, node=place.node)
+        log.info("worker.ready", worker=worker.load.number, node=node)
         self._tell()
 
     def _drop(self, worker: RemoteWorker, why: str) -> None:

@@ -39,6 +39,19 @@ class Needs:
         return f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}{gpus}"
 
 
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of a cluster, and how many workers it has room for, whatever else it runs."""
+
+    name: str
+    cpus: float
+    gpus: float
+    room: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: CPUs {self.cpus:g}, GPUs {self.gpus:g}, room for {counted(self.room)}"
+
+
 class Cluster:
     """One cluster, and how many workers it is to have."""
 
@@ -145,15 +158,18 @@ class Cluster:
 
     def room(self) -> int:
         """How many workers all nodes that are alive have room for, whatever else they run."""
+        return sum(node.room for node in self.nodes())
+
+    def nodes(self) -> list[Node]:
+        """The nodes that are alive, each with its room for workers."""
         needs = self._needs
-        room = 0
+        nodes = []
         for node in live_nodes():
-            has = node["Resources"]
-            rooms = [has.get("CPU", 0) / needs.cpus]
-            if needs.gpus:
-                rooms.append(has.get("GPU", 0) / needs.gpus)
-            room += int(min(rooms))
-        return room
+            cpus, gpus = (node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU"))
+            rooms = [cpus / needs.cpus, *([gpus / needs.gpus] if needs.gpus else [])]
+            name, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
+            nodes.append(Node(f"{name} ({address})", cpus, gpus, int(min(rooms))))
+        return nodes
 
     def worker(self) -> Any:
         """Have Ray start a worker as soon as it has a place for it; the actor's handle. Does not block."""
@@ -174,6 +190,10 @@ def live_nodes() -> list[dict[str, Any]]:
     """The nodes of the cluster that are alive, as Ray describes them."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's is not annotated
     return [node for node in nodes if node["Alive"]]
+
+
+def counted(workers: int) -> str:
+    return f"{workers} worker{'' if workers == 1 else 's'}"
 
 
 def one_line(error: BaseException) -> str:

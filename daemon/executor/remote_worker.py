@@ -13,8 +13,9 @@ from typing import Any
 
 import ray
 
+from daemon.errors import MachineError
 from daemon.executor.ray_cluster import one_line
-from daemon.executor.worker import Computed, Ready
+from daemon.executor.worker import Build, Computed, Place, Ready
 from daemon.records import SampleBatch, WorkerLoad
 
 
@@ -62,6 +63,7 @@ class RemoteWorker:
         """Take the process for gone, and with it all that it was asked."""
         self.ready = None
         if not self.gone.is_set():
+            self.note(state="starting")
             self.why_gone = why
             self.gone.set()
 
@@ -94,6 +96,16 @@ class RemoteWorker:
         with contextlib.suppress(Gone):
             await self.call("live")
         return self.why_gone
+
+    async def place(self) -> str:
+        """Wait for a place; its node. Raises Gone, and MachineError where it is not this lensd."""
+        place: Place = await self.call("place")
+        self.note(node=place.node)
+        if place.build != Build.here():
+            raise MachineError(
+                f"{place.node} runs {place.build}, this daemon {Build.here()}: install the same"
+            )
+        return place.node
 
     async def run(self, batch: SampleBatch) -> Computed:
         """Compute a batch. Raises OutOfMemory, and Gone."""

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,15 +36,15 @@ from daemon.observe.status import (
     Status,
     Totals,
 )
+from daemon.observe.values import by_label
+from daemon.observe.worker_board import LOCAL, WorkerBoard
 
 if TYPE_CHECKING:
-    from prometheus_client.registry import Collector
-
     from daemon.model_info import ModelInfo
     from daemon.observe.metrics import Metrics
     from daemon.observe.progress import Progress
     from daemon.observe.workload import Workload
-    from daemon.records import InboxLoad, Outcome
+    from daemon.records import InboxLoad, Outcome, WorkerLoad
 
 WINDOW_SECONDS = 900.0
 STEP_SECONDS = 5.0
@@ -73,6 +73,7 @@ class StatusBoard:
         *,
         inbox: Path,
         outbox: Path,
+        executor: str = LOCAL,
         metrics: Metrics,
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
@@ -80,6 +81,7 @@ class StatusBoard:
     ) -> None:
         self._inbox = escape_control(str(inbox.absolute()))
         self._outbox = escape_control(str(outbox.absolute()))
+        self._workers = WorkerBoard(executor, metrics, clock())
         self._metrics = metrics
         self._progress = progress
         self._clock = clock
@@ -149,10 +151,18 @@ class StatusBoard:
         with self._lock:
             self._files.extendleft(shown)
 
-    def look(self, load: InboxLoad | None, workload: Workload | None, *, ready: bool) -> None:
+    def look(
+        self,
+        load: InboxLoad | None,
+        workload: Workload | None,
+        *,
+        ready: bool,
+        workers: Sequence[WorkerLoad] = (),
+    ) -> None:
         """Take note of this moment; `load` is None until it was counted, `workload` until a pipeline runs."""
         now = self._now()
         with self._lock:
+            self._workers.look(workers, now.when)
             self._note_work(load, workload, ready=ready)
             if now.done > self._recent[-1].done or not self._work_at_hand:
                 self._progressed = now.when
@@ -205,6 +215,7 @@ class StatusBoard:
             files=tuple(self._files),
             free_bytes={name: int(free) for name, free in by_label(self._metrics.disk_free_bytes).items()},
             history=History(WINDOW_SECONDS, STEP_SECONDS, tuple(self._points)),
+            workers=self._workers.status(),
         )
 
     @property
@@ -316,6 +327,7 @@ class StatusBoard:
         quiet = now.when - self._progressed
         if quiet >= NO_PROGRESS_SECONDS and self._state(stalled, unmet) in HEALTHY:
             yield Alert("warning", "No progress", f"There is work, and none was done for {duration(quiet)}.")
+        yield from self._workers.alerts(now.when)
         if self._refused is not None:
             yield Alert("warning", "Settings refused", f"{self._refused}. The ones before hold.")
         yield from self._failures(now, at)
@@ -339,14 +351,3 @@ class StatusBoard:
 def told(outcome: Outcome) -> str | None:
     """Say why a file ended as it did; None where nothing is to be said."""
     return outcome.message or "; ".join(map(str, outcome.departures)) or None
-
-
-def by_label(collector: Collector, suffix: str = "") -> dict[str, float]:
-    """A metric's values by its one label, "" where it has none; `suffix` picks a histogram's sums."""
-    values = {}
-    for family in collector.collect():
-        for sample in family.samples:
-            if sample.name.endswith("_created") or (suffix and not sample.name.endswith(suffix)):
-                continue
-            values[next(iter(sample.labels.values()), "")] = sample.value
-    return values

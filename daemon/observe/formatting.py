@@ -16,8 +16,8 @@ def counted(number: int, noun: str) -> str:
     return f"{count(number)} {plural(number, noun)}"
 
 
-def plural(number: int, noun: str) -> str:
-    return noun if number == 1 else f"{noun}s"
+def plural(number: int, noun: str, several: str | None = None) -> str:
+    return noun if number == 1 else several or f"{noun}s"
 
 
 def rate(number: float) -> str:

@@ -11,7 +11,6 @@ import platform
 import shutil
 import time
 from collections import Counter as Counted
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Info, ProcessCo
 from prometheus_client.registry import Collector
 
 from daemon.observe.histogram import ArrayHistogram
+from daemon.observe.last_minute import LastMinute
 from daemon.records import AGAINST, KINDS, PAUSE_REASONS, RETRIED, WORKER_STATES
 from daemon.rejects import REJECT_REASONS
 
@@ -47,8 +47,6 @@ FOLDERS = ("inbox", "outbox")
 MEMORY_KINDS = ("resident", "allocated", "reserved", "total")
 
 SUFFIXES = {"counter": "_total", "info": "_info"}  # that a scrape adds to a metric's name
-
-BUSY_WINDOW_SECONDS = 60.0
 
 STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 LATENCY_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
@@ -89,7 +87,8 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.descriptions: list[Description] = []
-        self._looks: deque[tuple[float, float]] = deque()  # (when, busy seconds until then)
+        self._device, self._coordinator = LastMinute(), LastMinute()
+        self._worker_numbers: set[int] = set()  # of the last look
         self._declare_work()
         self._declare_trouble()
         self._declare_moment()
@@ -196,6 +195,16 @@ class Metrics:
 
     def _declare_workers(self) -> None:
         counter, gauge = partial(self._add, Counter), partial(self._add, Gauge)
+        self.executor_slots = gauge("executor_slots", "Batches that the executor takes at a time.")
+        self.batches_in_flight = gauge("batches_in_flight", "Batches that the executor has.")
+        self.coordinator_busy_ratio = gauge(
+            "coordinator_busy_ratio",
+            "Processor time of the daemon's process without its device thread, over the last minute's wall time:"
+            " 1 is one core. Where it computes on a CPU itself, threads that help the device thread count too.",
+        )
+        self.workers_wanted = gauge(
+            "workers_wanted", "Workers that there are to be; 0 where the executor computes itself."
+        )
         self.workers = gauge(
             "workers",
             "Workers of the executor by state; none where it computes itself.",
@@ -354,7 +363,10 @@ class Metrics:
         self.observe_device(snapshot.device_busy_seconds, now)
         self.recovered_files_total.labels("taken_over").inc(snapshot.recovered)
         self.rescan_found_total.inc(snapshot.found)
-        self.observe_workers(snapshot.workers)
+        self.coordinator_busy_ratio.set(self._coordinator.rate(snapshot.coordinator_seconds, now))
+        self.executor_slots.set(snapshot.slots)
+        self.batches_in_flight.set(snapshot.batches_in_flight)
+        self.observe_workers(snapshot.workers, snapshot.workers_wanted)
         if load is not None:
             self.observe_load(load)
         if snapshot.queued is not None:
@@ -363,14 +375,25 @@ class Metrics:
             self.queue_tokens.set(snapshot.queued.tokens)
             self.observe_memory(snapshot.memory_bytes, snapshot.pool_bytes)
 
-    def observe_workers(self, workers: Sequence[WorkerLoad]) -> None:
-        """Set the gauges of the workers there are."""
+    def observe_workers(self, workers: Sequence[WorkerLoad], wanted: int) -> None:
+        """Set the gauges of the workers there are, and how many there are to be."""
+        self.workers_wanted.set(wanted)
         states = Counted(worker.state for worker in workers)
         for state in WORKER_STATES:
             self.workers.labels(state).set(states[state])
         for worker in workers:
-            self.worker_restarts_total.labels(str(worker.number))
+            for total in (
+                self.worker_restarts_total,
+                self.worker_batches_total,
+                self.worker_samples_total,
+                self.worker_busy_seconds_total,
+            ):
+                total.labels(str(worker.number))  # a series that starts at 0 has a rate from then on
             self.worker_memory_bytes.labels(str(worker.number)).set(worker.memory_bytes)
+        numbers = {worker.number for worker in workers}
+        for number in self._worker_numbers - numbers:
+            self.worker_memory_bytes.remove(str(number))
+        self._worker_numbers = numbers
 
     def worker_restarted(self, number: int) -> None:
         self.worker_restarts_total.labels(str(number)).inc()
@@ -382,12 +405,7 @@ class Metrics:
 
     def observe_device(self, busy_seconds: float, now: float) -> None:
         """Set the busy ratio of the last minute; `busy_seconds` only grows, `now` is monotonic."""
-        self._looks.append((now, busy_seconds))
-        while len(self._looks) > 2 and self._looks[1][0] <= now - BUSY_WINDOW_SECONDS:
-            self._looks.popleft()
-        then, busy_then = self._looks[0]
-        if now > then:
-            self.device_busy_ratio.set(min(1.0, (busy_seconds - busy_then) / (now - then)))
+        self.device_busy_ratio.set(min(1.0, self._device.rate(busy_seconds, now)))
 
     def observe_load(self, load: InboxLoad) -> None:
         """Set the gauges of the files that wait."""

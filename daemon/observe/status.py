@@ -144,6 +144,38 @@ class History:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """One worker of an executor. Ratio and rate are those of the last minute, counts since the start."""
+
+    number: Whole
+    node: Text  # empty while it has no place
+    state: Text
+    batches: Whole
+    samples: Whole
+    samples_per_second: Number
+    restarts: Whole
+    busy_ratio: Number  # of its device
+    memory_bytes: Whole  # of its process
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """An executor of workers; with what this process itself takes of a core."""
+
+    executor: Text  # its kind
+    wanted: Whole
+    by_state: dict[Text, Whole]
+    slots: Whole  # batches that it takes at a time
+    batches_in_flight: Whole
+    coordinator_busy_ratio: Number
+    rows: tuple[WorkerRow, ...]  # by number
+
+    @property
+    def ready(self) -> int:
+        return self.by_state.get("ready", 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """Everything at one moment."""
 
@@ -166,6 +198,7 @@ class Status:
     files: tuple[SettledFile, ...]  # the newest first
     free_bytes: dict[Text, Whole]  # by folder's role
     history: History
+    workers: Workers | None = None  # None where the daemon computes itself
 
     @property
     def uptime_seconds(self) -> float:
@@ -176,7 +209,7 @@ _status = TypeAdapter(Status)
 
 
 def to_json(status: Status) -> bytes:
-    return _status.dump_json(status)
+    return _status.dump_json(status, exclude={"workers"} if status.workers is None else None)
 
 
 def from_json(body: bytes) -> Status:

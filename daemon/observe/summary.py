@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from daemon.observe.formatting import ago, count, counted, duration, eta, size
-from daemon.observe.status import HEALTHY, Status
+from daemon.observe.formatting import ago, count, counted, duration, eta, rate, size
+from daemon.observe.status import HEALTHY, Status, WorkerRow, Workers
 
 OLD_COUNT_SECONDS = 30.0  # after which the age of a count is told with it
+MOST_ROWS = 64  # workers shown one by one
+WORST_ROWS = 16  # of more than these
 DASH = "\N{EN DASH}"  # where there is no value
 
 
@@ -18,6 +20,14 @@ class Figure:
     name: str
     value: str
     note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """Something in words, with its name."""
+
+    name: str
+    value: str
 
 
 def sentence(status: Status) -> str:
@@ -37,8 +47,13 @@ def sentence(status: Status) -> str:
 
 
 def what_runs(status: Status) -> str:
-    running = status.running
-    return f"{running.model}, {running.dtype} on {running.device}" if running else "no model loaded yet"
+    running, workers = status.running, status.workers
+    model = f"{running.model}, {running.dtype} on {running.device}" if running else "no model loaded yet"
+    return f"{model}, {ready_of(workers)}" if workers else model
+
+
+def ready_of(workers: Workers) -> str:
+    return f"{count(workers.ready)} of {counted(workers.wanted, 'worker')} ready"
 
 
 def uptime(status: Status) -> str:
@@ -64,8 +79,59 @@ def figures(status: Status) -> tuple[Figure, ...]:
         Figure("Time left", time_left(status), time_left_note(status)),
         Figure("Published", counted(totals.rows, "sample"), published),
         Figure("Set aside", counted(totals.rejects, "reject"), failed),
-        Figure("Device busy", f"{status.pace.device_busy_ratio:.0%}", "of the last minute"),
+        busy_figure(status),
     )
+
+
+def busy_figure(status: Status) -> Figure:
+    if status.workers is None:
+        return Figure("Device busy", f"{status.pace.device_busy_ratio:.0%}", "of the last minute")
+    rows = status.workers.rows
+    busy = f"{sum(row.busy_ratio for row in rows) / len(rows):.0%}" if rows else DASH
+    return Figure("Workers busy", busy, "of the last minute, on average")
+
+
+def worker_facts(workers: Workers) -> tuple[Fact, ...]:
+    """Return what holds for all workers together, in words."""
+    rows = workers.rows
+    others = [
+        f"{count(number)} {state}"
+        for state, number in workers.by_state.items()
+        if number and state != "ready"
+    ]
+    facts = [
+        Fact("Executor", workers.executor),
+        Fact("Workers", ", ".join([ready_of(workers), *others])),
+        Fact("Batches", f"{count(workers.batches_in_flight)} under way, room for {count(workers.slots)}"),
+    ]
+    if len(rows) > 1:
+        rates, shares = [row.samples_per_second for row in rows], [row.busy_ratio for row in rows]
+        together = (
+            f"{rate(sum(rates))} samples/s, {counted(sum(row.restarts for row in rows), 'restart')},"
+            f" {size(sum(row.memory_bytes for row in rows))}"
+        )
+        each = (
+            f"{rate(min(rates))} to {rate(max(rates))} samples/s, {min(shares):.0%} to {max(shares):.0%} busy"
+        )
+        facts += [Fact("Together", together), Fact("Each", each)]
+    coordinator = f"{workers.coordinator_busy_ratio:.0%} of a core, this process"
+    return (*facts, Fact("Coordinator", coordinator))
+
+
+def worker_rows(workers: Workers) -> tuple[WorkerRow, ...]:
+    """Return the workers that are shown one by one: all, or of very many those that do worst."""
+    if len(workers.rows) <= MOST_ROWS:
+        return workers.rows
+    return tuple(
+        sorted(workers.rows, key=lambda row: (row.state == "ready", -row.restarts, row.samples_per_second))
+    )[:WORST_ROWS]
+
+
+def worker_caption(workers: Workers) -> str:
+    """Return which workers are shown; shares and rates are those of the last minute."""
+    shown, rows = len(worker_rows(workers)), len(workers.rows)
+    which = "" if shown == rows else f"The {count(shown)} that do worst, of {count(rows)}. "
+    return f"{which}Samples per second and shares are those of the last minute"
 
 
 def waiting_note(status: Status) -> str:

@@ -15,9 +15,19 @@ from rich.text import Text
 from daemon.config import Config
 from daemon.errors import ConfigError, MachineError
 from daemon.escaping import escape_control, escape_name
-from daemon.observe.formatting import ago, count, duration, rate
-from daemon.observe.status import HEALTHY, SettledFile, Status, from_json
-from daemon.observe.summary import DASH, figures, sentence, shares_text, uptime, what_runs
+from daemon.observe.formatting import ago, count, duration, rate, size
+from daemon.observe.status import HEALTHY, SettledFile, Status, Workers, from_json
+from daemon.observe.summary import (
+    DASH,
+    figures,
+    sentence,
+    shares_text,
+    uptime,
+    what_runs,
+    worker_caption,
+    worker_facts,
+    worker_rows,
+)
 
 TIMEOUT_SECONDS = 5.0
 STATUS_BYTES = 16 << 20  # what answers more is no daemon
@@ -33,6 +43,9 @@ STYLES = {
     "warning": "yellow",
     "failed": "red",
     "committed": "green",
+    "ready": "green",
+    "starting": "yellow",
+    "draining": "yellow",
 }
 
 
@@ -114,6 +127,14 @@ def print_status(console: Console, status: Status) -> None:
     console.print(figure_table(status))
     if said := shares_text(status):
         show(console, Text(f"Time goes to {said}."))
+    if status.workers is not None:
+        console.print()
+        for fact in worker_facts(status.workers):
+            show(console, Text.assemble((f"{fact.name:12}", "dim"), fact.value))
+        if status.workers.rows:
+            console.print()
+            console.print(worker_table(status.workers))
+            show(console, Text(f"{worker_caption(status.workers)}.", style="dim"))
     if status.files:
         console.print()
         console.print(file_table(status.files, status.at))
@@ -145,6 +166,28 @@ def sparkline(values: Sequence[float]) -> str:
     if not top:
         return BARS[1] * len(values)
     return "".join(BARS[max(1, round(value / top * (len(BARS) - 1)))] for value in values)
+
+
+def worker_table(workers: Workers) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column("worker", justify="right", no_wrap=True)
+    table.add_column("node", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for name in ("batches", "samples", "samples/s", "busy", "restarts", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in worker_rows(workers):
+        table.add_row(
+            str(row.number),
+            Text(row.node or DASH),
+            Text(row.state, style=STYLES.get(row.state, "")),
+            count(row.batches),
+            count(row.samples),
+            rate(row.samples_per_second),
+            f"{row.busy_ratio:.0%}",
+            Text(count(row.restarts), style="red" if row.restarts else ""),
+            size(row.memory_bytes) if row.memory_bytes else DASH,
+        )
+    return table
 
 
 def file_table(files: Sequence[SettledFile], at: float) -> Table:

@@ -213,6 +213,10 @@ class FakeExecutor:
             await self._grown.wait()
             self._grown.clear()
 
+    @property
+    def workers_wanted(self) -> int:
+        return 0
+
     def workers(self) -> tuple[WorkerLoad, ...]:
         return ()
 

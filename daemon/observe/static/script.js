@@ -31,8 +31,8 @@ async function refresh() {
 function show(fresh) {
   const here = document.documentElement;
   const there = fresh.documentElement;
-  if (here.dataset.revision !== there.dataset.revision) {
-    location.reload(); // another version: its style and script belong to it
+  if (here.dataset.revision !== there.dataset.revision || parts(document) !== parts(fresh)) {
+    location.reload(); // another version: its style and script belong to it; or one with other parts
     return;
   }
   here.dataset.instance = there.dataset.instance;
@@ -45,6 +45,10 @@ function show(fresh) {
     if (old.className !== part.className) old.className = part.className;
     update(old, part);
   }
+}
+
+function parts(page) {
+  return Array.from(page.querySelectorAll("[data-live]"), (part) => part.id).join();
 }
 
 // Children that are as they were stay in place, so that focus and selection do.
