@@ -199,8 +199,8 @@ class Metrics:
         self.batches_in_flight = gauge("batches_in_flight", "Batches that the executor has.")
         self.coordinator_busy_ratio = gauge(
             "coordinator_busy_ratio",
-            "Processor time of the daemon's process without its device thread, over the last minute's wall time:"
-            " 1 is one core. Where it computes on a CPU itself, threads that help the device thread count too.",
+            "Processor time of the daemon's process without its device thread, over the wall time of the"
+            " last minute; 1 is one core. On a CPU that computes itself, helpers of the device thread count.",
         )
         self.workers_wanted = gauge(
             "workers_wanted", "Workers that there are to be; 0 where the executor computes itself."

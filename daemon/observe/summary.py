@@ -49,11 +49,9 @@ def sentence(status: Status) -> str:
 def what_runs(status: Status) -> str:
     running, workers = status.running, status.workers
     model = f"{running.model}, {running.dtype} on {running.device}" if running else "no model loaded yet"
-    return f"{model}, {ready_of(workers)}" if workers else model
-
-
-def ready_of(workers: Workers) -> str:
-    return f"{count(workers.ready)} of {counted(workers.wanted, 'worker')} ready"
+    if workers is None:
+        return model
+    return f"{model}, {count(workers.ready)} of {counted(workers.wanted, 'worker')} ready"
 
 
 def uptime(status: Status) -> str:
@@ -101,7 +99,7 @@ def worker_facts(workers: Workers) -> tuple[Fact, ...]:
     ]
     facts = [
         Fact("Executor", workers.executor),
-        Fact("Workers", ", ".join([ready_of(workers), *others])),
+        Fact("Workers", ", ".join([f"{count(workers.ready)} of {count(workers.wanted)} ready", *others])),
         Fact("Batches", f"{count(workers.batches_in_flight)} under way, room for {count(workers.slots)}"),
     ]
     if len(rows) > 1:

@@ -75,7 +75,7 @@ class WorkerBoard:
         )
 
     def alerts(self, now: float) -> Iterable[Alert]:
-        """Say since when some are missing; where all are, nothing is taken up, which is an alert by itself."""
+        """Say since when some are missing; where all are, that is a pause, with an alert of its own."""
         workers, missing = self.status(), now - self._complete
         if workers is not None and workers.ready and missing >= MISSING_SECONDS:
             ready = f"{count(workers.ready)} of {count(workers.wanted)} are ready"
