@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import socket
 import subprocess
+import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.reliability.daemons import Daemons, Job
+from tests.reliability.daemons import ROOT, Daemons, Job
 from tests.reliability.handling import running, wait_until
 from tests.support import tiny
 
@@ -31,6 +33,7 @@ PROMETHEUS = DEPLOY / "prometheus"
 
 FILES, FILE_RECORDS = 250, 8
 BAD_RECORDS = 12
+WORKERS = 2
 UNUSABLE = {"broken.json": b'[{"prompt": "cut', "picture.json": b"\x89PNG\0"}
 
 
@@ -120,6 +123,47 @@ def prometheus(folder: Path, target: str) -> Iterator[str]:
             yield f"http://{address}"
         finally:
             process.terminate()
+
+
+@contextlib.contextmanager
+def running_workers(folder: Path) -> Iterator[Monitored]:
+    """A daemon with workers on a Ray cluster of its own, and a Prometheus that saw what they computed."""
+    pytest.importorskip("ray")
+    if shutil.which("prometheus") is None:
+        pytest.skip("no prometheus on this machine (Debian: apt install prometheus)")
+    inbox, outbox, toml = folder / "inbox", folder / "outbox", folder / "lensd.toml"
+    toml.write_text(tiny.make_tiny(folder).toml())
+    inbox.mkdir()
+    target = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "daemon.cli", "run", "--config", toml, "--http", target]
+    command += ["--inbox", inbox, "--outbox", outbox, "--executor", "ray", "--workers", str(WORKERS)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"LENSD_INBOX__SETTLE_SECONDS": "0", "LENSD_BATCHING__MAX_BATCH_TOKENS": "512"}
+    with (
+        prometheus(folder / "prometheus", target) as url,
+        (folder / "daemon.log").open("wb") as log,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        ) as process,
+    ):
+        pair = Monitored(inbox, outbox, url)
+
+        def wait_for(expression: str, wanted: float, what: str) -> None:
+            wait_until(
+                lambda: answers(pair) and pair.value(expression) == wanted, what, process.pid, seconds=240
+            )
+
+        try:
+            wait_for('lensd_workers{state="ready"}', WORKERS, "the workers")
+            files = drop_files(inbox)
+            wait_for("sum(lensd_files_total)", files, "every file's outcome")
+            wait_for("lensd_batches_in_flight", 0, "the gauges of the end")
+            yield pair
+            process.terminate()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 @contextlib.contextmanager

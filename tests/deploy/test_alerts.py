@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.monitored import DEPLOY, PROMETHEUS
+from tests.deploy.monitored import DEPLOY, PROMETHEUS, WORKERS
 
 UNIT_TESTS = PROMETHEUS / "tests" / "alerts.yml"
 SEVERITIES = ("critical", "warning", "info")
@@ -90,6 +90,26 @@ def test_no_alert_holds_in_a_healthy_run(monitored, rule):
     if rule["alert"] == "LensdDiskLow" and usage.free < 0.11 * usage.total:
         pytest.skip("the disk of this machine is low indeed")
     assert monitored.query(rule["expr"]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rule", ALERTS, ids=NAMES)
+def test_no_alert_holds_where_workers_are_well(monitored_workers, rule):
+    if rule["alert"] != "LensdDiskLow":
+        assert monitored_workers.query(rule["expr"]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["LensdWorkersMissing", "LensdWorkerRestarting", "LensdCoordinatorBound"])
+def test_alerts_about_workers_compare_what_is_there(monitored_workers, name):
+    """The same with bounds that hold for a daemon that is well."""
+    (expression,) = (rule["expr"] for rule in ALERTS if rule["alert"] == name)
+    loose = re.sub(r"> (0|2|600|0\.85)(?=\s|$)", "> -1", expression).replace("< 0.8 *", "< 2 *")
+    assert loose != expression
+    found = monitored_workers.query(loose)
+    assert len(found) == (WORKERS if name == "LensdWorkerRestarting" else 1)
 
 
 def test_the_server_evaluates_every_rule_and_none_is_pending_or_firing(monitored):

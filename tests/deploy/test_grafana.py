@@ -12,7 +12,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from daemon.observe.metrics import Metrics
-from tests.deploy.monitored import DEPLOY
+from tests.deploy.monitored import DEPLOY, WORKERS
 
 GRAFANA = DEPLOY / "grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards" / "lensd.json").read_text())
@@ -28,6 +28,14 @@ WANTED = {  # what operators expect to see -> metrics that show it
     "batch sizes": {"lensd_batch_tokens_bucket"},
     "L0 and FVU": {"lensd_feature_l0_sum", "lensd_sae_fvu"},
     "disk": {"lensd_disk_free_bytes", "lensd_disk_size_bytes"},
+    "workers": {
+        "lensd_workers",
+        "lensd_workers_wanted",
+        "lensd_worker_samples_total",
+        "lensd_worker_busy_seconds_total",
+        "lensd_worker_restarts_total",
+        "lensd_coordinator_busy_ratio",
+    },
     "restarts and version": {"process_start_time_seconds", "lensd_build_info", "lensd_model_info"},
 }
 
@@ -39,6 +47,8 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 
 EXPRESSIONS = list(expressions())
+OF_WORKERS = [entry for entry in EXPRESSIONS if "lensd_worker_" in entry[1]]  # nothing without any
+OTHERS = [entry for entry in EXPRESSIONS if entry not in OF_WORKERS]
 
 
 def substituted(expression: str) -> str:
@@ -46,9 +56,17 @@ def substituted(expression: str) -> str:
     return re.sub(r"\$(\w+)", lambda match: VARIABLES[match[1]], expression)
 
 
-@pytest.mark.parametrize("expression", [e for _, e in EXPRESSIONS], ids=[name for name, _ in EXPRESSIONS])
+@pytest.mark.parametrize("expression", [e for _, e in OTHERS], ids=[name for name, _ in OTHERS])
 def test_every_expression_of_the_dashboard_returns_data(monitored, expression):
     assert monitored.query(substituted(expression))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("expression", [e for _, e in OF_WORKERS], ids=[name for name, _ in OF_WORKERS])
+def test_every_expression_about_workers_tells_them_apart(monitored_workers, expression):
+    series = monitored_workers.query(substituted(expression))
+    assert {labels["worker"] for labels, _ in series} == set(map(str, range(WORKERS)))
 
 
 def test_the_annotations_and_the_variable_ask_for_what_is_there(monitored):

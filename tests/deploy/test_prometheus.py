@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from daemon.observe.metrics import Metrics
 from daemon.tools import metrics_table
-from tests.deploy.monitored import BAD_RECORDS, FILE_RECORDS, FILES, UNUSABLE, Monitored
+from tests.deploy.monitored import BAD_RECORDS, FILE_RECORDS, FILES, UNUSABLE, WORKERS, Monitored
 
 
 def manifests(pair: Monitored) -> list[tuple[Path, dict]]:
@@ -85,12 +85,48 @@ def test_prometheus_counts_the_tokens_and_features_that_the_tables_hold(monitore
 
 def test_every_metric_is_scraped_with_the_labels_that_are_described(monitored):
     for described in Metrics(CollectorRegistry()).descriptions:
+        if described.name.startswith("lensd_worker_"):
+            continue  # of one worker
         suffix = "_count" if described.kind == "histogram" else ""
         series = monitored.query(f"{described.name}{suffix}")
         assert series, described.name
         for labels, _ in series:
             wanted = {label.name for label in described.labels}
             assert labels.keys() - {"__name__", "job", "instance"} == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_prometheus_counts_what_each_worker_computed(monitored_workers):
+    pair = monitored_workers
+    for described in Metrics(CollectorRegistry()).descriptions:
+        if described.name.startswith("lensd_worker_"):
+            assert by_label(pair, f"{described.name} + 1", "worker").keys() == {"0", "1"}, described.name
+    rows = sum(pq.read_metadata(folder / "metrics.parquet").num_rows for folder, _ in manifests(pair))
+    assert rows == FILES * FILE_RECORDS - BAD_RECORDS
+    assert pair.value("sum(lensd_worker_samples_total)") == rows
+    assert pair.value("sum(lensd_worker_batches_total)") == pair.value("lensd_batches_total")
+    assert pair.value("min(lensd_worker_busy_seconds_total)") > 0
+    assert pair.value("min(lensd_worker_memory_bytes)") > 100 << 20
+    assert pair.value("sum(lensd_worker_restarts_total)") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_gauges_of_an_executor_with_workers_fit_each_other(monitored_workers):
+    pair = monitored_workers
+    assert by_label(pair, "lensd_workers", "state") == {"ready": WORKERS}
+    assert pair.value("lensd_workers_wanted") == WORKERS
+    assert pair.value("lensd_executor_slots") == 2 * WORKERS
+    assert pair.value("max_over_time(lensd_batches_in_flight[10m])") <= 2 * WORKERS
+    assert 0 < pair.value("max_over_time(lensd_coordinator_busy_ratio[10m])") < 4
+    assert pair.value("lensd_device_busy_ratio") == 0  # that is of the daemon's own
+
+
+def test_a_daemon_that_computes_itself_has_no_workers(monitored):
+    assert monitored.value("sum(lensd_workers)") == monitored.value("lensd_workers_wanted") == 0
+    assert monitored.value("lensd_executor_slots") == 1
+    assert monitored.value("lensd_coordinator_busy_ratio") > 0
 
 
 def test_the_gauges_of_this_moment_are_those_of_a_daemon_that_is_idle(monitored):

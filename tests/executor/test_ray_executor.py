@@ -260,6 +260,25 @@ async def test_workers_join_and_leave_while_batches_run():
     assert workers.events.restarts == []
 
 
+async def test_workers_of_a_lost_cluster_are_wanted_and_not_ready():
+    cluster = FakeCluster(2)
+    workers = Workers(cluster)
+    assert workers.executor.workers_wanted == 0
+    async with workers.running() as executor:
+        await until(lambda: executor.slots == 4)
+        refused = asyncio.Event()
+
+        def connect() -> None:
+            refused.set()
+            raise MachineError("no answer")
+
+        cluster.connect = connect  # type: ignore[method-assign]
+        cluster.die()
+        await refused.wait()
+        assert executor.workers_wanted == 2
+        assert [load.state for load in executor.workers()] == ["starting"] * 2
+
+
 async def test_a_daemon_waits_for_a_cluster_that_is_not_there():
     cluster = FakeCluster(1, unreachable=5)
     workers = Workers(cluster)

@@ -30,6 +30,7 @@ from daemon.records import (
     StageSeconds,
     TokenizedPart,
     TokenizedSample,
+    WorkerLoad,
 )
 from tests.support.sources import unclaimed
 
@@ -65,6 +66,16 @@ DESIGN = [  # name, type, label
     ("device_memory_bytes", "gauge", "kind"),
     ("device_busy_ratio", "gauge"),
     ("max_batch_tokens", "gauge"),
+    ("executor_slots", "gauge"),
+    ("batches_in_flight", "gauge"),
+    ("coordinator_busy_ratio", "gauge"),
+    ("workers_wanted", "gauge"),
+    ("workers", "gauge", "state"),
+    ("worker_memory_bytes", "gauge", "worker"),
+    ("worker_restarts_total", "counter", "worker"),
+    ("worker_batches_total", "counter", "worker"),
+    ("worker_samples_total", "counter", "worker"),
+    ("worker_busy_seconds_total", "counter", "worker"),
     ("last_commit_timestamp_seconds", "gauge"),
     ("heartbeat_timestamp_seconds", "gauge", "loop"),
     ("sae_fvu", "gauge", "layer"),
@@ -231,6 +242,45 @@ def test_a_device_always_in_long_calls_counts_as_busy(metrics):
     assert value(metrics, "device_busy_ratio") == 1.0
 
 
+def snapshot_of(**changes: object) -> Snapshot:
+    quiet = {"device_alive": True, "device_busy_seconds": 0.0, "coordinator_seconds": 0.0}
+    return Snapshot(**{**quiet, "done": 0, "total": 0, "rate": 0.0, **changes})  # type: ignore[arg-type]
+
+
+def test_the_coordinators_share_is_that_of_the_last_minute_in_cores(metrics):
+    for second in range(100):
+        used = 0.3 * second if second < 60 else 18 + 1.5 * (second - 60)
+        metrics.observe_snapshot(snapshot_of(coordinator_seconds=5 + used), None, 1000.0 + second)
+        if second == 59:
+            assert value(metrics, "coordinator_busy_ratio") == pytest.approx(0.3)
+    assert value(metrics, "coordinator_busy_ratio") == pytest.approx((21 * 0.3 + 39 * 1.5) / 60, rel=0.02)
+
+
+def test_workers_are_told_by_state_and_number(metrics):
+    workers = (
+        WorkerLoad(0, "ready", "a", memory_bytes=7),
+        WorkerLoad(1, "ready", "b", memory_bytes=8),
+        WorkerLoad(2, "starting", ""),
+    )
+    snapshot = snapshot_of(workers=workers, workers_wanted=4, slots=4, batches_in_flight=3)
+    metrics.observe_snapshot(snapshot, None, 0.0)
+    states = ("ready", "starting", "draining")
+    assert [value(metrics, "workers", state=state) for state in states] == [2, 1, 0]
+    gauges = ("workers_wanted", "executor_slots", "batches_in_flight")
+    assert [value(metrics, name) for name in gauges] == [4, 4, 3]
+    assert [value(metrics, "worker_memory_bytes", worker=number) for number in "0123"] == [7, 8, 0, None]
+    for name in ("restarts", "batches", "samples", "busy_seconds"):  # there before anything happens
+        assert value(metrics, f"worker_{name}_total", worker="2") == 0
+    metrics.worker_restarted(1)
+    metrics.worker_computed(1, samples=5, busy_seconds=0.5)
+    metrics.worker_computed(1, samples=5, busy_seconds=0.25)
+    for name, expected in {"restarts": 1, "batches": 2, "samples": 10, "busy_seconds": 0.75}.items():
+        assert value(metrics, f"worker_{name}_total", worker="1") == expected
+    metrics.observe_snapshot(snapshot_of(workers=workers[:1], workers_wanted=1), None, 1.0)
+    assert [value(metrics, "worker_memory_bytes", worker=number) for number in "01"] == [7, None]
+    assert value(metrics, "worker_samples_total", worker="1") == 10
+
+
 def test_free_space_is_told_by_the_folders_role(metrics, tmp_path):
     metrics.observe_disk({"inbox": tmp_path})
     free, size = (value(metrics, name, dir="inbox") for name in ("disk_free_bytes", "disk_size_bytes"))
@@ -246,7 +296,7 @@ def test_memory_is_told_by_kind_and_what_is_kept_for_batches_beside_it(metrics):
 
 def test_what_is_told_once_about_the_inbox_adds_up(metrics):
     for recovered, found in ((2, 1), (0, 3)):
-        snapshot = Snapshot(True, 0.0, done=0, total=0, rate=0.0, recovered=recovered, found=found)
+        snapshot = snapshot_of(recovered=recovered, found=found)
         metrics.observe_snapshot(snapshot, None, now=0.0)
     assert value(metrics, "recovered_files_total", action="taken_over") == 2
     assert value(metrics, "rescan_found_total") == 4
