@@ -7,7 +7,7 @@ import ctypes
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -68,17 +68,19 @@ def stuck_device(go: str) -> Iterator[None]:
 @contextlib.contextmanager
 def slow_loading(go: str) -> Iterator[None]:
     """A hook: loading takes until the file `go` is there."""
-    load = service.Service.load
+    loaded = service.Service.loaded
 
     def wait() -> None:
         while not Path(go).exists():
             time.sleep(0.01)
 
-    async def wait_and_load(self: service.Service) -> object:
+    @contextlib.asynccontextmanager
+    async def wait_and_load(self: service.Service) -> AsyncIterator[object]:
         await self.device.call(wait)
-        return await load(self)
+        async with loaded(self) as now:
+            yield now
 
-    with quick(), mock.patch.object(service.Service, "load", wait_and_load):
+    with quick(), mock.patch.object(service.Service, "loaded", wait_and_load):
         yield
 
 
