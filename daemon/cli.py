@@ -389,7 +389,7 @@ def check_cluster(config: Config) -> tuple[ModelInfo, str]:
             say(f"ok: node {node}")
         wanted, room = cluster.wanted(), cluster.room()
         others = f": {wanted - room} of them wait for nodes" if 0 < room < wanted else ""
-        say(f"ok: {cluster}: {counted(wanted)} wanted, room for {room}; each takes {cluster.needs()}{others}")
+        say(f"ok: {cluster}: {counted(wanted)} wanted, room for {room}; each takes {cluster.needs}{others}")
         return asyncio.run(try_worker(cluster, loading_in_worker(config)))
     finally:
         cluster.disconnect()

@@ -100,7 +100,7 @@ class Cluster:
                 self._check_answers()
                 ray.init(address=self._address, log_to_driver=False, configure_logging=False)
             self._needs = self._find_needs()
-        except (MachineError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise MachineError(f"{self}: {one_line(error)}") from None
 
     def _start(self, quiet: dict[str, Any]) -> None:

@@ -20,14 +20,14 @@ async def try_worker(cluster: Cluster, load: Callable[[bool], Loaded]) -> tuple[
 
     Raises ConfigError where the model or a dictionary is at fault, MachineError where the cluster is.
     """
-    needs = await asyncio.to_thread(cluster.needs)
+    needs = cluster.needs
     if not await asyncio.to_thread(cluster.room):
         raise MachineError(
             f"{cluster} has no node for a worker, which takes {needs}:"
             " add one, or change executor.worker_cpus and executor.worker_gpus"
         )
     worker = RemoteWorker(0)
-    worker.begin(await asyncio.to_thread(cluster.worker))
+    worker.begin(cluster.worker())
     try:
         async with asyncio.timeout(PLACE_SECONDS):
             node = await worker.place()
