@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from daemon.observe.formatting import ago, count, counted, duration, eta, rate, size
@@ -108,12 +109,16 @@ def worker_facts(workers: Workers) -> tuple[Fact, ...]:
             f"{rate(sum(rates))} samples/s, {counted(sum(row.restarts for row in rows), 'restart')},"
             f" {size(sum(row.memory_bytes for row in rows))}"
         )
-        each = (
-            f"{rate(min(rates))} to {rate(max(rates))} samples/s, {min(shares):.0%} to {max(shares):.0%} busy"
-        )
+        each = f"{between(rates, rate)} samples/s, {between(shares, '{:.0%}'.format)} busy"
         facts += [Fact("Together", together), Fact("Each", each)]
     coordinator = f"{workers.coordinator_busy_ratio:.0%} of a core, this process"
     return (*facts, Fact("Coordinator", coordinator))
+
+
+def between(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """Return the least and the greatest as text, or the one that all have."""
+    low, high = text(min(values)), text(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def worker_rows(workers: Workers) -> tuple[WorkerRow, ...]:

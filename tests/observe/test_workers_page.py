@@ -178,7 +178,13 @@ def test_page_and_terminal_show_each_worker():
     assert from_json(to_json(status)) == status
     page, lines = document(status, "r"), terminal(status)
     assert page.count('<th scope="row" role="rowheader"><span class="worker">') == 8
-    for shown in ("6 of 8 ready, 2 starting", "8 under way, room for 16", "42% of a core", "SmolLM2"):
+    for shown in (
+        "1.00 to 7.00 samples/s, 42% to 50% busy",
+        "6 of 8 ready, 2 starting",
+        "8 under way, room for 16",
+        "42% of a core",
+        "SmolLM2",
+    ):
         assert shown in page
         assert shown in lines
     assert "2 restarts" in lines
