@@ -53,7 +53,7 @@ def device():
 
 async def run_all(executor: LocalExecutor, runner: FakeRunner, n: int) -> list[int | BaseException]:
     """Hand in n batches at once, before the first of them begins."""
-    tasks = [asyncio.create_task(executor.run(number)) for number in range(1, n + 1)]
+    tasks = [asyncio.create_task(executor.compute(number)) for number in range(1, n + 1)]
     await asyncio.sleep(0)
     runner.go.set()
     return await asyncio.gather(*tasks, return_exceptions=True)
@@ -81,7 +81,7 @@ async def test_a_batch_that_none_follows_is_read_out_at_once(device):
     runner = FakeRunner(can_overlap=True)
     executor = LocalExecutor(device, runner)
     assert await run_all(executor, runner, 1) == [10]
-    assert await executor.run(7) == 70
+    assert await executor.compute(7) == 70
     assert runner.calls == ["begin 1", "finish 1", "begin 7", "finish 7"]
 
 
@@ -94,7 +94,7 @@ async def test_two_batches_that_memory_does_not_hold_fail_together_and_then_run_
         assert isinstance(error, OutOfMemory)
         assert error.shared
     assert executor.slots == 1
-    assert [await executor.run(1), await executor.run(2)] == [10, 20]
+    assert [await executor.compute(1), await executor.compute(2)] == [10, 20]
     assert runner.calls[-2:] == ["run 1", "run 2"]
 
 
@@ -105,7 +105,7 @@ async def test_a_batch_that_was_alone_and_too_large_keeps_the_slots(device):
     assert isinstance(error, OutOfMemory)
     assert not error.shared
     assert executor.slots == OVERLAPPED_SLOTS
-    assert await executor.run(2) == 20
+    assert await executor.compute(2) == 20
 
 
 async def test_a_bug_comes_to_everyone_whose_batch_was_on_the_device(device):
