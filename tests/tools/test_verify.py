@@ -115,6 +115,7 @@ def test_the_oracle_runs_no_engine_no_encoder_and_no_loader_of_the_daemon():
         "daemon.model.loading.locate_model",
         "daemon.model.loading.resolve_device",
         "daemon.model.pickles.refused_pickles",
+        "daemon.model.placement.asked_map",
         "daemon.model.plain_hooks.PlainHooks",
         "daemon.model.plain_trace.Unreachable",
         "daemon.model.smollm2.default_cache_dir",
