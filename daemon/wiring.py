@@ -106,7 +106,9 @@ def load_compute(config: Config) -> Compute:
         )
     max_batch_tokens = config.batching.max_batch_tokens
     if max_batch_tokens == "auto":
-        max_batch_tokens = auto_batch_tokens(engine, model.vocabulary, default_cache_dir())
+        max_batch_tokens = auto_batch_tokens(
+            engine, model.vocabulary, default_cache_dir(), small=config.executor.kind != "local"
+        )
     return Compute(
         engine=engine,
         runner=runner,

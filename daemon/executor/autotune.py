@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,26 +44,41 @@ ENOUGH = 0.95  # of the best rate: of the batches that reach it the largest shar
 log = structlog.get_logger()
 
 
-def auto_batch_tokens(engine: Engine, vocabulary: int, cache_dir: Path) -> int:
-    """`max_batch_tokens` for this engine on this machine, out of the cache where it was measured before."""
+def auto_batch_tokens(engine: Engine, vocabulary: int, cache_dir: Path, *, small: bool = False) -> int:
+    """`max_batch_tokens` for this engine on this machine, out of the cache where it was measured before.
+
+    Of the sizes that are fast enough the largest; with `small` the smallest, whose results come sooner and
+    are shared out more evenly among many workers.
+    """
+    prefer = min if small else max
     cached = cache_dir / "batching" / f"{machine_key(engine)}.json"
     try:
-        return int(json.loads(cached.read_text())["max_batch_tokens"])
-    except (OSError, ValueError, KeyError, TypeError):
+        known = json.loads(cached.read_text())["tokens_per_second"]
+        return prefer(fast_enough({int(size): int(rate) for size, rate in known.items()}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not measured here yet, or a file that something else wrote
     wall, cpu = time.perf_counter(), time.process_time()
     tries = measure(engine, vocabulary)
     used = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
     rates = {size: round(size / min(seconds)) for size, seconds in tries.items()}
-    chosen = max(size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
+    chosen = prefer(fast_enough(rates))
     log.info("batching.measured", max_batch_tokens=chosen, tokens_per_second=rates)
-    sizes = CANDIDATES[torch.device(engine.info.device).type]
     had_cores = used >= OWN_CORES or engine.info.device != "cpu"
-    if steady(tries[chosen]) and (had_cores or max(tries) == max(sizes)):
+    if steady(tries[chosen]) and (had_cores or max(tries) == max(candidates(engine))):
         remember(cached, {"max_batch_tokens": chosen, "tokens_per_second": rates})
     else:
         log.warning("batching.not_remembered", path=str(cached), reason="the machine is busy with other work")
     return chosen
+
+
+def candidates(engine: Engine) -> tuple[int, ...]:
+    """The sizes that are tried on its device."""
+    return CANDIDATES[torch.device(compute_devices(engine.info.device)[0]).type]
+
+
+def fast_enough(rates: Mapping[int, int]) -> list[int]:
+    """The sizes that reach about the best rate."""
+    return [size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values())]
 
 
 def measure(engine: Engine, vocabulary: int) -> dict[int, list[float]]:
@@ -73,7 +88,7 @@ def measure(engine: Engine, vocabulary: int) -> dict[int, list[float]]:
     Leaves out what memory does not hold, and what takes too long.
     """
     generator = np.random.Generator(np.random.PCG64(0))
-    sizes = CANDIDATES[torch.device(compute_devices(engine.info.device)[0]).type]
+    sizes = candidates(engine)
     texts = {
         size: generator.integers(0, vocabulary, (size // TEXT_TOKENS, TEXT_TOKENS)).tolist() for size in sizes
     }

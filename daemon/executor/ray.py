@@ -314,7 +314,7 @@ class RayExecutor:
             raise MachineError(f"{node} loaded another model or dictionary than the first worker")
         if self._settings is not None:
             await worker.call("restudy", self._settings)
-        worker.ready, worker.busy_before = ready, 0.0
+        worker.ready, worker.busy_before = ready, ready.busy_seconds
         worker.note(state="ready")
         if self._first is None and ready.max_batch_tokens:
             self._first = ready

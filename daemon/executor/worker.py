@@ -47,6 +47,7 @@ class Ready:
     slots: int  # batches that it takes at a time, one of which waits beside its device
     tokenizer: Tokenizer
     max_batch_tokens: int
+    busy_seconds: float = 0.0  # of its device, for loading
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,7 @@ class Worker:
             slots=self._executor.slots + 1,
             tokenizer=loaded.tokenizer,
             max_batch_tokens=loaded.max_batch_tokens,
+            busy_seconds=self._device.busy_seconds,
         )
 
     async def run(self, batch: SampleBatch) -> Computed:
