@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,6 +39,7 @@ STEADY = 1.15  # times the best try, that the next best takes on a machine with 
 OWN_CORES = (
     0.75  # of its cores' time, that an engine has where nothing else runs; with less, time alone cuts sizes
 )
+SHARE = 4  # of the best size that each of many workers is given: its rate is 3 % lower
 ENOUGH = 0.95  # of the best rate: of the batches that reach it the largest shares the most, here unseen
 
 log = structlog.get_logger()
@@ -47,21 +48,23 @@ log = structlog.get_logger()
 def auto_batch_tokens(engine: Engine, vocabulary: int, cache_dir: Path, *, small: bool = False) -> int:
     """`max_batch_tokens` for this engine on this machine, out of the cache where it was measured before.
 
-    Of the sizes that are fast enough the largest; with `small` the smallest, whose results come sooner and
-    are shared out more evenly among many workers.
+    With `small`, on a CPU, a share of it: results come sooner and are shared out more evenly among workers.
     """
-    prefer = min if small else max
+    tokens = measured_batch_tokens(engine, vocabulary, cache_dir)
+    return max(tokens // SHARE, candidates(engine)[0]) if small and engine.info.device == "cpu" else tokens
+
+
+def measured_batch_tokens(engine: Engine, vocabulary: int, cache_dir: Path) -> int:
     cached = cache_dir / "batching" / f"{machine_key(engine)}.json"
     try:
-        known = json.loads(cached.read_text())["tokens_per_second"]
-        return prefer(fast_enough({int(size): int(rate) for size, rate in known.items()}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return int(json.loads(cached.read_text())["max_batch_tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured here yet, or a file that something else wrote
     wall, cpu = time.perf_counter(), time.process_time()
     tries = measure(engine, vocabulary)
     used = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
     rates = {size: round(size / min(seconds)) for size, seconds in tries.items()}
-    chosen = prefer(fast_enough(rates))
+    chosen = max(size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
     log.info("batching.measured", max_batch_tokens=chosen, tokens_per_second=rates)
     had_cores = used >= OWN_CORES or engine.info.device != "cpu"
     if steady(tries[chosen]) and (had_cores or max(tries) == max(candidates(engine))):
@@ -74,11 +77,6 @@ def auto_batch_tokens(engine: Engine, vocabulary: int, cache_dir: Path, *, small
 def candidates(engine: Engine) -> tuple[int, ...]:
     """The sizes that are tried on its device."""
     return CANDIDATES[torch.device(compute_devices(engine.info.device)[0]).type]
-
-
-def fast_enough(rates: Mapping[int, int]) -> list[int]:
-    """The sizes that reach about the best rate."""
-    return [size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values())]
 
 
 def measure(engine: Engine, vocabulary: int) -> dict[int, list[float]]:

@@ -66,12 +66,11 @@ def test_the_largest_batch_that_is_fast_enough_is_chosen(engine, tmp_path, monke
     assert auto_batch_tokens(engine, 256, tmp_path) == 1024
 
 
-def test_of_many_workers_each_has_the_smallest_batch_that_is_fast_enough(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "measure", lambda *_: of_rates({256: 50, 512: 96, 1024: 100, 2048: 98}))
-    assert auto_batch_tokens(engine, 256, tmp_path, small=True) == 512
+def test_each_of_many_workers_has_a_share_of_the_best_batch(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune, "measure", lambda *_: of_rates({512: 50, 1024: 90, 2048: 98, LARGEST: 100}))
+    assert auto_batch_tokens(engine, 256, tmp_path, small=True) == LARGEST // 4
     monkeypatch.setattr(autotune, "measure", lambda *_: pytest.fail("measured again"))
-    assert auto_batch_tokens(engine, 256, tmp_path, small=True) == 512
-    assert auto_batch_tokens(engine, 256, tmp_path) == 2048
+    assert auto_batch_tokens(engine, 256, tmp_path) == LARGEST
 
 
 def test_a_cache_that_cannot_be_read_or_written_is_done_without(engine, tmp_path, monkeypatch):
