@@ -43,8 +43,9 @@ class Channel(Generic[T]):
     async def put_all(self, items: Iterable[tuple[T, int]]) -> None:
         """Add items with their weights, each after waiting for room."""
         for item, weight in items:
+            if self._items and self.weight + weight > self.capacity:
+                self._wake()  # once: senders that wait too would wake each other for ever
             while self._items and self.weight + weight > self.capacity:
-                self._wake()
                 await self._change()
             self._items.append((item, weight))
             self.weight += weight

@@ -85,6 +85,16 @@ class Pause:
         """Wait for nothing from now on: the daemon is told to stop."""
         self._given_up.set()
 
+    @property
+    def given_up(self) -> bool:
+        """Whether the daemon is told to stop."""
+        return self._given_up.is_set()
+
+    async def rest(self, seconds: float) -> None:
+        """Wait so long, or until the daemon is told to stop."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._given_up.wait(), seconds)
+
     async def over(self) -> None:
         """Wait until no reason holds, or the daemon is told to stop. Raises MachineError unless patient."""
         while (reasons := self.reasons) and not self._given_up.is_set():
@@ -114,8 +124,7 @@ class Pause:
             await self._sleep()
 
     async def _sleep(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._given_up.wait(), self._retry_seconds)
+        await self.rest(self._retry_seconds)
 
 
 def describe(error: OSError) -> str:

@@ -234,6 +234,7 @@ class Service:
             device=self.device,
             pause=self.pause,
             patient=not self.once,
+            stall_seconds=lambda: self.health.stall_seconds,
             events=self.metrics,
             load=self.load_compute,
             on_executor=self.see_executor,

@@ -70,4 +70,17 @@ def number_or_auto(kind: type[int] | type[float], what: str) -> BeforeValidator:
 
 BatchTokens = Annotated[int | Literal["auto"], number_or_auto(int, "a number of tokens")]
 Workers = Annotated[int | Literal["auto"], number_or_auto(int, "a number of workers")]
-WorkerGpus = Annotated[float | Literal["auto"], number_or_auto(float, "a number of GPUs, such as 1 or 0.5,")]
+
+
+def check_gpus(value: float | str) -> float | str:
+    """Raises ValueError for one GPU and a part of another."""
+    if isinstance(value, float) and value > 1 and not value.is_integer():
+        raise ValueError("expected whole GPUs, or a share of one, such as 0.5")
+    return value
+
+
+WorkerGpus = Annotated[
+    float | Literal["auto"],
+    AfterValidator(check_gpus),
+    number_or_auto(float, "a number of GPUs, such as 1 or 0.5,"),
+]

@@ -60,7 +60,8 @@ from daemon.source.limits import ReadLimits
 from daemon.source.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from daemon.executor.ray import RayExecutor, WorkerEvents
+    from daemon.executor.crew import WorkerEvents
+    from daemon.executor.ray import RayExecutor
     from daemon.executor.ray_cluster import Cluster
 
 log = structlog.get_logger()
@@ -143,6 +144,7 @@ async def computing(
     device: DeviceThread,
     pause: Pause,
     patient: bool,
+    stall_seconds: Callable[[], float],
     events: WorkerEvents,
     on_executor: Callable[[Executor], None],
     load: Callable[[Config], Compute] = load_compute,
@@ -167,7 +169,7 @@ async def computing(
         loading_in_worker(config, load),
         pause=pause,
         patient=patient,
-        stall_seconds=config.http.stall_seconds,
+        stall_seconds=stall_seconds,
         events=events,
     )
     on_executor(executor)
@@ -179,6 +181,7 @@ async def computing(
 def cluster_of(config: Config) -> Cluster:
     """The Ray cluster that is configured, without a connection. Raises ConfigError where Ray is missing."""
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # read once: Ray writes no lines among ours
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # and starts no cluster that nobody asked for
     from daemon.executor.ray_cluster import Cluster
 
     settings = config.executor

@@ -124,3 +124,24 @@ async def test_a_batch_waits_for_no_company_that_cannot_come(capacity):
         await channel.close()
     async with asyncio.timeout(5):
         assert await anext(channel.batches(lambda: 2, wait_seconds=60)) == [1]
+
+
+async def test_senders_that_wait_do_not_wake_each_other():
+    channel: Channel[int] = Channel(1)
+    await channel.put(0)
+    wakes = 0
+    wake = channel._wake
+
+    def counted() -> None:
+        nonlocal wakes
+        wakes += 1
+        wake()
+
+    channel._wake = counted  # type: ignore[method-assign]
+    senders = [asyncio.create_task(channel.put_all([(number, 1)])) for number in range(8)]
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert wakes == 8
+    taken = [await channel.get() for _ in range(9)]
+    await asyncio.gather(*senders)
+    assert sorted(taken) == [0, 0, 1, 2, 3, 4, 5, 6, 7]

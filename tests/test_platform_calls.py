@@ -219,7 +219,7 @@ def test_linux_names_more_errors():
 
 
 def test_no_other_module_asks_which_system_this_is():
-    """What differs stands in one module; this list is of what no other may ask for."""
+    """One module holds what differs; no other may ask for what is listed here."""
     words = ("/proc/", "/sys/", "sched_getaffinity", "ru_maxrss", "CDLL(None", "F_FULLFSYNC", "sys.platform")
     words += ("os.fsync(", "posix_fadvise", "SOCK_CLOEXEC", "EREMOTEIO", "EUCLEAN", "ENOMEDIUM")
     root = Path(platform_calls.__file__).parent

@@ -71,9 +71,12 @@ class Batcher:
         cost = self._cost()
         for sample in batch.samples:
             cost.add(sample)
-        self.max_batch_tokens = max(1, min(self.max_batch_tokens, cost.total) // 2)
-        back = [*batch.entries, *(entry for planned in self._planned for entry in planned.entries)]
-        self._planned.clear()
+        # Not half of what others, which ran beside it, have brought the limit to.
+        self.max_batch_tokens = min(self.max_batch_tokens, max(1, cost.total // 2))
+        suspects = [planned for planned in self._planned if planned.suspect]
+        rest = (planned for planned in self._planned if not planned.suspect)
+        back = [*batch.entries, *(entry for planned in rest for entry in planned.entries)]
+        self._planned = deque(suspects)
         self._waiting = back + self._waiting
         self.tokens += sum(sample.n_tokens for sample in batch.samples)
 

@@ -73,10 +73,18 @@ class LocalExecutor:
     async def compute(self, batch: SampleBatch) -> BatchResult:
         """`run` of samples alone."""
         if not self._overlaps:
-            return await self._device.call(lambda: self._runner.run(batch))
+            return await self._device.call(lambda: self._run_alone(batch))
         result: Future[BatchResult] = Future()
         await self._device.call(lambda: self._advance(batch, result))
         return await asyncio.wrap_future(result)
+
+    def _run_alone(self, batch: SampleBatch) -> BatchResult:
+        """Run a batch, after finishing the one that is under way since batches overlapped."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            with self._failing(running.result):
+                running.result.set_result(self._runner.finish(running.begun))
+        return self._runner.run(batch)
 
     async def restudy(self, settings: StudySettings) -> None:
         """Analyse the next batches under other settings."""

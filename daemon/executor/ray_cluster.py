@@ -29,7 +29,7 @@ MESSAGE_LENGTH = 300
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What one worker takes of a cluster."""
+    """The resources of a cluster that one worker takes."""
 
     cpus: int
     gpus: float
@@ -72,11 +72,12 @@ class Cluster:
         self._may_use_gpus = may_use_gpus
         self._needs = Needs(cpus, 0.0)  # of a worker; known once there is a connection
         host, _, port = self._address.rpartition(":")
+        key = "RAY_ADDRESS" if address == "auto" else "executor.address"
         if self._address and not (host and port.isdigit()):
-            raise ConfigError(f"executor.address = {self._address}: expected HOST:PORT, e.g. 10.0.0.1:6379")
+            raise ConfigError(f"{key} = {self._address}: expected HOST:PORT, e.g. 10.0.0.1:6379")
         if self._address.startswith(CLIENT):
             raise ConfigError(
-                f"executor.address = {self._address}: addresses of Ray Client are not supported:"
+                f"{key} = {self._address}: addresses of Ray Client are not supported:"
                 " give the head's HOST:PORT, from a machine of the cluster"
             )
 
@@ -100,7 +101,10 @@ class Cluster:
                 self._check_answers()
                 ray.init(address=self._address, log_to_driver=False, configure_logging=False)
             self._needs = self._find_needs()
-        except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ValueError, MachineError, ray.exceptions.RayError) as error:
+            self.disconnect()  # else the next try is refused, for there would be two
+            if isinstance(error, MachineError):
+                raise
             raise MachineError(f"{self}: {one_line(error)}") from None
 
     def _start(self, quiet: dict[str, Any]) -> None:
@@ -137,7 +141,7 @@ class Cluster:
             socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
             here = context.get_node_id()
             return any(node["NodeID"] == here for node in live_nodes())
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError):
+        except (OSError, RuntimeError, ValueError, MachineError, ray.exceptions.RayError):
             return False
 
     @property
@@ -166,7 +170,7 @@ class Cluster:
         nodes = []
         for node in live_nodes():
             cpus, gpus = (node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU"))
-            rooms = [cpus / needs.cpus, *([gpus / needs.gpus] if needs.gpus else [])]
+            rooms = [cpus / needs.cpus, *([gpu_room(gpus, needs.gpus)] if needs.gpus else [])]
             name, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
             nodes.append(Node(f"{name} ({address})", cpus, gpus, int(min(rooms))))
         return nodes
@@ -187,16 +191,24 @@ class Cluster:
 
 
 def live_nodes() -> list[dict[str, Any]]:
-    """The nodes of the cluster that are alive, as Ray describes them."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's is not annotated
+    """The nodes of the cluster that are alive, as Ray describes them. Raises MachineError."""
+    try:
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's is not annotated
+    except (RuntimeError, OSError, ray.exceptions.RayError) as error:  # it went while it was asked
+        raise MachineError(f"the Ray cluster does not answer: {one_line(error)}") from None
     return [node for node in nodes if node["Alive"]]
+
+
+def gpu_room(gpus: float, share: float) -> float:
+    """How many workers so many GPUs hold; a share is of one GPU."""
+    return gpus // share if share >= 1 else int(gpus) * int(1 / share)
 
 
 def counted(workers: int) -> str:
     return f"{workers} worker{'' if workers == 1 else 's'}"
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """A message of several lines as one, cut short."""
     words = " ".join(str(error).split())
     return f"{words[:MESSAGE_LENGTH]}..." if len(words) > MESSAGE_LENGTH else words or type(error).__name__

@@ -70,7 +70,7 @@ def asked_map(setting: str) -> DeviceMap | None:
 
 
 def free_memory() -> dict[int | str, int] | None:
-    """What weights may take of each GPU and of the host, in bytes, as Accelerate asks; None without GPUs.
+    """The bytes that weights may take of each GPU and of the host, as Accelerate asks; None without GPUs.
 
     The rest of a GPU is for dictionaries and batches.
     """

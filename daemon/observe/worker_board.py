@@ -22,7 +22,7 @@ MISSING_SECONDS = 120.0  # with fewer than are wanted, after which that is worth
 
 @dataclass(frozen=True, slots=True)
 class WorkerPace:
-    """What one worker did in the last minute."""
+    """The work of one worker in the last minute."""
 
     samples: LastMinute = field(default_factory=LastMinute)
     busy_seconds: LastMinute = field(default_factory=LastMinute)

@@ -166,7 +166,7 @@ def load_random(shape: ResultShape, config: Config) -> Compute:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cost:
-    """What a drain took of the daemon's process."""
+    """The CPU time and output of a drain."""
 
     samples: int
     cpu_seconds: float

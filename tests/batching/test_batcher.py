@@ -202,3 +202,22 @@ def test_what_a_sample_shares_is_what_it_costs_more_alone(token_ids):
 def test_shared_length_is_that_of_the_longest_common_beginning(a, b):
     expected = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     assert shared_length(a, b) == expected
+
+
+def test_batches_that_ran_beside_each_other_halve_the_limit_once():
+    batcher = Batcher(8, shares_prefixes=False)
+    batcher.add(part([4] * 8))
+    beside = [batcher.take() for _ in range(4)]
+    for batch in beside:
+        batcher.shrink(batch)
+    assert batcher.max_batch_tokens == 4
+
+
+def test_suspect_halves_stay_what_they_are_when_another_batch_does_not_fit():
+    batcher = Batcher(8, shares_prefixes=False)
+    batcher.add(part([2] * 8))
+    first, second = batcher.take(), batcher.take()
+    batcher.halve(first)
+    batcher.shrink(second)
+    assert [batcher.take().suspect for _ in range(2)] == [True, True]
+    assert batcher.tokens == 2 * len(second.entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 
 import pytest
@@ -115,3 +116,44 @@ async def test_a_bug_comes_to_everyone_whose_batch_was_on_the_device(device):
     assert isinstance(first, ValueError)
     assert second is first
     assert third == 30
+
+
+async def test_a_batch_under_way_when_overlap_ends_is_answered():
+    """Four batches at a time, of which one does not fit beside another: none is forgotten."""
+
+    class Runner:
+        can_overlap = True
+
+        def __init__(self) -> None:
+            self.under_way = 0
+            self.failed = False
+
+        def begin(self, batch: int) -> int:
+            if self.under_way and not self.failed:
+                self.failed = True
+                raise MemoryError("not enough memory")
+            self.under_way += 1
+            return batch
+
+        def finish(self, batch: int) -> str:
+            self.under_way -= 1
+            return f"result {batch}"
+
+        def run(self, batch: int) -> str:
+            return f"result {batch}"
+
+    device = DeviceThread()
+    executor = LocalExecutor(device, Runner())  # type: ignore[arg-type]
+    numbers, answered = iter(range(20)), set()
+
+    async def slot() -> None:
+        for number in numbers:
+            while number not in answered:
+                with contextlib.suppress(OutOfMemory):
+                    assert await executor.compute(number) == f"result {number}"  # type: ignore[arg-type]
+                    answered.add(number)
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(slot() for _ in range(4)))
+    assert answered == set(range(20))
+    device.close()

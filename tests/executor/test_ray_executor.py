@@ -14,7 +14,7 @@ pytest.importorskip("ray")
 from daemon.analysis.column_inputs import StudySettings
 from daemon.batching.batcher import Batcher
 from daemon.errors import ConfigError, MachineError, OutOfMemory, WorkersDied
-from daemon.executor import ray as ray_module
+from daemon.executor import crew as crew_module
 from daemon.executor.ray import RayExecutor
 from daemon.executor.worker import Build
 from daemon.pause import WORKERS, Pause
@@ -31,7 +31,7 @@ LIMITS = Limits(queued_text_bytes=1 << 20, queued_tokens=1000, queued_result_byt
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     for name in ("LOOK_SECONDS", "RETRY_SECONDS", "MAX_RETRY_SECONDS"):
-        monkeypatch.setattr(ray_module, name, 0.001)
+        monkeypatch.setattr(crew_module, name, 0.001)
 
 
 class Events:
@@ -58,7 +58,7 @@ class Workers:
             lambda measures: pytest.fail("nothing is loaded in this process"),
             pause=self.pause,
             patient=patient,
-            stall_seconds=stall_seconds,
+            stall_seconds=lambda: stall_seconds,
             events=self.events,
         )
 
@@ -250,7 +250,8 @@ async def test_workers_join_and_leave_while_batches_run():
         tasks = starts(executor, *(batch_of(n) for n in (1, 2, 3)))
         await until(lambda: all(actor.batches for actor in cluster.actors))
         cluster.workers = 1
-        await until(lambda: executor.slots == 2)
+        await until(lambda: [load.state for load in executor.workers()] == ["ready", "draining", "draining"])
+        assert executor.slots == 4  # two, and the batches of those that are wanted no more
         assert len(cluster.living) == 3  # they end their batches first
         for actor in cluster.actors:
             actor.finish()
@@ -345,7 +346,7 @@ async def test_a_worker_with_another_model_is_not_used():
 
 
 async def test_a_cluster_without_room_ends_a_drain(monkeypatch):
-    monkeypatch.setattr(ray_module, "START_SECONDS", 0.001)
+    monkeypatch.setattr(crew_module, "START_SECONDS", 0.001)
     cluster = FakeCluster(1)
     cluster.rooms = 0
     cluster.worker = lambda: _unplaced(cluster)  # type: ignore[method-assign]
@@ -388,7 +389,7 @@ async def test_a_model_that_the_first_worker_cannot_have_ends_the_start_though_a
     await until(lambda: workers.executor.slots == 4)
     cluster.errors["load"] = ConfigError("its file is gone")
     cluster.actors[0].die()
-    workers.executor._workers[0].lose("it died")
+    workers.executor._crew.workers[0].lose("it died")
     with pytest.raises(ConfigError, match="its file is gone"):
         await starting
 
@@ -396,3 +397,119 @@ async def test_a_model_that_the_first_worker_cannot_have_ends_the_start_though_a
 async def _start(workers: Workers) -> None:
     async with workers.running():
         pytest.fail("nobody measured how many tokens a batch should have")
+
+
+async def test_a_worker_with_another_model_is_not_used_before_the_batch_size_is_known_either():
+    cluster = FakeCluster(2)
+    measuring = cluster.ready
+    cluster.ready = dataclasses.replace(measuring, max_batch_tokens=0)
+    workers = Workers(cluster)
+    starting = asyncio.create_task(_start(workers))
+    await until(lambda: workers.executor.slots == 4)
+    info = dataclasses.replace(measuring.info, weights_sha256="another")
+    cluster.ready = dataclasses.replace(measuring, info=info)
+    cluster.actors[0].die()
+    await until(lambda: len(cluster.actors) > 4)
+    assert workers.executor.slots == 2
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+
+
+async def test_the_workers_that_are_ready_are_kept_where_fewer_are_wanted():
+    cluster = FakeCluster(2)
+    async with Workers(cluster).running() as executor:
+        await until(lambda: executor.slots == 4)
+        cluster.errors["place"] = MachineError("no place any more")
+        cluster.workers = 1
+        cluster.actors[0].die()
+        await until(lambda: [load.number for load in executor.workers()] == [1])
+        assert cluster.actors[1].alive
+
+
+async def test_a_worker_that_is_wanted_again_takes_batches_again():
+    cluster = FakeCluster(2)
+    async with Workers(cluster).running() as executor:
+        await until(lambda: executor.slots == 4)
+        tasks = starts(executor, batch_of(1), batch_of(2))
+        await until(lambda: all(actor.batches for actor in cluster.actors))
+        cluster.workers = 1
+        await until(lambda: executor.workers()[1].state == "draining")
+        cluster.workers = 2
+        await until(lambda: executor.workers()[1].state == "ready")
+        assert executor.slots == 4
+        for actor in cluster.actors:
+            actor.finish()
+        await asyncio.gather(*tasks)
+
+
+async def test_a_stop_ends_the_wait_for_a_cluster():
+    workers = Workers(FakeCluster(1, unreachable=10**9))
+    starting = asyncio.create_task(_start(workers))
+    await until(lambda: workers.pause.reasons)
+    workers.pause.give_up()
+    with pytest.raises(MachineError, match="no answer"):
+        await starting
+
+
+async def test_a_stop_ends_the_wait_for_workers_of_a_file_under_way():
+    cluster = FakeCluster(1)
+    workers = Workers(cluster)
+    async with workers.running() as executor:
+        (task,) = starts(executor, batch_of(1))
+        await until(lambda: cluster.actors[0].batches)
+        cluster.errors["load"] = MachineError("the disk is gone")
+        cluster.actors[0].die()
+        await until(lambda: len(cluster.actors) > 2)
+        workers.pause.give_up()
+        with pytest.raises(MachineError, match="the disk is gone"):
+            await task
+
+
+async def test_a_failed_start_beside_a_reserved_worker_pauses_nothing():
+    cluster = FakeCluster(1)
+    workers = Workers(cluster)
+    async with workers.running() as executor:
+        (task,) = starts(executor, batch_of(1, suspect=True))
+        await until(lambda: cluster.actors[0].batches)
+        cluster.errors["load"] = MachineError("no memory")
+        cluster.workers = 2
+        await until(lambda: len(cluster.actors) > 4)
+        assert workers.pause.reasons == {}
+        cluster.actors[0].finish()
+        await task
+
+
+async def test_an_error_of_the_device_costs_the_worker_and_not_the_batch():
+    cluster = FakeCluster(1)
+    async with Workers(cluster).running() as executor:
+        (task,) = starts(executor, batch_of(3))
+        await until(lambda: cluster.actors[0].batches)
+        cluster.actors[0].finish(RuntimeError("CUDA error: an illegal memory access was encountered"))
+        await until(lambda: cluster.living and cluster.living[0].batches)
+        cluster.living[0].finish()
+        assert (await task).n_samples == 3
+
+
+async def test_whatever_loading_raises_is_tried_again():
+    cluster = FakeCluster(2)
+    async with Workers(cluster).running() as executor:
+        await until(lambda: executor.slots == 4)
+        cluster.errors["load"] = ValueError("a bug")
+        cluster.actors[1].die()
+        await until(lambda: len(cluster.actors) > 4)
+        del cluster.errors["load"]
+        await until(lambda: executor.slots == 4)
+
+
+async def test_a_cancelled_wait_for_a_worker_alone_leaves_it_to_others():
+    cluster = FakeCluster(1)
+    async with Workers(cluster).running() as executor:
+        (first,) = starts(executor, batch_of(1))
+        await until(lambda: cluster.actors[0].batches)
+        (suspect,) = starts(executor, batch_of(1, suspect=True))
+        await until(lambda: executor.slots == 1)
+        suspect.cancel()
+        await asyncio.gather(suspect, return_exceptions=True)
+        assert executor.slots == 2
+        cluster.actors[0].finish()
+        await first

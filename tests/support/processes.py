@@ -13,7 +13,7 @@ from typing import Any
 
 SERVERS = {"chromium", "chromium-browser", "google-chrome", "java", "nginx", "prometheus"}
 MOUNTS = {"mount", "umount", "unshare"}
-LENSD = re.compile(r"(^|[\s/])lensd( |$)|-m\s+(daemon|tests\.reliability)\b")
+LENSD = re.compile(r"(^|\s)(\S*/bin/)?lensd( |$)|-m\s+(daemon|tests\.reliability)\b")
 
 _refusing = False
 

@@ -19,7 +19,7 @@ READY = Ready(INFO, shares_prefixes=False, slots=2, tokenizer=FakeTokenizer(), m
 
 
 class Reference:
-    """What a call gives at once."""
+    """The answer of a call, to come."""
 
     def __init__(self) -> None:
         self.result: Future[Any] = Future()
