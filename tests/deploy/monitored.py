@@ -72,13 +72,16 @@ class Monitored:
         return answer[0][1] if answer else None
 
 
-def drop_files(inbox: Path) -> int:
-    """2,000 samples, 12 of them bad, two files that are none, and one that is there twice; how many files."""
+def drop_files(inbox: Path, *, unusable: bool = True) -> int:
+    """2,000 samples, 12 of them bad, two files that are none, and one that is there twice; how many files.
+
+    Unless `unusable`, without those two.
+    """
     records = [json.dumps(record) for record in tiny.contrast_records(FILES * FILE_RECORDS)]
     step = len(records) // BAD_RECORDS
     for number in range(BAD_RECORDS):
         records[number * step + 1] = '{"prompt": "no more"}' if number % 3 else "{oops"
-    contents = dict(UNUSABLE)
+    contents = dict(UNUSABLE) if unusable else {}
     for number in range(FILES):
         lines = records[number * FILE_RECORDS : (number + 1) * FILE_RECORDS]
         contents[f"{number:03}.jsonl"] = "".join(f"{line}\n" for line in lines).encode()
@@ -156,7 +159,7 @@ def running_workers(folder: Path) -> Iterator[Monitored]:
 
         try:
             wait_for('lensd_workers{state="ready"}', WORKERS, "the workers")
-            files = drop_files(inbox)
+            files = drop_files(inbox, unusable=False)
             wait_for("sum(lensd_files_total)", files, "every file's outcome")
             wait_for("lensd_batches_in_flight", 0, "the gauges of the end")
             yield pair

@@ -29,7 +29,7 @@ def troubled(bad_disk: str, last_words: str) -> Iterator[None]:
     refused = False
 
     def small_device(batch: Batch) -> None:
-        if len(batch.entries) > FITTING_SAMPLES:
+        if len(batch.samples) > FITTING_SAMPLES:
             raise MemoryError
 
     def disk(operation: durable.Operation) -> None:

@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from daemon.executor.runner import BatchRunner
+from daemon.executor.local import LocalExecutor
 from daemon.fs import durable
+from daemon.records import Batch, BatchResult
 from tests.reliability import ledger
 from tests.reliability.daemons import Daemons, Job
 from tests.reliability.disk_model import Recorder
@@ -67,19 +68,19 @@ def traced(trace: str, act: Callable[[int, durable.Operation], None]) -> Iterato
             note(number=count, name=operation.name, path=str(operation.path), target=target)
             act(count, operation)
 
-    run = BatchRunner.run
+    run = LocalExecutor.run
 
-    def run_and_note(study: BatchRunner, batch: Any) -> Any:
+    async def run_and_note(executor: LocalExecutor, batch: Batch) -> BatchResult:
         entries = [(entry.part.part, entry.sample.sample.record_index) for entry in batch.entries]
         note(computed=[[part.file.unit, index] for part, index in entries])
-        return run(study, batch)
+        return await run(executor, batch)
 
-    BatchRunner.run = run_and_note  # type: ignore[method-assign]
+    LocalExecutor.run = run_and_note  # type: ignore[method-assign]
     try:
         with durable.watch_operations(observe):
             yield
     finally:
-        BatchRunner.run = run  # type: ignore[method-assign]
+        LocalExecutor.run = run  # type: ignore[method-assign]
         os.close(file)
 
 

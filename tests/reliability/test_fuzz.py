@@ -67,7 +67,10 @@ MAX_TEXT_TOKENS = 64
 JOINT = re.compile(rb"\}[ \t\r\x1e,\xef\xbb\xbf]*\{")  # where one line may hold several records
 GOES_ON = re.compile(rb"^[\]}:,]|[\[{:,]$")  # a line that may lie within a value
 # These reject records too.
-OF_LATER_STAGES = {"text_too_long", "empty_text", "unknown_token", "out_of_memory", "not_finite_activation"}
+OF_LATER_STAGES = {
+    *("text_too_long", "empty_text", "unknown_token"),
+    *("out_of_memory", "worker_died", "not_finite_activation"),
+}
 OF_OTHER_FORMATS = {"malformed_csv"}
 FLAGS["batching.max_text_tokens"] = MAX_TEXT_TOKENS
 BOMB = gzip.compress(b" " * (17 << 20))

@@ -48,6 +48,8 @@ class Torture:
         self._toml.write_text(tiny.make_tiny(folder).toml())
         self._head = RayHead(WORKERS)
         self._daemon: subprocess.Popen[bytes] | None = None
+        self._killed: Counter[Victim] = Counter()
+        self._ended_by_ray = 0  # daemons: Ray ends a process whose store of objects is gone while it is used
 
     def run(self, victims: list[Victim]) -> str:
         """Kill these in turn, each while files come out; drain and check. Returns the counts as a line."""
@@ -59,9 +61,10 @@ class Torture:
                 self._feed.top_up(WAITING)
                 self._await_file()
                 time.sleep(self._rng.uniform(*SECONDS))
-                self._kill(victim)
                 if self.wrong:
                     break
+                self._kill(victim)
+                self._killed[victim] += 1
                 if number % 10 == 9:
                     say(f"{number + 1} kills, {len(self._feed.dropped)} files")
             self._drain()
@@ -72,7 +75,7 @@ class Torture:
             self._head.kill()
         self.wrong += violations(self._feed.inbox, self._outbox, self._feed.dropped)
         counts = recount(self._outbox, self._feed.dropped)
-        killed = " ".join(f"{name} {count}" for name, count in Counter(victims).items())
+        killed = " ".join(f"{name} {count}" for name, count in self._killed.items())
         rejects = [
             json.loads(line)
             for path in self._outbox.glob("*/rejects.jsonl")
@@ -81,7 +84,8 @@ class Torture:
         if any(reject["reason"] == "worker_died" for reject in rejects):
             self.wrong.append("a sample was set aside, though workers died of kills alone")
         return (
-            f"kills: {killed}  restarts of workers {len(events(self._log, 'worker.restarting'))}"
+            f"kills: {killed}  daemons that Ray ended {self._ended_by_ray}"
+            f"  restarts of workers {len(events(self._log, 'worker.restarting'))}"
             f"  files {len(self._feed.dropped)}  records {counts.records}  rejects {len(rejects)}"
             f"  lost {counts.lost}  duplicated {counts.duplicated}"
             f"  seconds {time.monotonic() - began:.0f}  violations {len(self.wrong)}"
@@ -113,7 +117,10 @@ class Torture:
         done, limit = retired(self._feed.inbox), time.monotonic() + PATIENCE_SECONDS
         while retired(self._feed.inbox) == done and not self.wrong:
             assert self._daemon is not None
-            if (code := self._daemon.poll()) is not None:
+            if (code := self._daemon.poll()) == 1 and self._killed["cluster"] > self._ended_by_ray:
+                self._ended_by_ray += 1
+                self._daemon = self._start()
+            elif code is not None:
                 self.wrong.append(f"the daemon ended by itself with exit code {code}: see {self._log}")
             elif time.monotonic() > limit:
                 self.wrong.append(f"no file was done in {PATIENCE_SECONDS} s: see {self._log}")
