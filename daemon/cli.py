@@ -368,7 +368,7 @@ def check_config(args: argparse.Namespace) -> int:
         f" in {info.dtype} on {info.device}{loader}"
     )
     for sae in info.saes:
-        say(f"ok: {sae.hook_name}: {sae.source} ({sae.architecture}, d_sae {sae.d_sae})")
+        say(f"ok: {sae.where}: {sae.source} ({sae.architecture}, d_sae {sae.d_sae})")
     say(f"ok: inbox {config.inbox.path.resolve()}, outbox {config.outbox.path.resolve()}")
     return DONE
 

@@ -30,9 +30,9 @@ from pydantic import (
     model_validator,
 )
 
-from daemon.analysis.columns import analysis_columns
+from daemon.analysis.columns import repeated_column
 from daemon.errors import ConfigError
-from daemon.recipes import Contrast, Recipe
+from daemon.recipes import BUILT_IN_RECIPES, Contrast, Recipe
 from daemon.records import Positions
 from daemon.setting_layers import env_layer, set_dotted, toml_layer
 from daemon.setting_types import BatchTokens, NamePatterns, SettingName, SettingPath, WorkerGpus, Workers
@@ -80,6 +80,15 @@ class SaeSection(Section):
     release: SettingName | None = None
     id: SettingName | None = None
     path: SettingPath | None = None
+    name: SettingName | None = None  # with which its columns begin; None: made from layer, hook and width
+    prepend_bos: bool | None = None  # whether it reads texts with BOS; None: as its metadata says
+
+    @field_validator("name")
+    @classmethod
+    def check_name(cls, value: str | None) -> str | None:
+        if value is not None and not value.isidentifier():
+            raise ValueError("expected a word, since it names columns, such as l12_16k")
+        return value
 
     @model_validator(mode="after")
     def check_one_source(self) -> SaeSection:
@@ -225,11 +234,23 @@ class Config(Section):
         """No two columns may differ by case alone: SQL takes them for one."""
         if self.recipe is None:
             return self
-        names = Counter(column.name.casefold() for column in analysis_columns((0,), self.recipe))
-        ((name, times),) = names.most_common(1)
-        if times > 1:
+        if (name := repeated_column(("l0",), self.recipe)) is not None:
             raise ValueError(f"[texts] would give two columns named {name}: rename a text")
         return self
+
+    @model_validator(mode="after")
+    def check_names(self) -> Config:
+        """Names that are given, as far as they can be judged before the dictionaries are loaded."""
+        given = [sae.name for sae in self.sae if sae.name is not None]
+        ((name, times),) = Counter(map(str.casefold, given)).most_common(1) or [("", 0)]
+        if times > 1:
+            raise ValueError(f"two [[sae]] have the name {name}: names differ, and not by case alone")
+        return self
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """Every recipe that a file may have."""
+        return BUILT_IN_RECIPES if self.recipe is None else (self.recipe,)
 
     @property
     def recipe(self) -> Recipe | None:

@@ -30,6 +30,27 @@ class SaeInfo:
     source: str  # release and id, or the path's last component
     weights_sha256: str
     settings_sha256: str = ""  # of all that its configuration says
+    name: str = ""  # the prefix of its columns; l{layer} where none is given
+    prepend_bos: bool = True  # whether the texts that it reads begin with BOS
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", default_name(self.layer))
+
+    @property
+    def has_own_name(self) -> bool:
+        """Whether its name says more than its layer."""
+        return self.name != default_name(self.layer)
+
+    @property
+    def where(self) -> str:
+        """Where it reads the model, with its name before it if that says more than its layer."""
+        return f"{self.name} ({self.hook_name})" if self.has_own_name else self.hook_name
+
+
+def default_name(layer: int) -> str:
+    """The name of a dictionary that is the only one of its layer."""
+    return f"l{layer}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +77,16 @@ class ModelInfo:
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(sae.layer for sae in self.saes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The prefixes of the SAEs' columns."""
+        return tuple(sae.name for sae in self.saes)
+
+    @property
+    def reads_both_ways(self) -> bool:
+        """Whether some SAEs read a text with BOS before it, and some without."""
+        return len({sae.prepend_bos for sae in self.saes}) > 1
 
 
 def compute_devices(device: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ They hold plain Python and NumPy values only: no tensors, no open files, no conf
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daemon.errors import FileError
+from daemon.model_info import SaeInfo
 from daemon.recipes import Recipe
 
 IntArray = npt.NDArray[np.int64]
@@ -148,14 +149,27 @@ class KeptPart:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
-    """A sample and the token ids of each of its texts, BOS included where the SAEs expect it."""
+    """A sample and the token ids of each of its texts, BOS included where an SAE expects it."""
 
     sample: Sample
     token_ids: tuple[tuple[int, ...], ...]
+    # Whether each text's BOS was put before it, and is not its own; empty where all SAEs read `token_ids`.
+    bos_added: tuple[bool, ...] = ()
+
+    @property
+    def bare_ids(self) -> tuple[tuple[int, ...], ...]:
+        """The texts as SAEs that expect no BOS read them; empty where all SAEs read `token_ids`."""
+        return tuple(ids[added:] for ids, added in zip(self.token_ids, self.bos_added, strict=False))
+
+    def read_by(self, prepend_bos: bool) -> tuple[tuple[int, ...], ...]:
+        """The texts as an SAE reads them."""
+        return self.token_ids if prepend_bos else self.bare_ids or self.token_ids
 
     @property
     def n_tokens(self) -> int:
-        return sum(map(len, self.token_ids))
+        """Tokens to read: those of a text that is read with and without BOS count in both."""
+        total = sum(map(len, self.token_ids))
+        return 2 * total - sum(self.bos_added) if self.bos_added else total
 
     @property
     def width(self) -> int:
@@ -165,7 +179,7 @@ class TokenizedSample:
     def without_texts(self) -> TokenizedSample:
         sample = self.sample
         bare = Sample(sample.record_index, sample.sample_id, None, None, None, (), None, None)
-        return TokenizedSample(bare, self.token_ids)
+        return replace(self, sample=bare)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +196,7 @@ class TokenizedPart:
 
 @dataclass(frozen=True, slots=True)
 class FeatureRows:
-    """Sparse activations, one row per (sample, text, layer, position); ragged, sorted by index.
+    """Sparse activations, one row per (sample, text, SAE, position); ragged, sorted by index.
 
     R rows, `nnz` activations in all; row r owns `indices[offsets[r]:offsets[r + 1]]`.
     """
@@ -435,8 +449,7 @@ class FileFailed:
 class Departure:
     """One number of a file at one SAE that is far from what it is measured by."""
 
-    layer: int
-    hook_name: str
+    sae: SaeInfo
     kind: DepartureKind
     against: Against
     value: float
@@ -445,7 +458,7 @@ class Departure:
     def __str__(self) -> str:
         what = "mean L0" if self.kind == "l0" else "FVU"
         whose = "on its card" if self.against == "card" else "in the file before"
-        return f"{what} {self.value:.3g} at {self.hook_name}, {self.expected:.3g} {whose}"
+        return f"{what} {self.value:.3g} at {self.sae.where}, {self.expected:.3g} {whose}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,7 +252,7 @@ class Service:
                 device=info.device,
                 engine=info.engine,
                 max_batch_tokens=now.max_batch_tokens,
-                saes=[sae.hook_name for sae in info.saes],
+                saes=[sae.where for sae in info.saes],
                 seconds=round(time.monotonic() - began, 1),
             )
             yield now

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ import structlog
 import torch
 
 from daemon.analysis.column_inputs import StudySettings
-from daemon.analysis.columns import ANALYSIS_VERSION
+from daemon.analysis.columns import ANALYSIS_VERSION, repeated_column
 from daemon.batching.batcher import Batcher
 from daemon.config import PRESETS, Config
 from daemon.devices import exact_device
+from daemon.errors import ConfigError
 from daemon.executor.autotune import auto_batch_tokens
 from daemon.executor.device_thread import DeviceThread
 from daemon.executor.local import LocalExecutor
@@ -43,12 +44,12 @@ from daemon.model.placement import asked_map
 from daemon.model.sae import LoadedSae, last_layer_read, load_saes, move_saes
 from daemon.model.smollm2 import default_cache_dir
 from daemon.model.trie_engine import CannotPack, TrieEngine
-from daemon.model_info import ModelInfo, compute_devices
+from daemon.model_info import ModelInfo, SaeInfo, compute_devices
 from daemon.native.library import NAME, library
 from daemon.pause import Pause
 from daemon.pipeline import Limits, Pipeline
 from daemon.ports import Executor, Observer
-from daemon.recipes import BUILT_IN_RECIPES
+from daemon.recipes import Recipe
 from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import FORMAT as PARTS_FORMAT
@@ -57,7 +58,7 @@ from daemon.source.folder import FolderSource
 from daemon.source.inbox import Inbox
 from daemon.source.inputs import InputNames
 from daemon.source.limits import ReadLimits
-from daemon.source.tokenizer import Tokenizer
+from daemon.source.tokenizer import Tokenizer, puts_bos
 
 if TYPE_CHECKING:
     from daemon.executor.crew import WorkerEvents
@@ -113,15 +114,17 @@ def load_compute(config: Config) -> Compute:
     return Compute(
         engine=engine,
         runner=runner,
-        tokenizer=tokenizer_of(model, config, prepend_bos=engine.prepend_bos),
+        tokenizer=tokenizer_of(model, config, engine.info.saes),
         max_batch_tokens=max_batch_tokens,
     )
 
 
-def tokenizer_of(model: LoadedModel, config: Config, *, prepend_bos: bool) -> Tokenizer:
+def tokenizer_of(model: LoadedModel, config: Config, saes: Sequence[SaeInfo]) -> Tokenizer:
+    ways = {sae.prepend_bos for sae in saes}
     return Tokenizer(
         model.tokenizer,
-        prepend_bos=prepend_bos,
+        prepend_bos=True in ways,
+        both_ways=len(ways) > 1,
         max_text_tokens=config.batching.max_text_tokens,
         context=model.context,
         vocabulary=model.vocabulary,
@@ -256,13 +259,25 @@ def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
         n_layers=model.n_layers,
         device=exact_device(model.device) if model.placement is None else "cpu",
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        bos_habit=lambda: puts_bos(model.tokenizer),
     )
+    check_columns([entry.info for entry in saes], config.recipes)
     if model.placement is not None:
         log.info("model.spread", devices=model.devices, layers=dict(Counter(model.placement.held)))
         move_saes(saes, model.placement)
     check_weights(model, last_layer_read(saes))
     check_device(model, list(dict.fromkeys(hook for entry in saes for hook in entry.hook_names)))
     return model, saes
+
+
+def check_columns(saes: Sequence[SaeInfo], recipes: Sequence[Recipe]) -> None:
+    """Raises ConfigError where the columns of dictionaries and texts would have one name."""
+    for recipe in recipes:
+        if (name := repeated_column([sae.name for sae in saes], recipe)) is not None:
+            raise ConfigError(
+                f"the SAEs {', '.join(sae.name for sae in saes)} and the texts {', '.join(recipe.text_names)}"
+                f" would give two columns named {name}: set another name in an [[sae]], or rename a text"
+            )
 
 
 def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
@@ -312,10 +327,9 @@ def read_limits(config: Config) -> ReadLimits:
 
 def results_key(config: Config, info: ModelInfo) -> str:
     """Stands for everything besides the input's content that changes results, or how they are stored."""
-    recipes = BUILT_IN_RECIPES if config.recipe is None else (config.recipe,)
     identity = {
         "analysis": ANALYSIS_VERSION,
-        "stored": [PARTS_FORMAT, stored_columns(info.layers, recipes, config.outbox.values)],
+        "stored": [PARTS_FORMAT, stored_columns(info.names, config.recipes, config.outbox.values)],
         "config": config.results_fingerprint(),
         "model": [info.weights_sha256 or info.name, info.settings_sha256],
         "saes": [dataclasses.astuple(sae) for sae in info.saes],

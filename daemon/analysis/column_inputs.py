@@ -57,6 +57,7 @@ class Stability(NamedTuple):
 class LayerActivations:
     """One SAE's activations at N positions, and their reconstruction."""
 
+    name: str  # of the SAE
     layer: int
     x: Tensor | None  # (N, d_in) what the SAE read; None where features are the maximum of several readings
     target: Tensor | None  # (N, d_out) what the reconstruction is to equal: x, but of a transcoder
@@ -107,6 +108,11 @@ class ComparedText:
     def first(self) -> LayerActivations:
         """The first SAE's activations, which contrasts read."""
         return self.layers[0]
+
+    @property
+    def first_of_layers(self) -> list[LayerActivations]:
+        """The first SAE of each layer, in the order of the layers."""
+        return list({layer.layer: layer for layer in reversed(self.layers)}.values())[::-1]
 
     @property
     def undefined(self) -> Tensor:

@@ -7,6 +7,7 @@ read without it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -68,7 +69,7 @@ ContrastFunction = Callable[["ComparedText"], "Tensor"]
 
 
 def layer_column(kind: Kind, *, unit: str, meaning: str) -> Callable[[LayerFunction], LayerFunction]:
-    """Register a function as the column `l{L}_{text}_{its name}`."""
+    """Register a function as the column `{SAE}_{text}_{its name}`."""
 
     def register(compute: LayerFunction) -> LayerFunction:
         LAYER_COLUMNS.append(LayerColumn(compute.__name__, kind, unit, meaning, compute))
@@ -207,16 +208,17 @@ def entropy(text: ComparedText) -> Tensor:
 
 @contrast_metric(
     unit="1",
-    meaning="cosine between the feature vectors of {text} at the last two SAEs",
+    meaning="cosine between the feature vectors of {text} at the last two layers' first SAEs",
     sign=-1,
     header="consistency",
 )
 def cross_layer_consistency(text: ComparedText) -> Tensor:
     from daemon.analysis.sparse import shared_cosine
 
-    if len(text.layers) < 2:
+    firsts = text.first_of_layers
+    if len(firsts) < 2:
         return text.undefined
-    a, b = text.layers[-2:]
+    a, b = firsts[-2:]
     ours, theirs = (one.acts.select(text.rows.to(one.acts.counts.device)) for one in (a, b))
     return shared_cosine(ours, theirs.to(ours.counts.device), min(a.d_sae, b.d_sae))
 
@@ -225,27 +227,27 @@ def token_count_name(text: str) -> str:
     return f"n_tokens_{text}"
 
 
-def layer_column_name(layer: int, text: str, metric: str) -> str:
-    return f"l{layer}_{text}_{metric}"
+def layer_column_name(sae: str, text: str, metric: str) -> str:
+    return f"{sae}_{text}_{metric}"
 
 
-def analysis_columns(layers: Sequence[int], recipe: Recipe) -> tuple[Column, ...]:
+def analysis_columns(saes: Sequence[str], recipe: Recipe) -> tuple[Column, ...]:
     """Every column that the analysis fills, in the order of the file.
 
-    `layers` are the SAEs' layer numbers. Contrast columns are there only where the recipe has a contrast.
+    `saes` are the SAEs' names. Contrast columns are there only where the recipe has a contrast.
     """
     columns = [
         Column(token_count_name(text), "int", "tokens", f"tokens of {text}, BOS included")
         for text in recipe.text_names
     ]
-    for layer in layers:
+    for sae in saes:
         for text in recipe.text_names:
             columns += [
                 Column(
-                    layer_column_name(layer, text, column.name),
+                    layer_column_name(sae, text, column.name),
                     column.kind,
                     column.unit,
-                    f"layer {layer}, {text}: {column.meaning}",
+                    f"SAE {sae}, {text}: {column.meaning}",
                 )
                 for column in LAYER_COLUMNS
             ]
@@ -253,6 +255,12 @@ def analysis_columns(layers: Sequence[int], recipe: Recipe) -> tuple[Column, ...
         for metric in CONTRAST_METRICS:
             columns += contrast_columns(metric, recipe.contrast)
     return tuple(columns)
+
+
+def repeated_column(saes: Sequence[str], recipe: Recipe) -> str | None:
+    """A name that two columns would have, which SQL takes for one if they differ by case alone."""
+    names = Counter(column.name.casefold() for column in analysis_columns(saes, recipe))
+    return next((name for name, times in names.items() if times > 1), None)
 
 
 def contrast_columns(metric: ContrastMetric, contrast: Contrast) -> list[Column]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +17,9 @@ from daemon.records import FeatureRows, FloatArray, IntArray
 
 @dataclass(frozen=True, slots=True)
 class StoredFeatures:
-    """The features to store of N texts: R rows per SAE, text by text."""
+    """The features to store of N texts, of the SAEs that read the same tokens: R rows each, text by text."""
 
+    saes: tuple[int, ...]  # the number of each SAE
     acts: tuple[SparseActs, ...]  # one per SAE, of K positions
     rows: IntArray  # (R,) into `acts`: texts may share a position
     offsets: IntArray  # (N + 1,) where each text's rows begin
@@ -24,7 +27,21 @@ class StoredFeatures:
     token_ids: IntArray  # (R,) the token there, -1 likewise
 
 
-def feature_rows(stored: StoredFeatures, n_texts: int) -> FeatureRows:
+def feature_rows(stored: Sequence[StoredFeatures], n_texts: int) -> FeatureRows:
+    """The rows by sample of `n_texts` texts, text, SAE and position; one group's after another's."""
+    groups = [rows_of(group, n_texts) for group in stored]
+    if len(groups) == 1:
+        return groups[0]
+    together = {
+        field.name: np.concatenate([getattr(group, field.name) for group in groups])
+        for field in dataclasses.fields(FeatureRows)
+        if field.name != "offsets"
+    }
+    lengths = np.concatenate([np.diff(group.offsets) for group in groups])
+    return FeatureRows(offsets=np.concatenate(([0], np.cumsum(lengths))), **together)
+
+
+def rows_of(stored: StoredFeatures, n_texts: int) -> FeatureRows:
     """The rows in the order of storage: by sample of `n_texts` texts, text, SAE and position."""
     n_layers, n_rows = len(stored.acts), len(stored.rows)
     text = np.repeat(np.arange(len(stored.offsets) - 1), np.diff(stored.offsets))  # (R,)
@@ -39,7 +56,7 @@ def feature_rows(stored: StoredFeatures, n_texts: int) -> FeatureRows:
     return FeatureRows(
         sample_row=text[order % n_rows] // n_texts,
         text=text[order % n_rows] % n_texts,
-        layer=order // n_rows,
+        layer=np.array(stored.saes)[order // n_rows],
         position=stored.positions[order % n_rows],
         token_id=stored.token_ids[order % n_rows],
         offsets=offsets,

@@ -36,7 +36,7 @@ class FitComparison:
         fits = tuple(map(Fit, outcome.mean_l0, outcome.fvu))
         before, self._before = self._before, fits
         return tuple(
-            Departure(sae.layer, sae.hook_name, kind, against, value, expected)
+            Departure(sae, kind, against, value, expected)
             for sae, fit, *known in zip(self._info.saes, fits, self._info.known_fits, before, strict=True)
             for against, other in zip(AGAINST, known, strict=True)
             for kind, value, expected in far(fit, other)

@@ -42,7 +42,8 @@ def analyse(
 
     `token_counts` is (n, T), of tokens fed to the model. Counts are int64, classes objects of type str, all
     else float64, never infinite, with NaN where undefined. The contrast reads the first SAE, but for
-    `cross_layer_consistency`: the last two, NaN with only one. Without `noise` stability is undefined.
+    `cross_layer_consistency`: the first of each of the last two layers that have some, NaN with one layer.
+    Without `noise` stability is undefined.
     """
     names = recipe.text_names
     shape = (len(sample_ids), len(names))
@@ -52,7 +53,7 @@ def analyse(
         for column in LAYER_COLUMNS:
             by_text = column.compute(layer).view(shape)
             for text, name in enumerate(names):
-                filled[layer_column_name(layer.layer, name, column.name)] = by_text[:, text]
+                filled[layer_column_name(layer.name, name, column.name)] = by_text[:, text]
     if recipe.contrast is not None:
         reference = _text_rows(recipe.contrast.reference, names, counts)
         positive, negative = (
@@ -62,7 +63,7 @@ def analyse(
             for name in (recipe.contrast.positive, recipe.contrast.negative)
         )
         filled |= contrast_values(positive, negative)
-    columns = analysis_columns([layer.layer for layer in layers], recipe)
+    columns = analysis_columns([layer.name for layer in layers], recipe)
     host = _on_host({column.name: filled[column.name] for column in columns})
     return {column.name: _as_kind(host[column.name], column.kind) for column in columns}
 

@@ -121,13 +121,15 @@ class Batcher:
 class TrieCost:
     """The tokens that samples have in common counted once, for samples that come in order.
 
-    A text costs one token at least: its features take memory even where all its tokens are shared.
+    A text costs one token at least: its features take memory even where all its tokens are shared. Texts
+    that are read with BOS and without are two texts.
     """
 
     def __init__(self) -> None:
         self.total = 0
         self.shared = 0  # tokens that the last sample shares with the one before
         self._before: tuple[int, ...] = ()
+        self._bare_before: tuple[int, ...] = ()
 
     @staticmethod
     def order(entry: Entry) -> tuple[tuple[int, ...], ...]:
@@ -140,6 +142,21 @@ class TrieCost:
             self._before = text
         first = sample.token_ids[0]
         self.shared = min(shared_length(before, first), len(first) - 1)
+        if sample.bos_added:
+            self._add_bare(sample)
+
+    def _add_bare(self, sample: TokenizedSample) -> None:
+        """The texts without BOS: a trie of their own, but for those that begin with their own BOS."""
+        before = self._bare_before
+        for text, added in zip(sample.bare_ids, sample.bos_added, strict=True):
+            if not added:
+                self.total += 1
+                continue
+            self.total += max(1, len(text) - shared_length(self._bare_before, text))
+            self._bare_before = text
+        first = sample.bare_ids[0]
+        if sample.bos_added[0]:
+            self.shared += min(shared_length(before, first), len(first) - 1)
 
 
 class PaddedCost:
@@ -155,7 +172,7 @@ class PaddedCost:
         return entry.sample.width
 
     def add(self, sample: TokenizedSample) -> None:
-        self._texts += len(sample.token_ids)
+        self._texts += len(sample.token_ids) + len(sample.bos_added)
         self._width = max(self._width, sample.width)
         self.total = self._texts * self._width
 

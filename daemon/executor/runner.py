@@ -73,6 +73,8 @@ class BatchRunner:
     def begin(self, batch: SampleBatch) -> BegunBatch:
         """Have the device read the texts of a batch."""
         texts = [ids for sample in batch.samples for ids in sample.token_ids]
+        if self.info.reads_both_ways:
+            texts += [ids for sample in batch.samples for ids in sample.bare_ids]
         return BegunBatch(batch, self.engine.start(texts))
 
     def finish(self, begun: BegunBatch) -> BatchResult:
@@ -126,13 +128,11 @@ def not_finite_message(name: str, found: NotFinite, info: ModelInfo) -> str:
     if wider == "float64" and on_mps(info.device):
         remedy += " and model.device to cpu"
     if found.in_model:
-        where = (
-            sae.hook_name if sae.hook_name == sae.hook_name_out else f"{sae.hook_name} or {sae.hook_name_out}"
-        )
+        where = sae.where if sae.hook_name == sae.hook_name_out else f"{sae.where} or {sae.hook_name_out}"
         return f"text {name!r}: the model's values at {where} are not finite in {info.dtype}: {remedy}"
     dtype = "float64" if info.dtype == "float64" else "float32"
     return (
-        f"text {name!r}: what the SAE at {sae.hook_name} makes of it is not finite in {dtype}: {remedy},"
+        f"text {name!r}: what the SAE at {sae.where} makes of it is not finite in {dtype}: {remedy},"
         " or look whether the SAE belongs to this model"
     )
 

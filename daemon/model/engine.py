@@ -20,9 +20,6 @@ class Engine(Protocol):
     def info(self) -> ModelInfo: ...
 
     @property
-    def prepend_bos(self) -> bool: ...
-
-    @property
     def shares_prefixes(self) -> bool:
         """Whether tokens with which several texts begin are computed once, so that padding costs nothing."""
         ...
@@ -36,7 +33,11 @@ class Engine(Protocol):
     def encoders(self) -> tuple[Encoder, ...]: ...
 
     def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
-        """Read N texts, given as token ids, and encode them with every SAE: `start` and `finish`."""
+        """Read N texts, given as token ids, and encode them with every SAE: `start` and `finish`.
+
+        Where SAEs read both ways (`ModelInfo.reads_both_ways`), the texts come with BOS, and then all of them
+        once more without.
+        """
         ...
 
     def start(self, texts: Sequence[Sequence[int]]) -> Started:

@@ -56,7 +56,7 @@ class Extraction:
     """The results of N texts: one position of each to analyse, and the features to store."""
 
     layers: tuple[LayerActivations, ...]  # one per SAE, N rows in the order of the texts
-    stored: StoredFeatures
+    stored: tuple[StoredFeatures, ...]  # one, or two where SAEs read texts with BOS and without
     not_finite: tuple[
         NotFinite, ...
     ]  # texts whose rows mean nothing, each with its first SAE, in their order

@@ -59,7 +59,7 @@ class PaddedEngine:
         """
         points = [hook_points_of(entry) for entry in saes]
         self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices)
-        self.prepend_bos, self.encoders = self._stage.prepend_bos, self._stage.encoders
+        self.encoders = self._stage.encoders
         self.saes = self._stage.saes
         self.info = model_info(
             model, [entry.info for entry in saes], "padded", comparable_cards(saes, positions)

@@ -2,7 +2,8 @@
 
 `last`: the last token. `all`: every token is stored, the last one analysed. `mean` and `max`: the features of
 every token, pooled into one row. The BOS token that lensd puts before a text is none of its tokens:
-with `all`, `mean` and `max` it is left out. Knows no model.
+with `all`, `mean` and `max` it is left out. SAEs that read texts with BOS and SAEs that read
+them without share a forward pass. Knows no model.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from daemon.analysis.column_inputs import LayerActivations
 from daemon.analysis.features import StoredFeatures
 from daemon.analysis.sparse import SparseActs, from_dense
 from daemon.devices import finish, on_mps, to_device, to_exact, to_numpy
+from daemon.model.both_ways import shares_of, together
 from daemon.model.encoding import Encoder
 from daemon.model.extraction import Extraction, NotFinite, ReadPositions, Started
 from daemon.model.overflow import all_finite
@@ -42,8 +45,8 @@ class SaeStage:
     devices: str  # as `ModelInfo.device` names them
 
     @property
-    def prepend_bos(self) -> bool:
-        return self.saes[0].prepend_bos
+    def reads_both_ways(self) -> bool:
+        return len({entry.info.prepend_bos for entry in self.saes}) > 1
 
     def choose(self, path: IntArray, offsets: IntArray, token_ids: IntArray) -> ReadPositions:
         """`path` holds where each text's tokens were computed, text by text; `offsets` (N + 1,) where they
@@ -53,7 +56,8 @@ class SaeStage:
         if self.positions == "last":
             last, n = offsets[1:] - 1, len(lengths)
             return ReadPositions(path[last], np.arange(n), np.arange(n + 1), lengths - 1, token_ids[last])
-        skip = int(self.prepend_bos)  # the first of a text is no token of its own
+        # The first of a text is no token of its own. Where SAEs differ in that, each leaves it out itself.
+        skip = int(all(entry.info.prepend_bos for entry in self.saes))
         position = np.arange(len(path)) - np.repeat(offsets[:-1], lengths)
         own = position >= skip
         keep, rows = np.unique(path[own], return_inverse=True)
@@ -62,6 +66,8 @@ class SaeStage:
 
     def finish(self, started: Started, start: Callable[[Sequence[Sequence[int]]], Started]) -> Extraction:
         """Wait for the forward pass and encode its values; `start` reads texts again that are not finite."""
+        if self.reads_both_ways:
+            return self._finish_both_ways(started, start)
         forward_seconds = started.forward.seconds()
         began = time.perf_counter()
         with torch.inference_mode():
@@ -75,13 +81,30 @@ class SaeStage:
             finish(self.devices)
         return Extraction(
             layers=layers,
-            stored=stored,
+            stored=(stored,),
             not_finite=not_finite,
             computed_tokens=started.computed_tokens,
             padding_tokens=started.padding_tokens,
             forward_seconds=forward_seconds,
             sae_seconds=time.perf_counter() - began,
         )
+
+    def _finish_both_ways(
+        self, started: Started, start: Callable[[Sequence[Sequence[int]]], Started]
+    ) -> Extraction:
+        shares = shares_of([entry.info.prepend_bos for entry in self.saes], skips=self.positions != "last")
+        found = []
+        for number, share in enumerate(shares):
+            stage = dataclasses.replace(
+                self,
+                saes=tuple(self.saes[sae] for sae in share.saes),
+                encoders=tuple(self.encoders[sae] for sae in share.saes),
+            )
+            half = share.of_pass(started)
+            if number:  # the pass is counted once
+                half = dataclasses.replace(half, computed_tokens=0, padding_tokens=0)
+            found.append(stage.finish(half, partial(share.start_own, start)))
+        return together(shares, found)
 
     def _exact(self, started: Started) -> Started:
         """The same with the values where float64 is computed."""
@@ -181,6 +204,7 @@ class Encoded:
         self, acts: SparseActs, x: Tensor | None, target: Tensor | None, reconstruction: Tensor | None
     ) -> LayerActivations:
         return LayerActivations(
+            name=self.entry.info.name,
             layer=self.entry.info.layer,
             x=x,
             target=target,
@@ -205,13 +229,15 @@ def encode_readings(
 ) -> tuple[tuple[LayerActivations, ...], StoredFeatures]:
     """Each SAE's activations at the tokens `readings.keep`: those to analyse, and those to store."""
     encoded = [one.encoded() for one in given]
+    numbers = tuple(range(len(encoded)))
     if positions in ("mean", "max"):
         pooled = tuple(one.pooled(readings, positions) for one in encoded)
         n = len(readings.offsets) - 1
         nowhere = np.full(n, NOWHERE)
         every = tuple(layer.acts for layer in pooled)
-        return pooled, StoredFeatures(every, np.arange(n), np.arange(n + 1), nowhere, nowhere)
+        return pooled, StoredFeatures(numbers, every, np.arange(n), np.arange(n + 1), nowhere, nowhere)
     stored = StoredFeatures(
+        numbers,
         tuple(one.acts for one in encoded),
         readings.rows,
         readings.offsets,

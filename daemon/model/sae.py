@@ -6,11 +6,12 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from daemon.model.completeness import check_finite
 from daemon.model.failures import loading, quiet_libraries
 from daemon.model.pickles import refused_pickles
 from daemon.model.placement import Placement
+from daemon.model.sae_names import names_of
 from daemon.model.saeformat import ARCHITECTURES, TRANSCODERS, check_dictionary, check_folded, judged
 from daemon.model.smollm2 import sha256_of
 from daemon.model.weightfiles import check_floating, read_object, tensor_headers
@@ -31,6 +33,8 @@ RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 CENTRED = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
 WEIGHTS_NAME = "sae_weights.safetensors"
 
+log = structlog.get_logger()
+
 
 class SaeSource(Protocol):
     """Where a dictionary comes from; `daemon.config.SaeSection` is one."""
@@ -41,6 +45,10 @@ class SaeSource(Protocol):
     def id(self) -> str | None: ...
     @property
     def path(self) -> Path | None: ...
+    @property
+    def name(self) -> str | None: ...  # that it is given
+    @property
+    def prepend_bos(self) -> bool | None: ...  # in place of what its metadata says
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,6 @@ class LoadedSae:
 
     info: SaeInfo
     sae: Any  # sae_lens.SAE; the library's generics say nothing useful here
-    prepend_bos: bool
     center_residual: bool  # it was trained on weights processed by TransformerLens
     card: Fit = field(default_factory=Fit)  # what its makers measured
 
@@ -101,13 +108,20 @@ def hook_point(hook_name: str) -> tuple[int, str]:
 
 
 def load_saes(
-    sources: Sequence[SaeSource], *, d_model: int, n_layers: int, device: str, dtype: torch.dtype
+    sources: Sequence[SaeSource],
+    *,
+    d_model: int,
+    n_layers: int,
+    device: str,
+    dtype: torch.dtype,
+    bos_habit: Callable[[], bool],
 ) -> tuple[LoadedSae, ...]:
     """Every dictionary, in order of layer, checked against the model's shape.
 
+    `bos_habit` tells whether the model's tokenizer puts BOS before a text: so do those that say nothing.
     Raises ConfigError, naming the dictionary, where one can't be loaded or does not fit.
     """
-    loaded = [load_sae(source, device=device, dtype=dtype) for source in sources]
+    loaded = [load_sae(source, device=device, dtype=dtype, bos_habit=bos_habit) for source in sources]
     for entry in loaded:
         info = entry.info
         if info.d_in != d_model and RESIDUAL.fullmatch(info.hook_name):
@@ -119,13 +133,11 @@ def load_saes(
             raise ConfigError(
                 f"SAE {info.source}: hook {info.hook_name}, but the model has {n_layers} layers"
             )
-    layers = [entry.info.layer for entry in loaded]
-    for layer in layers:
-        if layers.count(layer) > 1:
-            raise ConfigError(f"two SAEs at layer {layer}: columns are named by layer, so keep one of them")
-    if len({entry.prepend_bos for entry in loaded}) > 1:
-        raise ConfigError("the SAEs disagree on prepend_bos, so no one token sequence serves them all")
-    return tuple(sorted(loaded, key=lambda entry: entry.info.layer))
+    names = names_of([entry.info for entry in loaded], [source.name for source in sources])
+    named = [
+        replace(entry, info=replace(entry.info, name=name)) for entry, name in zip(loaded, names, strict=True)
+    ]
+    return tuple(sorted(named, key=lambda entry: entry.info.layer))
 
 
 def move_saes(saes: Sequence[LoadedSae], placement: Placement) -> None:
@@ -135,8 +147,10 @@ def move_saes(saes: Sequence[LoadedSae], placement: Placement) -> None:
         entry.sae.to(placement.after(entry.info.layer - place.endswith("hook_resid_pre")))
 
 
-def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae:
-    """One dictionary from a SAELens folder or release.
+def load_sae(
+    source: SaeSource, *, device: str, dtype: torch.dtype, bos_habit: Callable[[], bool]
+) -> LoadedSae:
+    """One dictionary from a SAELens folder or release; see `load_saes`.
 
     Raises ConfigError, or MachineError where the hub fails.
     """
@@ -149,7 +163,6 @@ def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae
     sae.turn_off_forward_pass_hook_z_reshaping()  # engines give the heads side by side already
     check_supported(sae, name)
     hook_name, hook_name_out = hooks_of(sae, name)
-    prepend_bos = sae.cfg.metadata.prepend_bos
     info = SaeInfo(
         hook_name=hook_name,
         hook_name_out=hook_name_out,
@@ -161,14 +174,26 @@ def load_sae(source: SaeSource, *, device: str, dtype: torch.dtype) -> LoadedSae
         source=name,
         weights_sha256=sha256_of(source.path / WEIGHTS_NAME) if source.path else tensors_sha256(sae),
         settings_sha256=settings_sha256(sae.cfg.to_dict()),
+        prepend_bos=prepends_bos(sae, source, name, bos_habit),
     )
     return LoadedSae(
         info=info,
         sae=sae,
-        prepend_bos=True if prepend_bos is None else bool(prepend_bos),
         center_residual=reads_centred(sae, (hook_name, hook_name_out), name),
         card=card_of(sae, source.release, source.id),
     )
+
+
+def prepends_bos(sae: Any, source: SaeSource, name: str, bos_habit: Callable[[], bool]) -> bool:
+    """Whether a dictionary reads texts with BOS before them: as configured, else by its metadata, else as
+    the model's tokenizer does.
+    """
+    said = source.prepend_bos if source.prepend_bos is not None else sae.cfg.metadata.prepend_bos
+    if said is not None:
+        return bool(said)
+    habit = bos_habit()
+    log.info("sae.prepend_bos", sae=name, prepend_bos=habit, reason="not said: as the model's tokenizer does")
+    return habit
 
 
 def check_supported(sae: Any, name: str) -> None:

@@ -115,10 +115,6 @@ class TrieEngine:
         return self._info
 
     @property
-    def prepend_bos(self) -> bool:
-        return self._stage.prepend_bos
-
-    @property
     def shares_prefixes(self) -> bool:
         return True
 

@@ -122,6 +122,7 @@ class StatusBoard:
                     d_sae=sae.d_sae,
                     source=escape_control(sae.source),
                     fvu=None,
+                    name=sae.name,
                 )
                 for sae in info.saes
             ),
@@ -298,7 +299,7 @@ class StatusBoard:
         if running is None:
             return None
         fvu = by_label(self._metrics.sae_fvu)
-        saes = tuple(dataclasses.replace(sae, fvu=fvu.get(str(sae.layer))) for sae in running.saes)
+        saes = tuple(dataclasses.replace(sae, fvu=fvu.get(sae.name)) for sae in running.saes)
         limit = int(by_label(self._metrics.max_batch_tokens).get("", 0)) or running.max_batch_tokens
         return dataclasses.replace(running, saes=saes, max_batch_tokens=limit)
 

@@ -29,7 +29,7 @@ from daemon.records import AGAINST, KINDS, PAUSE_REASONS, RETRIED, WORKER_STATES
 from daemon.rejects import REJECT_REASONS
 
 if TYPE_CHECKING:
-    from daemon.model_info import ModelInfo
+    from daemon.model_info import ModelInfo, SaeInfo
     from daemon.observe.snapshot import Snapshot
     from daemon.records import Batch, BatchResult, InboxLoad, Outcome, TokenizedPart, WorkerLoad
 
@@ -66,6 +66,7 @@ class Label:
 
 STAGE = Label("stage", STAGES)
 LAYER = Label("layer", meaning="the layers of the SAEs")
+SAE = Label("sae", meaning="the names of the SAEs, with which their columns begin")
 FOLDER = Label("dir", FOLDERS)
 WORKER = Label("worker", meaning="numbers from 0, one less than there are workers at most")
 
@@ -143,6 +144,7 @@ class Metrics:
             "sae_departures",
             "Files whose mean L0 or FVU at an SAE is far from its card, or from the file before.",
             LAYER,
+            SAE,
             Label("kind", KINDS),
             Label("against", AGAINST),
         )
@@ -190,8 +192,8 @@ class Metrics:
             "When a loop last made progress or was idle, in Unix time.",
             Label("loop", LOOPS),
         )
-        self.sae_fvu = gauge("sae_fvu", "Fraction of variance unexplained, last file.", LAYER)
-        self.sae_mean_l0 = gauge("sae_mean_l0", "Mean number of active features, last file.", LAYER)
+        self.sae_fvu = gauge("sae_fvu", "Fraction of variance unexplained, last file.", LAYER, SAE)
+        self.sae_mean_l0 = gauge("sae_mean_l0", "Mean number of active features, last file.", LAYER, SAE)
 
     def _declare_workers(self) -> None:
         counter, gauge = partial(self._add, Counter), partial(self._add, Gauge)
@@ -242,7 +244,9 @@ class Metrics:
         )
         self.batch_texts = histogram("batch_texts", "Texts of a batch.", buckets=COUNT_BUCKETS)
         self.sequence_tokens = histogram("sequence_tokens", "Tokens of a text.", buckets=TOKEN_BUCKETS)
-        self.feature_l0 = histogram("feature_l0", "Active features at a position.", LAYER, buckets=L0_BUCKETS)
+        self.feature_l0 = histogram(
+            "feature_l0", "Active features at a position.", LAYER, SAE, buckets=L0_BUCKETS
+        )
 
     def _declare_identity(self) -> None:
         self.build_info = self._info("build", "Versions; always 1.", ("version", "python", "torch"))
@@ -281,15 +285,15 @@ class Metrics:
     def describe(self, info: ModelInfo, max_batch_tokens: int) -> None:
         """The loaded model and its SAEs."""
         self.max_batch_tokens.set(max_batch_tokens)
-        for labels in itertools.product(map(str, info.layers), KINDS, AGAINST):
-            self.sae_departures_total.labels(*labels)
+        for sae, kind, against in itertools.product(info.saes, KINDS, AGAINST):
+            self.sae_departures_total.labels(*sae_labels(sae), kind, against)
         self.model_info.info(
             {
                 "model": info.name,
                 "dtype": info.dtype,
                 "device": info.device,
                 "engine": info.engine,
-                "saes": ",".join(sae.hook_name for sae in info.saes),
+                "saes": ",".join(sae.where for sae in info.saes),
             }
         )
 
@@ -327,15 +331,17 @@ class Metrics:
         counts = result.features.offsets[1:] - result.features.offsets[:-1]
         counted = ~np.isin(result.features.sample_row, rows)
         for number, sae in enumerate(info.saes):
-            self.feature_l0.labels(sae.layer).observe(counts[(result.features.layer == number) & counted])
+            self.feature_l0.labels(*sae_labels(sae)).observe(
+                counts[(result.features.layer == number) & counted]
+            )
 
     def _observe_stages(self, **seconds: npt.ArrayLike) -> None:
         """Seconds of work by stage, of one or several pieces of work."""
         for stage, values in seconds.items():
             self.stage_duration_seconds.labels(stage).observe(values)
 
-    def observe_outcomes(self, outcomes: Sequence[Outcome], layers: tuple[int, ...]) -> None:
-        """Files came to their ends; `layers` are the SAEs'."""
+    def observe_outcomes(self, outcomes: Sequence[Outcome], saes: Sequence[SaeInfo]) -> None:
+        """Files came to their ends."""
         for kind, number in Counted(outcome.kind for outcome in outcomes).items():
             self._files[kind].inc(number)
         self._samples["committed"].inc(sum(outcome.rows for outcome in outcomes))
@@ -346,7 +352,7 @@ class Metrics:
         self.output_bytes_total.inc(sum(outcome.output_bytes for outcome in committed))
         self.clipped_values_total.inc(sum(outcome.clipped for outcome in committed))
         for found in itertools.chain.from_iterable(outcome.departures for outcome in committed):
-            self.sae_departures_total.labels(str(found.layer), found.kind, found.against).inc()
+            self.sae_departures_total.labels(*sae_labels(found.sae), found.kind, found.against).inc()
         self.file_latency_seconds.observe([outcome.seconds for outcome in committed])
         self.last_commit_timestamp_seconds.set_to_current_time()
         seconds = [outcome.stages for outcome in committed if outcome.stages is not None]
@@ -355,8 +361,8 @@ class Metrics:
             write=[stages.write for stages in seconds],
             commit=[stages.commit for stages in seconds],
         )
-        set_last(self.sae_fvu, layers, [outcome.fvu for outcome in committed])
-        set_last(self.sae_mean_l0, layers, [outcome.mean_l0 for outcome in committed])
+        set_last(self.sae_fvu, saes, [outcome.fvu for outcome in committed])
+        set_last(self.sae_mean_l0, saes, [outcome.mean_l0 for outcome in committed])
 
     def observe_snapshot(self, snapshot: Snapshot, load: InboxLoad | None, now: float) -> None:
         """Set the gauges that describe this moment; `load` is what waits in the inbox, `now` is monotonic."""
@@ -432,9 +438,14 @@ class Metrics:
         self.retries_total.labels(stage).inc()
 
 
-def set_last(gauge: Gauge, layers: Sequence[int], of_files: Sequence[Sequence[float | None]]) -> None:
-    """The gauge of each layer to the value of the last file that has one."""
-    for layer, values in zip(layers, zip(*of_files, strict=True), strict=False):
+def sae_labels(sae: SaeInfo) -> tuple[str, str]:
+    """The values of LAYER and SAE."""
+    return str(sae.layer), sae.name
+
+
+def set_last(gauge: Gauge, saes: Sequence[SaeInfo], of_files: Sequence[Sequence[float | None]]) -> None:
+    """The gauge of each SAE to the value of the last file that has one."""
+    for sae, values in zip(saes, zip(*of_files, strict=True), strict=False):
         known = [value for value in values if value is not None]
         if known:
-            gauge.labels(str(layer)).set(known[-1])
+            gauge.labels(*sae_labels(sae)).set(known[-1])

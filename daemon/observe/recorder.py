@@ -97,14 +97,16 @@ class Recorder:
 
     def settled(self, outcomes: Sequence[Outcome]) -> None:
         outcomes = tuple(map(self._compared, outcomes))
-        self._metrics.observe_outcomes(outcomes, self._info.layers)
+        self._metrics.observe_outcomes(outcomes, self._info.saes)
         for outcome in outcomes:
             self._count(outcome)
             self.workload.end(outcome.unit)
             log.info("file.settled", **outcome.log_fields())
-            for hook_name, far in itertools.groupby(outcome.departures, lambda one: one.hook_name):
+            for sae, far in itertools.groupby(outcome.departures, lambda one: one.sae):
                 message = "; ".join(map(str, far))
-                log.warning("sae.departs", file=outcome.name, hook_name=hook_name, message=message)
+                log.warning(
+                    "sae.departs", file=outcome.name, sae=sae.name, hook_name=sae.hook_name, message=message
+                )
         self._on_outcomes(outcomes)
 
     def _compared(self, outcome: Outcome) -> Outcome:

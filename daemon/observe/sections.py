@@ -108,6 +108,11 @@ def stage_shares(status: Status) -> tuple[StageShare, ...]:
     )
 
 
+def shows_names(running: Running) -> bool:
+    """Return whether any SAE has a name that says more than its layer."""
+    return any(sae.name not in ("", f"l{sae.layer}") for sae in running.saes)
+
+
 def shows_sources(running: Running) -> bool:
     """Return whether any SAE comes from elsewhere than its hook's name says."""
     return any(sae.source != sae.hook_name for sae in running.saes)

@@ -41,6 +41,7 @@ class Dictionary:
     d_sae: Whole
     source: Text
     fvu: Number | None
+    name: Text = ""  # with which its columns begin; daemons of earlier versions don't tell
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,7 +155,7 @@ class FolderSink:
             if not unit.failed and not unit.writer.has(item.part.part.number):
                 by_recipe.setdefault(item.part.part.recipe, []).append(item)
         for recipe, items in by_recipe.items():
-            schemas = metrics_schema(self._info.layers, recipe), features_schema(self._values)
+            schemas = metrics_schema(self._info.names, recipe), features_schema(self._values)
             for item, stored in zip(items, stored_parts(items, *schemas, self._info), strict=True):
                 self._units[item.part.part.file.unit].writer.write_part(item.part.part, stored)
 

@@ -85,6 +85,7 @@ def describe_model(info: ModelInfo) -> dict[str, Any]:
 
 def describe_dictionary(sae: SaeInfo, card: Fit) -> dict[str, Any]:
     return {
+        "name": sae.name,
         "hook": sae.hook_name,
         "layer": sae.layer,
         "source": sae.source,
@@ -95,6 +96,7 @@ def describe_dictionary(sae: SaeInfo, card: Fit) -> dict[str, Any]:
         "d_out": sae.d_out,
         "weights_sha256": sae.weights_sha256,
         "settings_sha256": sae.settings_sha256,
+        "prepend_bos": sae.prepend_bos,
         "card": {"mean_l0": card.l0, "fvu": card.fvu},
     }
 

@@ -38,8 +38,8 @@ SAMPLE_FIELDS: tuple[pa.Field, ...] = (
 
 
 @functools.lru_cache(maxsize=64)
-def metrics_schema(layers: tuple[int, ...], recipe: Recipe) -> pa.Schema:
-    """Columns of `metrics.parquet`; `layers` are the SAEs' layer numbers. An undefined float is null."""
+def metrics_schema(saes: tuple[str, ...], recipe: Recipe) -> pa.Schema:
+    """Columns of `metrics.parquet`; `saes` are the SAEs' names. An undefined float is null."""
     columns = [
         described(
             column.name,
@@ -48,22 +48,23 @@ def metrics_schema(layers: tuple[int, ...], recipe: Recipe) -> pa.Schema:
             column.description,
             nullable=column.kind == "float",
         )
-        for column in analysis_columns(layers, recipe)
+        for column in analysis_columns(saes, recipe)
     ]
     return pa.schema([*SAMPLE_FIELDS, *columns])
 
 
 @functools.lru_cache
 def features_schema(values: ValueType) -> pa.Schema:
-    """Columns of `features.parquet`: one row per (sample, text, layer, position)."""
+    """Columns of `features.parquet`: one row per (sample, text, SAE, position)."""
     value_type = pa.float16() if values == "float16" else pa.float32()
     return pa.schema(
         [
             *SAMPLE_FIELDS[:2],
             described("text", pa.string(), "", "name of the text"),
+            described("sae", pa.string(), "", "name of the SAE, with which its columns begin"),
             described("layer", pa.int32(), "", "layer of the SAE"),
             described("hook_name", pa.string(), "", "where the SAE reads the model"),
-            described("position", pa.int32(), "tokens", "0-based, BOS included"),
+            described("position", pa.int32(), "tokens", "0-based, BOS included where the SAE reads it"),
             described("token_id", pa.int32(), "", "token at the position"),
             described("indices", pa.list_(pa.uint32()), "", "active features, ascending"),
             described("values", pa.list_(value_type), "activation", "activations, beside indices"),
@@ -72,10 +73,10 @@ def features_schema(values: ValueType) -> pa.Schema:
 
 
 def stored_columns(
-    layers: tuple[int, ...], recipes: Sequence[Recipe], values: ValueType
+    saes: tuple[str, ...], recipes: Sequence[Recipe], values: ValueType
 ) -> list[list[tuple[str, str]]]:
     """Names and types of all that is stored of files of these recipes: parts of others don't fit them."""
-    schemas = [*(metrics_schema(layers, recipe) for recipe in recipes), features_schema(values)]
+    schemas = [*(metrics_schema(saes, recipe) for recipe in recipes), features_schema(values)]
     return [[(field.name, str(field.type)) for field in schema] for schema in schemas]
 
 
@@ -88,9 +89,9 @@ COMMON_OPTIONS: dict[str, Any] = {
 
 
 @functools.lru_cache(maxsize=64)
-def metrics_options(layers: tuple[int, ...], recipe: Recipe) -> dict[str, Any]:
+def metrics_options(saes: tuple[str, ...], recipe: Recipe) -> dict[str, Any]:
     """How `metrics.parquet` is encoded: dictionaries for what repeats, floats plain."""
-    schema = metrics_schema(layers, recipe)
+    schema = metrics_schema(saes, recipe)
     repeats = [field.name for field in schema if not pa.types.is_float64(field.type)]
     return COMMON_OPTIONS | {"use_dictionary": repeats}
 

@@ -119,6 +119,7 @@ def features_table(
         "sample_id": pa.array([sample.sample_id for sample in samples]).take(rows.sample_row),
         "record_index": pa.array([sample.record_index for sample in samples]).take(rows.sample_row),
         "text": pa.array(recipe.text_names).take(rows.text),
+        "sae": pa.array(info.names).take(rows.layer),
         "layer": pa.array(info.layers, pa.int32()).take(rows.layer),
         "hook_name": pa.array([sae.hook_name for sae in info.saes]).take(rows.layer),
         "position": pa.array(rows.position, pa.int32()),

@@ -122,9 +122,9 @@ class UnitWriter:
         with contextlib.ExitStack() as files:
             metrics = ParquetFile(
                 self.staging / METRICS,
-                metrics_schema(self.info.layers, self.recipe),
+                metrics_schema(self.info.names, self.recipe),
                 group_bytes=METRICS_GROUP_BYTES,
-                options=metrics_options(self.info.layers, self.recipe),
+                options=metrics_options(self.info.names, self.recipe),
             )
             files.callback(metrics.discard)
             features = ParquetFile(

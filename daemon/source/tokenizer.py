@@ -6,10 +6,17 @@ import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from daemon.errors import ConfigError
 from daemon.records import Part, Reject, Sample, TokenizedPart, TokenizedSample
+
+
+class Encoded(NamedTuple):
+    """A text as token ids."""
+
+    ids: tuple[int, ...]
+    bos_added: bool  # before it; else it begins with its own, or with none
 
 
 class Tokenizer:
@@ -17,7 +24,8 @@ class Tokenizer:
 
     With `prepend_bos`, every text starts with one BOS token, or with EOS where the model has no BOS, as in
     TransformerLens. It is added where the text does not begin with it: a rendered chat often does. A text's
-    special tokens are tokens, however they came into it. No other special token is added.
+    special tokens are tokens, however they came into it. No other special token is added. With `both_ways`
+    samples say which BOS was added, since some SAEs read their texts without it.
     """
 
     def __init__(
@@ -25,6 +33,7 @@ class Tokenizer:
         tokenizer: Any,
         *,
         prepend_bos: bool,
+        both_ways: bool = False,
         max_text_tokens: int,
         context: int | None = None,
         vocabulary: int | None = None,
@@ -39,17 +48,18 @@ class Tokenizer:
         self._backend.no_truncation()
         self._max_text_tokens = max_text_tokens
         self._context = context
-        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        bos = bos_of(tokenizer)
+        self._both_ways = both_ways
         if prepend_bos and bos is None:
             raise ConfigError(
                 "the SAEs expect a BOS token, but the model's tokenizer has neither BOS nor EOS"
             )
-        self._bos: list[int] = [bos] if prepend_bos else []
+        self._bos: list[int] = [bos] if prepend_bos and bos is not None else []
         self._prefix = tuple(self._bos)
         self._vocabulary = (
             vocabulary if vocabulary is not None and vocabulary < size_of(self._backend) else None
         )
-        if prepend_bos and vocabulary is not None and not 0 <= bos < vocabulary:
+        if self._bos and vocabulary is not None and not 0 <= self._bos[0] < vocabulary:
             raise ConfigError(
                 f"the tokenizer's BOS token has the id {bos}, but the model has {vocabulary} embeddings: use"
                 " the tokenizer that belongs to the model"
@@ -63,10 +73,15 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[tuple[int, ...]]:
         """Token ids of each text, BOS included, once."""
+        return [encoded.ids for encoded in self._with_bos(texts)]
+
+    def _with_bos(self, texts: list[str]) -> list[Encoded]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         n = len(self._prefix)
         return [
-            (*ids,) if (ids := encoding.ids)[:n] == self._bos else (*self._prefix, *ids)
+            Encoded((*ids,), False)
+            if (ids := encoding.ids)[:n] == self._bos
+            else Encoded((*self._prefix, *ids), True)
             for encoding in encodings
         ]
 
@@ -82,10 +97,10 @@ class Tokenizer:
         seconds = (time.perf_counter() - began) / max(1, len(texts))
         return [self._tokenized(part, encoded, seconds) for part in parts]
 
-    def _encoded(self, texts: list[str]) -> Sequence[tuple[int, ...] | None]:
-        """Token ids of each text; None for one that the tokenizer can't encode, having no token for it."""
+    def _encoded(self, texts: list[str]) -> Sequence[Encoded | None]:
+        """Each text; None for one that the tokenizer can't encode, having no token for it."""
         try:
-            return self.encode(texts)
+            return self._with_bos(texts)
         except Exception:  # tokenizers raises no other kind
             if len(texts) <= 1:
                 return [None] * len(texts)
@@ -93,15 +108,16 @@ class Tokenizer:
             return [*self._encoded(texts[:half]), *self._encoded(texts[half:])]
 
     def _tokenized(
-        self, part: Part, encoded: Iterator[tuple[int, ...] | None], seconds_per_text: float
+        self, part: Part, encoded: Iterator[Encoded | None], seconds_per_text: float
     ) -> TokenizedPart:
         kept: list[TokenizedSample] = []
         rejects = list(part.rejects)
         for sample in part.samples:
-            found = [next(encoded) for _ in sample.texts]
-            token_ids = tuple(ids for ids in found if ids is not None)
-            if len(token_ids) < len(found):
-                name = part.recipe.text_names[found.index(None)]
+            results = [next(encoded) for _ in sample.texts]
+            found = [one for one in results if one is not None]
+            token_ids = tuple(ids for ids, _ in found)
+            if len(found) < len(results):
+                name = part.recipe.text_names[results.index(None)]
                 reject: Reject | None = sample.reject(
                     "unknown_token",
                     f"text {name!r} has characters that the model's tokenizer has no token for:"
@@ -110,7 +126,8 @@ class Tokenizer:
             else:
                 reject = self._check(sample, token_ids, part.recipe.text_names)
             if reject is None:
-                kept.append(TokenizedSample(sample, token_ids))
+                added = tuple(bos_added for _, bos_added in found) if self._both_ways else ()
+                kept.append(TokenizedSample(sample, token_ids, added))
             else:
                 rejects.append(reject)
         part = dataclasses.replace(
@@ -146,6 +163,18 @@ class Tokenizer:
                     f" {self._max_text_tokens}: shorten it or raise the limit",
                 )
         return None
+
+
+def bos_of(tokenizer: Any) -> int | None:
+    """The id of BOS, or of EOS where there is none, as in TransformerLens; None without either."""
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None else tokenizer.eos_token_id
+
+
+def puts_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer by its own habit puts BOS before a text."""
+    bos = bos_of(tokenizer)
+    return bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
 
 
 def size_of(backend: Any) -> int:

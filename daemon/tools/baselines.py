@@ -31,8 +31,8 @@ class Baselines:
         self._saes = tuple(saes)
         self._dtype, self._device = model.dtype, model.device
         self._all = positions == "all"
+        self._ways = sorted({entry.info.prepend_bos for entry in saes})  # in which texts are read
         self._stop_at_layer = max(entry.info.layer for entry in saes) + 1
-        self._names = [entry.info.hook_name for entry in saes]
 
     def variants(self) -> dict[str, Callable[[Sequence[TokenizedSample]], None]]:
         """Every loop by its name."""
@@ -45,22 +45,25 @@ class Baselines:
 
     def sequential(self, samples: Sequence[TokenizedSample]) -> None:
         """One text at a time: the residuals that the SAEs read, and their features."""
-        for text in texts_of(samples):
-            self._extract([text])
+        for way in self._ways:
+            for text in texts_of(samples, way):
+                self._extract([text], way)
 
     def idiomatic(self, batch_texts: int, samples: Sequence[TokenizedSample]) -> None:
         """Texts sorted by length, right-padded, only the hooks wanted, stopped after the last layer read."""
-        ordered = sorted(texts_of(samples), key=len)
-        for batch in chunked(ordered, batch_texts):
-            self._extract(batch)
+        for way in self._ways:
+            ordered = sorted(texts_of(samples, way), key=len)
+            for batch in chunked(ordered, batch_texts):
+                self._extract(batch, way)
 
     def original(self, samples: Sequence[TokenizedSample]) -> None:
         """The original study's scheme: padded batches of 8 samples, each text and each layer in a pass of its
         own with the full cache, dense features, and an eigendecomposition of every d x d inertia tensor."""
         for batch in chunked(samples, ORIGINAL_BATCH_SAMPLES):
             for entry in self._saes:
+                way = entry.info.prepend_bos
                 for text in range(len(batch[0].token_ids)):
-                    tokens, lengths = self._padded([sample.token_ids[text] for sample in batch])
+                    tokens, lengths = self._padded([sample.read_by(way)[text] for sample in batch])
                     with torch.inference_mode(), full_precision(self._dtype):
                         _, cache = self._bridge.run_with_cache(tokens)
                         rows = torch.arange(len(lengths), device=self._device)
@@ -70,13 +73,15 @@ class Baselines:
                         for acts in feature_acts:
                             inertia_by_definition(acts, entry.W_dec)
 
-    def _extract(self, texts: Sequence[Text]) -> None:
+    def _extract(self, texts: Sequence[Text], prepend_bos: bool) -> None:
         tokens, lengths = self._padded(texts)
+        saes = [entry for entry in self._saes if entry.info.prepend_bos is prepend_bos]
+        names = list(dict.fromkeys(entry.info.hook_name for entry in saes))
         with torch.inference_mode(), full_precision(self._dtype):
             _, cache = self._bridge.run_with_cache(
-                tokens, names_filter=self._names, stop_at_layer=self._stop_at_layer
+                tokens, names_filter=names, stop_at_layer=self._stop_at_layer
             )
-            for entry in self._saes:
+            for entry in saes:
                 residual = cache[entry.info.hook_name]
                 if self._all:
                     kept = residual[torch.arange(tokens.shape[1], device=self._device) < lengths.unsqueeze(1)]
@@ -102,8 +107,8 @@ def inertia_by_definition(feature_acts: Tensor, W_dec: Tensor) -> None:
     torch.linalg.eigh((centred * weights.unsqueeze(1)).T @ centred)
 
 
-def texts_of(samples: Sequence[TokenizedSample]) -> list[Text]:
-    return [text for sample in samples for text in sample.token_ids]
+def texts_of(samples: Sequence[TokenizedSample], prepend_bos: bool) -> list[Text]:
+    return [text for sample in samples for text in sample.read_by(prepend_bos)]
 
 
 def chunked(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -88,19 +88,23 @@ class LensdWorker:
 
     def hello(self) -> tuple[tuple[str, ...], Workload]:
         """The variants, and what they run."""
+        info = self._compute.engine.info
         texts = [ids for sample in self._samples for ids in sample.token_ids]
         packed = build_trie(texts)
-        skip = int(self._compute.engine.prepend_bos)
+        skip = int(any(sae.prepend_bos for sae in info.saes))
         every = self._config.analysis.positions != "last"
         readings = int((packed.depth >= skip).sum()) if every else len(texts)
+        if info.reads_both_ways:
+            texts += [ids for sample in self._samples for ids in sample.bare_ids]
+            packed = build_trie(texts)
         workload = Workload(
             samples=len(self._samples),
             text_tokens=sum(map(len, texts)),
             unique_tokens=len(packed),
             multiply_adds=self._work.multiply_adds(packed, readings),
             max_batch_tokens=self._compute.max_batch_tokens,
-            engine=self._compute.engine.info.engine,
-            device=self._compute.engine.info.device,
+            engine=info.engine,
+            device=info.device,
         )
         return tuple(self._variants), workload
 
@@ -157,7 +161,7 @@ class BaselineWorker:
         of_each = limits if isinstance(limits, dict) else {}
         of_all = limits if isinstance(limits, int) else None
         model, saes = load_parts(config)
-        tokenizer = tokenizer_of(model, config, prepend_bos=saes[0].prepend_bos)
+        tokenizer = tokenizer_of(model, config, [entry.info for entry in saes])
         parts = read_files(config, tokenizer, files)
         samples = [sample for part in parts for sample in part.samples]
         loops = Baselines(model, saes, config.analysis.positions).variants()

@@ -65,7 +65,6 @@ SHAPES = {
 class RandomEngine:
     """In the place of an engine: a description and nothing to run."""
 
-    prepend_bos = True
     shares_prefixes = True
     concurrent = False
     encoders = ()
@@ -115,7 +114,7 @@ class RandomRunner:
         return BatchResult(
             columns={
                 column.name: self._column(column.kind, n)
-                for column in analysis_columns(shape.layers, batch.recipe)
+                for column in analysis_columns(shape.info.names, batch.recipe)
             },
             features=FeatureRows(
                 sample_row=of_text // per_sample,

@@ -84,8 +84,16 @@ class Oracle:
 
     def layers(self, texts: Sequence[Sequence[int]]) -> list[ReferenceLayer]:
         """Texts as token ids, each alone -> per dictionary what it makes of their last tokens."""
-        values = [self._plain.read(text) for text in texts]
-        return [self._layer(each, values) for each in self.dictionaries]
+        return self.layers_of([texts] * len(self.dictionaries))
+
+    def layers_of(self, texts: Sequence[Sequence[Sequence[int]]]) -> list[ReferenceLayer]:
+        """The same of texts that are given for each dictionary as it reads them."""
+        distinct = {tuple(text) for of_one in texts for text in of_one}
+        values = {text: self._plain.read(text) for text in distinct}
+        return [
+            self._layer(each, [values[tuple(text)] for text in of_one])
+            for each, of_one in zip(self.dictionaries, texts, strict=True)
+        ]
 
     def _layer(self, dictionary: PlainDictionary, values: Sequence[dict[str, Tensor]]) -> ReferenceLayer:
         xs, targets, feature_acts, reconstructions = [], [], [], []

@@ -57,25 +57,26 @@ def reference_columns(
     sample_id: str,
     recipe: Recipe,
     settings: StudySettings,
+    saes: Sequence[str],
     layers: Sequence[ReferenceLayer],
     n_tokens: Sequence[int],
     encode_first: EncodeArray,
 ) -> dict[str, Value]:
-    """Each of `daemon.analysis.columns.analysis_columns`, in that order; NaN where undefined."""
+    """Each of `daemon.analysis.columns.analysis_columns`, in that order; NaN where undefined.
+
+    `saes` names the SAE of each layer.
+    """
     names = recipe.text_names
     columns: dict[str, Value] = {}
     for name, tokens in zip(names, n_tokens, strict=True):
         columns[token_count_name(name)] = int(tokens)
-    for layer in layers:
+    for sae, layer in zip(saes, layers, strict=True):
         for text, name in enumerate(names):
             for metric, value in text_metrics(layer, text).items():
-                columns[layer_column_name(layer.layer, name, metric)] = value
+                columns[layer_column_name(sae, name, metric)] = value
     if recipe.contrast is not None:
         columns |= contrast_columns(sample_id, names, recipe.contrast, settings, layers, encode_first)
-    return {
-        column.name: columns[column.name]
-        for column in analysis_columns([lay.layer for lay in layers], recipe)
-    }
+    return {column.name: columns[column.name] for column in analysis_columns(saes, recipe)}
 
 
 def text_metrics(layer: ReferenceLayer, text: int) -> dict[str, Value]:
@@ -109,8 +110,10 @@ def contrast_columns(
     layers: Sequence[ReferenceLayer],
     encode_first: EncodeArray,
 ) -> dict[str, Value]:
-    """Every contrast column; the first SAE is read, but for the consistency of the last two."""
+    """Every contrast column; the first SAE is read, but for the consistency of the last two layers."""
     first = layers[0]
+    numbers = sorted({layer.layer for layer in layers})
+    last_two = [next(layer for layer in layers if layer.layer == number) for number in numbers[-2:]]
     reference = inertia(as_float64(first.feature_acts[names.index(contrast.reference)]), first.W_dec)
     columns: dict[str, float] = {}
     for name in (contrast.positive, contrast.negative):
@@ -124,8 +127,8 @@ def contrast_columns(
         columns[f"stability_{name}_std"] = float(np.std(similarities))
         columns[f"entropy_{name}"] = entropy_of_largest(feature_acts, settings.entropy_top_k)
         columns[f"cross_layer_consistency_{name}"] = (
-            consistency(as_float64(layers[-2].feature_acts[text]), as_float64(layers[-1].feature_acts[text]))
-            if len(layers) > 1
+            consistency(*(as_float64(layer.feature_acts[text]) for layer in last_two))
+            if len(last_two) > 1
             else math.nan
         )
     for metric in CONTRAST_METRICS:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from daemon.analysis.columns import CONTRAST_METRICS
 from daemon.escaping import escape_control
+from daemon.model_info import default_name
 
 if TYPE_CHECKING:
     from daemon.tools.verify import Verification
@@ -71,13 +72,16 @@ def add_means(table: Table, label: str, rows: pa.Table, which: str, style: str) 
 
 def layer_table(folder: Path) -> Table:
     """Rows of the manifest's SAEs."""
+    saes = read_manifest(folder)["saes"]
+    named = any(sae["name"] != default_name(sae["layer"]) for sae in saes)
+    left = ("name", "hook") if named else ("hook",)
     table = plain_table(
-        "Dictionaries on these texts", "hook", "architecture", right=("d_sae", "mean L0", "FVU")
+        "Dictionaries on these texts", *left, "architecture", right=("d_sae", "mean L0", "FVU")
     )
-    for sae in read_manifest(folder)["saes"]:
+    for sae in saes:
         fvu = "-" if sae["fvu"] is None else f"{sae['fvu']:.3f}"
         mean_l0 = "-" if sae["mean_l0"] is None else f"{sae['mean_l0']:.1f}"
-        table.add_row(sae["hook"], sae["architecture"], str(sae["d_sae"]), mean_l0, fvu)
+        table.add_row(*(sae[key] for key in left), sae["architecture"], str(sae["d_sae"]), mean_l0, fvu)
     return table
 
 

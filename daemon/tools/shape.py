@@ -136,7 +136,7 @@ def random_saes(shape: Shape, model: LoadedModel) -> list[LoadedSae]:
             source="random",
             weights_sha256="",
         )
-        saes.append(LoadedSae(info, sae, prepend_bos=True, center_residual=False))
+        saes.append(LoadedSae(info, sae, center_residual=False))
     return saes
 
 

@@ -24,6 +24,7 @@ from daemon.analysis.columns import Column, analysis_columns, layer_column_name
 from daemon.batching.batcher import Batcher
 from daemon.config import Config
 from daemon.errors import ConfigError, FileError
+from daemon.model_info import SaeInfo
 from daemon.observe.progress import Progress
 from daemon.recipes import Recipe
 from daemon.records import FloatArray, TokenizedSample
@@ -137,12 +138,12 @@ def verify(
         raise FileError("no_usable_record", f"{file or DEMO_SAMPLES}: none of its records can be used")
     with torch.inference_mode():
         with Progress() as progress:
-            reference = run_reference(config, oracle, recipe, chosen, progress)
+            reference = run_reference(config, oracle, compute.engine.info.saes, recipe, chosen, progress)
         reports = tuple(
             compare(
                 size,
                 recipe,
-                compute.engine.info.layers,
+                compute.engine.info.names,
                 reference,
                 run_batched(compute, recipe, chosen, size),
                 strict=config.model.dtype in ABSOLUTE_TOLERANCE,
@@ -170,20 +171,21 @@ def load_oracle(config: Config) -> Oracle:
 def run_reference(
     config: Config,
     oracle: Oracle,
+    saes: Sequence[SaeInfo],
     recipe: Recipe,
     samples: Sequence[TokenizedSample],
     progress: Progress,
 ) -> Results:
-    """Each sample alone, text by text."""
+    """Each sample alone, text by text; `saes` tells the dictionaries' names and how they read texts."""
     settings = study_settings(config)
-    layer_numbers = [dictionary.layer for dictionary in oracle.dictionaries]
-    columns: dict[str, list[Value]] = {column.name: [] for column in analysis_columns(layer_numbers, recipe)}
+    names = [sae.name for sae in saes]
+    columns: dict[str, list[Value]] = {column.name: [] for column in analysis_columns(names, recipe)}
     active: list[dict[tuple[int, int], frozenset[int]]] = []
     not_finite: set[int] = set()
     progress.add_total(len(samples))
     for number, sample in enumerate(samples):
         progress.advance(1)
-        layers = oracle.layers(sample.token_ids)
+        layers = oracle.layers_of([sample.read_by(sae.prepend_bos) for sae in saes])
         if not all(map(is_finite, layers)):
             not_finite.add(number)
             active.append({})
@@ -194,6 +196,7 @@ def run_reference(
             sample_id=sample.sample.sample_id,
             recipe=recipe,
             settings=settings,
+            saes=names,
             layers=layers,
             n_tokens=[len(ids) for ids in sample.token_ids],
             encode_first=oracle.dictionaries[0].encode,
@@ -221,7 +224,7 @@ def run_batched(
     """Batches as the daemon forms them, of at most `batch_size` samples."""
     batcher = Batcher(UNLIMITED, batch_size, shares_prefixes=compute.engine.shares_prefixes)
     columns: dict[str, list[Value]] = {
-        column.name: [0] * len(samples) for column in analysis_columns(compute.engine.info.layers, recipe)
+        column.name: [0] * len(samples) for column in analysis_columns(compute.engine.info.names, recipe)
     }
     active: list[dict[tuple[int, int], frozenset[int]]] = [{} for _ in samples]
     not_finite: set[int] = set()
@@ -242,7 +245,7 @@ def run_batched(
 def compare(
     batch_size: int,
     recipe: Recipe,
-    layers: Sequence[int],
+    saes: Sequence[str],
     reference: Results,
     batched: Results,
     strict: bool,
@@ -261,7 +264,7 @@ def compare(
     flipped = np.array(flips) > 0
     differences = []
     set_flips = 0
-    for column in analysis_columns(layers, recipe):
+    for column in analysis_columns(saes, recipe):
         expected = np.array(reference.columns[column.name], dtype=object)
         actual = np.array(batched.columns[column.name], dtype=object)
         keep = finite if strict else finite & ~flipped
@@ -270,7 +273,7 @@ def compare(
             if column.name.removeprefix("stability_") in contrast_texts(recipe):
                 set_flips += int(moved.sum())
             keep = keep & (strict | ~moved)
-        gap = axis_gap(column, layers, recipe, reference.columns)
+        gap = axis_gap(column, saes, recipe, reference.columns)
         difference = column_difference(
             column, expected[keep], actual[keep], 1.0 if gap is None else gap[keep]
         )
@@ -290,7 +293,7 @@ def contrast_texts(recipe: Recipe) -> tuple[str, ...]:
 
 
 def axis_gap(
-    column: Column, layers: Sequence[int], recipe: Recipe, columns: dict[str, list[Value]]
+    column: Column, saes: Sequence[str], recipe: Recipe, columns: dict[str, list[Value]]
 ) -> FloatArray | None:
     """Where a column holds angles of principal axes, 1 - (second / largest eigenvalue) of each row.
 
@@ -303,7 +306,7 @@ def axis_gap(
         side = column.name.removeprefix("axis_twist_")
         sides = contrast_texts(recipe) if side == "diff" else (side,)
         elongations = [
-            layer_column_name(layers[0], text, "elongation") for text in (contrast.reference, *sides)
+            layer_column_name(saes[0], text, "elongation") for text in (contrast.reference, *sides)
         ]
     else:
         return None

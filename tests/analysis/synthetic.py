@@ -67,6 +67,7 @@ def residuals(seed: int, n: int, d_in: int, dtype: torch.dtype = torch.float64) 
 def activations(sae: RandomSae, x: Tensor, layer: int) -> LayerActivations:
     feature_acts = sae.encode(x)
     return LayerActivations(
+        name=f"l{layer}",
         layer=layer,
         x=x,
         target=x,

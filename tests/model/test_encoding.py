@@ -35,7 +35,7 @@ def loaded(architecture: str, dtype: torch.dtype = torch.float64, **settings: ob
     sae = sae.to(dtype).requires_grad_(False)
     sae.dtype = dtype
     info = SaeInfo(HOOK, HOOK, 1, tiny.D_MODEL, tiny.D_SAE, tiny.D_MODEL, architecture, "tiny", "0")
-    return LoadedSae(info, sae, prepend_bos=True, center_residual=False)
+    return LoadedSae(info, sae, center_residual=False)
 
 
 def residuals(n: int = 40) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_the_fast_transcoder_is_saelens_transcoder(architecture):
     sae = tiny.random_transcoder("in", "out", architecture=architecture).to(torch.float64)
     sae.dtype = torch.float64
     info = SaeInfo("in", "out", 1, tiny.D_MODEL, tiny.D_SAE, tiny.D_OUT, architecture, "tiny", "0")
-    entry = LoadedSae(info, sae.requires_grad_(False), prepend_bos=True, center_residual=False)
+    entry = LoadedSae(info, sae.requires_grad_(False), center_residual=False)
     encoder = encoder_of(entry)
     assert isinstance(encoder, FusedEncoder)
     x = residuals()

@@ -71,7 +71,7 @@ def of_lensd(toml: Path) -> tuple[list[list[int]], list[tuple[str, torch.Tensor,
     """Token ids of each text, and per dictionary its folder, what it read, and what fired."""
     config = load_config(toml, {}, {})
     engine, model = load_engine(config)
-    tokenizer = tokenizer_of(model, config, prepend_bos=engine.prepend_bos)
+    tokenizer = tokenizer_of(model, config, engine.info.saes)
     texts = [list(ids) for ids in tokenizer.encode(TEXTS) if max(ids, default=0) < model.vocabulary]
     texts = [ids for ids in texts if model.context is None or len(ids) <= model.context]
     if not texts:

@@ -29,7 +29,14 @@ def loaded(
     hf = load_model(location, device=device, dtype=dtype, device_map=device_map)
     sources = [SaeSection(path=folder) for folder in sae_folders]
     sae_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    saes = load_saes(sources, d_model=hf.d_model, n_layers=hf.n_layers, device=device, dtype=sae_dtype)
+    saes = load_saes(
+        sources,
+        d_model=hf.d_model,
+        n_layers=hf.n_layers,
+        device=device,
+        dtype=sae_dtype,
+        bos_habit=lambda: True,
+    )
     if hf.placement is not None:
         move_saes(saes, hf.placement)
     return hf, saes

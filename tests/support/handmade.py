@@ -95,7 +95,7 @@ def columns_of(sample: Sample, recipe: Recipe) -> dict[str, object]:
     """Random values of every analysis column of a sample; every fifth float is undefined."""
     rng = random.Random(sample.record_index)
     values: dict[str, object] = {}
-    for column in analysis_columns(INFO.layers, recipe):
+    for column in analysis_columns(INFO.names, recipe):
         if column.kind == "int":
             values[column.name] = rng.randrange(1000)
         elif column.kind == "class":
@@ -120,7 +120,7 @@ def activations_of(sample: Sample, recipe: Recipe) -> list[Activation]:
 def make_block(samples: Sequence[Sample], recipe: Recipe = CONTRAST_RECIPE, dtype=np.float32) -> BatchResult:
     """A device batch; its feature rows come in no useful order."""
     per_sample = [columns_of(sample, recipe) for sample in samples]
-    names = [column.name for column in analysis_columns(INFO.layers, recipe)]
+    names = [column.name for column in analysis_columns(INFO.names, recipe)]
     rows = [(i, row) for i, sample in enumerate(samples) for row in activations_of(sample, recipe)]
     random.Random(len(samples)).shuffle(rows)
     return BatchResult(
@@ -239,7 +239,7 @@ def open_writer(staging: Path | str, recipe: Recipe = CONTRAST_RECIPE, **options
 
 def store(writer: UnitWriter, finished: FinishedPart) -> None:
     """Store a part with its tables made alone."""
-    schemas = metrics_schema(INFO.layers, writer.recipe), features_schema(writer.values)
+    schemas = metrics_schema(INFO.names, writer.recipe), features_schema(writer.values)
     (stored,) = stored_parts([finished], *schemas, writer.info)
     writer.write_part(finished.part.part, stored)
 
@@ -263,6 +263,7 @@ def expected_features(samples: Sequence[Sample], recipe: Recipe = CONTRAST_RECIP
             "sample_id": sample.sample_id,
             "record_index": sample.record_index,
             "text": recipe.text_names[row.text],
+            "sae": f"l{INFO.saes[row.layer].layer}",
             "layer": INFO.saes[row.layer].layer,
             "hook_name": INFO.saes[row.layer].hook_name,
             "position": row.position,
