@@ -156,6 +156,19 @@ def test_only_settings_that_change_results_change_the_fingerprint(tmp_path):
     assert load(tmp_path, "[texts]\na = '{x}'").results_fingerprint() != base
 
 
+@pytest.mark.parametrize("name", ["12_16k", "l12-16k", "l12 16k", "a.b"])
+def test_a_dictionarys_name_is_a_word(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"sae\.0\.name: expected a word, since it names columns"):
+        load(tmp_path, f"[[sae]]\npath = 'a'\nname = '{name}'")
+
+
+def test_dictionaries_have_names_that_differ_by_more_than_case(tmp_path):
+    two = "[[sae]]\npath = 'a'\nname = 'wide'\n[[sae]]\npath = 'b'\nname = '{}'"
+    with pytest.raises(ConfigError, match="two \\[\\[sae\\]\\] have the name wide"):
+        load(tmp_path, two.format("Wide"))
+    assert [sae.name for sae in load(tmp_path, two.format("narrow")).sae] == ["wide", "narrow"]
+
+
 EMPTY = "an empty path is no path"
 NAMELESS = "an empty name is no name"
 

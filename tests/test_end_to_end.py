@@ -55,7 +55,7 @@ def test_every_record_comes_out_with_every_column(tiny_toml, inbox):
     assert (tally.committed, tally.rows, tally.failed) == (1, 50, 0)
 
     table = pq.read_table(outcome.folder / "metrics.parquet")
-    expected = [column.name for column in analysis_columns((0, 1, 2), CONTRAST_RECIPE)]
+    expected = [column.name for column in analysis_columns(("l0", "l1", "l2"), CONTRAST_RECIPE)]
     assert table.column_names == ["sample_id", "record_index", "domain", "complexity", "extra", *expected]
     assert table["sample_id"].to_pylist() == [record["id"] for record in records]
     assert table["record_index"].to_pylist() == list(range(50))

@@ -40,7 +40,7 @@ def run_once(folder: Path, **flags: object) -> Outcome:
 def undefined(path: Path) -> dict[str, int]:
     """Nulls per analysis column."""
     table = pq.read_table(path / "metrics.parquet")
-    names = [column.name for column in analysis_columns(LAYERS, CONTRAST_RECIPE)]
+    names = [column.name for column in analysis_columns([f"l{layer}" for layer in LAYERS], CONTRAST_RECIPE)]
     return {name: table[name].null_count for name in names if table[name].null_count}
 
 

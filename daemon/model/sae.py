@@ -148,9 +148,9 @@ def move_saes(saes: Sequence[LoadedSae], placement: Placement) -> None:
 
 
 def load_sae(
-    source: SaeSource, *, device: str, dtype: torch.dtype, bos_habit: Callable[[], bool]
+    source: SaeSource, *, device: str, dtype: torch.dtype, bos_habit: Callable[[], bool] = lambda: False
 ) -> LoadedSae:
-    """One dictionary from a SAELens folder or release; see `load_saes`.
+    """One dictionary from a SAELens folder or release; without `bos_habit`, for a tokenizer that puts no BOS.
 
     Raises ConfigError, or MachineError where the hub fails.
     """

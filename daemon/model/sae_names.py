@@ -35,11 +35,12 @@ def names_of(infos: Sequence[SaeInfo], given: Sequence[str | None]) -> tuple[str
         for info, name in zip(infos, given, strict=True)
     ]
     for alike in groups(names):
-        made = [number for number in alike if given[number] is None]
+        if any(given[number] is not None for number in alike):
+            continue
         for tell in (by_exact_width, by_sparsity):
-            told = [tell(infos[number]) for number in made]
-            if None not in told and len(set(told)) == len(made):
-                for number, word in zip(made, told, strict=True):
+            words = [tell(infos[number]) for number in alike]
+            if None not in words and len(set(words)) == len(words):
+                for number, word in zip(alike, words, strict=True):
                     names[number] = f"{names[number]}_{word}"
                 break
     for first, second, *_ in groups(names):

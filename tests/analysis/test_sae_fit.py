@@ -45,7 +45,7 @@ def test_a_file_is_compared_with_the_one_before_that_had_enough_texts():
     assert departures.of(outcome(300, 0.1, readings=63)) == ()
     assert departures.of(Outcome("failed", "f")) == ()
     (found,) = departures.of(outcome(90, 0.1))
-    assert found == Departure(7, HOOK, "l0", "file_before", 90, 20)
+    assert found == Departure(SAE, "l0", "file_before", 90, 20)
     assert str(found) == "mean L0 90 at blocks.7.hook_resid_post, 20 in the file before"
     assert departures.of(outcome(90, 0.1)) == ()
     (found,) = departures.of(outcome(90, 0.4))

@@ -45,8 +45,8 @@ class Case:
     token_counts: tuple[tuple[int, ...], ...]
 
     @property
-    def numbers(self) -> list[int]:
-        return [layer.layer for layer in self.layers]
+    def names(self) -> list[str]:
+        return [layer.name for layer in self.layers]
 
     def analyse(self, samples: list[int] | None = None) -> dict[str, np.ndarray]:
         """The columns of some of the samples, as a batch of their own."""
@@ -72,6 +72,7 @@ class Case:
             sample_id=self.sample_ids[sample],
             recipe=self.recipe,
             settings=SETTINGS,
+            saes=self.names,
             layers=[
                 ReferenceLayer(
                     layer=layer.layer,
@@ -157,7 +158,7 @@ def test_float32_stays_within_its_precision_of_the_reference():
 def test_columns_have_the_names_order_and_types_of_the_schema(recipe):
     case = make_case(recipe=recipe)
     columns = case.analyse()
-    expected = analysis_columns(case.numbers, recipe)
+    expected = analysis_columns(case.names, recipe)
     assert list(columns) == [column.name for column in expected]
     for column in expected:
         values = columns[column.name]
@@ -254,6 +255,7 @@ def ragged_layers(seed: int, counts: list[list[int]]) -> list[LayerActivations]:
     empty = torch.zeros(0)
     return [
         LayerActivations(
+            name=f"l{i}",
             layer=i,
             x=empty,
             target=empty,
@@ -270,15 +272,20 @@ def read_once(layers: list[LayerActivations], positions: list[int], tokens: list
     """One row per text."""
     n = np.arange(len(positions) + 1)
     return StoredFeatures(
-        tuple(layer.acts for layer in layers), n[:-1], n, np.array(positions), np.array(tokens)
+        tuple(range(len(layers))),
+        tuple(layer.acts for layer in layers),
+        n[:-1],
+        n,
+        np.array(positions),
+        np.array(tokens),
     )
 
 
 def test_several_rows_of_a_text_lie_together_by_layer_and_may_share_activations():
     acts = tuple(random_acts(seed, [2, 0, 3], 12) for seed in (0, 1))
     reads = np.array([0, 1, 1, 2, 0])  # of two texts
-    stored = StoredFeatures(acts, reads, np.array([0, 2, 5]), np.array([1, 2, 1, 2, 3]), reads + 100)
-    rows = feature_rows(stored, n_texts=1)
+    stored = StoredFeatures((0, 1), acts, reads, np.array([0, 2, 5]), np.array([1, 2, 1, 2, 3]), reads + 100)
+    rows = feature_rows([stored], n_texts=1)
     expected = [(0, 0, 1), (0, 0, 2), (0, 1, 1), (0, 1, 2)]
     expected += [(1, layer, position) for layer in (0, 1) for position in (1, 2, 3)]
     assert list(zip(rows.sample_row, rows.layer, rows.position, strict=True)) == expected
@@ -298,7 +305,7 @@ def test_feature_rows_are_ordered_by_sample_text_and_layer(seed, n, n_texts, n_l
     layers = ragged_layers(seed, data.draw(st.lists(count_lists, min_size=n_layers, max_size=n_layers)))
     last = [4 + i for i in range(positions)]
     tokens = [100 + i for i in range(positions)]
-    rows = feature_rows(read_once(layers, last, tokens), n_texts)
+    rows = feature_rows([read_once(layers, last, tokens)], n_texts)
     expected = [(s, t, layer) for s in range(n) for t in range(n_texts) for layer in range(n_layers)]
     assert (
         list(zip(rows.sample_row.tolist(), rows.text.tolist(), rows.layer.tolist(), strict=True)) == expected
@@ -321,7 +328,7 @@ def test_feature_rows_are_ordered_by_sample_text_and_layer(seed, n, n_texts, n_l
 )
 def test_feature_values_keep_the_precision_they_have(dtype, stored):
     layers = make_case(dtype=dtype).layers
-    rows = feature_rows(read_once(layers, [0] * 12, [0] * 12), 3)
+    rows = feature_rows([read_once(layers, [0] * 12, [0] * 12)], 3)
     assert rows.values.dtype == stored
     assert rows.indices.dtype == np.uint32
     for values in (rows.sample_row, rows.text, rows.layer, rows.position, rows.token_id, rows.offsets):

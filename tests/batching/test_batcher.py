@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,6 +122,29 @@ def test_packed_batches_stay_within_the_budget_of_their_trie(token_ids, budget):
         texts = [ids for sample in batch.samples for ids in sample.token_ids]
         assert len(batch.samples) == 1 or len(build_trie(texts)) <= budget
     assert sorted(seen) == sorted(tuple(ids) for ids in token_ids)
+
+
+@given(
+    st.lists(st.lists(st.tuples(tokens, st.booleans()), min_size=1, max_size=3), max_size=20),
+    st.integers(1, 40),
+)
+def test_batches_that_are_read_both_ways_stay_within_the_budget_of_both_tries(texts, budget):
+    bos = 9
+    given = part_of([[(bos, *ids) for ids, _ in of_one] for of_one in texts])
+    samples = tuple(
+        replace(sample, bos_added=tuple(added for _, added in of_one))
+        for sample, of_one in zip(given.samples, texts, strict=True)
+    )
+    batcher = Batcher(budget, shares_prefixes=True)
+    batcher.add(TokenizedPart(given.part, samples))
+    n = 0
+    while batcher:
+        batch = batcher.take()
+        n += len(batch.samples)
+        read = [ids for sample in batch.samples for ids in (*sample.token_ids, *sample.bare_ids)]
+        assert len(batch.samples) == 1 or len(build_trie(read)) <= budget
+    assert n == len(texts)
+    assert batcher.tokens == 0
 
 
 def test_batches_are_as_few_as_it_takes_and_of_about_the_same_cost():

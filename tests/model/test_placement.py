@@ -89,7 +89,7 @@ def assert_same(one, other, tolerance: float) -> None:
         ):
             difference = torch.linalg.vector_norm(a.cpu() - b.cpu())
             assert difference <= tolerance * torch.linalg.vector_norm(b.cpu())
-    for ours, theirs in zip(one.stored.acts, other.stored.acts, strict=True):
+    for ours, theirs in zip(one.stored[0].acts, other.stored[0].acts, strict=True):
         assert_close(ours.counts.cpu(), theirs.counts.cpu(), rtol=0, atol=0)
 
 

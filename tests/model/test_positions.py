@@ -62,4 +62,4 @@ def test_features_and_reconstruction_are_those_of_saelens(
         assert_close(layer.x[row], x.mean(0), rtol=1e-4, atol=1e-5)
         assert_close(layer.reconstruction[row], decoded.mean(0), rtol=1e-4, atol=1e-5)
     if positions == "all":
-        assert len(extraction.stored.rows) == sum(len(text) - 1 for text in TEXTS)
+        assert len(extraction.stored[0].rows) == sum(len(text) - 1 for text in TEXTS)

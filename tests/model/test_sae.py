@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from daemon.config import SaeSection
 from daemon.errors import ConfigError
@@ -12,13 +13,15 @@ from daemon.model.sae import load_saes
 from tests.support import tiny
 
 
-def load(*folders, d_model: int = tiny.D_MODEL, n_layers: int = 4):
+def load(*folders, d_model: int = tiny.D_MODEL, n_layers: int = 4, bos_habit: bool = True):
+    """Dictionaries of these folders, or of whole sections."""
     return load_saes(
-        [SaeSection(path=folder) for folder in folders],
+        [one if isinstance(one, SaeSection) else SaeSection(path=one) for one in folders],
         d_model=d_model,
         n_layers=n_layers,
         device="cpu",
         dtype=torch.float32,
+        bos_habit=lambda: bos_habit,
     )
 
 
@@ -43,11 +46,30 @@ def test_a_dictionary_of_another_model_is_refused(tmp_path):
         load(folder, n_layers=1)
 
 
-def test_two_dictionaries_at_one_layer_are_refused(tmp_path):
-    first = tiny.save_sae(tmp_path / "a", "blocks.1.hook_resid_pre")
-    second = tiny.save_sae(tmp_path / "b", "blocks.1.hook_resid_post")
-    with pytest.raises(ConfigError, match="two SAEs at layer 1"):
-        load(first, second)
+def test_a_dictionary_that_does_not_say_reads_texts_as_the_tokenizer_begins_them(tmp_path):
+    silent = tiny.save_sae(tmp_path / "silent", "blocks.1.hook_resid_post", prepend_bos=None)
+    says = tiny.save_sae(tmp_path / "says", "blocks.2.hook_resid_post", prepend_bos=False)
+    for habit in (True, False):
+        with capture_logs() as logs:
+            loaded = load(silent, says, bos_habit=habit)
+        assert [entry.info.prepend_bos for entry in loaded] == [habit, False]
+        (line,) = [line for line in logs if line["event"] == "sae.prepend_bos"]
+        assert (line["sae"], line["prepend_bos"]) == ("silent", habit)
+    for setting in (True, False):
+        sections = [SaeSection(path=path, prepend_bos=setting) for path in (silent, says)]
+        with capture_logs() as logs:
+            loaded = load(*sections, bos_habit=not setting)
+        assert [entry.info.prepend_bos for entry in loaded] == [setting, setting]
+        assert logs == []
+
+
+def test_dictionaries_of_one_layer_keep_the_order_in_which_they_are_given(tmp_path):
+    mlp = tiny.save_sae(tmp_path / "mlp", "blocks.1.hook_mlp_out")
+    post = tiny.save_sae(tmp_path / "post", "blocks.1.hook_resid_post")
+    early = tiny.save_sae(tmp_path / "early", "blocks.0.hook_resid_post")
+    assert [entry.info.name for entry in load(mlp, post, early)] == ["l0", "l1_mlp_96", "l1_96"]
+    given = SaeSection(path=post, name="wide")
+    assert [entry.info.name for entry in load(given, early, mlp)] == ["l0", "wide", "l1_mlp_96"]
 
 
 @pytest.mark.parametrize("hook_name", ["hook_embed", "ln_final.hook_normalized", ""])
@@ -97,7 +119,7 @@ def test_a_folder_without_weights_says_what_is_missing(tmp_path):
 def test_an_unknown_release_lists_what_is_known():
     source = SaeSection(release="no-such-release", id="x")
     with pytest.raises(ConfigError, match="SAE no-such-release/x: Release no-such-release not found"):
-        load_saes([source], d_model=1, n_layers=1, device="cpu", dtype=torch.float32)
+        load_saes([source], d_model=1, n_layers=1, device="cpu", dtype=torch.float32, bos_habit=bool)
 
 
 def test_a_folder_that_holds_no_model_says_so(tmp_path):

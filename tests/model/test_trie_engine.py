@@ -99,7 +99,7 @@ def test_where_only_the_first_layers_input_is_read_a_sliding_window_does_not_mat
 def test_all_positions_are_what_each_beginning_of_a_text_gives(make, llama, saes):
     text = random_texts([12])[0]
     texts = [text, text[:5] + text[8:]]
-    stored = make(llama, saes, positions="all").extract(texts).stored
+    (stored,) = make(llama, saes, positions="all").extract(texts).stored
     last = make(llama, saes)
     assert stored.offsets.tolist() == [0, 11, 11 + 8]
     assert stored.positions.tolist() == [*range(1, 12), *range(1, 9)]
@@ -114,7 +114,7 @@ def test_all_positions_are_what_each_beginning_of_a_text_gives(make, llama, saes
 def test_pooled_features_are_those_of_every_token_pooled(positions, llama, saes):
     texts = sharing_texts()
     texts = [text for text in texts if len(text) > 1]
-    each = packed(llama, saes, positions="all").extract(texts).stored
+    (each,) = packed(llama, saes, positions="all").extract(texts).stored
     pooled = packed(llama, saes, positions=positions).extract(texts)
     for number, layer in enumerate(pooled.layers):
         rows = each.acts[number].to_dense(tiny.D_SAE)[each.rows]
@@ -122,7 +122,7 @@ def test_pooled_features_are_those_of_every_token_pooled(positions, llama, saes)
             own = rows[each.offsets[text] : each.offsets[text + 1]]
             expected = own.mean(0) if positions == "mean" else own.amax(0)
             assert_close(dense(layer)[text], expected, rtol=0, atol=1e-10)
-    assert pooled.stored.positions.tolist() == [-1] * len(texts)
+    assert pooled.stored[0].positions.tolist() == [-1] * len(texts)
 
 
 def test_every_kind_of_dictionary_reads_the_same_in_both_engines(llama, tmp_path):
@@ -143,7 +143,7 @@ def test_a_cuda_device_gives_what_a_cpu_gives(positions, llama, saes):
     for layer, other in zip(there.layers, here.layers, strict=True):
         assert_close(dense(layer).cpu(), dense(other), rtol=0, atol=1e-9)
         assert_close(layer.reconstruction.cpu(), other.reconstruction, rtol=0, atol=1e-9)
-    for acts, other_acts in zip(there.stored.acts, here.stored.acts, strict=True):
+    for acts, other_acts in zip(there.stored[0].acts, here.stored[0].acts, strict=True):
         assert_close(acts.to_dense(tiny.D_SAE).cpu(), other_acts.to_dense(tiny.D_SAE), rtol=0, atol=1e-9)
 
 

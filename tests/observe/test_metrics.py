@@ -78,16 +78,16 @@ DESIGN = [  # name, type, label
     ("worker_busy_seconds_total", "counter", "worker"),
     ("last_commit_timestamp_seconds", "gauge"),
     ("heartbeat_timestamp_seconds", "gauge", "loop"),
-    ("sae_fvu", "gauge", "layer"),
-    ("sae_mean_l0", "gauge", "layer"),
-    ("sae_departures_total", "counter", "layer", "kind", "against"),
+    ("sae_fvu", "gauge", "layer", "sae"),
+    ("sae_mean_l0", "gauge", "layer", "sae"),
+    ("sae_departures_total", "counter", "layer", "sae", "kind", "against"),
     ("clipped_values_total", "counter"),
     ("stage_duration_seconds", "histogram", "stage"),
     ("file_latency_seconds", "histogram"),
     ("batch_tokens", "histogram"),
     ("batch_texts", "histogram"),
     ("sequence_tokens", "histogram"),
-    ("feature_l0", "histogram", "layer"),
+    ("feature_l0", "histogram", "layer", "sae"),
 ]
 
 
@@ -152,8 +152,8 @@ def test_a_block_counts_what_the_model_really_ran(metrics):
     assert value(metrics, "tokens_total", kind="computed") == 10
     assert value(metrics, "tokens_total", kind="padding") == 2
     assert value(metrics, "batch_texts_sum") == 2
-    assert value(metrics, "feature_l0_sum", layer="3") == 5
-    assert value(metrics, "feature_l0_sum", layer="5") == 1
+    assert value(metrics, "feature_l0_sum", layer="3", sae="l3") == 5
+    assert value(metrics, "feature_l0_sum", layer="5", sae="l5") == 1
     assert value(metrics, "stage_duration_seconds_sum", stage="analysis") == 3.0
 
 
@@ -162,29 +162,29 @@ def test_a_committed_file_counts_its_rows_and_its_fit(metrics):
         "committed", "f", "u", Path("o"), rows=7, rejects=2, output_bytes=99, seconds=4.0, fvu=(0.1, None),
         stages=StageSeconds(write=0.25, commit=0.5),
     )  # fmt: skip
-    metrics.observe_outcomes([outcome], (3, 5))
+    metrics.observe_outcomes([outcome], SAES)
     assert value(metrics, "files_total", outcome="committed") == 1
     assert value(metrics, "samples_total", outcome="committed") == 7
     assert value(metrics, "samples_total", outcome="rejected") == 2
     assert value(metrics, "output_bytes_total") == 99
     assert value(metrics, "file_latency_seconds_sum") == 4.0
-    assert value(metrics, "sae_fvu", layer="3") == 0.1
-    assert value(metrics, "sae_fvu", layer="5") is None
+    assert value(metrics, "sae_fvu", layer="3", sae="l3") == 0.1
+    assert value(metrics, "sae_fvu", layer="5", sae="l5") is None
     assert value(metrics, "stage_duration_seconds_sum", stage="commit") == 0.5
     assert value(metrics, "last_commit_timestamp_seconds") > 0
 
 
 def test_files_far_from_what_is_known_of_saes_are_counted_and_start_at_zero(metrics):
     metrics.describe(INFO, 512)
-    labels = {"layer": "5", "kind": "l0", "against": "card"}
+    labels = {"layer": "5", "sae": "l5", "kind": "l0", "against": "card"}
     assert value(metrics, "sae_departures_total", **labels) == 0
-    found = Departure(5, "blocks.5.hook_resid_post", "l0", "card", 300, 60)
+    found = Departure(SAES[1], "l0", "card", 300, 60)
     outcome = Outcome("committed", "f", fvu=(0.1, 0.2), mean_l0=(50, None), clipped=4, departures=(found,))
-    metrics.observe_outcomes([outcome, Outcome("committed", "g", fvu=(0.1, 0.2), mean_l0=(60, None))], (3, 5))
+    metrics.observe_outcomes([outcome, Outcome("committed", "g", fvu=(0.1, 0.2), mean_l0=(60, None))], SAES)
     assert value(metrics, "sae_departures_total", **labels) == 1
     assert value(metrics, "sae_departures_total", **{**labels, "kind": "fvu"}) == 0
-    assert value(metrics, "sae_mean_l0", layer="3") == 60
-    assert value(metrics, "sae_mean_l0", layer="5") is None
+    assert value(metrics, "sae_mean_l0", layer="3", sae="l3") == 60
+    assert value(metrics, "sae_mean_l0", layer="5", sae="l5") is None
     assert value(metrics, "clipped_values_total") == 4
 
 
@@ -203,11 +203,11 @@ def test_samples_that_are_not_finite_count_as_rejects_and_not_as_features(metric
     block = BatchResult({}, features, (), 1.0, 2.0, 3.0, not_finite=(RowMessage(1, "m"),))
     metrics.observe_batch(Batch(PLAIN_RECIPE, (Entry(part, 0), Entry(part, 1))), block, INFO)
     assert value(metrics, "rejects_total", reason="not_finite_activation") == 1
-    assert value(metrics, "feature_l0_sum", layer="3") == 2
+    assert value(metrics, "feature_l0_sum", layer="3", sae="l3") == 2
 
 
 def test_a_failed_file_is_no_commit(metrics):
-    metrics.observe_outcomes([Outcome("failed", "f", reason="empty", message="m")], (3, 5))
+    metrics.observe_outcomes([Outcome("failed", "f", reason="empty", message="m")], SAES)
     assert value(metrics, "files_total", outcome="failed") == 1
     assert value(metrics, "file_latency_seconds_count") == 0
     assert value(metrics, "last_commit_timestamp_seconds") == 0

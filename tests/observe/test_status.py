@@ -87,7 +87,7 @@ class Daemon:
             self.board.look(self.load, self.workload, ready=not self.health.unmet())
 
     def settle(self, outcome: Outcome) -> None:
-        self.metrics.observe_outcomes([outcome], INFO.layers)
+        self.metrics.observe_outcomes([outcome], INFO.saes)
         self.board.settle(outcome)
 
     def status(self) -> Status:
@@ -315,10 +315,10 @@ def test_what_runs_carries_the_fit_of_the_last_file(daemon):
 
 
 def test_a_file_far_from_a_card_is_told_until_the_next_one(daemon):
-    found = Departure(7, "blocks.7.hook_resid_post", "l0", "card", 300.0, 65.0)
+    found = Departure(SAES[0], "l0", "card", 300.0, 65.0)
     daemon.settle(Outcome("committed", "a.json", "u", Path("o"), rows=1, departures=(found,)))
     (alert,) = daemon.status().alerts
-    message = "mean L0 300 at blocks.7.hook_resid_post, 65 on its card"
+    message = "mean L0 300 at blocks.3.hook_resid_post, 65 on its card"
     assert (alert.level, alert.detail) == ("warning", f"a.json: {message}.")
     assert daemon.status().files[0].message == message
     daemon.settle(Outcome("committed", "b.json", "v", Path("o"), rows=1))

@@ -13,11 +13,11 @@ from tests.support.handmade import finish, make_part, open_writer, store
 
 @pytest.mark.parametrize("recipe", [CONTRAST_RECIPE, PLAIN_RECIPE])
 def test_metrics_are_the_record_then_the_analysis_columns(recipe):
-    schema = metrics_schema((7, 15), recipe)
+    schema = metrics_schema(("l7", "l15"), recipe)
     names = ["sample_id", "record_index", "domain", "complexity", "extra"]
-    assert schema.names == names + [column.name for column in analysis_columns((7, 15), recipe)]
+    assert schema.names == names + [column.name for column in analysis_columns(("l7", "l15"), recipe)]
     assert schema.field("record_index").type == pa.int64()
-    for column in analysis_columns((7, 15), recipe):
+    for column in analysis_columns(("l7", "l15"), recipe):
         expected = {"int": pa.int32(), "float": pa.float64(), "class": pa.string()}[column.kind]
         assert schema.field(column.name).type == expected
         assert schema.field(column.name).nullable == (column.kind == "float")
@@ -29,6 +29,7 @@ def test_features_are_the_columns_of_the_contract():
         "sample_id": pa.string(),
         "record_index": pa.int64(),
         "text": pa.string(),
+        "sae": pa.string(),
         "layer": pa.int32(),
         "hook_name": pa.string(),
         "position": pa.int32(),
@@ -40,9 +41,9 @@ def test_features_are_the_columns_of_the_contract():
 
 
 def test_every_field_says_what_it_is():
-    for schema in (metrics_schema((7,), CONTRAST_RECIPE), features_schema("float32")):
+    for schema in (metrics_schema(("l7",), CONTRAST_RECIPE), features_schema("float32")):
         assert all(field.metadata[b"description"] for field in schema)
-    schema = metrics_schema((7,), CONTRAST_RECIPE)
+    schema = metrics_schema(("l7",), CONTRAST_RECIPE)
     assert schema.field("axis_twist_diff").metadata == {
         b"unit": b"degree",
         b"description": b"axis_twist_hall - axis_twist_fact",
@@ -95,7 +96,7 @@ def columns_of(path) -> list[pq.ColumnChunkMetaData]:
 
 
 def test_columns_lie_text_by_text_and_metric_by_metric():
-    names = [column.name for column in analysis_columns((7,), CONTRAST_RECIPE)]
+    names = [column.name for column in analysis_columns(("l7",), CONTRAST_RECIPE)]
     assert names[:4] == ["n_tokens_prompt", "n_tokens_fact", "n_tokens_hall", "l7_prompt_l0_norm"]
     assert names[-17:] == [
         "centroid_drift_fact",

@@ -146,7 +146,7 @@ def test_a_file_of_rejects_alone_has_both_schemas_and_no_rows(tmp_path):
     totals = write(tmp_path / "unit", [finish(make_part(0, 0, 2, rejected=(0, 1), last=True))])
     metrics = pq.read_table(tmp_path / "unit/metrics.parquet")
     features = pq.read_table(tmp_path / "unit/features.parquet")
-    assert metrics.schema.equals(metrics_schema(INFO.layers, CONTRAST_RECIPE))
+    assert metrics.schema.equals(metrics_schema(INFO.names, CONTRAST_RECIPE))
     assert features.schema.equals(features_schema("float32"))
     assert (len(metrics), len(features), totals.rejects) == (0, 0, 2)
     assert totals.layers[0].fvu() is None
@@ -309,7 +309,7 @@ def test_samples_of_several_files_in_one_batch_come_out_as_each_alone(values):
     shared = [sample for part in parts for sample in part.part.samples]
     blocks = make_block(shared[:-1]), make_block(shared[-1:])
     blocks[0].features.values[:5] = 1e5  # clipped in float16
-    schemas = metrics_schema(INFO.layers, CONTRAST_RECIPE), features_schema(values)
+    schemas = metrics_schema(INFO.names, CONTRAST_RECIPE), features_schema(values)
     finished, begin = [], 0
     for part in parts:
         n = len(part.samples)

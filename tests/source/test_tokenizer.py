@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from daemon.errors import ConfigError
@@ -13,7 +13,7 @@ from daemon.model.loading import ModelLocation, load_tokenizer
 from daemon.recipes import PLAIN_RECIPE
 from daemon.records import Part, PartExtent, Reject, Sample
 from daemon.rejects import REJECT_REASONS
-from daemon.source.tokenizer import Tokenizer
+from daemon.source.tokenizer import Tokenizer, puts_bos
 from tests.support import tiny
 from tests.support.sources import unclaimed
 
@@ -54,6 +54,38 @@ def test_a_text_that_brings_its_bos_gets_no_other():
     assert [reject.reason for reject in part.part.rejects] == ["empty_text"]  # nothing but BOS
     (part,) = tokenizer(prepend_bos=False).tokenize([part_of("<bos>ab", "<bos>")])
     assert [sample.token_ids[0] for sample in part.samples] == [(tiny.BOS, a, b), (tiny.BOS,)]
+
+
+def test_texts_that_are_read_both_ways_say_whose_their_bos_is():
+    (part,) = tokenizer(both_ways=True).tokenize([part_of("ab", "<bos>ab", "", "<bos>", "a" * 10)])
+    added, own = part.samples
+    assert added.token_ids == own.token_ids
+    assert (added.bos_added, own.bos_added) == ((True,), (False,))
+    assert added.bare_ids == (added.token_ids[0][1:],)
+    assert own.bare_ids == own.token_ids
+    for sample, text in zip(part.samples, ("ab", "<bos>ab"), strict=True):
+        for way in (True, False):
+            assert sample.read_by(way) == tuple(tokenizer(prepend_bos=way).encode([text]))
+    assert (added.n_tokens, own.n_tokens) == (3 + 2, 3 + 3)
+    assert [reject.reason for reject in part.part.rejects] == ["empty_text", "empty_text", "text_too_long"]
+    assert added.without_texts().bare_ids == added.bare_ids  # as it is shipped to a worker
+
+
+def test_where_all_read_alike_a_sample_says_nothing_of_it():
+    for way in (True, False):
+        (part,) = tokenizer(prepend_bos=way).tokenize([part_of("ab")])
+        assert part.samples[0].bos_added == part.samples[0].bare_ids == ()
+        assert part.samples[0].read_by(way) == part.samples[0].token_ids
+
+
+@pytest.mark.parametrize("puts", [True, False])
+def test_a_tokenizers_habit_is_seen_in_what_it_makes_of_a_text(puts):
+    made = tiny.byte_tokenizer()
+    if puts:
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", tiny.BOS)]
+        )
+    assert puts_bos(made) is puts
 
 
 def test_eos_stands_for_a_bos_that_the_model_lacks_once():

@@ -159,7 +159,7 @@ def test_an_axis_may_turn_by_as_much_more_as_its_eigenvalues_are_close():
         elongations.append(np.sqrt(1.0 - gap))
     column = Column("axis_twist_fact", "float")
     values = {"l3_prompt_elongation": [0.2, 0.2], "l3_fact_elongation": elongations}
-    gap = axis_gap(column, [3, 7], CONTRAST_RECIPE, values)
+    gap = axis_gap(column, ["l3", "l7"], CONTRAST_RECIPE, values)
     np.testing.assert_allclose(gap, [0.5, 1e-3])
     close = column_difference(column, np.array(angles, object), np.array(moved, object), 1.0)
     weighted = column_difference(column, np.array(angles, object), np.array(moved, object), gap)
@@ -170,8 +170,8 @@ def test_an_axis_may_turn_by_as_much_more_as_its_eigenvalues_are_close():
 def test_only_angles_of_axes_are_weighted_with_a_gap():
     weighted = [
         column.name
-        for column in analysis_columns([0, 1], CONTRAST_RECIPE)
-        if axis_gap(column, [0, 1], CONTRAST_RECIPE, defaultdict(lambda: [0.5])) is not None
+        for column in analysis_columns(["l0", "l1"], CONTRAST_RECIPE)
+        if axis_gap(column, ["l0", "l1"], CONTRAST_RECIPE, defaultdict(lambda: [0.5])) is not None
     ]
     assert weighted == [
         *(f"l{layer}_{text}_misalignment" for layer in (0, 1) for text in CONTRAST_RECIPE.text_names),
