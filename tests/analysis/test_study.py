@@ -195,6 +195,36 @@ def test_one_dictionary_has_no_consistency_across_layers():
         assert np.isnan(columns[f"cross_layer_consistency_{name}"]).all()
 
 
+def test_consistency_is_of_the_first_dictionaries_of_the_last_two_layers():
+    one_each = make_case(d_saes=(24, 24, 24))
+    expected = one_each.analyse()
+    second, third = (
+        dataclasses.replace(activations(sae, layer.x, layer.layer), name=f"other{layer.layer}")
+        for sae, layer in zip(
+            (random_sae(77, D_IN, 40), random_sae(78, D_IN, 9)), one_each.layers[1:], strict=True
+        )
+    )
+    first, middle, last = one_each.layers
+    several = [first, middle, second, last, third]
+
+    def analysed(layers: list[LayerActivations]) -> dict[str, np.ndarray]:
+        return analyse(
+            layers=layers,
+            recipe=one_each.recipe,
+            sample_ids=one_each.sample_ids,
+            token_counts=one_each.token_counts,
+            settings=SETTINGS,
+            noise=one_each.saes[0].noise(SETTINGS.seed, SETTINGS.noise_sigma),
+        )
+
+    columns = analysed(several)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(columns[name], values, err_msg=name)
+    assert {name.partition("_")[0] for name in columns.keys() - expected.keys()} == {"other5", "other8"}
+    at_one_layer = analysed([last, third])
+    assert np.isnan(at_one_layer["cross_layer_consistency_fact"]).all()
+
+
 def test_silent_texts_are_undefined_only_where_nothing_can_be_said():
     columns = make_case(scale=0.0).analyse()
     undefined = {

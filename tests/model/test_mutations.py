@@ -67,27 +67,34 @@ def copied(folder: Path, rng: random.Random, valid: list[tuple[Path, list[Path]]
     return case
 
 
-def of_lensd(toml: Path) -> tuple[list[list[int]], list[tuple[str, torch.Tensor, torch.Tensor]]]:
-    """Token ids of each text, and per dictionary its folder, what it read, and what fired."""
+def of_lensd(toml: Path) -> list[tuple[str, list[list[int]], torch.Tensor, torch.Tensor]]:
+    """Per dictionary its folder, the token ids of each text, what it read there, and what fired."""
     config = load_config(toml, {}, {})
     engine, model = load_engine(config)
-    tokenizer = tokenizer_of(model, config, engine.info.saes)
-    texts = [list(ids) for ids in tokenizer.encode(TEXTS) if max(ids, default=0) < model.vocabulary]
-    texts = [ids for ids in texts if model.context is None or len(ids) <= model.context]
-    if not texts:
-        return [], []
-    extraction = engine.extract(texts)
+    saes = engine.info.saes
+    of_way = {sae.prepend_bos: tokenizer_of(model, config, [sae]).encode(TEXTS) for sae in saes}
+    longest = of_way.get(True, of_way.get(False, []))
+    kept = [
+        number
+        for number, ids in enumerate(longest)
+        if max(ids, default=0) < model.vocabulary and (model.context is None or len(ids) <= model.context)
+    ]
+    texts = {way: [list(of_way[way][number]) for number in kept] for way in sorted(of_way, reverse=True)}
+    if not kept:
+        return []
+    extraction = engine.extract([ids for of_one in texts.values() for ids in of_one])
     if extraction.not_finite:  # rows that come out as rejects
-        return texts, []
-    layers = extraction.layers
-    return texts, [
-        (info.source, layer.x, layer.acts.to_dense(info.d_sae))
-        for info, layer in zip(engine.info.saes, layers, strict=True)
+        return []
+    return [
+        (info.source, texts[info.prepend_bos], layer.x, layer.acts.to_dense(info.d_sae))
+        for info, layer in zip(saes, extraction.layers, strict=True)
     ]
 
 
-def of_plain_libraries(case: Case, dtype: torch.dtype) -> tuple[list[list[int]], dict[str, Any]]:
-    """The same by Transformers and SAELens alone, one text at a time; a function per dictionary's folder."""
+def of_plain_libraries(case: Case, dtype: torch.dtype) -> tuple[dict[str, list[list[int]]], dict[str, Any]]:
+    """The same by Transformers and SAELens alone, one text at a time: per dictionary's folder the token ids
+    of all texts, and a function.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_pretrained(
@@ -96,11 +103,13 @@ def of_plain_libraries(case: Case, dtype: torch.dtype) -> tuple[list[list[int]],
         tokenizer = AutoTokenizer.from_pretrained(case.model)
         saes = {folder.name: SAE.load_from_disk(folder, dtype="float32") for folder in case.saes}
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    prepends = {sae.cfg.metadata.prepend_bos is not False for sae in saes.values()}
-    prefix = [bos] if prepends == {True} else []
-    texts = [
-        prefix + tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS
-    ]
+    bare = [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    habit = tokenizer("a").input_ids[:1] == [bos]
+    texts = {
+        name: [[bos, *ids] if (habit if said is None else said) else ids for ids in bare]
+        for name, sae in saes.items()
+        for said in [sae.cfg.metadata.prepend_bos]
+    }
 
     def read(name: str, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         sae = saes[name]
@@ -114,7 +123,7 @@ def of_plain_libraries(case: Case, dtype: torch.dtype) -> tuple[list[list[int]],
                 hidden = hidden - hidden.mean()
             return hidden, sae.encode(hidden[None])[0]
 
-    return texts, dict.fromkeys(saes, read) | {"": read}
+    return texts, dict.fromkeys(saes, read)
 
 
 def residual_stream(model: Any, ids: list[int]) -> list[torch.Tensor]:
@@ -143,7 +152,7 @@ def residual_stream(model: Any, ids: list[int]) -> list[torch.Tensor]:
 def judge(case: Case) -> str:
     """How one case ended: "refused" or "right". Raises AssertionError for anything else."""
     try:
-        texts, got = of_lensd(case.toml)
+        got = of_lensd(case.toml)
     except ConfigError as error:
         line = str(error)
         assert "\n" not in line and 10 < len(line) < LONGEST_LINE, (
@@ -154,8 +163,8 @@ def judge(case: Case) -> str:
     case.model = Path(config.model.name)
     case.saes = [section.path for section in config.sae]
     expected_texts, plain = of_plain_libraries(case, getattr(torch, config.model.dtype))
-    assert all(ids in expected_texts for ids in texts), case.did
-    for name, x, acts in got:
+    for name, texts, x, acts in got:
+        assert all(ids in expected_texts[name] for ids in texts), case.did
         for row, ids in enumerate(texts):
             expected = plain[name](name, ids)
             if expected is None:

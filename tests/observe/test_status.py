@@ -314,6 +314,20 @@ def test_what_runs_carries_the_fit_of_the_last_file(daemon):
     assert [sae.fvu for sae in running.saes] == [0.25, None]
 
 
+def test_the_page_names_dictionaries_whose_names_say_more_than_their_layer(daemon):
+    daemon.board.describe(INFO, 512)
+    assert "l3" not in document(daemon.status(), "r")
+    saes = [
+        dataclasses.replace(SAES[0], name=name, d_sae=width) for name, width in (("l3_8", 8), ("l3_9", 9))
+    ]
+    daemon.board.describe(dataclasses.replace(INFO, saes=tuple(saes)), 512)
+    daemon.metrics.observe_outcomes([Outcome("committed", "a", fvu=(0.25, 0.5), mean_l0=(1, 2))], saes)
+    running = daemon.status().running
+    assert [(sae.name, sae.fvu) for sae in running.saes] == [("l3_8", 0.25), ("l3_9", 0.5)]
+    page = document(daemon.status(), "r")
+    assert all(f">{text}<" in page for text in ("Name", "l3_8", "l3_9", "0.250", "0.500"))
+
+
 def test_a_file_far_from_a_card_is_told_until_the_next_one(daemon):
     found = Departure(SAES[0], "l0", "card", 300.0, 65.0)
     daemon.settle(Outcome("committed", "a.json", "u", Path("o"), rows=1, departures=(found,)))

@@ -102,12 +102,18 @@ def save_gpt2(folder: Path, n_layers: int = 3) -> Path:
 
 
 def random_sae(
-    hook_name: str, *, architecture: str = "jumprelu", d_in: int = D_MODEL, seed: int = 0, **metadata: object
+    hook_name: str,
+    *,
+    architecture: str = "jumprelu",
+    d_in: int = D_MODEL,
+    d_sae: int = D_SAE,
+    seed: int = 0,
+    **metadata: object,
 ):
     """An untrained SAE of which about a third of the features fire on a unit-scale residual."""
     settings = {
         "d_in": d_in,
-        "d_sae": D_SAE,
+        "d_sae": d_sae,
         "metadata": SAEMetadata(model_name="tiny", hook_name=hook_name, prepend_bos=True),
     }
     if architecture == "jumprelu":

@@ -103,6 +103,19 @@ def test_dictionaries_that_normalise_as_they_run(hook, normalisation, tmp_path):
     assert verified(tmp_path, configured(tmp_path, tiny.save_llama(tmp_path / "m"), sae)).passed
 
 
+def test_several_dictionaries_at_a_layer_in_both_ways_of_reading(tmp_path):
+    saes = [
+        tiny.save_sae(tmp_path / "a", "blocks.1.hook_resid_post", d_sae=64),
+        tiny.save_sae(tmp_path / "b", "blocks.1.hook_resid_post", d_sae=128, seed=1, prepend_bos=False),
+        tiny.save_sae(tmp_path / "c", "blocks.1.hook_mlp_out", architecture="topk", seed=2),
+        tiny.save_sae(tmp_path / "d", "blocks.2.hook_resid_post", seed=3, prepend_bos=False),
+    ]
+    verification = verified(tmp_path, configured(tmp_path, tiny.save_llama(tmp_path / "m"), *saes))
+    assert verification.passed
+    columns = {difference.column for difference in verification.reports[0].columns}
+    assert {"l1_64_fact_gini", "l1_128_fact_gini", "l1_mlp_96_fact_gini", "l2_fact_gini"} <= columns
+
+
 def test_the_oracle_runs_no_engine_no_encoder_and_no_loader_of_the_daemon():
     tree = ast.parse(inspect.getsource(oracle))
     ours = {
