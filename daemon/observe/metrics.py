@@ -66,7 +66,7 @@ class Label:
 
 STAGE = Label("stage", STAGES)
 LAYER = Label("layer", meaning="the layers of the SAEs")
-SAE = Label("sae", meaning="the names of the SAEs, with which their columns begin")
+SAE = Label("sae", meaning="the names of the SAEs")
 FOLDER = Label("dir", FOLDERS)
 WORKER = Label("worker", meaning="numbers from 0, one less than there are workers at most")
 
