@@ -43,7 +43,7 @@ def registry() -> CollectorRegistry:
     """Every kind of metric, with some value."""
     metrics = Metrics(CollectorRegistry())
     metrics.files_total.labels("committed").inc(3)
-    metrics.feature_l0.labels("7").observe([3, 70.5, 2000])
+    metrics.feature_l0.labels("7", "l7").observe([3, 70.5, 2000])
     metrics.file_latency_seconds.observe([0.5])
     return metrics.registry
 
@@ -108,7 +108,7 @@ async def test_plain_text_says_when_a_histogram_with_a_label_began(registry, hea
         _, _, text = await ask(f"{ours}/metrics", "text/plain;version=0.0.4", None)
     families = {family.name: family for family in prometheus_text(text.decode())}
     (began,) = families["lensd_feature_l0_created"].samples
-    assert began.labels == {"layer": "7"}
+    assert began.labels == {"layer": "7", "sae": "l7"}
 
 
 async def test_every_counter_and_histogram_says_when_it_began(registry, health):

@@ -126,6 +126,7 @@ def test_the_manifest_describes_each_sae(outbox):
     x = [0, 1, 3, 4]  # record 2 is a reject
     variance = sum(value**2 for value in x) - sum(x) ** 2 / 4
     assert first == {
+        "name": "l3",
         "hook": "blocks.3.hook_resid_post",
         "hook_out": "blocks.3.hook_resid_post",
         "layer": 3,
@@ -136,6 +137,7 @@ def test_the_manifest_describes_each_sae(outbox):
         "d_out": 4,
         "weights_sha256": "5" * 64,
         "settings_sha256": "8" * 64,
+        "prepend_bos": True,
         "fvu": pytest.approx(4 * 0.5 / variance),
         "mean_l0": 6.0,
         "card": {"mean_l0": None, "fvu": None},

@@ -90,6 +90,7 @@ def test_an_activation_takes_few_bytes_and_comes_back_as_it_was(values, most, tm
             "sample_id": [f"s{row // 3}" for row in range(rows)],
             "record_index": np.arange(rows) // 3,
             "text": ["text"] * rows,
+            "sae": ["l7", "l15", "l22"] * (rows // 3),
             "layer": pa.array([7, 15, 22] * (rows // 3), pa.int32()),
             "hook_name": ["blocks.7.hook_resid_post"] * rows,
             "position": pa.array([9] * rows, pa.int32()),
