@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -79,7 +80,7 @@ def tables(tmp_path_factory) -> dict[str, str]:
     made = {
         "narrow": tiny.save_sae(root / "narrow", POST, d_sae=64),
         "middle": tiny.save_sae(root / "middle", POST, seed=1, architecture="topk"),
-        "wide": tiny.save_sae(root / "wide", POST, d_sae=2048, seed=2),
+        "wide": tiny.save_sae(root / "wide", POST, d_sae=1024, seed=2),
         "mlp": tiny.save_sae(root / "mlp", "blocks.1.hook_mlp_out", seed=3),
         "later": tiny.save_sae(root / "later", "blocks.2.hook_resid_post", seed=4),
     }
@@ -116,7 +117,7 @@ def assert_same_dictionary(study: Study, sae: str, alone: Study, its_name: str) 
         [value for row in one.features if row["sae"] == name for value in row["values"]]
         for one, name in ((study, sae), (alone, its_name))
     )
-    assert values == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-6)
     (ours,) = [one for one in study.manifest["saes"] if one["name"] == sae]
     (theirs,) = [one for one in alone.manifest["saes"] if one["name"] == its_name]
     for key in ("hook", "layer", "d_sae", "prepend_bos", "weights_sha256"):
@@ -125,7 +126,7 @@ def assert_same_dictionary(study: Study, sae: str, alone: Study, its_name: str) 
 
 
 def test_four_dictionaries_at_a_layer_are_each_what_it_is_alone(llama, tables, tmp_path):
-    names = ["l1_64", "l1_96", "l1_2k", "l1_mlp_96"]
+    names = ["l1_64", "l1_96", "l1_1k", "l1_mlp_96"]
     chosen = [tables[name] for name in ("narrow", "middle", "wide", "mlp")]
     study = run(tmp_path / "all", llama, *chosen)
     assert [sae["name"] for sae in study.manifest["saes"]] == names
@@ -177,14 +178,14 @@ def test_a_study_of_both_ways_of_reading_is_two_studies(llama, tables, tmp_path)
     of_bare = run(tmp_path / "bare", llama, tables["wide"] + bare, **flags)
     assert_same_dictionary(both, "l1_64", of_bos, "l1")
     assert_same_dictionary(both, "l2", of_bos, "l2")
-    assert_same_dictionary(both, "l1_2k", of_bare, "l1")
+    assert_same_dictionary(both, "l1_1k", of_bare, "l1")
     for name in of_bos.metrics:  # of the record, of the first dictionary, and across the layers
         if not name.startswith(("l1_", "l2_")):
             assert_same_numbers(both.metrics[name], of_bos.metrics[name], name)
     positions_of = {
-        sae: {row["position"] for row in both.features if row["sae"] == sae} for sae in ("l2", "l1_2k")
+        sae: {row["position"] for row in both.features if row["sae"] == sae} for sae in ("l2", "l1_1k")
     }
-    assert {position - 1 for position in positions_of["l2"]} == positions_of["l1_2k"]
+    assert {position - 1 for position in positions_of["l2"]} == positions_of["l1_1k"]
     assert both.manifest["records"] == both.manifest["rows"] == len(RECORDS)
 
 
@@ -220,7 +221,7 @@ def test_bench_counts_and_runs_every_dictionary_as_it_reads(llama, tables, tmp_p
     )
     weights = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # of three layers: attention, MLP
     attended = 3 * 2 * tiny.D_MODEL * sum(map(len, nodes))
-    encoded = tiny.D_MODEL * (64 + 2048 + tiny.D_SAE) * 3 * len(samples)
+    encoded = tiny.D_MODEL * (64 + 1024 + tiny.D_SAE) * 3 * len(samples)
     assert workload.multiply_adds == weights * len(nodes) + attended + encoded
     with torch.inference_mode():
         assert worker._bare() > 0

@@ -64,7 +64,9 @@ def part_of(readings: ReadPositions, first: int, n: int, skip: int) -> tuple[Rea
     chunk = slice(readings.offsets[first], readings.offsets[first + n])
     own = readings.positions[chunk] >= skip
     used, rows = np.unique(readings.rows[chunk][own], return_inverse=True)
-    lengths = np.diff(readings.offsets[first : first + n + 1]) - skip
+    lengths = np.add.reduceat(
+        own, readings.offsets[first : first + n] - readings.offsets[first], dtype=np.int64
+    )
     chosen = ReadPositions(
         keep=readings.keep[used],
         rows=rows,

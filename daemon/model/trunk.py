@@ -46,7 +46,7 @@ class Trunk:
         """`model` is a Hugging Face causal language model, whose layers are hooked. Raises UnknownModel."""
         self._base: nn.Module = model.base_model
         self._layers = decoder_layers(model)
-        self._points = list(points)  # several readers may name one
+        self._points = list(points)
         self._dtype = next(model.parameters()).dtype
         self._last = max(map(writer, self._points))
         for number in range(max(0, self._last) + 1):
@@ -92,9 +92,8 @@ class Trunk:
     def _watch(self, number: int) -> None:
         """Have a layer tell the run under way, if there is one, what comes in and what goes out."""
         layer = self._layers[number]
-        points = dict.fromkeys(self._points)
-        before = [point for point in points if number == 0 and writer(point) < 0]
-        after = [point for point in points if writer(point) == number]
+        before = [point for point in self._points if number == 0 and writer(point) < 0]
+        after = [point for point in self._points if writer(point) == number]
 
         def begins(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if (run := self._under_way()) is None:
