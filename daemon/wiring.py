@@ -23,11 +23,10 @@ import structlog
 import torch
 
 from daemon.analysis.column_inputs import StudySettings
-from daemon.analysis.columns import ANALYSIS_VERSION, repeated_column
+from daemon.analysis.columns import ANALYSIS_VERSION
 from daemon.batching.batcher import Batcher
 from daemon.config import PRESETS, Config
 from daemon.devices import exact_device
-from daemon.errors import ConfigError
 from daemon.executor.autotune import auto_batch_tokens
 from daemon.executor.device_thread import DeviceThread
 from daemon.executor.local import LocalExecutor
@@ -42,6 +41,7 @@ from daemon.model.loading import LoadedModel, check_weights, load_model, locate_
 from daemon.model.padded_engine import PaddedEngine
 from daemon.model.placement import asked_map
 from daemon.model.sae import LoadedSae, last_layer_read, load_saes, move_saes
+from daemon.model.sae_names import check_columns
 from daemon.model.smollm2 import default_cache_dir
 from daemon.model.trie_engine import CannotPack, TrieEngine
 from daemon.model_info import ModelInfo, SaeInfo, compute_devices
@@ -49,7 +49,6 @@ from daemon.native.library import NAME, library
 from daemon.pause import Pause
 from daemon.pipeline import Limits, Pipeline
 from daemon.ports import Executor, Observer
-from daemon.recipes import Recipe
 from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import FORMAT as PARTS_FORMAT
@@ -261,23 +260,13 @@ def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         bos_habit=lambda: puts_bos(model.tokenizer),
     )
-    check_columns([entry.info for entry in saes], config.recipes)
+    check_columns([entry.info.name for entry in saes], config.recipes)
     if model.placement is not None:
         log.info("model.spread", devices=model.devices, layers=dict(Counter(model.placement.held)))
         move_saes(saes, model.placement)
     check_weights(model, last_layer_read(saes))
     check_device(model, list(dict.fromkeys(hook for entry in saes for hook in entry.hook_names)))
     return model, saes
-
-
-def check_columns(saes: Sequence[SaeInfo], recipes: Sequence[Recipe]) -> None:
-    """Raises ConfigError where the columns of dictionaries and texts would have one name."""
-    for recipe in recipes:
-        if (name := repeated_column([sae.name for sae in saes], recipe)) is not None:
-            raise ConfigError(
-                f"the SAEs {', '.join(sae.name for sae in saes)} and the texts {', '.join(recipe.text_names)}"
-                f" would give two columns named {name}: set another name in an [[sae]], or rename a text"
-            )
 
 
 def load_engine(config: Config) -> tuple[Engine, LoadedModel]:

@@ -6,9 +6,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from daemon.analysis.columns import repeated_column
 from daemon.errors import ConfigError
 from daemon.model.saeformat import TRANSCODERS
 from daemon.model_info import SaeInfo, default_name
+from daemon.recipes import Recipe
 
 # Of hooks, by what follows `blocks.L.`; the residual stream after the layer goes without saying.
 WORDS = {
@@ -49,6 +51,16 @@ def names_of(infos: Sequence[SaeInfo], given: Sequence[str | None]) -> tuple[str
             " one of them another by name in its [[sae]]"
         )
     return tuple(names)
+
+
+def check_columns(names: Sequence[str], recipes: Sequence[Recipe]) -> None:
+    """Raises ConfigError where two columns of dictionaries and texts would have one name."""
+    for recipe in recipes:
+        if (column := repeated_column(names, recipe)) is not None:
+            raise ConfigError(
+                f"the SAEs {', '.join(names)} and the texts {', '.join(recipe.text_names)} would give two"
+                f" columns named {column}: set another name in an [[sae]], or rename a text"
+            )
 
 
 def groups(names: Sequence[str]) -> list[list[int]]:

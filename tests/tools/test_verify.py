@@ -105,8 +105,8 @@ def test_dictionaries_that_normalise_as_they_run(hook, normalisation, tmp_path):
 
 def test_several_dictionaries_at_a_layer_in_both_ways_of_reading(tmp_path):
     saes = [
-        tiny.save_sae(tmp_path / "a", "blocks.1.hook_resid_post", d_sae=64),
-        tiny.save_sae(tmp_path / "b", "blocks.1.hook_resid_post", d_sae=128, seed=1, prepend_bos=False),
+        tiny.save_sae(tmp_path / "a", "blocks.1.hook_resid_post", d_sae=64, prepend_bos=False),
+        tiny.save_sae(tmp_path / "b", "blocks.1.hook_resid_post", d_sae=128, seed=1),
         tiny.save_sae(tmp_path / "c", "blocks.1.hook_mlp_out", architecture="topk", seed=2),
         tiny.save_sae(tmp_path / "d", "blocks.2.hook_resid_post", seed=3, prepend_bos=False),
     ]
