@@ -48,11 +48,11 @@ from daemon.native.library import NAME, library
 from daemon.pause import Pause
 from daemon.pipeline import Limits, Pipeline
 from daemon.ports import Executor, Observer
-from daemon.recipes import BUILT_IN_RECIPES
 from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import FORMAT as PARTS_FORMAT
 from daemon.sink.schema import stored_columns
+from daemon.source.counting import ReadRules
 from daemon.source.folder import FolderSource
 from daemon.source.inbox import Inbox
 from daemon.source.inputs import InputNames
@@ -125,7 +125,12 @@ def tokenizer_of(model: LoadedModel, config: Config, *, prepend_bos: bool) -> To
         max_text_tokens=config.batching.max_text_tokens,
         context=model.context,
         vocabulary=model.vocabulary,
+        rules=read_rules(config),
     )
+
+
+def read_rules(config: Config) -> ReadRules:
+    return ReadRules(config.analysis.tokens, config.batching.long_texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +211,9 @@ def loading_in_worker(
 async def with_settings(now: Computing, config: Config) -> Computing:
     """The same model and SAEs under changed settings."""
     await now.executor.restudy(study_settings(config))
-    return dataclasses.replace(now, tokenizer=now.tokenizer.limited(config.batching.max_text_tokens))
+    return dataclasses.replace(
+        now, tokenizer=now.tokenizer.limited(config.batching.max_text_tokens, read_rules(config))
+    )
 
 
 def anywhere(config: Config) -> Config:
@@ -295,7 +302,7 @@ def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
 
 
 def study_settings(config: Config) -> StudySettings:
-    return StudySettings(**config.analysis.model_dump())
+    return StudySettings(**config.analysis.model_dump(exclude={"tokens"}))
 
 
 def read_limits(config: Config) -> ReadLimits:
@@ -312,10 +319,9 @@ def read_limits(config: Config) -> ReadLimits:
 
 def results_key(config: Config, info: ModelInfo) -> str:
     """Stands for everything besides the input's content that changes results, or how they are stored."""
-    recipes = BUILT_IN_RECIPES if config.recipe is None else (config.recipe,)
     identity = {
         "analysis": ANALYSIS_VERSION,
-        "stored": [PARTS_FORMAT, stored_columns(info.layers, recipes, config.outbox.values)],
+        "stored": [PARTS_FORMAT, stored_columns(info.layers, config.recipes, config.outbox.values)],
         "config": config.results_fingerprint(),
         "model": [info.weights_sha256 or info.name, info.settings_sha256],
         "saes": [dataclasses.astuple(sae) for sae in info.saes],
@@ -373,7 +379,7 @@ def pipeline_of(
     return Pipeline(
         FolderSource(
             folders.inbox,
-            recipe=config.recipe,
+            recipes=config.recipes,
             limits=read_limits(config),
             results_key=results_key(config, executor.info),
             pause=pause,

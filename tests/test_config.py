@@ -130,8 +130,7 @@ def test_a_bad_variable_is_named():
 def test_a_variable_can_hold_a_list_as_json():
     config = load_config(None, {"LENSD_SAE": '[{"path": "a"}]', "LENSD_TEXTS": '{"t": "{body}"}'})
     assert str(config.sae[0].path) == "a"
-    assert config.recipe is not None
-    assert config.recipe.text_names == ("t",)
+    assert config.recipes[0].text_names == ("t",)
 
 
 def test_a_bad_flag_is_named():

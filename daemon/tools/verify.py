@@ -183,7 +183,7 @@ def run_reference(
     progress.add_total(len(samples))
     for number, sample in enumerate(samples):
         progress.advance(1)
-        layers = oracle.layers(sample.token_ids)
+        layers = oracle.layers(texts_read(sample))
         if not all(map(is_finite, layers)):
             not_finite.add(number)
             active.append({})
@@ -208,6 +208,15 @@ def run_reference(
             }
         )
     return Results(columns, active, frozenset(not_finite))
+
+
+def texts_read(sample: TokenizedSample) -> tuple[tuple[int, ...], ...]:
+    """Each text up to the token that is read, its last one that counts: nothing after it changes that."""
+    if sample.counted is None:
+        return sample.token_ids
+    return tuple(
+        ids[: 1 + mask.rindex(1)] for ids, mask in zip(sample.token_ids, sample.counted, strict=True)
+    )
 
 
 def is_finite(layer: ReferenceLayer) -> bool:

@@ -24,6 +24,7 @@ import zstandard
 
 from daemon.config import InboxSection
 from daemon.errors import FileError
+from daemon.recipes import BUILT_IN_RECIPES
 from daemon.records import Part, Reject, Sample
 from daemon.rejects import REJECT_REASONS
 from daemon.source.reader import part_blocks
@@ -362,7 +363,9 @@ def read(path: Path, *, whole: bool) -> list[Part]:
     """A file's parts, from its whole content or from a stream of it. Raises FileError."""
     if not whole:
         return asyncio.run(parts_of(path, limits=LIMITS))
-    blocks = part_blocks(io.BytesIO(path.read_bytes()), unclaimed(path), recipe=None, limits=LIMITS)
+    blocks = part_blocks(
+        io.BytesIO(path.read_bytes()), unclaimed(path), recipes=BUILT_IN_RECIPES, limits=LIMITS
+    )
     return [part for parts in blocks for part in parts]
 
 
