@@ -40,8 +40,10 @@ class Engine(Protocol):
         ...
 
     def start(self, texts: Sequence[Sequence[int]], counted: Counted = None) -> Started:
-        """Have the device read N texts, of which tokens that do not count are not encoded; does not wait for it
-        where it goes on by itself."""
+        """Have the device read N texts, of which the tokens that count may be encoded.
+
+        Does not wait for it where it goes on by itself.
+        """
         ...
 
     def finish(self, started: Started) -> Extraction:

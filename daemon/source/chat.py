@@ -119,7 +119,7 @@ def shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 def unclear(number: int) -> SampleError:
     return SampleError(
         "roles_unclear",
-        f"is rendered such that nothing tells which tokens are its message {number + 1}, since the model's chat"
+        f"is rendered such that nothing tells which tokens are its message {number + 1}: the model's chat"
         ' template moves or drops messages: set analysis.tokens = "all", or leave it out',
     )
 

@@ -1,4 +1,4 @@
-"""`lensd check-config --file`: how the first records of a file are read. Needs the tokenizer, and no weights."""
+"""`lensd check-config --file`: how the first records of a file are read, by the model's tokenizer alone."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ SHOWN_TOKENS = 12  # of those that are read
 
 
 def preview(config: Config, file: Path) -> Iterator[str]:
-    """Lines that say which recipe is taken, and of each record the texts, their tokens and those that are read.
+    """Lines that say which recipe is taken, and of each record its texts, their tokens and those read.
 
-    Raises FileError where the file can't be used, ConfigError and MachineError where the tokenizer can't be had.
+    Raises FileError for an unusable file, ConfigError and MachineError where the tokenizer can't be had.
     """
     quiet_libraries()
     adds_bos = {prepends_bos(sae) for sae in config.sae}
     if len(adds_bos) > 1:
         raise ConfigError("the SAEs disagree on prepend_bos, so no one token sequence serves them all")
-    hf_tokenizer, tokenizer = tokenizer_alone(config, prepend_bos=adds_bos == {True})
+    prepend_bos = adds_bos == {True}
+    hf_tokenizer, tokenizer = tokenizer_alone(config, prepend_bos=prepend_bos)
     part = first_part(config, file)
     recipe, compared = part.recipe, part.recipe.contrast
     contrast = (
@@ -43,9 +44,10 @@ def preview(config: Config, file: Path) -> Iterator[str]:
         else ""
     )
     yield f"ok: {file.name}: recipe {recipe.name}: texts {', '.join(recipe.text_names)}{contrast}"
+    settings = config.analysis
     yield (
-        f"ok: {'BOS before each text' if adds_bos == {True} else 'no BOS added'}; tokens = {config.analysis.tokens},"
-        f" positions = {config.analysis.positions}, long_texts = {config.batching.long_texts}"
+        f"ok: {'BOS before each text' if prepend_bos else 'no BOS added'}; tokens = {settings.tokens},"
+        f" positions = {settings.positions}, long_texts = {config.batching.long_texts}"
     )
     for record in records_of(part, tokenizer):
         if isinstance(record, Reject):
@@ -56,9 +58,10 @@ def preview(config: Config, file: Path) -> Iterator[str]:
         yield f"record {sample.record_index}{line}, id {sample.sample_id}"
         for text, name in enumerate(recipe.text_names):
             ids = record.token_ids[text]
-            read = places_read(record, text, config, skips_bos=adds_bos == {True})
+            read = places_read(record, text, config, skips_bos=prepend_bos)
             yield f"  {name}, {len(ids)} tokens: {shown(decoded(hf_tokenizer, ids))}"
-            yield f"    reads {len(read)}: {tokens_shown([decoded(hf_tokenizer, [ids[place]]) for place in read])}"
+            tokens = [decoded(hf_tokenizer, [ids[place]]) for place in read]
+            yield f"    reads {len(read)}: {tokens_shown(tokens)}"
 
 
 def first_part(config: Config, file: Path) -> Part:
@@ -125,7 +128,10 @@ def tokenizer_alone(config: Config, *, prepend_bos: bool) -> tuple[Any, Tokenize
 
 
 def prepends_bos(source: SaeSection) -> bool:
-    """What a dictionary's settings say of BOS; true where they say nothing. Raises ConfigError, MachineError."""
+    """Whether a dictionary's settings ask for BOS; true where they say nothing.
+
+    Raises ConfigError and MachineError.
+    """
     what = f"SAE {source.path or f'{source.release}/{source.id}'}"
     if source.path is not None:
         if not (source.path / "cfg.json").is_file():
