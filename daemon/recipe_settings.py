@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import field_validator, model_validator
 
 from daemon.analysis.columns import analysis_columns
-from daemon.recipes import Contrast, Recipe, named_places
+from daemon.recipes import Contrast, Recipe, named_places, no_place, path_of
 from daemon.setting_types import Section, SettingName
 
 RECIPE_LOOKS = (
@@ -74,6 +74,9 @@ def check_template(name: str, template: str) -> None:
     """Raises ValueError unless the template names fields, or paths into them: `"{prompt} {meta.fact}"`."""
     try:
         places = named_places(template)
+        for place in places:
+            if not path_of(place)[0].isidentifier():
+                raise ValueError(no_place(place))
     except ValueError as error:
         raise ValueError(f"template {name!r}: {error}") from None
     if not places:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 SIGNED_NUMBER = re.compile(r"-?\.?\d")  # its sign or point is no punctuation of the sentence
 STEP = re.compile(r"\.\w+|\[[^\[\]]+\]")
-PLACE = re.compile(rf"(?P<field>\w+)(?P<rest>(?:{STEP.pattern})*)")
+PLACE = re.compile(rf"(?P<field>[^.\[\]]+)(?P<rest>(?:{STEP.pattern})*)")
 
 
 class Message(NamedTuple):
@@ -86,7 +86,7 @@ class Recipe:
 
 @functools.lru_cache(maxsize=64)
 def fields_of(templates: tuple[tuple[str, str], ...]) -> frozenset[str]:
-    return frozenset(str(path_of(place)[0]) for place in places_of(templates))
+    return frozenset(path_of(place)[0] for place in places_of(templates))
 
 
 @functools.lru_cache(maxsize=64)
@@ -124,13 +124,15 @@ def path_of(place: str) -> tuple[str, ...]:
     A step is the key of an object or the index of an array. Raises ValueError.
     """
     found = PLACE.fullmatch(place)
-    if found is None or not found["field"].isidentifier():
-        raise ValueError(
-            f"{{{place}}} must be a plain field name, or a path such as {{meta.source}} or {{turns[0][text]}}"
-        )
+    if found is None:
+        raise ValueError(no_place(place))
     return found["field"], *(
         step[1:-1] if step[0] == "[" else step[1:] for step in STEP.findall(found["rest"])
     )
+
+
+def no_place(place: str) -> str:
+    return f"{{{place}}} must be a plain field name, or a path such as {{meta.source}} or {{turns[0][text]}}"
 
 
 def join(prompt: str, completion: str) -> str:
