@@ -1,7 +1,8 @@
 """Renders conversations by the chat template of the model's tokenizer, to token ids and never by way of text.
 
 Tells which of these tokens are whose: by the template's generation marks where it has them, else by rendering
-the conversation up to a message. Where neither tells, the record is refused: nothing is guessed.
+the conversation up to a message. A token of what stands before a message and of its content is the content's.
+Where nothing tells, the record is refused: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from daemon.escaping import cut_short, escape_control
 from daemon.recipes import Conversation, Message
 from daemon.records import CountedTokens
 from daemon.source.counting import EncodedText, counts_none
+from daemon.source.texts import shared_length
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # before what the assistant writes
 TODAY = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 DATE = datetime.date(2024, 7, 26)  # that templates are told, so that results do not depend on the day
-STAND_INS = ("A", "B")  # contents that differ in their first token
+STAND_INS = ("A", "B")  # contents that differ from their first letter on
 
 
 class ChatTemplate:
@@ -53,54 +55,56 @@ class ChatTemplate:
         ids = tuple(rendered["input_ids"])
         if tokens == "all" or start == 0:
             return EncodedText(ids)
-        if tokens == "completion":
-            if start is None:
-                raise counts_none(tokens)
-            begin, _ = self._span(messages, start, ids)
-            return EncodedText(ids, bytes(begin) + b"\1" * (len(ids) - begin))
+        if tokens == "completion" and start is None:
+            raise counts_none(tokens)
         wanted = [number for number, message in enumerate(messages) if message.role == tokens]
         if marked:
             mask = bytes(rendered["assistant_masks"])
             if len(re.findall(b"\1+", mask)) == len(wanted):
                 return EncodedText(ids, mask)
-        counted = bytearray(len(ids))
-        for number in wanted:
-            begin, end = self._span(messages, number, ids)
-            counted[begin:end] = b"\1" * (end - begin)
-        return EncodedText(ids, bytes(counted))
+        text = self._text(messages, answer=chat.awaits_answer)
+        if start is not None and tokens == "completion":
+            spans = [(self._span(messages, start, text)[0], len(text))]
+        else:
+            spans = [self._span(messages, number, text) for number in wanted]
+        ends = [end for _, end in rendered["offset_mapping"]]
+        return EncodedText(ids, bytes([any(first < end <= last for first, last in spans) for end in ends]))
 
-    def _span(self, messages: Sequence[Message], number: int, ids: tuple[int, ...]) -> tuple[int, int]:
-        """Where among `ids` a message's content begins, and where the next message does.
+    def _span(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
+        """Where in the rendered text a message's content begins, and where the next message does.
 
         What stands before the content is the same whatever the content is; all up to the next message is
-        there whether or not one follows. Raises SampleError where that is not so. A token of both what stands
-        before and the content belongs to the content.
+        there whether or not one follows. Raises SampleError where that is not so.
         """
         before, role = messages[:number], messages[number].role
         try:
-            one, other = (self._ids((*before, Message(role, content))) for content in STAND_INS)
-            whole = ids if number + 1 == len(messages) else self._ids(messages[: number + 1])
+            one, other = (self._text((*before, Message(role, content))) for content in STAND_INS)
+            whole = text if number + 1 == len(messages) else self._text(messages[: number + 1])
         except SampleError:
             raise unclear(number) from None
-        header = shared(one, other)
-        begin = shared(one[:header], ids)
-        if header == min(len(one), len(other)) or header - begin > 1 or ids[: len(whole)] != whole:
+        header = one[: shared_length(one, other)]
+        if one == other or not text.startswith(header) or not text.startswith(whole):
             raise unclear(number)
-        return begin, len(whole)
+        return len(header), len(whole)
 
-    def _ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        return tuple(self._rendered(messages, answer=False, marks=False)["input_ids"])
+    def _text(self, messages: Sequence[Message], *, answer: bool = False) -> str:
+        return str(self._applied(messages, add_generation_prompt=answer, tokenize=False))
 
     def _rendered(self, messages: Sequence[Message], *, answer: bool, marks: bool) -> Any:
+        """The token ids, where in the rendered text each ends, and which ones are marked."""
+        return self._applied(
+            messages,
+            add_generation_prompt=answer,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=marks,
+            tokenizer_kwargs={"verbose": False, "return_offsets_mapping": True},
+        )
+
+    def _applied(self, messages: Sequence[Message], **options: Any) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
-                [message._asdict() for message in messages],
-                chat_template=self._template,
-                add_generation_prompt=answer,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=marks,
-                tokenizer_kwargs={"verbose": False},
+                [message._asdict() for message in messages], chat_template=self._template, **options
             )
         except Exception as error:  # of the template's own, or of Jinja
             reason = escape_control(cut_short(str(error).partition("\n")[0], 100))
@@ -108,12 +112,6 @@ class ChatTemplate:
                 "chat_refused",
                 f"is refused by the model's chat template ({reason}): write it as that expects",
             ) from None
-
-
-def shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def unclear(number: int) -> SampleError:

@@ -89,7 +89,7 @@ def conversations(
     if prompt is None or isinstance(prompt, str):
         if len(completions) < 2:
             raise mixed(fields)
-        begins: Sequence[Message] = shared_messages(*completions)
+        begins: Sequence[Message] = completions[0][: shared_length(*completions)]
     else:
         begins = prompt
         if not all(tuple(part[: len(begins)]) == tuple(begins) for part in completions):
@@ -107,11 +107,10 @@ def conversations(
     return Texts((awaits, *(Conversation(tuple(part)) for part in completions)), starts)
 
 
-def shared_messages(one: Sequence[Message], other: Sequence[Message]) -> Sequence[Message]:
-    n = next(
-        (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
-    return one[:n]
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def shared_words(one: str, other: str) -> str:
@@ -123,9 +122,7 @@ def shared_words(one: str, other: str) -> str:
         raise SampleError(
             "bad_field", "fields 'chosen' and 'rejected' are the same text: leave the record out"
         )
-    end = next(
-        (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
+    end = shared_length(one, other)
     while end and not one[end - 1].isspace():
         end -= 1
     if end and one[end - 1] == " ":

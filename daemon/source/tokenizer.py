@@ -70,11 +70,11 @@ class Tokenizer:
                 " the tokenizer that belongs to the model"
             )
 
-    def limited(self, max_text_tokens: int, rules: ReadRules = EVERYTHING) -> Tokenizer:
-        """The same with another limit and other rules."""
+    def limited(self, max_text_tokens: int, rules: ReadRules | None = None) -> Tokenizer:
+        """The same with another limit, and with other rules where they are given."""
         other = copy.copy(self)
         other._max_text_tokens = max_text_tokens
-        other._rules = rules
+        other._rules = rules or self._rules
         return other
 
     def encode(self, texts: list[str]) -> list[tuple[int, ...]]:
