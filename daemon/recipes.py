@@ -6,7 +6,7 @@ import functools
 import re
 import string
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,8 +70,8 @@ class Recipe:
         return fields_of(self.templates)
 
     @property
-    def places(self) -> frozenset[str]:
-        """What the templates name: fields, and paths into fields."""
+    def places(self) -> Mapping[str, bool]:
+        """What the templates name, in alphabetical order: whether each is a field, or a path into one."""
         return places_of(self.templates)
 
     def render(self, values: dict[str, str]) -> tuple[str, ...]:
@@ -90,8 +90,9 @@ def fields_of(templates: tuple[tuple[str, str], ...]) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=64)
-def places_of(templates: tuple[tuple[str, str], ...]) -> frozenset[str]:
-    return frozenset(place for _, template in templates for place in named_places(template))
+def places_of(templates: tuple[tuple[str, str], ...]) -> Mapping[str, bool]:
+    places = {place for _, template in templates for place in named_places(template)}
+    return {place: len(path_of(place)) == 1 for place in sorted(places)}
 
 
 @functools.lru_cache(maxsize=256)
@@ -107,6 +108,7 @@ def pieces_of(template: str) -> tuple[tuple[str, str | None], ...]:
     return tuple(pieces)
 
 
+@functools.lru_cache(maxsize=256)
 def named_places(template: str) -> tuple[str, ...]:
     """The places that a template names, in its order."""
     return tuple(place for _, place in pieces_of(template) if place is not None)
@@ -114,7 +116,7 @@ def named_places(template: str) -> tuple[str, ...]:
 
 def filled(template: str, values: dict[str, str]) -> str:
     """The template with a value at each place. Values are text, whatever braces they hold."""
-    return "".join(text if place is None else text + values[place] for text, place in pieces_of(template))
+    return "".join([text if place is None else text + values[place] for text, place in pieces_of(template)])
 
 
 @functools.lru_cache(maxsize=256)

@@ -198,7 +198,7 @@ def test_recipes_are_tried_in_the_order_in_which_they_are_written(tmp_path):
     recipes = load(tmp_path, text).recipes
     assert [recipe.name for recipe in recipes[:3]] == ["texts", "one", "two"]
     assert recipes[3:] == BUILT_IN_RECIPES == load(tmp_path).recipes
-    assert (recipes[1].fields, recipes[1].places) == ({"meta"}, {"meta.x"})
+    assert (recipes[1].fields, recipes[1].places) == ({"meta"}, {"meta.x": False})
     assert recipes[2].contrast == Contrast("a", "b", "c")
     of_variable = load(tmp_path, env={"LENSD_RECIPE": '[{"name": "v", "texts": {"t": "{body}"}}]'})
     assert of_variable.recipes[0].text_names == ("t",)

@@ -6,8 +6,7 @@ Values are those that `daemon.source.parsing` reads: numbers stand as they were 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from daemon.errors import SampleError
 from daemon.escaping import cut_short
@@ -18,8 +17,7 @@ ROLES = ("system", "user", "assistant")
 UNREAD = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking")  # of a message
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
+class Texts(NamedTuple):
     """The texts of one record, in the order of its recipe.
 
     `starts` says where in each text its completion begins: a character, or of a conversation a message; 0 in
@@ -34,7 +32,10 @@ def texts_of(record: Mapping[str, Any], recipe: Recipe) -> Texts:
     """Raises SampleError where the record lacks what the recipe needs."""
     if recipe.chats:
         return texts_of_chats(record, recipe)
-    values = {place: place_text(record, place) for place in sorted(recipe.places)}
+    values: dict[str, str] = {}
+    for place, is_field in recipe.places.items():
+        value = record.get(place) if is_field else None
+        values[place] = value if value.__class__ is str else place_text(record, place)
     texts = recipe.render(values)
     return Texts(texts, starts_after(texts[0], len(texts)) if recipe.joins else ())
 
