@@ -149,22 +149,22 @@ def string_or_chat(record: Mapping[str, Any], field: str) -> str | tuple[Message
 def messages_of(value: Sequence[Any], field: str) -> tuple[Message, ...]:
     """Raises SampleError, with the number of the message, for what is no conversation that can be read."""
     if not value:
-        raise SampleError("bad_chat", f"field {field!r} holds no message: give it one")
+        raise SampleError("bad_chat", f"has no message in field {field!r}: give it one")
     return tuple(message_of(item, f"message {n} of {field!r}") for n, item in enumerate(value, 1))
 
 
 def message_of(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise SampleError(
-            "bad_chat", f"{where} is a JSON {json_type(value)}, and no object: write {{role, content}}"
+            "bad_chat", f"has a JSON {json_type(value)} as {where}, and no object: write {{role, content}}"
         )
     role = value.get("role")
     if role not in ROLES:
         shown = f"the role {cut_short(as_text(role), 20)!a}" if isinstance(role, str) else "no role"
-        raise SampleError("bad_chat", f"{where} has {shown}: roles are {', '.join(ROLES)}")
+        raise SampleError("bad_chat", f"has {shown} in {where}: roles are {', '.join(ROLES)}")
     for name in UNREAD:
         if value.get(name):
-            raise SampleError("bad_chat", f"{where} has {name}, which lensd does not render: leave it out")
+            raise SampleError("bad_chat", f"has {name} in {where}, which lensd does not render: leave it out")
     return Message(role, content_of(value.get("content"), where))
 
 
@@ -173,10 +173,10 @@ def content_of(value: Any, where: str) -> str:
     if isinstance(value, str | int):
         return as_text(value)
     if not isinstance(value, list):
-        raise SampleError("bad_chat", f"{where} has no content: give it a text")
+        raise SampleError("bad_chat", f"has no content in {where}: give it a text")
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise SampleError("bad_chat", f"{where} has a part that is no text: lensd reads text alone")
+            raise SampleError("bad_chat", f"has a part that is no text in {where}: lensd reads text alone")
     return "".join(as_text(part["text"]) for part in value)
 
 

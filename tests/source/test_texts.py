@@ -125,12 +125,12 @@ IMAGE = {"type": "image", "image": "x"}
     ("record", "reason", "said"),
     [
         ({"messages": "User: hi"}, "bad_field", "a JSON string: make it a list of"),
-        ({"messages": []}, "bad_chat", "holds no message"),
-        ({"messages": ["hi"]}, "bad_chat", "message 1 of 'messages' is a JSON string"),
+        ({"messages": []}, "bad_chat", "has no message in field 'messages'"),
+        ({"messages": ["hi"]}, "bad_chat", "has a JSON string as message 1 of 'messages'"),
         (
             {"messages": [USER, {"role": "tool", "content": "x"}]},
             "bad_chat",
-            "message 2 of 'messages' has the role",
+            "has the role 'tool' in message 2 of 'messages'",
         ),
         ({"messages": [{"content": "x"}]}, "bad_chat", "has no role"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "bad_chat", "has no role"),
