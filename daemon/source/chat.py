@@ -31,6 +31,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, template: str) -> None:
         self._tokenizer = tokenizer
         self._template = TODAY.sub(lambda found: repr(DATE.strftime(found[1] or found[2] or "")), template)
+        self._is_dated = "strftime_now(" in self._template
         self._has_marks = GENERATION.search(template) is not None
 
     @classmethod
@@ -49,11 +50,15 @@ class ChatTemplate:
 
         Raises SampleError where the template refuses it, or does not let tell which tokens are whose.
         """
-        messages = chat.messages
-        marked = self._has_marks and tokens == "assistant" and start != 0
-        rendered = self._rendered(messages, answer=chat.awaits_answer, marks=marked)
+        messages, every = chat.messages, tokens == "all" or start == 0
+        if self._is_dated:
+            raise SampleError(
+                "chat_refused", "has the day of the run in it by the model's chat template: use another model"
+            )
+        marked = self._has_marks and tokens == "assistant" and not every
+        rendered = self._rendered(messages, answer=chat.awaits_answer, offsets=not every, marks=marked)
         ids = tuple(rendered["input_ids"])
-        if tokens == "all" or start == 0:
+        if every:
             return EncodedText(ids)
         if tokens == "completion" and start is None:
             raise counts_none(tokens)
@@ -90,15 +95,15 @@ class ChatTemplate:
     def _text(self, messages: Sequence[Message], *, answer: bool = False) -> str:
         return str(self._applied(messages, add_generation_prompt=answer, tokenize=False))
 
-    def _rendered(self, messages: Sequence[Message], *, answer: bool, marks: bool) -> Any:
-        """The token ids, where in the rendered text each ends, and which ones are marked."""
+    def _rendered(self, messages: Sequence[Message], *, answer: bool, offsets: bool, marks: bool) -> Any:
+        """The token ids, and where these are asked for where in the text each ends and which are marked."""
         return self._applied(
             messages,
             add_generation_prompt=answer,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=marks,
-            tokenizer_kwargs={"verbose": False, "return_offsets_mapping": True},
+            tokenizer_kwargs={"verbose": False, "return_offsets_mapping": offsets},
         )
 
     def _applied(self, messages: Sequence[Message], **options: Any) -> Any:

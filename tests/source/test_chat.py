@@ -167,6 +167,8 @@ def test_a_template_that_asks_for_the_day_gives_the_same_on_every_day():
     assert made is not None
     ids, _ = made.encode(chat_of(ONE), "all", None)
     assert chat_tokenizer(None).decode(ids).startswith("26 Jul 2024|2024")
+    ((reason, message),) = rejects("{% set form = '%d' %}{{ strftime_now(form) }}" + CHATML, chat_of(ONE))
+    assert reason == "chat_refused" and "has the day of the run in it" in message
 
 
 def test_built_in_recipes_are_tried_by_how_much_they_say():
