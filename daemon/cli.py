@@ -113,6 +113,12 @@ def parser() -> argparse.ArgumentParser:
     retry.add_argument("--config", type=path, metavar="FILE", help="TOML settings")
     retry.add_argument("--inbox", metavar="DIR", dest="inbox.path")
     check = add_command(commands, "check-config", check_config, "validate settings, folders, model and SAEs")
+    check.add_argument(
+        "--file",
+        type=input_file,
+        metavar="F",
+        help="only show how its first records are read; loads no weights",
+    )
     status = commands.add_parser("status", help="what a running daemon does", description=STATUS)
     status.set_defaults(command=show_status)
     status.add_argument("--config", type=path, metavar="FILE", help="TOML settings of the daemon")
@@ -354,6 +360,12 @@ def show_status(args: argparse.Namespace) -> int:
 
 def check_config(args: argparse.Namespace) -> int:
     config = configure(args)
+    if args.file is not None:
+        from daemon.tools.preview import preview
+
+        for line in preview(config, args.file):
+            say(line)
+        return DONE
     from daemon.machine import check_folders
     from daemon.wiring import folders_of_use, load_compute
 

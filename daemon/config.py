@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import string
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -30,12 +28,28 @@ from pydantic import (
     model_validator,
 )
 
-from daemon.analysis.columns import repeated_column
 from daemon.errors import ConfigError
-from daemon.recipes import BUILT_IN_RECIPES, Contrast, Recipe
-from daemon.records import Positions
+from daemon.recipe_settings import (
+    ContrastSection,
+    RecipeSection,
+    check_columns,
+    check_contrast,
+    check_recipes,
+    checked_texts,
+    recipe_of,
+)
+from daemon.recipes import BUILT_IN_RECIPES, Recipe
+from daemon.records import CountedTokens, LongTexts, Positions
 from daemon.setting_layers import env_layer, set_dotted, toml_layer
-from daemon.setting_types import BatchTokens, NamePatterns, SettingName, SettingPath, WorkerGpus, Workers
+from daemon.setting_types import (
+    BatchTokens,
+    NamePatterns,
+    Section,
+    SettingName,
+    SettingPath,
+    WorkerGpus,
+    Workers,
+)
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_MODEL = "smollm2-135m"
@@ -45,10 +59,6 @@ TABLES_LOOK = {  # as environment variables
 }
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -113,14 +123,9 @@ def check_saes(value: Any) -> Any:
     return value
 
 
-class ContrastSection(Section):
-    reference: str
-    positive: str
-    negative: str
-
-
 class AnalysisSection(Section):
-    positions: Positions = "last"  # tokens of a text that are read; mean and max pool their features
+    tokens: CountedTokens = "all"  # of a text that count; of a prompt itself all do
+    positions: Positions = "last"  # of these, that are read; mean and max pool their features
     seed: int = 0  # of the stability noise
     noise_sigma: NonNegativeFloat = 0.1  # standard deviation, in units of the residual stream
     noise_draws: Annotated[int, Field(ge=1, le=256)] = 8  # draws per text, out of the noise bank
@@ -131,7 +136,8 @@ class AnalysisSection(Section):
 class BatchingSection(Section):
     max_batch_tokens: BatchTokens = "auto"  # tokens per forward pass; auto: measured once, and remembered
     max_batch_samples: PositiveInt | None = None  # samples per forward pass
-    max_text_tokens: PositiveInt = 1024  # a longer text is rejected
+    max_text_tokens: PositiveInt = 1024
+    long_texts: LongTexts = "reject"  # of more tokens; or cut, BOS kept: keep_end, keep_start
     window_tokens: PositiveInt = 65_536  # tokens sorted by length at a time, and queued ahead
 
 
@@ -194,8 +200,9 @@ class Config(Section):
         Field(min_length=1),
         BeforeValidator(check_saes),
     ]
-    texts: dict[str, str] | None = None  # name -> template; None: chosen by the record's fields
+    texts: dict[str, str] | None = None  # name -> template; a recipe that is tried before all others
     contrast: ContrastSection | None = None
+    recipe: Annotated[tuple[RecipeSection, ...], BeforeValidator(check_recipes)] = ()
     analysis: AnalysisSection = AnalysisSection()
     batching: BatchingSection = BatchingSection()
     executor: ExecutorSection = ExecutorSection()
@@ -207,35 +214,24 @@ class Config(Section):
     @field_validator("texts")
     @classmethod
     def check_texts(cls, value: dict[str, str] | None) -> dict[str, str] | None:
-        if value is not None and not value:
-            raise ValueError("expected at least one name = template")
-        for name, template in (value or {}).items():
-            if not name.isidentifier():
-                raise ValueError(f"text name {name!r} must be a word, since it names columns")
-            check_template(name, template)
-        return value
+        return None if value is None else checked_texts(value)
 
     @model_validator(mode="after")
     def check_contrast(self) -> Config:
-        if self.contrast is None:
-            return self
         if self.texts is None:
-            raise ValueError("[contrast] names texts, so [texts] must be given too")
-        for role, name in self.contrast:
-            if name not in self.texts:
-                allowed = ", ".join(self.texts)
-                raise ValueError(f"contrast.{role} = {name!r} is not in [texts]: use one of {allowed}")
-        if len(set(self.contrast.model_dump().values())) < 3:
-            raise ValueError("[contrast] compares a text with itself: name three different ones")
+            if self.contrast is not None:
+                raise ValueError("[contrast] names texts, so [texts] must be given too")
+            return self
+        check_contrast(self.contrast, self.texts, "[texts]")
+        check_columns(recipe_of(self.texts, self.contrast), "[texts]")
         return self
 
     @model_validator(mode="after")
-    def check_columns(self) -> Config:
-        """No two columns may differ by case alone: SQL takes them for one."""
-        if self.recipe is None:
-            return self
-        if (name := repeated_column(("l0",), self.recipe)) is not None:
-            raise ValueError(f"[texts] would give two columns named {name}: rename a text")
+    def check_recipe_names(self) -> Config:
+        names = Counter(recipe.name for recipe in self.recipes)
+        ((name, times),) = names.most_common(1)
+        if times > 1:
+            raise ValueError(f"two recipes are named {name!r} ({', '.join(names)}): rename one of [[recipe]]")
         return self
 
     @model_validator(mode="after")
@@ -249,16 +245,9 @@ class Config(Section):
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
-        """Every recipe that a file may have."""
-        return BUILT_IN_RECIPES if self.recipe is None else (self.recipe,)
-
-    @property
-    def recipe(self) -> Recipe | None:
-        """The configured recipe; None where it is chosen by each file's fields."""
-        if self.texts is None:
-            return None
-        contrast = Contrast(**self.contrast.model_dump()) if self.contrast else None
-        return Recipe(templates=tuple(self.texts.items()), contrast=contrast)
+        """The recipes in the order in which they are tried: a file takes the first whose fields it has."""
+        own = () if self.texts is None else (recipe_of(self.texts, self.contrast),)
+        return (*own, *(section.recipe for section in self.recipe), *BUILT_IN_RECIPES)
 
     def results_fingerprint(self) -> str:
         """Canonical JSON of every setting that changes results; part of a unit's identity."""
@@ -266,30 +255,18 @@ class Config(Section):
             {
                 "texts": self.texts,
                 "contrast": self.contrast.model_dump() if self.contrast else None,
+                "recipe": [recipe.model_dump() for recipe in self.recipe],
                 "analysis": self.analysis.model_dump(),
                 "dtype": self.model.dtype,
                 "quantization": self.model.quantization,
                 "max_text_tokens": self.batching.max_text_tokens,
+                "long_texts": self.batching.long_texts,
                 "max_record_bytes": self.inbox.max_record_bytes,
                 "max_nesting": self.inbox.max_nesting,
                 "values": self.outbox.values,
             },
             sort_keys=True,
         )
-
-
-def check_template(name: str, template: str) -> None:
-    """Raises ValueError unless the template names plain fields, e.g. `"{prompt} {fact}"`."""
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"template {name!r}: {error}") from None
-    fields = [field for _, field, _, _ in parsed if field is not None]
-    if not fields:
-        raise ValueError(f"template {name!r} names no field: write e.g. {name} = '{{prompt}}'")
-    for _, field, spec, conversion in parsed:
-        if field is not None and (not field.isidentifier() or spec or conversion):
-            raise ValueError(f"template {name!r}: {{{field}}} must be a plain field name")
 
 
 def preset_names() -> list[str]:

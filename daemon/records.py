@@ -15,11 +15,13 @@ import numpy.typing as npt
 
 from daemon.errors import FileError
 from daemon.model_info import SaeInfo
-from daemon.recipes import Recipe
+from daemon.recipes import Recipe, Text
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Positions = Literal["last", "all", "mean", "max"]  # of a text, that the SAEs read
+CountedTokens = Literal["all", "assistant", "user", "completion"]  # of a text, among which positions are
+LongTexts = Literal["reject", "keep_end", "keep_start"]  # of more tokens than may be
 Presence = Literal["same", "changed", "gone"]  # of a claimed file
 OutcomeKind = Literal["committed", "failed", "duplicate", "requeued"]
 DepartureKind = Literal["l0", "fvu"]
@@ -81,10 +83,12 @@ class Sample:
     domain: str | None
     complexity: float | None
     extra: str | None  # JSON object of the fields that nothing else uses
-    texts: tuple[str, ...]  # in the order of the recipe
+    texts: tuple[Text, ...]  # in the order of the recipe
     line: int | None  # 1-based line of the input; None where lines mean nothing
     byte_offset: int | None  # of the record's first byte in the uncompressed input; None as with lines
     row_group: int | None = None  # of a Parquet file
+    # Where each text's completion begins, a character or of a conversation a message: 0 in a prompt itself.
+    starts: tuple[int | None, ...] = ()
 
     def reject(self, reason: str, message: str) -> Reject:
         """This record as one that can't be used after all."""
@@ -149,11 +153,16 @@ class KeptPart:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
-    """A sample and the token ids of each of its texts, BOS included where an SAE expects it."""
+    """A sample and the token ids of each of its texts, BOS included where an SAE expects it.
+
+    `counted` has a byte for each token of each text, 1 where the token counts; None where all do.
+    `bos_added` says whether each text's BOS was put before it, and is not its own; empty where all SAEs read
+    `token_ids`.
+    """
 
     sample: Sample
     token_ids: tuple[tuple[int, ...], ...]
-    # Whether each text's BOS was put before it, and is not its own; empty where all SAEs read `token_ids`.
+    counted: tuple[bytes, ...] | None = None
     bos_added: tuple[bool, ...] = ()
 
     @property
@@ -188,6 +197,7 @@ class TokenizedPart:
 
     part: Part
     samples: tuple[TokenizedSample, ...]
+    cut_texts: int = 0  # that were longer than they may be
 
     @property
     def n_tokens(self) -> int:

@@ -27,6 +27,11 @@ REJECT_REASONS = (
     "worker_died",
     "not_finite_activation",
     "unknown_token",
+    "bad_chat",
+    "no_chat_template",
+    "chat_refused",
+    "roles_unclear",
+    "no_token_counts",
 )
 
 

@@ -60,7 +60,7 @@ def env_layer(env: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
         if not name.startswith(ENV_PREFIX) or name in ENV_NOT_SETTINGS:
             continue
         key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1)
-        if "." not in key and key not in ("sae", "texts", "contrast"):
+        if "." not in key and key not in ("sae", "recipe", "texts", "contrast"):
             raise ConfigError(
                 f"environment {name}: expected {ENV_PREFIX}SECTION__FIELD, e.g. LENSD_MODEL__DTYPE"
             )

@@ -53,6 +53,7 @@ from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import FORMAT as PARTS_FORMAT
 from daemon.sink.schema import stored_columns
+from daemon.source.counting import ReadRules
 from daemon.source.folder import FolderSource
 from daemon.source.inbox import Inbox
 from daemon.source.inputs import InputNames
@@ -127,7 +128,12 @@ def tokenizer_of(model: LoadedModel, config: Config, saes: Sequence[SaeInfo]) ->
         max_text_tokens=config.batching.max_text_tokens,
         context=model.context,
         vocabulary=model.vocabulary,
+        rules=read_rules(config),
     )
+
+
+def read_rules(config: Config) -> ReadRules:
+    return ReadRules(config.analysis.tokens, config.batching.long_texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +214,9 @@ def loading_in_worker(
 async def with_settings(now: Computing, config: Config) -> Computing:
     """The same model and SAEs under changed settings."""
     await now.executor.restudy(study_settings(config))
-    return dataclasses.replace(now, tokenizer=now.tokenizer.limited(config.batching.max_text_tokens))
+    return dataclasses.replace(
+        now, tokenizer=now.tokenizer.limited(config.batching.max_text_tokens, read_rules(config))
+    )
 
 
 def anywhere(config: Config) -> Config:
@@ -299,7 +307,7 @@ def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
 
 
 def study_settings(config: Config) -> StudySettings:
-    return StudySettings(**config.analysis.model_dump())
+    return StudySettings(**config.analysis.model_dump(exclude={"tokens"}))
 
 
 def read_limits(config: Config) -> ReadLimits:
@@ -376,7 +384,7 @@ def pipeline_of(
     return Pipeline(
         FolderSource(
             folders.inbox,
-            recipe=config.recipe,
+            recipes=config.recipes,
             limits=read_limits(config),
             results_key=results_key(config, executor.info),
             pause=pause,

@@ -7,6 +7,7 @@ import pytest
 
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError
+from daemon.recipes import BUILT_IN_RECIPES, Contrast
 
 
 def load(tmp_path: Path, text: str = "", env: dict[str, str] | None = None, **flags: object) -> Config:
@@ -72,6 +73,33 @@ def test_own_saes_replace_those_of_the_preset(tmp_path):
             "[texts]\na = '{x}'\n[contrast]\nreference = 'a'\npositive = 'b'\nnegative = 'a'",
             "contrast.positive = 'b' is not in [texts]: use one of a",
         ),
+        ("[texts]\na = '{x:>9}'", "{x} must be a plain field name"),
+        ("[texts]\na = '{x.}'", "{x.} must be a plain field name, or a path such as {meta.source}"),
+        ("[texts]\na = '{0[x]}'", "{0[x]} must be a plain field name, or a path"),
+        ("[texts]\na = '{x[]}'", "{x[]} must be a plain field name, or a path"),
+        ("[texts]\na = '{}'", "{} must be a plain field name, or a path"),
+        ("[recipe]\nname = 'a'", "recipe: expected a list of tables: [[recipe]] with name and texts"),
+        ("[[recipe]]\nname = 'mine'", "recipe.0.texts: Field required"),
+        ("[[recipe]]\nname = 'mine'\ntexts = {}", "recipe.0.texts: expected at least one name = template"),
+        ("[[recipe]]\nname = ' '\ntexts = {a = '{x}'}", "recipe.0.name: an empty name is no name"),
+        ("[[recipe]]\nname = 'm'\ntexts = {a = '{x!s}'}", "recipe.0.texts: template 'a': {x} must be"),
+        ("[[recipe]]\nname = 'm'\ntext = {a = '{x}'}", "unknown key recipe.0.text: did you mean texts?"),
+        (
+            "[[recipe]]\nname = 'm'\ntexts = {a = '{x}'}\ncontrast = {refrence = 'a'}",
+            "unknown key recipe.0.contrast.refrence: did you mean reference?",
+        ),
+        (
+            "[[recipe]]\nname = 'm'\ntexts = {a = '{x}', b = '{y}'}\n"
+            "contrast = {reference = 'a', positive = 'b', negative = 'c'}",
+            "contrast.negative = 'c' is not in texts of the recipe 'm': use one of a, b",
+        ),
+        (
+            "[[recipe]]\nname = 'm'\ntexts = {a = '{x}', A = '{y}'}",
+            "texts of the recipe 'm' would give two columns named n_tokens_a: rename a text",
+        ),
+        ("[[recipe]]\nname = 'text'\ntexts = {a = '{x}'}", "two recipes are named 'text'"),
+        ("[analysis]\ntokens = 'tool'", "analysis.tokens: Input should be 'all', 'assistant', 'user' or"),
+        ("[batching]\nlong_texts = 'cut'", "batching.long_texts: Input should be 'reject', 'keep_end' or"),
         ("[inbox]\nignore = '*.bak'", "inbox.ignore: expected a list of patterns"),
         ("[inbox]\nignore = ['']", "inbox.ignore.0: expected a pattern of file names"),
         ("[inbox]\nignore = ['old/*.json']", "inbox.ignore.0: expected a pattern of file names"),
@@ -130,8 +158,7 @@ def test_a_bad_variable_is_named():
 def test_a_variable_can_hold_a_list_as_json():
     config = load_config(None, {"LENSD_SAE": '[{"path": "a"}]', "LENSD_TEXTS": '{"t": "{body}"}'})
     assert str(config.sae[0].path) == "a"
-    assert config.recipe is not None
-    assert config.recipe.text_names == ("t",)
+    assert config.recipes[0].text_names == ("t",)
 
 
 def test_a_bad_flag_is_named():
@@ -154,6 +181,27 @@ def test_only_settings_that_change_results_change_the_fingerprint(tmp_path):
     assert load(tmp_path, "[analysis]\nseed = 7").results_fingerprint() != base
     assert load(tmp_path, "[model]\ndtype = 'float64'").results_fingerprint() != base
     assert load(tmp_path, "[texts]\na = '{x}'").results_fingerprint() != base
+    own = "[[recipe]]\nname = 'm'\ntexts = {a = '{x}'}\n"
+    assert load(tmp_path, own).results_fingerprint() != base
+    assert (
+        load(tmp_path, own.replace("{x}", "{y}")).results_fingerprint()
+        != load(tmp_path, own).results_fingerprint()
+    )
+    assert load(tmp_path, "[analysis]\ntokens = 'user'").results_fingerprint() != base
+    assert load(tmp_path, "[batching]\nlong_texts = 'keep_end'").results_fingerprint() != base
+
+
+def test_recipes_are_tried_in_the_order_in_which_they_are_written(tmp_path):
+    text = "[texts]\na = '{x}'\n[[recipe]]\nname = 'one'\ntexts = {b = '{meta.x}'}\n"
+    text += "[[recipe]]\nname = 'two'\ntexts = {a = '{x}', b = '{y}', c = '{z}'}\n"
+    text += "contrast = {reference = 'a', positive = 'b', negative = 'c'}"
+    recipes = load(tmp_path, text).recipes
+    assert [recipe.name for recipe in recipes[:3]] == ["texts", "one", "two"]
+    assert recipes[3:] == BUILT_IN_RECIPES == load(tmp_path).recipes
+    assert (recipes[1].fields, recipes[1].places) == ({"meta"}, {"meta.x": False})
+    assert recipes[2].contrast == Contrast("a", "b", "c")
+    of_variable = load(tmp_path, env={"LENSD_RECIPE": '[{"name": "v", "texts": {"t": "{body}"}}]'})
+    assert of_variable.recipes[0].text_names == ("t",)
 
 
 @pytest.mark.parametrize("name", ["12_16k", "l12-16k", "l12 16k", "a.b"])

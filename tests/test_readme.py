@@ -139,7 +139,7 @@ def test_the_configuration_shown_is_valid_and_shows_the_defaults():
     for section in ("model", "analysis", "batching", "executor", "inbox", "outbox", "http", "log"):
         assert getattr(shown, section) == getattr(default, section), section
     assert shown.recipe is not None
-    assert shown.recipe.text_names == ("ask", "right", "wrong")
+    assert shown.recipes[0].text_names == ("ask", "right", "wrong")
 
 
 def test_the_table_of_columns_is_what_is_registered():

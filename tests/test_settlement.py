@@ -14,7 +14,7 @@ import pytest
 from daemon.errors import FileError
 from daemon.fs import durable
 from daemon.pause import Pause
-from daemon.recipes import CONTRAST_RECIPE
+from daemon.recipes import BUILT_IN_RECIPES, CONTRAST_RECIPE
 from daemon.records import Claim, FileFailed, FinishedPart, InputFile, KeptPart, Outcome, Part
 from daemon.settlement import Settlement
 from daemon.sink.folder import FolderSink
@@ -41,7 +41,9 @@ class Work:
         self.sink = FolderSink(
             self.outbox, info=INFO, values="float32", settings={}, pause=pause, clock=lambda: self.now
         )
-        self.source = FolderSource(self.inbox, recipe=None, limits=LIMITS, results_key="key", pause=pause)
+        self.source = FolderSource(
+            self.inbox, recipes=BUILT_IN_RECIPES, limits=LIMITS, results_key="key", pause=pause
+        )
         self.settlement = Settlement(self.source, self.sink)
 
     async def files(self, *names: str) -> list[InputFile]:

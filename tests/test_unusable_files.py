@@ -19,7 +19,7 @@ from daemon.source.tokenizer import Tokenizer
 QUESTION = {"q": "{question}"}
 BAD = {
     "at the reader": ('{"text": ["a"]}\n' * 5 + "{oops\n" + '{"text": null}\n', {}, "bad_field", 6),
-    "at the reader, own texts": ('{"text": "a"}\n' * 7, {"texts": QUESTION}, "missing_field", 7),
+    "at the reader, own texts": ('{"label": "a"}\n' * 7, {"texts": QUESTION}, "missing_field", 7),
     "at the tokenizer": (
         '{"text": ""}\n{"text": "aaaaaaaaa"}\n' * 3 + '{"text": "aaaaaaaaa"}\n',
         {"batching.max_text_tokens": 4},

@@ -73,9 +73,13 @@ class BatchRunner:
     def begin(self, batch: SampleBatch) -> BegunBatch:
         """Have the device read the texts of a batch."""
         texts = [ids for sample in batch.samples for ids in sample.token_ids]
+        counted = counted_tokens(batch)
         if self.info.reads_both_ways:
-            texts += [ids for sample in batch.samples for ids in sample.bare_ids]
-        return BegunBatch(batch, self.engine.start(texts))
+            bare = [ids for sample in batch.samples for ids in sample.bare_ids]
+            if counted is not None:
+                counted += [mask[-len(ids) :] for mask, ids in zip(counted, bare, strict=True)]
+            texts += bare
+        return BegunBatch(batch, self.engine.start(texts, counted))
 
     def finish(self, begun: BegunBatch) -> BatchResult:
         """Encode and analyse a batch, beside what was begun after it."""
@@ -119,6 +123,17 @@ class BatchRunner:
             if row not in messages:
                 messages[row] = not_finite_message(names[number], text, self.engine.info)
         return tuple(RowMessage(*item) for item in sorted(messages.items()))
+
+
+def counted_tokens(batch: SampleBatch) -> list[bytes] | None:
+    """Which tokens of each text count; None where all do."""
+    if all(sample.counted is None for sample in batch.samples):
+        return None
+    return [
+        mask
+        for sample in batch.samples
+        for mask in sample.counted or tuple(b"\1" * len(ids) for ids in sample.token_ids)
+    ]
 
 
 def not_finite_message(name: str, found: NotFinite, info: ModelInfo) -> str:

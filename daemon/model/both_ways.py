@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from daemon.devices import to_device
-from daemon.model.extraction import Extraction, NotFinite, ReadPositions, Started
+from daemon.model.extraction import Counted, Extraction, NotFinite, ReadPositions, Started
 from daemon.records import IntArray
 
 
@@ -32,10 +32,13 @@ class Share:
         return self._of(started, 0 if self.prepend_bos else n, n)
 
     def start_own(
-        self, start: Callable[[Sequence[Sequence[int]]], Started], texts: Sequence[Sequence[int]]
+        self,
+        start: Callable[[Sequence[Sequence[int]], Counted], Started],
+        texts: Sequence[Sequence[int]],
+        counted: Counted,
     ) -> Started:
         """A pass over texts as its SAEs read them, for these alone."""
-        return self._of(start(texts), 0, len(texts))
+        return self._of(start(texts, counted), 0, len(texts))
 
     def _of(self, started: Started, first: int, n: int) -> Started:
         readings, used = part_of(started.readings, first, n, self.skip)
@@ -45,6 +48,7 @@ class Share:
         return dataclasses.replace(
             started,
             texts=started.texts[first : first + n],
+            counted=None if started.counted is None else started.counted[first : first + n],
             readings=readings,
             read=[chosen[id(values)] for values in read],
             written=[chosen[id(values)] for values in written],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from daemon.model.encoding import Encoder
-from daemon.model.extraction import Extraction, Started
+from daemon.model.extraction import Counted, Extraction, Started
 from daemon.model_info import ModelInfo
 
 
@@ -40,8 +40,11 @@ class Engine(Protocol):
         """
         ...
 
-    def start(self, texts: Sequence[Sequence[int]]) -> Started:
-        """Have the device read N texts; does not wait for it where it goes on by itself."""
+    def start(self, texts: Sequence[Sequence[int]], counted: Counted = None) -> Started:
+        """Have the device read N texts, of which the tokens that count may be encoded.
+
+        Does not wait for it where it goes on by itself.
+        """
         ...
 
     def finish(self, started: Started) -> Extraction:

@@ -12,6 +12,8 @@ from daemon.analysis.features import StoredFeatures
 from daemon.model.cuda_streams import Launch
 from daemon.records import IntArray
 
+Counted = Sequence[bytes] | None  # of each text a byte for each token, 1 where it counts; None where all do
+
 
 @dataclass(frozen=True, slots=True)
 class ReadPositions:
@@ -40,6 +42,7 @@ class Started:
     forward: Launch  # the forward pass
     computed_tokens: int  # token positions that the model runs, padding included
     padding_tokens: int
+    counted: Counted = None
 
 
 @dataclass(frozen=True, slots=True)

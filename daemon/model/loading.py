@@ -298,7 +298,7 @@ def settings_sha256(config: Any, tokenizer: Any) -> str:
     settings = {key: value for key, value in config.to_dict().items() if key not in NO_SETTINGS}
     special = tokenizer.bos_token_id, tokenizer.eos_token_id
     commit = getattr(config, "_commit_hash", None)
-    told = [settings, tokenizer.backend_tokenizer.to_str(), special, commit]
+    told = [settings, tokenizer.backend_tokenizer.to_str(), special, commit, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from daemon.devices import to_device
 from daemon.errors import ConfigError
 from daemon.model.cuda_streams import Launch
 from daemon.model.encoding import Encoder
-from daemon.model.extraction import Extraction, Started
+from daemon.model.extraction import Counted, Extraction, Started
 from daemon.model.failures import sense
 from daemon.model.float64 import full_precision
 from daemon.model.hook_points import canonical, hook_points_of
@@ -192,7 +192,7 @@ class PaddedEngine:
         """See `Engine.extract`."""
         return self.finish(self.start(texts))
 
-    def start(self, texts: Sequence[Sequence[int]]) -> Started:
+    def start(self, texts: Sequence[Sequence[int]], counted: Counted = None) -> Started:
         """See `Engine.start`."""
         with Launch(self.info.device) as forward:
             tokens, inside = padded_tokens(texts)
@@ -201,10 +201,13 @@ class PaddedEngine:
                 path=np.flatnonzero(inside),
                 offsets=np.concatenate(([0], np.cumsum(lengths))),
                 token_ids=tokens[inside],
+                counted=counted,
             )
             padded, keep = (to_device(one, self._device) for one in (tokens, readings.keep))
             read, written = self.residuals(padded, keep)
-        return Started(texts, readings, read, written, forward, tokens.size, tokens.size - int(lengths.sum()))
+        return Started(
+            texts, readings, read, written, forward, tokens.size, tokens.size - int(lengths.sum()), counted
+        )
 
     def finish(self, started: Started) -> Extraction:
         """See `Engine.finish`."""

@@ -1,9 +1,9 @@
 """Chooses the token positions of a text that SAEs read, encodes them, and pools them.
 
 `last`: the last token. `all`: every token is stored, the last one analysed. `mean` and `max`: the features of
-every token, pooled into one row. The BOS token that lensd puts before a text is none of its tokens:
-with `all`, `mean` and `max` it is left out. SAEs that read texts with BOS and SAEs that read
-them without share a forward pass. Knows no model.
+every token, pooled into one row. Tokens are those that count. The BOS token that lensd puts before a text is
+none of its tokens: with `all`, `mean` and `max` it is left out. SAEs that read texts with BOS and SAEs that
+read them without share a forward pass. Knows no model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from daemon.analysis.sparse import SparseActs, from_dense
 from daemon.devices import finish, on_mps, to_device, to_exact, to_numpy
 from daemon.model.both_ways import shares_of, together
 from daemon.model.encoding import Encoder
-from daemon.model.extraction import Extraction, NotFinite, ReadPositions, Started
+from daemon.model.extraction import Counted, Extraction, NotFinite, ReadPositions, Started
 from daemon.model.overflow import all_finite
 from daemon.model.rereading import of_texts, reread
 from daemon.model.sae import LoadedSae
@@ -48,23 +48,35 @@ class SaeStage:
     def reads_both_ways(self) -> bool:
         return len({entry.info.prepend_bos for entry in self.saes}) > 1
 
-    def choose(self, path: IntArray, offsets: IntArray, token_ids: IntArray) -> ReadPositions:
+    def choose(
+        self, path: IntArray, offsets: IntArray, token_ids: IntArray, counted: Counted = None
+    ) -> ReadPositions:
         """`path` holds where each text's tokens were computed, text by text; `offsets` (N + 1,) where they
-        begin; `token_ids` are the tokens there.
+        begin; `token_ids` are the tokens there; `counted` says which of each text count: one at least.
         """
         lengths = np.diff(offsets)
+        counts = None if counted is None else np.frombuffer(b"".join(counted), dtype=np.bool_)
         if self.positions == "last":
             last, n = offsets[1:] - 1, len(lengths)
-            return ReadPositions(path[last], np.arange(n), np.arange(n + 1), lengths - 1, token_ids[last])
+            if counts is not None:
+                which = np.flatnonzero(counts)
+                last = which[np.searchsorted(which, offsets[1:]) - 1]
+            position = last - offsets[:-1]
+            return ReadPositions(path[last], np.arange(n), np.arange(n + 1), position, token_ids[last])
         # The first of a text is no token of its own. Where SAEs differ in that, each leaves it out itself.
         skip = int(all(entry.info.prepend_bos for entry in self.saes))
         position = np.arange(len(path)) - np.repeat(offsets[:-1], lengths)
         own = position >= skip
+        if counts is not None:
+            own &= counts
+            lengths = np.add.reduceat(own, offsets[:-1], dtype=np.int64) + skip
         keep, rows = np.unique(path[own], return_inverse=True)
         own_offsets = np.concatenate(([0], np.cumsum(lengths - skip)))
         return ReadPositions(keep, rows, own_offsets, position[own], token_ids[own])
 
-    def finish(self, started: Started, start: Callable[[Sequence[Sequence[int]]], Started]) -> Extraction:
+    def finish(
+        self, started: Started, start: Callable[[Sequence[Sequence[int]], Counted], Started]
+    ) -> Extraction:
         """Wait for the forward pass and encode its values; `start` reads texts again that are not finite."""
         if self.reads_both_ways:
             return self._finish_both_ways(started, start)
@@ -74,7 +86,7 @@ class SaeStage:
             started = self._exact(started)
             given = self._given(started)
             if any(one.finite is not None for one in given):
-                started = reread(started, lambda texts: self._exact(start(texts)))
+                started = reread(started, lambda texts, counted: self._exact(start(texts, counted)))
                 given = self._given(started)
             layers, stored = encode_readings(given, started.readings, self.positions)
             not_finite = texts_not_finite(given, layers, started.readings)
@@ -90,7 +102,7 @@ class SaeStage:
         )
 
     def _finish_both_ways(
-        self, started: Started, start: Callable[[Sequence[Sequence[int]]], Started]
+        self, started: Started, start: Callable[[Sequence[Sequence[int]], Counted], Started]
     ) -> Extraction:
         shares = shares_of([entry.info.prepend_bos for entry in self.saes], skips=self.positions != "last")
         found = []

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from daemon.devices import to_device, to_host
-from daemon.model.extraction import ReadPositions, Started
+from daemon.model.extraction import Counted, ReadPositions, Started
 from daemon.model.overflow import all_finite
 from daemon.records import IntArray
 
 BoolArray = npt.NDArray[np.bool_]
 
 
-def reread(started: Started, start: Callable[[Sequence[Sequence[int]]], Started]) -> Started:
+def reread(started: Started, start: Callable[[Sequence[Sequence[int]], Counted], Started]) -> Started:
     """The same with the numbers that texts give alone, in place of those that are not finite.
 
     Those that are left are the texts' own. `start` reads other texts; it gets fewer and fewer of those that
@@ -34,7 +34,8 @@ def reread(started: Started, start: Callable[[Sequence[Sequence[int]]], Started]
     computed, padding = started.computed_tokens, started.padding_tokens
     while waiting:
         group = waiting.pop()
-        again = start([started.texts[text] for text in group])
+        counted = None if started.counted is None else [started.counted[text] for text in group]
+        again = start([started.texts[text] for text in group], counted)
         computed, padding = computed + again.computed_tokens, padding + again.padding_tokens
         finite = finite_rows(again)
         source, target = paired_rows(again.readings, started.readings, group)

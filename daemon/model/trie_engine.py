@@ -26,7 +26,7 @@ from daemon.model.attention import (
 from daemon.model.compiled_layers import FlexPlan, can_compile, compile_layers, restore_layers
 from daemon.model.cuda_streams import Launch
 from daemon.model.encoding import Encoder, FusedEncoder
-from daemon.model.extraction import Extraction, Started
+from daemon.model.extraction import Counted, Extraction, Started
 from daemon.model.fused_layers import FusedDecoderLayer, fuse_layers
 from daemon.model.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
 from daemon.model.onednn import (
@@ -130,14 +130,16 @@ class TrieEngine:
         """See `Engine.extract`."""
         return self.finish(self.start(texts))
 
-    def start(self, texts: Sequence[Sequence[int]]) -> Started:
+    def start(self, texts: Sequence[Sequence[int]], counted: Counted = None) -> Started:
         """See `Engine.start`."""
         with Launch(self._info.device) as forward:
             trie = build_trie(texts)
             run = trie.filled(self._rows(len(trie)))
-            readings = self._stage.choose(trie.path, trie.offsets, trie.tokens[trie.path])
+            readings = self._stage.choose(trie.path, trie.offsets, trie.tokens[trie.path], counted)
             residuals = self.residuals(run, to_device(readings.keep, self._device))
-        return Started(texts, readings, residuals, residuals, forward, len(run), len(run) - len(trie))
+        return Started(
+            texts, readings, residuals, residuals, forward, len(run), len(run) - len(trie), counted
+        )
 
     def finish(self, started: Started) -> Extraction:
         """See `Engine.finish`."""

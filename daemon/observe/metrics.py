@@ -106,6 +106,9 @@ class Metrics:
         self.rejects_total = counter(
             "rejects", "Rejected records by reason, when they are met.", Label("reason", REJECT_REASONS)
         )
+        self.cut_texts_total = counter(
+            "cut_texts", "Texts of too many tokens, cut as batching.long_texts says."
+        )
         self._files = {kind: self.files_total.labels(kind) for kind in FILE_OUTCOMES}
         self._samples = {kind: self.samples_total.labels(kind) for kind in SAMPLE_OUTCOMES}
         self.tokens_total = counter(
@@ -306,6 +309,7 @@ class Metrics:
         for part in parts:
             for reject in part.part.rejects:
                 self.rejects_total.labels(reject.reason).inc()
+        self.cut_texts_total.inc(sum(part.cut_texts for part in parts))
         lengths = [len(ids) for part in parts for sample in part.samples for ids in sample.token_ids]
         self.tokens_total.labels("text").inc(sum(lengths))
         self.sequence_tokens.observe(lengths)

@@ -103,6 +103,7 @@ def describe_dictionary(sae: SaeInfo, card: Fit) -> dict[str, Any]:
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     return {
+        "name": recipe.name,
         "texts": dict(recipe.templates),
         "contrast": asdict(recipe.contrast) if recipe.contrast else None,
         "joins": recipe.joins,

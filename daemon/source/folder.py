@@ -30,7 +30,7 @@ class FolderSource:
         self,
         inbox: Inbox,
         *,
-        recipe: Recipe | None,
+        recipes: Sequence[Recipe],
         limits: ReadLimits,
         results_key: str,
         pause: Pause,
@@ -38,7 +38,7 @@ class FolderSource:
     ) -> None:
         """`results_key` stands for the model and every setting that changes results."""
         self._inbox = inbox
-        self._recipe = recipe
+        self._recipes = recipes
         self._limits = limits
         self._results_key = results_key
         self._pause = pause
@@ -76,7 +76,7 @@ class FolderSource:
         unit = hashlib.sha256(identity.encode()).hexdigest()[:12]
         stem = without_suffix(claim.name)
         file = InputFile(claim, content.sha256, content.size, unit, opened_at, stem)
-        return OpenedFile(claim, file, None, content, self._recipe, self._limits)
+        return OpenedFile(claim, file, None, content, self._recipes, self._limits)
 
     async def recheck(self, claims: Sequence[Claim]) -> list[Presence]:
         return await self._inbox.recheck(claims)
@@ -102,7 +102,7 @@ class OpenedFile:
     file: InputFile | None
     error: FileError | None
     content: Content | None = None
-    recipe: Recipe | None = None
+    recipes: Sequence[Recipe] = ()
     limits: ReadLimits | None = None
 
     def parts(self, stored: Mapping[int, PartExtent]) -> AsyncIterator[Part | KeptPart]:
@@ -110,7 +110,9 @@ class OpenedFile:
         assert self.file is not None, "only a file that can be used is read"
         assert self.content is not None
         assert self.limits is not None
-        return read_parts(self.content.file, self.file, recipe=self.recipe, limits=self.limits, stored=stored)
+        return read_parts(
+            self.content.file, self.file, recipes=self.recipes, limits=self.limits, stored=stored
+        )
 
     def close(self) -> None:
         if self.content is not None:

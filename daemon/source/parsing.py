@@ -15,12 +15,13 @@ from typing import Any, NoReturn
 
 from daemon.errors import SampleError
 from daemon.escaping import cut_short
-from daemon.recipes import BUILT_IN_RECIPES, Recipe
+from daemon.recipes import Recipe
 from daemon.records import Reject, Sample
+from daemon.source.jsonvalues import MARK, Number, as_text, json_type
+from daemon.source.texts import texts_of
 
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 SURROGATE = re.compile("[\ud800-\udfff]")
-MARK = "\ud800"  # around a Number
 Fields = frozenset[str]  # that a record needs for its texts
 # A string or a bracket; possessive, so that no text makes it slow; `close` is empty if a string never ends.
 TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+|)*+(?P<close>"?)|[\[{]|[\]}]', re.DOTALL)
@@ -65,20 +66,6 @@ def check_unicode(raw: str) -> None:
 
 def refuse_constant(name: str) -> NoReturn:
     raise SampleError("not_finite", f"has {name}, which is not JSON: use null or a number")
-
-
-class Number(str):
-    """A number with a fraction or an exponent, as it was written: nothing is rounded on its way through.
-
-    It stands between two lone surrogates, which no text of a usable record has: the encoder writes it as a
-    string, and `without_marks` takes the quotes away together with them.
-    """
-
-    __slots__ = ()
-
-    @property
-    def written(self) -> str:
-        return self[1:-1]
 
 
 def number_as_written(text: str) -> Number:
@@ -163,11 +150,11 @@ def is_record(value: Iterable[str], recipes: Sequence[Fields]) -> bool:
     return any(fields.issubset(value) for fields in recipes)
 
 
-def choose_recipe(values: Iterable[Any]) -> Recipe | None:
-    """The built-in recipe of the first object that has all the fields of one."""
+def choose_recipe(values: Iterable[Any], recipes: Sequence[Recipe]) -> Recipe | None:
+    """The recipe of the first object that has all the fields of one; of several the first of `recipes`."""
     for value in values:
         if isinstance(value, dict):
-            for recipe in BUILT_IN_RECIPES:
+            for recipe in recipes:
                 if recipe.fields <= value.keys():
                     return recipe
     return None
@@ -182,10 +169,9 @@ def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
     if not isinstance(value, dict):
         raise not_an_object(value)
     check_surrogates(value)
-    fields = recipe.fields
-    texts = recipe.render({field: field_text(value, field) for field in sorted(fields)})
+    texts = texts_of(value, recipe)
     sample_id, domain, complexity = sample_id_of(value), domain_of(value), complexity_of(value)
-    used = set(fields)
+    used = set(recipe.places)  # a field into which a path reaches holds more, and stays
     for name, column in (("id", sample_id), ("domain", domain), ("complexity", complexity)):
         if column is not None or value.get(name) is None:
             used.add(name)
@@ -196,7 +182,8 @@ def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:
         domain=domain,
         complexity=complexity,
         extra=without_marks(EXTRA.encode(extra)) if extra else None,
-        texts=texts,
+        texts=texts.texts,
+        starts=texts.starts,
         line=place.line,
         byte_offset=place.byte_offset,
         row_group=place.row_group,
@@ -250,27 +237,6 @@ def check_surrogates(value: Any) -> None:
     elif isinstance(value, list):
         for item in value:
             check_surrogates(item)
-
-
-def field_text(record: dict[str, Any], field: str) -> str:
-    if field not in record:
-        raise SampleError("missing_field", f"has no field {field!r}, which the texts need: add it")
-    value = record[field]
-    if not isinstance(value, str | int):
-        raise SampleError("bad_field", f"field {field!r} is a JSON {json_type(value)}: make it a string")
-    return as_text(value)
-
-
-def as_text(value: str | int) -> str:
-    """A string as it is, a number as it was written, a boolean as JSON writes it."""
-    if isinstance(value, str):
-        return value.written if isinstance(value, Number) else value
-    return json.dumps(value)
-
-
-def json_type(value: Any) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")  # an int, or a Number
 
 
 def sample_id_of(value: Any) -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NoReturn
 
 from daemon.errors import FileError, SampleError
-from daemon.recipes import BUILT_IN_RECIPES, Recipe
+from daemon.recipes import Recipe, configured
 from daemon.records import InputFile, KeptPart, Part, PartExtent, Reject, Sample
 from daemon.rejects import RejectSummary
 from daemon.source.formats import format_by_content, format_of
@@ -30,12 +30,12 @@ async def read_parts(
     file: BinaryIO,
     source: InputFile,
     *,
-    recipe: Recipe | None,
+    recipes: Sequence[Recipe],
     limits: ReadLimits,
     stored: Mapping[int, PartExtent],
 ) -> AsyncIterator[Part | KeptPart]:
     """Read an open file of any size as parts, in flat memory and off the event loop; see `part_blocks`."""
-    blocks = part_blocks(file, source, recipe=recipe, limits=limits, stored=stored)
+    blocks = part_blocks(file, source, recipes=recipes, limits=limits, stored=stored)
     while (parts := await asyncio.to_thread(next, blocks, None)) is not None:
         for part in parts:
             yield part
@@ -45,24 +45,24 @@ def part_blocks(
     file: BinaryIO,
     source: InputFile,
     *,
-    recipe: Recipe | None,
+    recipes: Sequence[Recipe],
     limits: ReadLimits,
     stored: Mapping[int, PartExtent] | None = None,
 ) -> Iterator[list[Part | KeptPart]]:
     """Read a file's parts: after each block of it those that are complete, maybe none.
 
-    `recipe` None lets the file choose: the first record with all the fields of a built-in recipe decides. A
-    part whose extent is in `stored` is only counted. Blocks. Raises FileError where the file as a whole can't
-    be used, possibly after some parts.
+    The first record with all the fields of one of the `recipes` decides which is taken, of several the first;
+    where the first part has none, a recipe that alone is configured is. A part whose extent is in `stored` is
+    only counted. Blocks. Raises FileError where the file as a whole can't be used, possibly after some parts.
     """
     named, suffix = format_of(source.claim.name)
-    fields = [one.fields for one in (BUILT_IN_RECIPES if recipe is None else (recipe,))]
+    fields = [recipe.fields for recipe in recipes]
     stream = InputStream(file, suffix, limits, is_plain=lambda head: format_by_content(head) is not None)
     is_as_named = named.begins(stream.beginning)
     found = named if is_as_named else format_by_content(stream.beginning) or named
     cutter = PartCutter(
         source,
-        recipe=recipe,
+        recipes=recipes,
         limits=limits,
         stored=stored or {},
         explain=lambda records: found.explain(stream.beginning, records, fields),
@@ -82,14 +82,15 @@ class PartCutter:
         self,
         source: InputFile,
         *,
-        recipe: Recipe | None,
+        recipes: Sequence[Recipe],
         limits: ReadLimits,
         stored: Mapping[int, PartExtent],
         explain: Callable[[int], FileError | None],
     ) -> None:
         """`explain` says why so many records are all that there is, and none of them usable."""
         self._source = source
-        self._recipe = recipe
+        self._recipes = recipes
+        self._recipe = recipes[0] if len(recipes) == 1 else None  # once it is chosen
         self._limits = limits
         self._stored = stored
         self._explain = explain
@@ -154,7 +155,7 @@ class PartCutter:
     def _interpret(self, group: list[RawRecord]) -> tuple[Recipe, tuple[Sample, ...], tuple[Reject, ...]]:
         """`interpret`, and what it says of the file as a whole. Raises FileError where no recipe fits."""
         try:
-            recipe, samples, rejects = interpret(group, self._recipe, self._limits)
+            recipe, samples, rejects = interpret(group, self._recipe or self._recipes, self._limits)
         except FileError as error:
             raise self._explain(len(group)) or error from None
         self._usable = self._usable or bool(samples)
@@ -170,12 +171,14 @@ class PartCutter:
 
 
 def interpret(
-    group: list[RawRecord], recipe: Recipe | None, limits: ReadLimits
+    group: list[RawRecord], recipe: Recipe | Sequence[Recipe], limits: ReadLimits
 ) -> tuple[Recipe, tuple[Sample, ...], tuple[Reject, ...]]:
-    """Each raw record as a sample or a reject, and the recipe, chosen here if none was given."""
+    """Each raw record as a sample or a reject, and the recipe, chosen here if several were given."""
     values = [parsed(raw, limits) for raw in group]
-    if recipe is None:
-        recipe = choose_recipe(values) or complain_of(group, values)
+    if not isinstance(recipe, Recipe):
+        recipe = (
+            choose_recipe(values, recipe) or only_configured(recipe) or complain_of(group, values, recipe)
+        )
     samples: list[Sample] = []
     rejects: list[Reject] = []
     for raw, value in zip(group, values, strict=True):
@@ -210,10 +213,16 @@ def size_of(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
-def complain_of(group: list[RawRecord], values: list[Any]) -> NoReturn:
+def only_configured(recipes: Sequence[Recipe]) -> Recipe | None:
+    """The recipe that is not built in, where there is one such."""
+    own = configured(recipes)
+    return own[0] if len(own) == 1 else None
+
+
+def complain_of(group: list[RawRecord], values: list[Any], recipes: Sequence[Recipe]) -> NoReturn:
     """Raises the FileError of a file in which no record says what its texts are."""
     if any(isinstance(value, dict) for value in values):
-        wanted = " nor ".join(" and ".join(sorted(recipe.fields)) for recipe in BUILT_IN_RECIPES)
+        wanted = " nor ".join(" and ".join(sorted(recipe.fields)) for recipe in recipes)
         raise FileError(
             "no_recipe",
             f"the records have neither {wanted} among their fields:"

@@ -1,4 +1,7 @@
-"""Turns the texts of parts into token ids with a fast tokenizer. Knows nothing about files or batches."""
+"""Turns the texts of parts into token ids with a fast tokenizer. Knows nothing about files or batches.
+
+Conversations are rendered by `daemon.source.chat`; which tokens count is told by `daemon.source.counting`.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,17 @@ import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, SampleError
+from daemon.recipes import Conversation
 from daemon.records import Part, Reject, Sample, TokenizedPart, TokenizedSample
+from daemon.source.chat import ChatTemplate, no_template
+from daemon.source.counting import EncodedText, ReadRules, completion_mask, counts_none, masks
 
-
-class Encoded(NamedTuple):
-    """A text as token ids."""
-
-    ids: tuple[int, ...]
-    bos_added: bool  # before it; else it begins with its own, or with none
+Start = int | None  # where in a text its completion begins
+Encoded = EncodedText | SampleError
+EVERYTHING = ReadRules()
 
 
 class Tokenizer:
@@ -37,23 +40,28 @@ class Tokenizer:
         max_text_tokens: int,
         context: int | None = None,
         vocabulary: int | None = None,
+        rules: ReadRules = EVERYTHING,
     ) -> None:
         """`context`: how many tokens of a text the model reads at most, where it has a limit; `vocabulary`:
-        how many embeddings it has, where token ids from that number on may occur.
+        how many embeddings it has, where token ids from that number on may occur; `rules`: which tokens of a
+        text count, and what becomes of one that is too long.
 
         Raises ConfigError where the BOS token is needed and missing, or beyond the embeddings.
         """
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._chat = ChatTemplate.of(tokenizer)
         self._max_text_tokens = max_text_tokens
         self._context = context
+        self._rules = rules
         bos = bos_of(tokenizer)
         self._both_ways = both_ways
         if prepend_bos and bos is None:
             raise ConfigError(
                 "the SAEs expect a BOS token, but the model's tokenizer has neither BOS nor EOS"
             )
+        self._first = bos  # that a text may begin with, and keeps where it is cut
         self._bos: list[int] = [bos] if prepend_bos and bos is not None else []
         self._prefix = tuple(self._bos)
         self._vocabulary = (
@@ -65,23 +73,24 @@ class Tokenizer:
                 " the tokenizer that belongs to the model"
             )
 
-    def limited(self, max_text_tokens: int) -> Tokenizer:
-        """The same with another limit."""
+    def limited(self, max_text_tokens: int, rules: ReadRules | None = None) -> Tokenizer:
+        """The same with another limit, and with other rules where they are given."""
         other = copy.copy(self)
         other._max_text_tokens = max_text_tokens
+        other._rules = rules or self._rules
         return other
 
     def encode(self, texts: list[str]) -> list[tuple[int, ...]]:
         """Token ids of each text, BOS included, once."""
-        return [encoded.ids for encoded in self._with_bos(texts)]
+        return [text.ids for text in self._encode(texts)]
 
-    def _with_bos(self, texts: list[str]) -> list[Encoded]:
+    def _encode(self, texts: list[str]) -> list[EncodedText]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         n = len(self._prefix)
         return [
-            Encoded((*ids,), False)
+            EncodedText((*ids,))
             if (ids := encoding.ids)[:n] == self._bos
-            else Encoded((*self._prefix, *ids), True)
+            else EncodedText((*self._prefix, *ids), bos_added=True)
             for encoding in encodings
         ]
 
@@ -92,51 +101,126 @@ class Tokenizer:
         become rejects.
         """
         began = time.perf_counter()
-        texts = [text for part in parts for sample in part.samples for text in sample.texts]
-        encoded = iter(self._encoded(texts))
-        seconds = (time.perf_counter() - began) / max(1, len(texts))
+        texts, encoded = self._read(parts)
+        seconds = (time.perf_counter() - began) / max(1, texts)
         return [self._tokenized(part, encoded, seconds) for part in parts]
 
-    def _encoded(self, texts: list[str]) -> Sequence[Encoded | None]:
-        """Each text; None for one that the tokenizer can't encode, having no token for it."""
+    def _read(self, parts: Sequence[Part]) -> tuple[int, Iterator[Encoded]]:
+        """How many texts there are, and each of them as tokens, or why not."""
+        texts = [text for part in parts for sample in part.samples for text in sample.texts]
+        strings = [text for text in texts if isinstance(text, str)]
+        if self._rules.tokens == "all":
+            read = iter(self._encoded(strings))
+            if len(strings) == len(texts):
+                return len(texts), read
+        starts = [start for part in parts for sample in part.samples for start in starts_of(sample)]
+        items = list(zip(texts, starts, strict=True))
+        if self._rules.tokens != "all":
+            read = iter(self._counted([(text, start) for text, start in items if isinstance(text, str)]))
+        return len(texts), iter(
+            [
+                next(read) if isinstance(text, str) else self._conversation(text, start)
+                for text, start in items
+            ]
+        )
+
+    def _counted(self, items: Sequence[tuple[str, Start]]) -> Sequence[Encoded]:
+        """Texts that are no conversations, and which of their tokens count: not all do."""
+        if self._rules.tokens != "completion":
+            return [counts_none(self._rules.tokens)] * len(items)
         try:
-            return self._with_bos(texts)
+            encodings = self._backend.encode_batch([text for text, _ in items], add_special_tokens=False)
+        except Exception:  # as in `_encoded`
+            if len(items) <= 1:
+                return [NO_TOKEN] * len(items)
+            half = len(items) // 2
+            return [*self._counted(items[:half]), *self._counted(items[half:])]
+        return [
+            self._of_completion(encoding, start)
+            for encoding, (_, start) in zip(encodings, items, strict=True)
+        ]
+
+    def _of_completion(self, encoding: Any, start: Start) -> Encoded:
+        if start is None:
+            return counts_none(self._rules.tokens)
+        counted = completion_mask([end for _, end in encoding.offsets], start) if start else None
+        return self._with_bos(EncodedText(tuple(encoding.ids), counted))
+
+    def _conversation(self, chat: Conversation, start: Start) -> Encoded:
+        if self._chat is None:
+            return no_template()
+        try:
+            return self._with_bos(self._chat.encode(chat, self._rules.tokens, start))
+        except SampleError as error:
+            return error
+
+    def _with_bos(self, text: EncodedText) -> EncodedText:
+        return text if text.ids[: len(self._prefix)] == self._prefix else text.after(self._prefix)
+
+    def _encoded(self, texts: list[str]) -> Sequence[Encoded]:
+        """Each text, or that the tokenizer can't encode it, having no token for it."""
+        try:
+            return self._encode(texts)
         except Exception:  # tokenizers raises no other kind
             if len(texts) <= 1:
-                return [None] * len(texts)
+                return [NO_TOKEN] * len(texts)
             half = len(texts) // 2
             return [*self._encoded(texts[:half]), *self._encoded(texts[half:])]
 
-    def _tokenized(
-        self, part: Part, encoded: Iterator[Encoded | None], seconds_per_text: float
-    ) -> TokenizedPart:
+    def _tokenized(self, part: Part, encoded: Iterator[Encoded], seconds_per_text: float) -> TokenizedPart:
         kept: list[TokenizedSample] = []
         rejects = list(part.rejects)
+        cut = 0
+        names = part.recipe.text_names
         for sample in part.samples:
-            results = [next(encoded) for _ in sample.texts]
-            found = [one for one in results if one is not None]
-            token_ids = tuple(ids for ids, _ in found)
-            if len(found) < len(results):
-                name = part.recipe.text_names[results.index(None)]
-                reject: Reject | None = sample.reject(
-                    "unknown_token",
-                    f"text {name!r} has characters that the model's tokenizer has no token for:"
-                    " leave them out",
-                )
-            else:
-                reject = self._check(sample, token_ids, part.recipe.text_names)
+            texts, reject = self._sound(sample, [next(encoded) for _ in sample.texts], names)
+            if reject is not None:
+                rejects.append(reject)
+                continue
+            shorter = texts if self._rules.long_texts == "reject" else [self._cut(text) for text in texts]
+            token_ids = tuple([text.ids for text in shorter])
+            reject = self._check(sample, token_ids, names) or self._check_counted(sample, shorter, names)
             if reject is None:
-                added = tuple(bos_added for _, bos_added in found) if self._both_ways else ()
-                kept.append(TokenizedSample(sample, token_ids, added))
+                added = tuple([text.bos_added for text in shorter]) if self._both_ways else ()
+                kept.append(TokenizedSample(sample, token_ids, masks(shorter), added))
+                cut += sum(len(long.ids) > len(short.ids) for long, short in zip(texts, shorter, strict=True))
             else:
                 rejects.append(reject)
         part = dataclasses.replace(
             part,
             samples=tuple(entry.sample for entry in kept),
             rejects=tuple(sorted(rejects, key=lambda reject: reject.record_index)),
-            tokenize_seconds=seconds_per_text * len(part.recipe.text_names) * len(part.samples),
+            tokenize_seconds=seconds_per_text * len(names) * len(part.samples),
         )
-        return TokenizedPart(part, tuple(kept))
+        return TokenizedPart(part, tuple(kept), cut)
+
+    def _sound(
+        self, sample: Sample, found: Sequence[Encoded], names: tuple[str, ...]
+    ) -> tuple[list[EncodedText], Reject | None]:
+        """The texts as tokens, and the reject of the first that is none."""
+        texts: list[EncodedText] = []
+        for name, text in zip(names, found, strict=True):
+            if isinstance(text, SampleError):
+                return [], sample.reject(text.reason, f"text {name!r} {text}")
+            texts.append(text)
+        return texts, None
+
+    def _cut(self, text: EncodedText) -> EncodedText:
+        """The text within its limits: what is cut is as `long_texts` says."""
+        most = self._max_text_tokens if self._context is None else min(self._context, self._max_text_tokens)
+        head = int(text.ids[:1] == (self._first,))
+        if len(text.ids) <= most or most <= head:
+            return text
+        return text.cut(most, self._rules.long_texts, head)
+
+    def _check_counted(
+        self, sample: Sample, texts: Sequence[EncodedText], names: tuple[str, ...]
+    ) -> Reject | None:
+        for name, text in zip(names, texts, strict=True):
+            if text.counted is not None and not any(text.counted):
+                error = counts_none(self._rules.tokens)
+                return sample.reject(error.reason, f"text {name!r} {error}")
+        return None
 
     def _check(
         self, sample: Sample, token_ids: tuple[tuple[int, ...], ...], names: tuple[str, ...]
@@ -163,6 +247,16 @@ class Tokenizer:
                     f" {self._max_text_tokens}: shorten it or raise the limit",
                 )
         return None
+
+
+NO_TOKEN = SampleError(
+    "unknown_token", "has characters that the model's tokenizer has no token for: leave them out"
+)
+
+
+def starts_of(sample: Sample) -> Sequence[Start]:
+    """Where in each of the sample's texts its completion begins."""
+    return sample.starts or (None,) * len(sample.texts)
 
 
 def bos_of(tokenizer: Any) -> int | None:

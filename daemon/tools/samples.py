@@ -41,7 +41,7 @@ def tokenized_parts(config: Config, tokenizer: Tokenizer, file: Path) -> list[To
     async def read() -> list[Part]:
         source = unclaimed(file)
         with file.open("rb") as content:
-            parts = read_parts(content, source, recipe=config.recipe, limits=read_limits(config), stored={})
+            parts = read_parts(content, source, recipes=config.recipes, limits=read_limits(config), stored={})
             return [part async for part in parts if isinstance(part, Part)]
 
     return tokenizer.tokenize(asyncio.run(read()))

@@ -185,7 +185,7 @@ def run_reference(
     progress.add_total(len(samples))
     for number, sample in enumerate(samples):
         progress.advance(1)
-        layers = oracle.layers_of([sample.read_by(sae.prepend_bos) for sae in saes])
+        layers = oracle.layers_of([texts_read(sample, sae.prepend_bos) for sae in saes])
         if not all(map(is_finite, layers)):
             not_finite.add(number)
             active.append({})
@@ -211,6 +211,15 @@ def run_reference(
             }
         )
     return Results(columns, active, frozenset(not_finite))
+
+
+def texts_read(sample: TokenizedSample, prepend_bos: bool) -> tuple[tuple[int, ...], ...]:
+    """Each text as an SAE reads it, up to the last token that counts: nothing after it changes that."""
+    texts = sample.read_by(prepend_bos)
+    if sample.counted is None:
+        return texts
+    after = [len(mask) - 1 - mask.rindex(1) for mask in sample.counted]  # tokens after that one
+    return tuple(ids[: len(ids) - n] for ids, n in zip(texts, after, strict=True))
 
 
 def is_finite(layer: ReferenceLayer) -> bool:

@@ -92,6 +92,22 @@ def test_each_sae_is_given_what_a_study_of_its_kind_gives_it(make, positions, ll
             np.testing.assert_allclose(row[4], other[4], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("make", [packed, padded])
+@pytest.mark.parametrize("positions", ["last", "all", "mean"])
+def test_of_each_text_the_tokens_that_count_are_those_of_a_study_of_its_kind(make, positions, llama, saes):
+    texts = with_bos()
+    masks = [bytes((at in (1, len(text) - 2)) and at > 0 for at in range(len(text))) for text in texts]
+    masks[0] = b"\1" * len(texts[0])  # all of it counts
+    bare = [mask[1:] for mask in masks]
+    engine = make(llama, saes, positions=positions)
+    both = engine.finish(engine.start([*texts, *without(texts)], [*masks, *bare]))
+    for sae, read, counted in ((0, texts, masks), (1, without(texts), bare)):
+        engine = make(llama, [saes[sae]], positions=positions)
+        alone = engine.finish(engine.start(read, counted))
+        assert_close(dense(both.layers[sae]), dense(alone.layers[0]), rtol=0, atol=1e-10)
+        assert [row[:4] for row in rows_at(both, sae)] == [row[:4] for row in rows_at(alone, 0)]
+
+
 def test_both_ways_are_read_in_one_pass_which_is_counted_once(llama, saes, monkeypatch):
     passes = []
     run = TrieEngine._run

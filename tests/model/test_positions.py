@@ -63,3 +63,44 @@ def test_features_and_reconstruction_are_those_of_saelens(
         assert_close(layer.reconstruction[row], decoded.mean(0), rtol=1e-4, atol=1e-5)
     if positions == "all":
         assert len(extraction.stored[0].rows) == sum(len(text) - 1 for text in TEXTS)
+
+
+def mask_of(text: list[int], *places: int) -> bytes:
+    return bytes(place in places for place in range(len(text)))
+
+
+COUNTED = [(1,), (1,), (2, 3, 5), (1, 3)]  # of TEXTS
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("positions", ["last", "all", "mean", "max"])
+def test_positions_are_among_the_tokens_that_count(tmp_path, model, plain_residuals, positions, engine):
+    folder = tiny.save_sae(tmp_path / "sae", HOOK)
+    made = ENGINES[engine](model, [folder], torch.float32, positions)
+    masks = [mask_of(text, *places) for text, places in zip(TEXTS, COUNTED, strict=True)]
+    extraction = made.finish(made.start(TEXTS, masks))
+    (layer,) = extraction.layers
+    sae = SAE.load_from_disk(folder)
+    stored = []
+    for row, (residuals, places) in enumerate(zip(plain_residuals, COUNTED, strict=True)):
+        with torch.no_grad():
+            features = sae.encode(residuals[list(places)])
+        pooled = {"mean": features.mean(0), "max": features.amax(0)}.get(positions, features[-1])
+        assert_close(dense(layer)[row], pooled, rtol=1e-4, atol=1e-5)
+        stored += [(places[-1:] if positions == "last" else places, TEXTS[row])]
+    if positions in ("last", "all"):
+        assert extraction.stored[0].positions.tolist() == [place for places, _ in stored for place in places]
+        assert extraction.stored[0].token_ids.tolist() == [
+            text[at] for places, text in stored for at in places
+        ]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("positions", ["last", "all", "mean", "max"])
+def test_where_all_tokens_count_a_mask_changes_nothing(tmp_path, model, positions, engine):
+    folder = tiny.save_sae(tmp_path / "sae", HOOK)
+    made = ENGINES[engine](model, [folder], torch.float32, positions)
+    plain = made.extract(TEXTS)
+    masked = made.finish(made.start(TEXTS, [b"\1" * len(text) for text in TEXTS]))
+    assert torch.equal(dense(plain.layers[0]), dense(masked.layers[0]))
+    assert plain.stored[0].positions.tolist() == masked.stored[0].positions.tolist()

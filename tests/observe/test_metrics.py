@@ -43,6 +43,7 @@ DESIGN = [  # name, type, label
     ("files_total", "counter", "outcome"),
     ("samples_total", "counter", "outcome"),
     ("rejects_total", "counter", "reason"),
+    ("cut_texts_total", "counter"),
     ("tokens_total", "counter", "kind"),
     ("batches_total", "counter"),
     ("input_bytes_total", "counter"),

@@ -24,6 +24,7 @@ import zstandard
 
 from daemon.config import InboxSection
 from daemon.errors import FileError
+from daemon.recipes import BUILT_IN_RECIPES
 from daemon.records import Part, Reject, Sample
 from daemon.rejects import REJECT_REASONS
 from daemon.source.reader import part_blocks
@@ -70,6 +71,7 @@ GOES_ON = re.compile(rb"^[\]}:,]|[\[{:,]$")  # a line that may lie within a valu
 OF_LATER_STAGES = {
     *("text_too_long", "empty_text", "unknown_token"),
     *("out_of_memory", "worker_died", "not_finite_activation"),
+    *("no_chat_template", "chat_refused", "roles_unclear", "no_token_counts"),
 }
 OF_OTHER_FORMATS = {"malformed_csv"}
 FLAGS["batching.max_text_tokens"] = MAX_TEXT_TOKENS
@@ -107,6 +109,17 @@ def fields(rng: Random) -> dict[str, object]:
         if rng.random() < 0.2:
             record[name] = rng.choice([words(rng), *ODD_VALUES])
     return record
+
+
+def conversation(rng: Random) -> list[object]:
+    """Messages, some of them odd."""
+    return [
+        {
+            "role": rng.choice(["user", "assistant", words(rng)]),
+            "content": rng.choice([words(rng), *ODD_VALUES]),
+        }
+        for _ in range(rng.randint(0, 2))
+    ]
 
 
 def good(rng: Random) -> bytes:
@@ -188,7 +201,9 @@ KINDS = (mutated, random_bytes, deep, number, surrogate, constant, twice, lackin
 
 
 def records(rng: Random, n: int) -> list[bytes]:
-    """Some of them good, the first one mostly."""
+    """Some of them good, the first one mostly; now and then they are conversations."""
+    if rng.random() < 0.1:
+        return [json.dumps({"messages": conversation(rng)}).encode() for _ in range(n)]
     return [(good if rng.random() < (0.4 if i else 0.8) else rng.choice(KINDS))(rng) for i in range(n)]
 
 
@@ -362,7 +377,9 @@ def read(path: Path, *, whole: bool) -> list[Part]:
     """A file's parts, from its whole content or from a stream of it. Raises FileError."""
     if not whole:
         return asyncio.run(parts_of(path, limits=LIMITS))
-    blocks = part_blocks(io.BytesIO(path.read_bytes()), unclaimed(path), recipe=None, limits=LIMITS)
+    blocks = part_blocks(
+        io.BytesIO(path.read_bytes()), unclaimed(path), recipes=BUILT_IN_RECIPES, limits=LIMITS
+    )
     return [part for parts in blocks for part in parts]
 
 
@@ -384,8 +401,12 @@ def outcome_of(path: Path, *, whole: bool) -> list[Sample | Reject] | tuple[str,
 
 
 def usable(entry: Sample | Reject) -> bool:
-    """Whether a record comes to a row: each of its texts has a token, one for each byte, and not too many."""
-    sizes = [0] if isinstance(entry, Reject) else [len(text.encode()) for text in entry.texts]
+    """Whether a record comes to a row: each of its texts has a token, one for each byte, and not too many.
+
+    The model has no chat template.
+    """
+    texts = () if isinstance(entry, Reject) else entry.texts
+    sizes = [len(text.encode()) if isinstance(text, str) else 0 for text in texts] or [0]
     return min(sizes) > 0 and max(sizes) < MAX_TEXT_TOKENS
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from daemon.pause import Pause
+from daemon.recipes import BUILT_IN_RECIPES
 from daemon.records import Claim
 from daemon.source import content
 from daemon.source.folder import FolderSource, OpenedFile
@@ -25,7 +26,7 @@ def source_of(folder: Path, results_key: str = "key") -> FolderSource:
     inbox = Inbox(folder, settle_seconds=0.0, rescan_seconds=1.0, on_success="move")
     return FolderSource(
         inbox,
-        recipe=None,
+        recipes=BUILT_IN_RECIPES,
         limits=LIMITS,
         results_key=results_key,
         pause=Pause(retry_seconds=0.0),

@@ -286,6 +286,7 @@ async def test_parts_are_the_same_after_a_crash(tmp_path):
 MEASURE = """
 import asyncio, dataclasses, sys
 from pathlib import Path
+from daemon.recipes import BUILT_IN_RECIPES
 from daemon.source.reader import part_blocks
 from tests.support.sources import LIMITS, unclaimed
 def resident():
@@ -294,7 +295,7 @@ path = Path(sys.argv[1])
 limits = dataclasses.replace(LIMITS, max_decompressed_bytes=1 << 40, part_records=1024)
 peak = early = records = 0
 with path.open("rb") as file:
-    for parts in part_blocks(file, unclaimed(path), recipe=None, limits=limits):
+    for parts in part_blocks(file, unclaimed(path), recipes=BUILT_IN_RECIPES, limits=limits):
         records += sum(part.extent.records for part in parts)
         peak = max(peak, resident())
         early = peak if records <= 40_000 else early

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from daemon.recipes import Recipe
+from daemon.recipes import BUILT_IN_RECIPES, Recipe
 from daemon.records import Claim, FileIdentity, InputFile, KeptPart, Part, PartExtent
 from daemon.source.reader import ReadLimits, read_parts
 
@@ -34,5 +34,11 @@ async def parts_of(
     """Every part of a file."""
     source = unclaimed(path, name=name)
     with path.open("rb") as file:
-        parts = read_parts(file, source, recipe=recipe, limits=limits, stored=stored or {})
+        parts = read_parts(
+            file,
+            source,
+            recipes=BUILT_IN_RECIPES if recipe is None else [recipe],
+            limits=limits,
+            stored=stored or {},
+        )
         return [part async for part in parts]

@@ -15,6 +15,7 @@ from daemon.analysis.columns import Column, analysis_columns
 from daemon.config import Config, load_config
 from daemon.errors import FileError
 from daemon.model.padded_engine import PaddedEngine
+from daemon.model.positions import SaeStage
 from daemon.model.trie_engine import TrieEngine
 from daemon.recipes import CONTRAST_RECIPE
 from daemon.tools import oracle
@@ -37,6 +38,27 @@ def verified(folder: Path, config: Config) -> Verification:
         samples=None,
         batch_sizes=(1, 4),
     )
+
+
+def test_completions_are_compared_at_their_last_tokens(tmp_path, monkeypatch):
+    """A text is read at its last token that counts: the oracle reads it up to there."""
+    config = configured(
+        tmp_path, tiny.save_llama(tmp_path / "m"), tiny.save_sae(tmp_path / "s", "blocks.1.hook_resid_post")
+    )
+    config = config.model_copy(
+        update={"analysis": config.analysis.model_copy(update={"tokens": "completion"})}
+    )
+
+    def but_the_last(ends, start):
+        return bytes([end > start for end in ends[:-1]]) + b"\0"
+
+    monkeypatch.setattr("daemon.source.tokenizer.completion_mask", but_the_last)
+    assert verified(tmp_path, config).passed
+    choose = SaeStage.choose
+    monkeypatch.setattr(
+        SaeStage, "choose", lambda stage, path, offsets, ids, counted: choose(stage, path, offsets, ids)
+    )
+    assert not verified(tmp_path, config).passed
 
 
 @pytest.mark.parametrize(

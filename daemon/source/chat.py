@@ -1,0 +1,135 @@
+"""Renders conversations by the chat template of the model's tokenizer, to token ids and never by way of text.
+
+Tells which of these tokens are whose: by the template's generation marks where it has them, else by rendering
+the conversation up to a message. A token of what stands before a message and of its content is the content's.
+Where nothing tells, the record is refused: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from daemon.errors import SampleError
+from daemon.escaping import cut_short, escape_control
+from daemon.recipes import Conversation, Message
+from daemon.records import CountedTokens
+from daemon.source.counting import EncodedText, counts_none
+from daemon.source.texts import shared_length
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # before what the assistant writes
+TODAY = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+DATE = datetime.date(2024, 7, 26)  # that templates are told, so that results do not depend on the day
+STAND_INS = ("A", "B")  # contents that differ from their first letter on
+
+
+class ChatTemplate:
+    """One tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self._tokenizer = tokenizer
+        self._template = TODAY.sub(lambda found: repr(DATE.strftime(found[1] or found[2] or "")), template)
+        self._is_dated = "strftime_now(" in self._template
+        self._has_marks = GENERATION.search(template) is not None
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ChatTemplate | None:
+        """That of a Hugging Face tokenizer; None where it has none."""
+        if getattr(tokenizer, "chat_template", None) is None:
+            return None
+        try:
+            return cls(tokenizer, tokenizer.get_chat_template())
+        except ValueError:  # several, and none of them the default
+            return None
+
+    def encode(self, chat: Conversation, tokens: CountedTokens, start: int | None) -> EncodedText:
+        """The token ids of a conversation, and which of them count; `start` is the first message of its
+        completion, 0 where it is a prompt, all of which counts.
+
+        Raises SampleError where the template refuses it, or does not let tell which tokens are whose.
+        """
+        messages, every = chat.messages, tokens == "all" or start == 0
+        if self._is_dated:
+            raise SampleError(
+                "chat_refused", "has the day of the run in it by the model's chat template: use another model"
+            )
+        marked = self._has_marks and tokens == "assistant" and not every
+        rendered = self._rendered(messages, answer=chat.awaits_answer, offsets=not every, marks=marked)
+        ids = tuple(rendered["input_ids"])
+        if every:
+            return EncodedText(ids)
+        if tokens == "completion" and start is None:
+            raise counts_none(tokens)
+        wanted = [number for number, message in enumerate(messages) if message.role == tokens]
+        if marked:
+            mask = bytes(rendered["assistant_masks"])
+            if len(re.findall(b"\1+", mask)) == len(wanted):
+                return EncodedText(ids, mask)
+        text = self._text(messages, answer=chat.awaits_answer)
+        if start is not None and tokens == "completion":
+            spans = [(self._span(messages, start, text)[0], len(text))]
+        else:
+            spans = [self._span(messages, number, text) for number in wanted]
+        ends = [end for _, end in rendered["offset_mapping"]]
+        return EncodedText(ids, bytes([any(first < end <= last for first, last in spans) for end in ends]))
+
+    def _span(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
+        """Where in the rendered text a message's content begins, and where the next message does.
+
+        What stands before the content is the same whatever the content is; all up to the next message is
+        there whether or not one follows. Raises SampleError where that is not so.
+        """
+        before, role = messages[:number], messages[number].role
+        try:
+            one, other = (self._text((*before, Message(role, content))) for content in STAND_INS)
+            whole = text if number + 1 == len(messages) else self._text(messages[: number + 1])
+        except SampleError:
+            raise unclear(number) from None
+        header = one[: shared_length(one, other)]
+        if one == other or not text.startswith(header) or not text.startswith(whole):
+            raise unclear(number)
+        return len(header), len(whole)
+
+    def _text(self, messages: Sequence[Message], *, answer: bool = False) -> str:
+        return str(self._applied(messages, add_generation_prompt=answer, tokenize=False))
+
+    def _rendered(self, messages: Sequence[Message], *, answer: bool, offsets: bool, marks: bool) -> Any:
+        """The token ids, and where these are asked for where in the text each ends and which are marked."""
+        return self._applied(
+            messages,
+            add_generation_prompt=answer,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=marks,
+            tokenizer_kwargs={"verbose": False, "return_offsets_mapping": offsets},
+        )
+
+    def _applied(self, messages: Sequence[Message], **options: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(
+                [message._asdict() for message in messages], chat_template=self._template, **options
+            )
+        except Exception as error:  # of the template's own, or of Jinja
+            reason = escape_control(cut_short(str(error).partition("\n")[0], 100))
+            raise SampleError(
+                "chat_refused",
+                f"is refused by the model's chat template ({reason}): write it as that expects",
+            ) from None
+
+
+def unclear(number: int) -> SampleError:
+    return SampleError(
+        "roles_unclear",
+        f"is rendered such that nothing tells which tokens are its message {number + 1}: the model's chat"
+        ' template moves or drops messages: set analysis.tokens = "all", or leave it out',
+    )
+
+
+def no_template() -> SampleError:
+    return SampleError(
+        "no_chat_template",
+        "is a conversation, and the model's tokenizer has no chat template: use a model that has one, usually"
+        " named -Instruct, -Chat or -it",
+    )

@@ -1,0 +1,167 @@
+"""`lensd check-config --file`: how the first records of a file are read, by the model's tokenizer alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from daemon.config import Config, SaeSection
+from daemon.errors import ConfigError
+from daemon.model.failures import loading, quiet_libraries
+from daemon.model.loading import ModelLocation, check_config, context_of, load_tokenizer, locate_model
+from daemon.model.sae import check_known
+from daemon.model.smollm2 import default_cache_dir
+from daemon.model.weightfiles import read_object
+from daemon.records import Part, Reject, TokenizedSample
+from daemon.source.reader import part_blocks
+from daemon.source.tokenizer import Tokenizer
+from daemon.tools.samples import unclaimed
+from daemon.wiring import read_limits, read_rules
+
+RECORDS = 5
+SHOWN_CHARS = 240  # of a text
+SHOWN_TOKENS = 12  # of those that are read
+
+
+def preview(config: Config, file: Path) -> Iterator[str]:
+    """Lines that say which recipe is taken, and of each record its texts, their tokens and those read.
+
+    Raises FileError for an unusable file, ConfigError and MachineError where the tokenizer can't be had.
+    """
+    quiet_libraries()
+    adds_bos = {prepends_bos(sae) for sae in config.sae}
+    if len(adds_bos) > 1:
+        raise ConfigError("the SAEs disagree on prepend_bos, so no one token sequence serves them all")
+    prepend_bos = adds_bos == {True}
+    hf_tokenizer, tokenizer = tokenizer_alone(config, prepend_bos=prepend_bos)
+    part = first_part(config, file)
+    recipe, compared = part.recipe, part.recipe.contrast
+    contrast = (
+        f", {compared.positive} against {compared.negative} relative to {compared.reference}"
+        if compared
+        else ""
+    )
+    yield f"ok: {file.name}: recipe {recipe.name}: texts {', '.join(recipe.text_names)}{contrast}"
+    settings = config.analysis
+    yield (
+        f"ok: {'BOS before each text' if prepend_bos else 'no BOS added'}; tokens = {settings.tokens},"
+        f" positions = {settings.positions}, long_texts = {config.batching.long_texts}"
+    )
+    for record in records_of(part, tokenizer):
+        if isinstance(record, Reject):
+            yield f"record {record.record_index}: rejected, {record.reason}: {record.message}"
+            continue
+        sample = record.sample
+        line = "" if sample.line is None else f", line {sample.line}"
+        yield f"record {sample.record_index}{line}, id {sample.sample_id}"
+        for text, name in enumerate(recipe.text_names):
+            ids = record.token_ids[text]
+            read = places_read(record, text, config, skips_bos=prepend_bos)
+            yield f"  {name}, {len(ids)} tokens: {shown(decoded(hf_tokenizer, ids))}"
+            tokens = [decoded(hf_tokenizer, [ids[place]]) for place in read]
+            yield f"    reads {len(read)}: {tokens_shown(tokens)}"
+
+
+def first_part(config: Config, file: Path) -> Part:
+    """The first part of a file. Raises FileError."""
+    with file.open("rb") as content:
+        for parts in part_blocks(
+            content, unclaimed(file), recipes=config.recipes, limits=read_limits(config)
+        ):
+            for part in parts:
+                assert isinstance(part, Part)
+                return part
+    raise AssertionError("a file has a part, or an error")
+
+
+def records_of(part: Part, tokenizer: Tokenizer) -> list[TokenizedSample | Reject]:
+    """The first records of a part, tokenized or rejected, in their order."""
+    first = part.extent.first_record + RECORDS
+    few = dataclasses.replace(
+        part,
+        samples=tuple(sample for sample in part.samples if sample.record_index < first),
+        rejects=tuple(reject for reject in part.rejects if reject.record_index < first),
+    )
+    (tokenized,) = tokenizer.tokenize([few])
+    by_index: dict[int, TokenizedSample | Reject] = {
+        sample.sample.record_index: sample for sample in tokenized.samples
+    }
+    by_index |= {reject.record_index: reject for reject in tokenized.part.rejects}
+    return [by_index[index] for index in sorted(by_index)]
+
+
+def places_read(sample: TokenizedSample, text: int, config: Config, *, skips_bos: bool) -> list[int]:
+    """The positions of a text's tokens that SAEs read."""
+    mask = None if sample.counted is None else sample.counted[text]
+    places = [place for place in range(len(sample.token_ids[text])) if mask is None or mask[place]]
+    if config.analysis.positions == "last":
+        return places[-1:]
+    return [place for place in places if place or not skips_bos]
+
+
+def tokenizer_alone(config: Config, *, prepend_bos: bool) -> tuple[Any, Tokenizer]:
+    """The tokenizer as Hugging Face has it, and as a run would have it, without the model.
+
+    Raises ConfigError and MachineError.
+    """
+    from transformers import AutoConfig
+
+    name = config.model.name
+    folder = Path(name)
+    location = ModelLocation(name, name, None) if folder.is_dir() else locate_model(name, default_cache_dir())
+    what = f"model {name}"
+    with loading(what):
+        settings = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
+        check_config(settings, what)
+    text = settings.get_text_config()
+    tokenizer = load_tokenizer(location)
+    return tokenizer, Tokenizer(
+        tokenizer,
+        prepend_bos=prepend_bos,
+        max_text_tokens=config.batching.max_text_tokens,
+        context=context_of(text),
+        vocabulary=int(text.vocab_size),
+        rules=read_rules(config),
+    )
+
+
+def prepends_bos(source: SaeSection) -> bool:
+    """Whether a dictionary's settings ask for BOS; true where they say nothing.
+
+    Raises ConfigError and MachineError.
+    """
+    what = f"SAE {source.path or f'{source.release}/{source.id}'}"
+    if source.path is not None:
+        if not (source.path / "cfg.json").is_file():
+            raise ConfigError(f"{what}: no cfg.json there: give a folder in SAELens format")
+        settings = read_object(source.path / "cfg.json", what)
+    else:
+        from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
+
+        with loading(what):
+            check_known(source, what)
+            settings = load_sae_config_from_huggingface(str(source.release), str(source.id))
+    metadata = settings.get("metadata")
+    said = (metadata if isinstance(metadata, dict) else settings).get("prepend_bos")
+    return True if said is None else bool(said)
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def shown(text: str) -> str:
+    """A text in quotes, its middle left out where it is long."""
+    half = SHOWN_CHARS // 2
+    return f'"{text}"' if len(text) <= SHOWN_CHARS else f'"{text[:half]}" ... "{text[-half:]}"'
+
+
+def tokens_shown(tokens: Sequence[str]) -> str:
+    """Tokens in quotes, the middle ones left out where there are many."""
+    quoted = [f'"{token}"' for token in tokens]
+    if len(quoted) > SHOWN_TOKENS:
+        half = SHOWN_TOKENS // 2
+        quoted = [*quoted[:half], "...", *quoted[-half:]]
+    return " ".join(quoted)
