@@ -40,6 +40,8 @@ def test_every_class_that_loads_is_swept_with_every_normalisation():
 
 def test_the_sweep_sees_a_difference(tmp_path, monkeypatch):
     right = TrieEngine.residuals
-    monkeypatch.setattr(TrieEngine, "residuals", lambda *args: [x * (1 + 1e-4) for x in right(*args)])
+    monkeypatch.setattr(
+        TrieEngine, "residuals", lambda *args: tuple([x * (1 + 1e-4) for x in xs] for xs in right(*args))
+    )
     (row,) = sweep("llama", [Case("blocks.1.hook_resid_post", "standard")], tmp_path)
     assert row.fails

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,19 @@ class SparseActs:
         """(N, d_sae)."""
         dense = self.values.new_zeros(len(self.counts), d_sae)
         return dense.scatter_add_(1, self.indices, self.values)
+
+
+def joined(pieces: Sequence[SparseActs]) -> SparseActs:
+    """The positions of several, one after the other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    width = max(piece.width for piece in pieces)
+    padding = [(0, width - piece.width) for piece in pieces]
+    return SparseActs(
+        torch.cat([F.pad(piece.indices, pad) for piece, pad in zip(pieces, padding, strict=True)]),
+        torch.cat([F.pad(piece.values, pad) for piece, pad in zip(pieces, padding, strict=True)]),
+        torch.cat([piece.counts for piece in pieces]),
+    )
 
 
 def shared_cosine(a: SparseActs, b: SparseActs, limit: int) -> Tensor:

@@ -22,6 +22,7 @@ from daemon.records import IntArray
 NOISE_BANK_SIZE = 256  # rows; a byte of a hash is a row
 # Rows of the dense (M, d_sae) workspace, or one text's draws.
 MAX_ACTIVATED = {"cpu": 512, "mps": 2048, "cuda": 8192}
+MAX_NUMBERS = {"cpu": 1 << 25, "mps": 1 << 27, "cuda": 1 << 28}  # in that workspace, whatever d_sae is
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,9 @@ def stability(noise: Noise, x: Tensor, draws: Tensor, top_k: int) -> tuple[Tenso
     """
     n, k = draws.shape
     pre_acts = noise.pre_acts(x)
-    rows = max(1, MAX_ACTIVATED[pre_acts.device.type] // (k + 1))
+    kind = pre_acts.device.type
+    allowed = min(MAX_ACTIVATED[kind], MAX_NUMBERS.get(kind, MAX_NUMBERS["cuda"]) // pre_acts.shape[1])
+    rows = max(1, allowed // (k + 1))
     pieces = [slice(start, start + rows) for start in range(0, max(1, n), rows)]
     sets = torch.cat([_sets(noise, pre_acts[piece], draws[piece], top_k) for piece in pieces])
     jaccard = _similarity(sets).where(noise.defined(x, draws).unsqueeze(1), torch.nan)

@@ -14,18 +14,24 @@ import torch
 from torch import Tensor
 
 from daemon.analysis.geometry import DecoderRows, weighted_sum
-from daemon.analysis.sparse import SparseActs, from_dense
+from daemon.analysis.sparse import SparseActs, from_dense, joined
 from daemon.devices import on_mps, to_device, to_exact
-from daemon.model.onednn import Product, product, split_product
+from daemon.model.onednn import ROW_STEP, OneDnnLinear, Product, packs, product, split_product
 from daemon.model.overflow import NORMALISING, Bounds
 from daemon.model.sae import LoadedSae
 from daemon.model.saeformat import TRANSCODERS
 
-PROBE_ROWS = 64
+LAYER_NORM_EPSILON = 1e-5  # of SAELens, to which it belongs when it normalises alone
+PROBE_ROWS, LEAST_PROBE_ROWS = 64, 8
+PROBE_NUMBERS = 1 << 20  # in their dense activations, with more than the least rows
+PROBE_FEATURES = 1 << 18  # that are decoded
 PROBE_SCALES = (0.1, 1.0, 10.0, 100.0)  # of the residuals it is tried on
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # relative; in float32 a feature may flip
 
-PIECE_NUMBERS = 1 << 28  # in the activations that MPS makes at a time: 1 GiB
+# In the dense activations that are made at a time, by kind of device. MPS ends the process at a tensor of
+# 4 GiB, and has counted wrongly which entries of large ones fire.
+PIECE_NUMBERS = {"cpu": 1 << 25, "cuda": 1 << 28, "mps": 1 << 28}
+COLUMNS = 1 << 11  # of W_enc that are float64 at a time
 
 # Makes the activation of a dictionary's kind on a device.
 Build = Callable[[Any, str | torch.device], Callable[[Tensor], Tensor]]
@@ -87,12 +93,14 @@ def encoder_of(
     plain = PlainEncoder(entry, decoder)
     device = device or entry.W_dec.device
     build = ACTIVATIONS.get(entry.info.architecture)
-    if build is not None and entry.sae.cfg.normalize_activations == "none":
+    normalises = entry.sae.cfg.normalize_activations in NORMALISING
+    if build is not None:
         for multiply in (split_product, product) if can_split(entry, model_dtype) else (product,):
             try:
                 fused = FusedEncoder(entry, decoder, build, multiply, device)
-                if agree(plain, fused, entry, model_dtype):
-                    return fused
+                encoder = NormalisingEncoder(entry, fused) if normalises else fused
+                if agree(plain, encoder, entry, model_dtype):
+                    return encoder
             except (TypeError, RuntimeError) as error:  # of a torch that has no such product
                 if on_mps(device):  # it lacks an operation, and the host has them all
                     break
@@ -110,6 +118,7 @@ def can_split(entry: LoadedSae, model_dtype: torch.dtype) -> bool:
         and entry.W_dec.dtype == torch.float32
         and model_dtype == torch.bfloat16
         and not entry.center_residual
+        and entry.sae.cfg.normalize_activations not in NORMALISING
     )
 
 
@@ -151,9 +160,15 @@ class PlainEncoder:
         return there_and_back, sae.process_sae_in(x) @ sae.W_enc, self._entry.encode(x)
 
     def encode(self, x: Tensor) -> SparseActs:
-        return from_dense(self._entry.encode(x))
+        return by_rows(self._entry.encode, x, self._d_sae, x.device)
 
     def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
+        pieces = [
+            self._decoded(acts.select(rows), x[rows]) for rows in row_pieces(len(x), self._d_sae, x.device)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _decoded(self, acts: SparseActs, x: Tensor) -> Tensor:
         self._entry.sae.run_time_activation_norm_fn_in(x)  # has the module keep the statistics of these rows
         return self._entry.decode(acts.to_dense(self._d_sae), x)
 
@@ -177,16 +192,24 @@ class FusedEncoder:
     ) -> None:
         """`multiply` makes the product by W_enc: of what the model gives, not of any x."""
         sae = entry.sae
-        W_enc = sae.W_enc.T.contiguous()  # (d_sae, d_in)
-        bias = sae.b_enc.double() if entry.info.architecture != "gated" else torch.zeros_like(W_enc[:, 0])
+        if not packs(sae.W_enc):  # these products want rows; the dictionary shares them
+            sae.W_enc.data = sae.W_enc.T.contiguous().T
+        W_enc = sae.W_enc.T  # (d_sae, d_in)
+        bias = torch.zeros(len(W_enc), dtype=torch.float64, device=W_enc.device)
+        if entry.info.architecture != "gated":
+            bias += sae.b_enc
         if sae.cfg.apply_b_dec_to_input and entry.info.architecture not in TRANSCODERS:
-            bias = bias - W_enc.double() @ sae.b_dec.double()
+            b_dec = sae.b_dec.double()
+            for start in range(0, len(W_enc), COLUMNS):
+                columns = slice(start, start + COLUMNS)
+                bias[columns] -= W_enc[columns].double() @ b_dec
         self.decoder = decoder
         self.bounds = Bounds.of(sae)
         W_enc, bias = to_device(W_enc, device), to_device(bias.to(W_enc.dtype), device)
-        self._device = device
+        self._device = torch.device(device)
         self._product = multiply(W_enc, bias)
-        self._project = product(W_enc, None)
+        shared = self._product.packed if isinstance(self._product, OneDnnLinear) else None
+        self._project = product(W_enc, None) if shared is None else OneDnnLinear(shared, None)
         self.activate = build(sae, device)
         self._b_dec = sae.b_dec
         self._skip = None if entry.W_skip is None else product(entry.W_skip.contiguous(), None)
@@ -211,27 +234,93 @@ class FusedEncoder:
         return to_exact(pre_acts), to_exact(self.activate(pre_acts))
 
     def encode(self, x: Tensor) -> SparseActs:
-        if on_mps(self._device):
-            return from_dense(self._in_pieces(x))
-        return from_dense(self.activate(self.pre_acts(x)))
+        return by_rows(self._encoded, x, len(self._written), self._device)
 
-    def _in_pieces(self, x: Tensor) -> Tensor:
-        """The feature activations (N, d_sae) of x (N, d_in), both on the host.
-
-        MPS ends the process at a tensor of 4 GiB, and has counted wrongly which entries of large ones fire.
-        """
-        d_sae = len(self._written)
-        feature_acts = x.new_empty(len(x), d_sae)
-        rows = max(1, PIECE_NUMBERS // d_sae)
-        for start in range(0, len(x), rows):
-            piece = slice(start, start + rows)
-            feature_acts[piece] = to_exact(self.activate(self.pre_acts(x[piece])))
-        return feature_acts
+    def _encoded(self, x: Tensor) -> Tensor:
+        return to_exact(self.activate(self.pre_acts(x)))
 
     def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
         written = weighted_sum(acts.indices, acts.values, acts.counts, self._written)
         reconstruction: Tensor = written + self._b_dec
         return reconstruction if self._skip is None else reconstruction + self._skip(x)
+
+
+class NormalisingEncoder:
+    """A dictionary that normalises each row of x by statistics of that row; keeps none of them.
+
+    Noise is added to x itself, as it is not linear in what becomes of x.
+    """
+
+    affine = False
+
+    def __init__(self, entry: LoadedSae, inner: FusedEncoder) -> None:
+        """`inner` encodes rows that are normalised already."""
+        self.decoder, self.bounds = inner.decoder, inner.bounds
+        self._inner = inner
+        self._statistics = (
+            layer_norm if entry.sae.cfg.normalize_activations == "layer_norm" else constant_norm
+        )
+        self._undone = entry.info.architecture not in TRANSCODERS  # their output is of another place
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        return x
+
+    def project(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        normalised, _, _ = self._statistics(pre_acts)
+        return to_exact(self._inner.activate(self._inner.pre_acts(normalised)))
+
+    def trusts_noise(self, projected: Tensor) -> Tensor:
+        lengths: Tensor = torch.linalg.vector_norm(projected, dim=-1)
+        return lengths < self.bounds.longest
+
+    def finite(self, x: Tensor) -> Tensor:
+        return self.bounds.finite(x, self._steps)
+
+    def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
+        normalised, scale, shift = self._statistics(x)
+        pre_acts = self._inner.pre_acts(normalised)
+        there_and_back = normalised * scale + shift
+        return there_and_back, to_exact(pre_acts), to_exact(self._inner.activate(pre_acts))
+
+    def encode(self, x: Tensor) -> SparseActs:
+        normalised, _, _ = self._statistics(x)
+        return self._inner.encode(normalised)
+
+    def decode(self, acts: SparseActs, x: Tensor) -> Tensor:
+        decoded = self._inner.decode(acts, x)
+        if not self._undone:
+            return decoded
+        _, scale, shift = self._statistics(x)
+        return decoded * scale + shift
+
+
+def layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, d_in) normalised as SAELens does, and the scale and the shift that undo it: (N, 1) each."""
+    shift = x.mean(-1, keepdim=True)
+    centred = x - shift
+    scale = centred.std(-1, keepdim=True)
+    return centred / (scale + LAYER_NORM_EPSILON), scale, shift
+
+
+def constant_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for rows of the length sqrt(d_in)."""
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+    return x / scale, scale, torch.zeros_like(scale)
+
+
+def row_pieces(n: int, d_sae: int, device: torch.device) -> list[slice]:
+    """Rows in pieces whose dense activations are of bounded size; oneDNN wants multiples of ROW_STEP."""
+    numbers = PIECE_NUMBERS.get(device.type, PIECE_NUMBERS["cuda"])
+    rows = max(1, numbers // d_sae // ROW_STEP) * ROW_STEP
+    return [slice(start, start + rows) for start in range(0, max(1, n), rows)]
+
+
+def by_rows(encode: Callable[[Tensor], Tensor], x: Tensor, d_sae: int, device: torch.device) -> SparseActs:
+    """encode(x) for x (N, d_in), whose dense activations (N, d_sae) are made piece by piece on a device."""
+    return joined([from_dense(encode(x[rows])) for rows in row_pieces(len(x), d_sae, device)])
 
 
 def standard(sae: Any, device: str | torch.device) -> Callable[[Tensor], Tensor]:
@@ -278,15 +367,20 @@ ACTIVATIONS: dict[str, Build] = {
 def agree(plain: Encoder, fused: Encoder, entry: LoadedSae, model_dtype: torch.dtype) -> bool:
     """Whether two encoders give the same features and reconstructions on random residuals of a model."""
     dtype, device = entry.W_dec.dtype, entry.W_dec.device
-    noise = torch.randn(PROBE_ROWS, entry.info.d_in, generator=torch.Generator().manual_seed(0))
-    x = torch.cat([scale * noise for scale in PROBE_SCALES]).to(model_dtype).to(device, dtype)
-    with torch.inference_mode():
-        expected, got = (encoder.encode(x) for encoder in (plain, fused))
-        pairs = [
-            (expected.to_dense(entry.info.d_sae), got.to_dense(entry.info.d_sae)),
-            (plain.decode(expected, x), fused.decode(expected, x)),
-        ]
-    return all(
-        bool(torch.linalg.vector_norm(b - a) <= PROBE_TOLERANCE[dtype] * torch.linalg.vector_norm(a))
-        for a, b in pairs
-    )
+    rows = max(LEAST_PROBE_ROWS, min(PROBE_ROWS, PROBE_NUMBERS // entry.info.d_sae))
+    noise = torch.randn(rows, entry.info.d_in, generator=torch.Generator().manual_seed(0))
+    errors, sizes = torch.zeros(2, len(PROBE_SCALES)), torch.zeros(2, len(PROBE_SCALES))
+    for number, scale in enumerate(PROBE_SCALES):
+        x = (scale * noise).to(model_dtype).to(device, dtype)
+        with torch.inference_mode():
+            expected, got = (encoder.encode(x) for encoder in (plain, fused))
+            few = slice(max(1, PROBE_FEATURES // expected.width))
+            pairs = [
+                (expected.to_dense(entry.info.d_sae), got.to_dense(entry.info.d_sae)),
+                tuple(encoder.decode(expected.select(few), x[few]) for encoder in (plain, fused)),
+            ]
+            for kind, (a, b) in enumerate(pairs):
+                errors[kind, number] = torch.linalg.vector_norm(b - a)
+                sizes[kind, number] = torch.linalg.vector_norm(a)
+    error, size = errors.norm(dim=1), sizes.norm(dim=1)
+    return bool((error <= PROBE_TOLERANCE[dtype] * size).all())

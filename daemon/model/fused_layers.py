@@ -113,10 +113,13 @@ class RecordingPlan:
 def fuse_layers(trunk: Trunk, plan: Plan, run: Callable[[], object]) -> int:
     """Replace the layers of a trunk whose fused form gives the same result; returns how many.
 
-    `run` runs the trunk on some texts by `plan`.
+    `run` runs the trunk on some texts by `plan`. A layer that is read inside keeps its modules.
     """
     found = routines()
-    matching = list(map(has_llama_parts, trunk.layers))
+    matching = [
+        has_llama_parts(layer) and not trunk.is_read_inside(number)
+        for number, layer in enumerate(trunk.layers)
+    ]
     if found is None or not any(matching):
         return 0
     replaced = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 
 from daemon.errors import ConfigError
 from daemon.model.sae import LoadedSae, layer_of
@@ -40,6 +41,26 @@ def hook_points_of(entry: LoadedSae) -> tuple[str, str]:
                 f" always mean the same: {FLAGGED[place].format(block=block)} in its cfg.json"
             )
     return info.hook_name, info.hook_name_out
+
+
+def check_widths(
+    saes: Sequence[LoadedSae], points: Sequence[tuple[str, str]], widths: Mapping[str, int]
+) -> None:
+    """`points` are where each reads and what it reconstructs, `widths` the model's values there.
+
+    Raises ConfigError where a dictionary does not fit.
+    """
+    for entry, (read, written) in zip(saes, points, strict=True):
+        info = entry.info
+        for hook_name, expected, point in (
+            (info.hook_name, info.d_in, read),
+            (info.hook_name_out, info.d_out, written),
+        ):
+            if widths[point] != expected:
+                raise ConfigError(
+                    f"SAE {info.source}: expects {expected} values at {hook_name}, where the model has"
+                    f" {widths[point]}: it belongs to another model"
+                )
 
 
 def is_gemma_scope_transcoder(entry: LoadedSae) -> bool:

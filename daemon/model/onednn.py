@@ -76,14 +76,15 @@ def works(dtype: torch.dtype) -> bool:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         got = torch.ops.mkldnn._linear_pointwise(weight, pack(weight), None, "none", [], "")
+        turned = torch.ops.mkldnn._linear_pointwise(weight, pack(weight.T), None, "none", [], "")
     except (AttributeError, RuntimeError):
         return False
-    return agrees(F.linear(weight, weight), got)
+    return agrees(F.linear(weight, weight), got) and agrees(F.linear(weight, weight.T), turned)
 
 
 def pack(weight: Tensor) -> Tensor:
-    """weight: (out, in), in the layout of oneDNN."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS)
+    """weight: (out, in), of any strides, in the layout of oneDNN."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
     return packed
 
 
@@ -125,7 +126,7 @@ class OneDnnLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight: (out, in)."""
         super().__init__()
-        self.packed = pack(weight)
+        self.packed = weight if weight.is_mkldnn else pack(weight)
         self.bias = bias
 
     @property

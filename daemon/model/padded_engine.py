@@ -23,7 +23,7 @@ from daemon.model.encoding import Encoder
 from daemon.model.extraction import Counted, Extraction, Started
 from daemon.model.failures import sense
 from daemon.model.float64 import full_precision
-from daemon.model.hook_points import canonical, hook_points_of
+from daemon.model.hook_points import canonical, check_widths, hook_points_of
 from daemon.model.loading import LoadedModel, bridge_of, model_info
 from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
@@ -88,7 +88,8 @@ class PaddedEngine:
                 f"model {self._name}: TransformerLens can't run it ({type(error).__name__}: {sense(error)}):"
                 " use dictionaries at hook_resid_pre or hook_resid_post, or another model"
             ) from error
-        self._check_widths(values)
+        points = list(zip(self._read, self._written, strict=True))
+        check_widths(self._stage.saes, points, {point: x.shape[-1] for point, x in values.items()})
         if isinstance(plain, Unreachable):
             raise ConfigError(
                 f"model {self._name}: what TransformerLens gives at {', '.join(self._points)} can't be"
@@ -132,18 +133,6 @@ class PaddedEngine:
             f" different by {difference}: use dictionaries at hook_resid_pre or hook_resid_post, or another"
             " version of transformer-lens"
         )
-
-    def _check_widths(self, values: dict[str, Tensor]) -> None:
-        """Raises ConfigError where a dictionary does not fit the places it reads and predicts."""
-        for entry, read, written in zip(self._stage.saes, self._read, self._written, strict=True):
-            info = entry.info
-            places = ((info.hook_name, info.d_in, read), (info.hook_name_out, info.d_out, written))
-            for hook_name, width, point in places:
-                if (got := values[point].shape[-1]) != width:
-                    raise ConfigError(
-                        f"SAE {info.source}: expects {width} values at {hook_name}, where the model has"
-                        f" {got}: it belongs to another model"
-                    )
 
     def residuals(self, tokens: Tensor, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """tokens: (rows, width), keep: (K,) of all positions -> (K, d) each SAE reads, and reconstructs.

@@ -57,6 +57,10 @@ class PlainHooks:
                 traces[layer] = self._trace(layer, text)
             self._taps[name] = find_tap(place, traces[layer])
 
+    def tap(self, hook_name: str) -> Tap:
+        """Where one of the names is read."""
+        return self._taps[hook_name]
+
     def read(self, text: Sequence[int]) -> dict[str, Tensor]:
         """One text's token ids -> per hook name the values (length, d), heads side by side.
 

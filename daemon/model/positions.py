@@ -20,10 +20,10 @@ from torch import Tensor
 
 from daemon.analysis.column_inputs import LayerActivations
 from daemon.analysis.features import StoredFeatures
-from daemon.analysis.sparse import SparseActs, from_dense
+from daemon.analysis.sparse import SparseActs, from_dense, joined
 from daemon.devices import finish, on_mps, to_device, to_exact, to_numpy
 from daemon.model.both_ways import shares_of, together
-from daemon.model.encoding import Encoder
+from daemon.model.encoding import Encoder, row_pieces
 from daemon.model.extraction import Counted, Extraction, NotFinite, ReadPositions, Started
 from daemon.model.overflow import all_finite
 from daemon.model.rereading import of_texts, reread
@@ -183,6 +183,8 @@ class Encoded:
 
     def analysed(self) -> LayerActivations:
         """The rows to analyse, with their reconstruction."""
+        if not self.entry.reconstructs:
+            return self._layer(self.acts, self.x, None, None)
         return self._layer(self.acts, self.x, self.target, self.encoder.decode(self.acts, self.x))
 
     def pooled(self, readings: ReadPositions, positions: Positions) -> LayerActivations:
@@ -190,27 +192,39 @@ class Encoded:
         rows = to_device(readings.rows, self.x.device)
         counts = to_device(np.diff(readings.offsets), self.x.device)
         text = torch.repeat_interleave(torch.arange(len(counts), device=self.x.device), counts)  # (R,)
+        # as many texts at a time as their dense features allow
+        pieces = row_pieces(len(counts), self.entry.info.d_sae, self.x.device)
+        acts = joined([self._pooled_acts(readings, rows, text, piece, positions) for piece in pieces])
+        if positions == "max":
+            return self._layer(acts, None, None, None)
+        x = mean_of(self.x, rows, text, counts)
+        if not self.entry.reconstructs:
+            return self._layer(acts, x, None, None)
+        target = x if self.target is self.x else mean_of(self.target, rows, text, counts)
+        if self.encoder.affine:
+            return self._layer(acts, x, target, self.encoder.decode(acts, x))
+        reconstruction = mean_of(self.encoder.decode(self.acts, self.x), rows, text, counts)
+        return self._layer(acts, x, target, reconstruction)
+
+    def _pooled_acts(
+        self, readings: ReadPositions, rows: Tensor, text: Tensor, texts: slice, positions: Positions
+    ) -> SparseActs:
+        """The pooled features of some texts (n, d_sae); `rows` (R,) and `text` (R,) are those of all."""
+        offsets = readings.offsets[texts.start : texts.stop + 1]
+        counts = to_device(np.diff(offsets), self.x.device)
         d_sae = self.entry.info.d_sae
         features = self.x.new_zeros(len(counts) * d_sae)
-        for start in range(0, len(rows), POOLED_ROWS):
-            chunk = slice(start, start + POOLED_ROWS)
+        for start in range(int(offsets[0]), int(offsets[-1]), POOLED_ROWS):
+            chunk = slice(start, min(start + POOLED_ROWS, int(offsets[-1])))
             read = self.acts.select(rows[chunk])
-            slots = (text[chunk, None] * d_sae + read.indices)[read.active]
+            slots = ((text[chunk, None] - texts.start) * d_sae + read.indices)[read.active]
             values = read.values[read.active]
             if positions == "mean":
                 features.index_add_(0, slots, values)
             else:
                 features.scatter_reduce_(0, slots, values, "amax")
         dense = features.view(len(counts), d_sae)
-        if positions == "max":
-            return self._layer(from_dense(dense), None, None, None)
-        acts = from_dense(dense / counts.unsqueeze(1))
-        x = mean_of(self.x, rows, text, counts)
-        target = x if self.target is self.x else mean_of(self.target, rows, text, counts)
-        if self.encoder.affine:
-            return self._layer(acts, x, target, self.encoder.decode(acts, x))
-        reconstruction = mean_of(self.encoder.decode(self.acts, self.x), rows, text, counts)
-        return self._layer(acts, x, target, reconstruction)
+        return from_dense(dense.div_(counts.unsqueeze(1)) if positions == "mean" else dense)
 
     def _layer(
         self, acts: SparseActs, x: Tensor | None, target: Tensor | None, reconstruction: Tensor | None

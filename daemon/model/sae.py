@@ -19,7 +19,8 @@ from daemon.errors import ConfigError
 from daemon.model.cards import card_of
 from daemon.model.completeness import check_finite
 from daemon.model.failures import loading, quiet_libraries
-from daemon.model.pickles import refused_pickles
+from daemon.model.folding import fold_normalisation
+from daemon.model.pickles import weights_only_pickles
 from daemon.model.placement import Placement
 from daemon.model.sae_names import names_of
 from daemon.model.saeformat import ARCHITECTURES, TRANSCODERS, check_dictionary, check_folded, judged
@@ -32,6 +33,7 @@ RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 # Places whose raw values, less their mean, are what TransformerLens gives with centred writing weights.
 CENTRED = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
 WEIGHTS_NAME = "sae_weights.safetensors"
+CROSS_LAYER_LOADERS = {"mntss_clt_layer_transcoder"}  # of SAELens
 
 log = structlog.get_logger()
 
@@ -59,6 +61,7 @@ class LoadedSae:
     sae: Any  # sae_lens.SAE; the library's generics say nothing useful here
     center_residual: bool  # it was trained on weights processed by TransformerLens
     card: Fit = field(default_factory=Fit)  # what its makers measured
+    reconstructs: bool = True  # else its decoder's sum is no reconstruction, and has no error
 
     @property
     def hook_names(self) -> tuple[str, ...]:
@@ -97,14 +100,6 @@ class LoadedSae:
         """(d_out, d_in) what a skip transcoder adds to its reconstruction, per x."""
         weights: Tensor | None = getattr(self.sae, "W_skip", None)
         return weights
-
-
-def hook_point(hook_name: str) -> tuple[int, str]:
-    """`blocks.5.hook_resid_post` -> (5, "post"). Raises ValueError for another kind of name."""
-    match = RESIDUAL.fullmatch(hook_name)
-    if match is None:
-        raise ValueError(f"{hook_name} is no hook point of the residual stream")
-    return int(match[1]), match[2]
 
 
 def load_saes(
@@ -155,8 +150,11 @@ def load_sae(
     Raises ConfigError, or MachineError where the hub fails.
     """
     name = source.path.name if source.path is not None else f"{source.release}/{source.id}"
+    folded = False
     if source.path is not None:
         sae = load_from_folder(source.path, device, dtype)
+        with loading(f"SAE {source.path}"):
+            folded = fold_normalisation(sae, source.path, f"SAE {source.path}")
     else:
         sae = load_from_hub(source, device, dtype)
     sae.requires_grad_(False)
@@ -172,15 +170,25 @@ def load_sae(
         d_out=getattr(sae.cfg, "d_out", sae.cfg.d_in),
         architecture=sae.cfg.architecture(),
         source=name,
-        weights_sha256=sha256_of(source.path / WEIGHTS_NAME) if source.path else tensors_sha256(sae),
+        weights_sha256=tensors_sha256(sae)
+        if source.path is None or folded
+        else sha256_of(source.path / WEIGHTS_NAME),
         settings_sha256=settings_sha256(sae.cfg.to_dict()),
         prepend_bos=prepends_bos(sae, source, name, bos_habit),
     )
+    reconstructs = source.path is not None or not is_cross_layer(source)
+    if not reconstructs:
+        log.warning(
+            "sae.not_for_reconstruction",
+            sae=name,
+            message="one layer of a cross-layer transcoder: no reconstruction error and no FVU are published",
+        )
     return LoadedSae(
         info=info,
         sae=sae,
         center_residual=reads_centred(sae, (hook_name, hook_name_out), name),
         card=card_of(sae, source.release, source.id),
+        reconstructs=reconstructs,
     )
 
 
@@ -194,6 +202,13 @@ def prepends_bos(sae: Any, source: SaeSource, name: str, bos_habit: Callable[[],
     habit = bos_habit()
     log.info("sae.prepend_bos", sae=name, prepend_bos=habit, reason="not said: as the model's tokenizer does")
     return habit
+
+
+def is_cross_layer(source: SaeSource) -> bool:
+    """Whether SAELens adds up what the dictionary writes to many layers, which is what no layer has."""
+    from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name
+
+    return get_conversion_loader_name(source.release) in CROSS_LAYER_LOADERS
 
 
 def check_supported(sae: Any, name: str) -> None:
@@ -298,7 +313,7 @@ def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype) -> Any:
 
     what = f"SAE {source.release}/{source.id}"
     quiet_libraries()
-    with loading(what), refused_pickles(what):
+    with loading(what), weights_only_pickles(what):
         check_known(source, what)
         load = NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(source.release)]
         return SAE.from_pretrained(
@@ -344,5 +359,5 @@ def tensors_sha256(sae: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().to(torch.float32).numpy().tobytes())
+        digest.update(tensor.detach().cpu().to(torch.float32).contiguous().numpy().data)
     return digest.hexdigest()

@@ -25,9 +25,10 @@ from daemon.model.attention import (
 )
 from daemon.model.compiled_layers import FlexPlan, can_compile, compile_layers, restore_layers
 from daemon.model.cuda_streams import Launch
-from daemon.model.encoding import Encoder, FusedEncoder
+from daemon.model.encoding import Encoder, FusedEncoder, NormalisingEncoder
 from daemon.model.extraction import Counted, Extraction, Started
 from daemon.model.fused_layers import FusedDecoderLayer, fuse_layers
+from daemon.model.hook_points import check_widths, hook_points_of
 from daemon.model.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
 from daemon.model.onednn import (
     TYPICAL_ROWS,
@@ -43,13 +44,23 @@ from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
 from daemon.model.positions import SaeStage, comparable_cards
 from daemon.model.probe import Difference, packed_texts
-from daemon.model.sae import LoadedSae, hook_point
+from daemon.model.sae import LoadedSae
 from daemon.model.trie import Trie, build_trie
-from daemon.model.trunk import Trunk, UnknownModel
+from daemon.model.trunk import Trunk, UnknownModel, place_of
 from daemon.model_info import ModelInfo, compute_devices
 from daemon.native.threads import side_by_side
 from daemon.records import Positions
 
+RUN_ERRORS = (
+    UnknownModel,
+    UnsupportedAttention,
+    Unreachable,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # that attention over a trie knows
 PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: a second does for all of a small model's
 PREPARE_NUMBERS = 1 << 22  # in the result of an encoder's product, up to which its kernel is made ahead
@@ -90,18 +101,15 @@ class TrieEngine:
         self._several = len(compute_devices(model.devices)) > 1
         # A mask of four dimensions reaches the attention as it is, which then does not look at it.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
-        if elsewhere := [entry.info for entry in saes if len(entry.hook_names) > 1]:
-            raise CannotPack(
-                f"{elsewhere[0].source} predicts another place than it reads", model_changed=False
-            )
-        try:
-            self._trunk = Trunk(model.model, [hook_point(entry.info.hook_name) for entry in saes])
-        except (UnknownModel, ValueError) as error:
-            raise CannotPack(str(error), model_changed=False) from None
+        points = [hook_points_of(entry) for entry in saes]
+        self._read, self._written = ([pair[side] for pair in points] for side in (0, 1))
+        self._points = tuple(dict.fromkeys([*self._read, *self._written]))
         self._concurrent = model.devices == "cpu" and keeps_nothing(model.model, encoders)
         self._compiled = False  # whether attention is one kernel
         texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
-        plain = self._adopt(model, texts)
+        plain = self._plain(model, texts)
+        check_widths(self._stage.saes, points, {name: x.shape[1] for name, x in plain.items()})
+        self._adopt(model, texts, plain)
         if compiles:
             self._compile(texts, plain)
         self._trunk.drop_idle()
@@ -136,18 +144,19 @@ class TrieEngine:
             trie = build_trie(texts)
             run = trie.filled(self._rows(len(trie)))
             readings = self._stage.choose(trie.path, trie.offsets, trie.tokens[trie.path], counted)
-            residuals = self.residuals(run, to_device(readings.keep, self._device))
-        return Started(
-            texts, readings, residuals, residuals, forward, len(run), len(run) - len(trie), counted
-        )
+            read, written = self.residuals(run, to_device(readings.keep, self._device))
+        return Started(texts, readings, read, written, forward, len(run), len(run) - len(trie), counted)
 
     def finish(self, started: Started) -> Extraction:
         """See `Engine.finish`."""
         return self._stage.finish(started, self.start)
 
-    def residuals(self, trie: Trie, keep: Tensor) -> list[Tensor]:
-        """Per SAE the raw residuals (K, d_model) at the nodes `keep` (K,)."""
-        return self._run(trie, self._plan(trie), keep)
+    def residuals(self, trie: Trie, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Per SAE the raw values (K, d) at the nodes `keep` (K,) that it reads, and that it reconstructs.
+
+        Both are where what is read was computed.
+        """
+        return sides(self._run(trie, self._plan(trie), keep), self._read, self._written)
 
     def _plan(self, trie: Trie) -> Plan:
         if self._several:
@@ -159,41 +168,46 @@ class TrieEngine:
             return FlexPlan.of(trie, device)
         return BlockPlan(trie, device, self._dtype)
 
-    def _run(self, trie: Trie, plan: Plan, keep: Tensor) -> list[Tensor]:
+    def _run(self, trie: Trie, plan: Plan, keep: Tensor) -> dict[str, Tensor]:
+        """Per hook point its values (K, d) at the nodes `keep` (K,)."""
         tokens, depth = (to_device(row, self._device).unsqueeze(0) for row in (trie.tokens, trie.depth))
         with torch.inference_mode(), attending(plan):
-            return self._trunk.run(tokens, depth, self._no_mask, keep)
+            values = self._trunk.run(tokens, depth, self._no_mask, keep)
+        return dict(zip(self._points, values, strict=True))
 
-    def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Give the model attention over a trie and packed weights, and compare its values with those before.
+    def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """The values of each text run by itself: per hook point (tokens, d).
 
-        Returns the values before, by forward hooks, text by text: per hook name (tokens, d_model).
+        Finds where the trunk is to read them. Raises CannotPack where no plain module has them.
         """
+        try:
+            plain = PlainHooks(model.model, self._points, model.vocabulary)
+            self._trunk = Trunk(
+                model.model, [place_of(model.model, plain.tap(name)) for name in self._points]
+            )
+            read = [plain.read(text) for text in texts]
+        except RUN_ERRORS as error:
+            raise CannotPack(reason_of(error), model_changed=False) from error
+        return {name: torch.cat([values[name] for values in read]) for name in self._points}
+
+    def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
+        """Give the model attention over a trie and packed weights, and compare its values with `plain`."""
         config = model.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         if unknown := kinds - LAYER_TYPES:
-            raise CannotPack(f"layers of type {', '.join(sorted(unknown))}")
+            raise CannotPack(f"layers of type {', '.join(sorted(unknown))}", model_changed=False)
         register()
         try:
-            plain = self._plain(model, texts)
             model.model.config._attn_implementation = IMPLEMENTATION
             if config is not model.model.config:
                 config._attn_implementation = IMPLEMENTATION
             self._rows = self._pack(texts)
             plan = self._probe(texts, plain)
-        except (
-            UnsupportedAttention,
-            Unreachable,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            LookupError,
-        ) as error:
-            raise CannotPack(f"{type(error).__name__}: {first_line(error)}") from error
+        except RUN_ERRORS as error:
+            raise CannotPack(reason_of(error)) from error
         slides = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None))
         if slides and self._trunk.layers and not plan.slides:
             raise CannotPack("a sliding window that the attention is not told of")
-        return plain
 
     def _pack(self, texts: Sequence[Sequence[int]]) -> Callable[[int], int]:
         """Give the layers a faster form, where there is one; returns how many rows to run for n nodes."""
@@ -202,12 +216,18 @@ class TrieEngine:
         trie = build_trie(texts)
         plan, keep = self._plan(trie), to_device(trie.path, self._device)
         fused = 0 if self._several else fuse_layers(self._trunk, plan, lambda: self._run(trie, plan, keep))
-        return padded_rows if pack_linears(self._trunk.layers) or fused else int
+        packed = pack_linears(self._trunk.layers)
+        self._trunk.watch()
+        return padded_rows if packed or fused else int
 
     def _compile(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
         """Compile the layers, and on an accelerator the attention; restore them where that does not work."""
         began = time.perf_counter()
-        layers = [layer for layer in self._trunk.layers if not is_hooked(layer)]
+        layers = [
+            layer
+            for number, layer in enumerate(self._trunk.layers)
+            if not is_hooked(layer) and not self._trunk.is_read_inside(number)
+        ]
         try:
             compile_layers(layers)
             self._compiled = can_compile(self._device)
@@ -224,20 +244,12 @@ class TrieEngine:
         trie = build_trie(texts)
         plan = self._plan(trie)
         got = self._run(trie, plan, to_device(trie.path, self._device))
-        for entry, residuals in zip(self._stage.saes, got, strict=True):
-            hook_name = entry.info.hook_name
-            difference = Difference.of(plain[hook_name], residuals)
+        for hook_name, values in got.items():
+            difference = Difference.of(plain[hook_name], values)
             log.debug("engine.probe", hook_name=hook_name, worst=difference.worst, median=difference.median)
             if not difference.within(self._dtype):
                 raise CannotPack(f"{hook_name}: packed and plain runs differ by {difference}")
         return plan
-
-    def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """The values of each text run by itself: per hook name (tokens, d_model)."""
-        names = [entry.info.hook_name for entry in self._stage.saes]
-        plain = PlainHooks(model.model, names, model.vocabulary)
-        read = [plain.read(text) for text in texts]
-        return {name: torch.cat([values[name] for values in read]) for name in names}
 
 
 def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Sequence[Encoder]) -> None:
@@ -272,7 +284,7 @@ def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Se
 
 def keeps_nothing(model: nn.Module, encoders: Sequence[Encoder]) -> bool:
     """Whether modules keep nothing of one text while another thread reads the next."""
-    fused = all(isinstance(encoder, FusedEncoder) for encoder in encoders)
+    fused = all(isinstance(encoder, FusedEncoder | NormalisingEncoder) for encoder in encoders)
     return fused and not any(LENGTH_DEPENDENT_ROPE & rope_types(module) for module in model.modules())
 
 
@@ -280,6 +292,24 @@ def rope_types(module: nn.Module) -> set[str]:
     """How a module turns heads by position, if it does: in one way, or in one for each kind of layer."""
     kind = getattr(module, "rope_type", None)
     return set(kind.values()) if isinstance(kind, dict) else {str(kind)}
+
+
+def sides(
+    values: dict[str, Tensor], read: Sequence[str], written: Sequence[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of values by hook point: what each SAE reads, and what it reconstructs, on the same device."""
+    xs = [values[point] for point in read]
+    targets = [
+        x if target == source else to_device(values[target], x.device)
+        for x, source, target in zip(xs, read, written, strict=True)
+    ]
+    return xs, targets
+
+
+def reason_of(error: Exception) -> str:
+    if isinstance(error, UnknownModel | Unreachable):
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def first_line(error: Exception) -> str:

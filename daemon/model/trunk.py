@@ -1,4 +1,4 @@
-"""A bare Hugging Face module, run up to the last layer that is read: no cache, no logits.
+"""A bare Hugging Face module, run up to the last place that is read: no cache, no logits.
 
 Knows nothing about SAEs, texts or tries.
 """
@@ -6,7 +6,7 @@ Knows nothing about SAEs, texts or tries.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,16 +15,42 @@ from typing import Any
 from torch import Tensor, nn
 
 from daemon.model.float64 import full_precision
-
-HookPoint = tuple[int, str]  # decoder layer, "pre" or "post"
+from daemon.model.plain_hooks import first_tensor
+from daemon.model.plain_trace import Change, Tap, token_rows
 
 
 class UnknownModel(Exception):
     """The module is not built the way decoders usually are."""
 
 
-class LastLayerRead(Exception):
-    """Nothing after this layer is wanted. Raised inside the forward pass, caught by `Trunk.run`."""
+class AllRead(Exception):
+    """Nothing after this place is wanted. Raised inside the forward pass, caught by `Trunk.run`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value is read: what a decoder layer, or a module inside it, is given or gives."""
+
+    layer: int
+    side: str  # "in" or "out"; "in" of a whole layer: of the first one only
+    path: str = ""  # of the module inside the layer; empty for the layer itself
+    change: Change | None = None  # what is made of rows (K, d)
+
+    @property
+    def last_layer(self) -> int:
+        """The last layer that must run; -1 where none must."""
+        return -1 if (self.side, self.path) == ("in", "") else self.layer
+
+
+def place_of(model: Any, tap: Tap) -> Place:
+    """Where in the decoder a tap is; a layer is given what the one before gives. Raises UnknownModel."""
+    for number, layer in enumerate(decoder_layers(model)):
+        for path, module in layer.named_modules():
+            if module is tap.module:
+                if (tap.side, path) == ("in", "") and number > 0:
+                    return Place(number - 1, "out")
+                return Place(number, tap.side, path, tap.change)
+    raise UnknownModel(f"{type(tap.module).__name__} is in none of the decoder's layers")
 
 
 @dataclass(slots=True)
@@ -32,35 +58,55 @@ class Run:
     """The positions that one run of a trunk is to read, and the values read so far."""
 
     trunk: Trunk
+    n: int  # positions
     keep: Tensor | None  # (K,) of the flattened positions; None for all
-    captured: dict[HookPoint, Tensor] = field(default_factory=dict)
+    captured: dict[Place, Tensor] = field(default_factory=dict)
+
+    def rows(self, place: Place, hidden: Tensor) -> Tensor:
+        """The values at the wanted positions (K, d). Raises ValueError where there is no row for each."""
+        rows = token_rows(hidden, self.n) if place.path else hidden.flatten(0, 1)
+        if rows is None:
+            raise ValueError(f"{place.path} has no row of values for each token")
+        # a copy, for modules change some tensors in place
+        rows = rows.clone() if self.keep is None else rows.index_select(0, self.keep.to(rows.device))
+        return rows if place.change is None else place.change(rows)
 
 
 current: ContextVar[Run | None] = ContextVar("current", default=None)
 
 
 class Trunk:
-    """The residual stream of a decoder at some of its layers. Several threads may run it at a time."""
+    """The values at some places of a decoder's layers. Several threads may run it at a time."""
 
-    def __init__(self, model: Any, points: Iterable[HookPoint]) -> None:
-        """`model` is a Hugging Face causal language model, whose layers are hooked. Raises UnknownModel."""
+    def __init__(self, model: Any, places: Iterable[Place]) -> None:
+        """`model` is a Hugging Face causal language model, whose modules are hooked. Raises UnknownModel."""
         self._base: nn.Module = model.base_model
         self._layers = decoder_layers(model)
-        self._points = list(points)
+        self._places = list(places)
+        self._wanted = len(set(self._places))
         self._dtype = next(model.parameters()).dtype
-        self._last = max(map(writer, self._points))
-        for number in range(max(0, self._last) + 1):
-            self._watch(number)
+        self._last = max(place.last_layer for place in self._places)
+        self._handles: dict[int, list[Any]] = {}
+        self.watch()
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers that run."""
         return list(self._layers)[: self._last + 1]
 
+    def is_read_inside(self, number: int) -> bool:
+        """Whether a module inside a layer is read, so that the layer must keep it."""
+        return any(place.layer == number and place.path for place in self._places)
+
     def replace(self, number: int, layer: nn.Module) -> None:
         """Run `layer` in place of one that runs."""
         self._layers[number] = layer
         self._watch(number)
+
+    def watch(self) -> None:
+        """Hook the modules that are read; once more after modules inside layers were replaced."""
+        for number in {place.layer for place in self._places}:
+            self._watch(number)
 
     def drop_idle(self) -> None:
         """Let go of the layers that don't run."""
@@ -75,66 +121,58 @@ class Trunk:
     def run(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None, keep: Tensor | None
     ) -> list[Tensor]:
-        """tokens, positions: (rows, width) -> per hook point the residuals (rows * width, d_model).
+        """tokens, positions: (1, n) -> per place its values (n, d), heads side by side.
 
-        With `keep` (K,), only those of the flattened positions: (K, d_model). They are on the device of their
-        layer. A `mask` of four dimensions reaches the attention as it is; without one, attention is causal.
+        With `keep` (K,), only those of some positions: (K, d). They are on the device of their layer.
+        A `mask` of four dimensions reaches the attention as it is; without one, attention is causal. Of whole
+        layers tokens may be (rows, width): then they give (rows * width, d_model).
         """
-        run = Run(self, keep)
+        run = Run(self, tokens.numel(), keep)
         token = current.set(run)
         try:
-            with full_precision(self._dtype), suppress(LastLayerRead):
+            with full_precision(self._dtype), suppress(AllRead):
                 self._base(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False)
         finally:
             current.reset(token)
-        return [run.captured[point] for point in self._points]
+        return [run.captured[place] for place in self._places]
 
     def _watch(self, number: int) -> None:
-        """Have a layer tell the run under way, if there is one, what comes in and what goes out."""
+        """Have the modules of a layer tell the run under way, if there is one, the values that are read."""
+        for handle in self._handles.pop(number, ()):
+            handle.remove()
         layer = self._layers[number]
-        before = [point for point in self._points if number == 0 and writer(point) < 0]
-        after = [point for point in self._points if writer(point) == number]
+        self._handles[number] = [
+            hook(layer.get_submodule(place.path), place.side, self._reader(place))
+            for place in dict.fromkeys(self._places)
+            if place.layer == number
+        ]
 
-        def begins(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if (run := self._under_way()) is None:
+    def _reader(self, place: Place) -> Callable[[Tensor | None], None]:
+        def read(hidden: Tensor | None) -> None:
+            run = current.get()
+            if run is None or run.trunk is not self or place in run.captured or hidden is None:
                 return
-            for point in before:
-                self._capture(run, point, args[0] if args else kwargs["hidden_states"])
-            if self._last < 0:  # only the input of the first layer is read
-                raise LastLayerRead
+            run.captured[place] = run.rows(place, hidden)
+            if len(run.captured) == self._wanted:
+                raise AllRead
 
-        def ends(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-            if (run := self._under_way()) is None:
-                return
-            for point in after:
-                self._capture(run, point, first(output))
-            if number == self._last:
-                raise LastLayerRead
-
-        if before:
-            layer.register_forward_pre_hook(begins, with_kwargs=True)
-        if after:
-            layer.register_forward_hook(ends)
-
-    def _under_way(self) -> Run | None:
-        """This trunk's run on this thread."""
-        run = current.get()
-        return run if run is not None and run.trunk is self else None
-
-    def _capture(self, run: Run, point: HookPoint, hidden: Tensor) -> None:
-        flat = hidden.flatten(0, 1)
-        run.captured[point] = flat if run.keep is None else flat.index_select(0, run.keep.to(flat.device))
+        return read
 
 
-def writer(point: HookPoint) -> int:
-    """The layer whose output is read there; -1 for the input of the first."""
-    layer, side = point
-    return layer if side == "post" else layer - 1
-
-
-def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The hidden states in what a decoder layer returned."""
-    return output if isinstance(output, Tensor) else output[0]
+def hook(module: nn.Module, side: str, read: Callable[[Tensor | None], None]) -> Any:
+    """Have `read` given the tensor that a module is given, or gives, whenever it runs; returns the handle."""
+    if side == "in":
+        return module.register_forward_pre_hook(
+            lambda module, args, kwargs: read(
+                first_tensor([*args, kwargs.get("hidden_states"), *kwargs.values()])
+            ),
+            with_kwargs=True,
+        )
+    return module.register_forward_hook(
+        lambda module, args, output: read(
+            first_tensor([output] if isinstance(output, Tensor) else output or ())
+        )
+    )
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

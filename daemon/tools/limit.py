@@ -19,10 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from daemon.devices import finish
 from daemon.model.loading import LoadedModel
 from daemon.model.onednn import product
-from daemon.model.sae import LoadedSae, hook_point
+from daemon.model.sae import LoadedSae, last_layer_read
 from daemon.model.trie import Trie
-from daemon.model.trunk import HookPoint, Trunk
-from daemon.model_info import SaeInfo
+from daemon.model.trunk import decoder_layers
 
 ROWS = 1024  # of the products that are timed
 MEASURED_LAYERS = 6  # whose weights together exceed the caches
@@ -41,7 +40,7 @@ class Work:
     @classmethod
     def of(cls, model: LoadedModel, saes: Sequence[LoadedSae]) -> Work:
         """Before the model's layers are packed."""
-        layers = Trunk(model.model, [point_of(entry.info) for entry in saes]).layers
+        layers = decoder_layers(model.model)[: last_layer_read(saes) + 1]
         shapes: list[tuple[int, int]] = []
         for module in layers[0].modules():
             if isinstance(module, nn.Linear):
@@ -65,14 +64,6 @@ class Work:
         return (
             linear * len(packed) + attention * (int(packed.depth.sum()) + len(packed)) + encoding * readings
         )
-
-
-def point_of(info: SaeInfo) -> HookPoint:
-    """Up to where the model must run for an SAE, in whole layers."""
-    try:
-        return hook_point(info.hook_name)
-    except ValueError:
-        return info.layer, "post"
 
 
 @dataclass(frozen=True, slots=True)

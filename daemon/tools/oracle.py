@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from daemon.config import Config, SaeSection
 from daemon.devices import exact_device
 from daemon.errors import ConfigError
 from daemon.model.loading import locate_model, resolve_device
-from daemon.model.pickles import refused_pickles
+from daemon.model.pickles import refused_pickles, weights_only_pickles
 from daemon.model.placement import asked_map
 from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
@@ -40,6 +41,7 @@ class PlainDictionary:
     sae: Any
     read: str
     written: str
+    reconstructs: bool = True
 
     @property
     def layer(self) -> int:
@@ -102,7 +104,8 @@ class Oracle:
             target = dictionary.of_model(at[dictionary.written][-1:], dictionary.written)
             with torch.inference_mode():
                 feature_acts.append(to_array(dictionary.sae.encode(x)[0]))
-                reconstructions.append(to_array(dictionary.sae(x)[0]))
+                reconstruction = to_array(dictionary.sae(x)[0])
+                reconstructions.append(reconstruction if dictionary.reconstructs else reconstruction * np.nan)
             xs.append(to_array(x[0]))
             targets.append(to_array(target[0]))
         W_dec = to_array(dictionary.sae.W_dec)
@@ -129,10 +132,11 @@ def plain_dictionary(source: SaeSection, device: str, dtype: str) -> PlainDictio
     from sae_lens import SAE
 
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), refused_pickles("the dictionary"):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as said, weights_only_pickles("the dictionary"):
+        warnings.simplefilter("always")
         if source.path is not None:
             sae = SAE.load_from_disk(Path(source.path), device=device, dtype=dtype)
+            fold_scaler(sae, Path(source.path))
         else:
             sae = SAE.from_pretrained(source.release, source.id, device=device, dtype=dtype)
     sae.requires_grad_(False)
@@ -141,7 +145,24 @@ def plain_dictionary(source: SaeSection, device: str, dtype: str) -> PlainDictio
     written = getattr(sae.cfg.metadata, "hook_name_out", None) or read
     if read.endswith(".hook_mlp_in"):  # of Gemma Scope 2: after the MLP's norm
         read = read.replace("hook_mlp_in", "mlp.hook_in")
-    return PlainDictionary(sae, read, written)
+    reconstructs = not any("not for reconstruction" in str(warning.message) for warning in said)
+    return PlainDictionary(sae, read, written, reconstructs)
+
+
+def fold_scaler(sae: Any, folder: Path) -> None:
+    """Fold what SAELens's training normalised by, where a checkpoint has it beside its weights."""
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    path, mode = folder / "activation_scaler.json", sae.cfg.normalize_activations
+    if mode not in ("expected_average_only_in", "covariance_whitening") or not path.is_file():
+        return
+    scaler = ActivationScaler()
+    scaler.load(path)
+    if mode == "expected_average_only_in" and scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    elif mode == "covariance_whitening" and scaler.whitening is not None:
+        whitening = scaler.whitening
+        sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
 
 
 def to_array(tensor: Tensor) -> FloatArray:

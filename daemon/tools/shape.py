@@ -34,7 +34,7 @@ from daemon.model.onednn import product, split_product
 from daemon.model.sae import LoadedSae
 from daemon.model.trie import build_trie
 from daemon.model.trie_engine import TrieEngine
-from daemon.model.trunk import Trunk
+from daemon.model.trunk import Place, Trunk
 from daemon.model_info import SaeInfo
 from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE, Recipe
 from daemon.records import Batch, Positions, Sample, TokenizedSample
@@ -161,7 +161,7 @@ def calibrate(model: LoadedModel, saes: Sequence[LoadedSae], l0: int) -> None:
     """Set each dictionary's threshold where that many features of random texts are above it."""
     chance = torch.Generator().manual_seed(1)
     tokens = torch.randint(model.vocabulary, (CALIBRATION_TEXTS, 64), generator=chance).to(model.device)
-    trunk = Trunk(model.model, [(entry.info.layer, "post") for entry in saes])
+    trunk = Trunk(model.model, [Place(entry.info.layer, "out") for entry in saes])
     with torch.inference_mode():
         positions = torch.arange(tokens.shape[1], device=model.device).expand_as(tokens)
         for entry, x in zip(saes, trunk.run(tokens, positions, None, None), strict=True):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,34 +138,65 @@ def test_a_pickled_dictionary_in_a_folder_is_refused(tmp_path):
     one_line(error)
 
 
-def test_a_pickled_dictionary_from_a_hub_is_refused_unread(tmp_path, ran, trusting, monkeypatch):
-    release, sae_id = PICKLED_RELEASE
-    fetched = []
+def serve_pickled(monkeypatch, folder: Path, save: Callable[[Path], object]) -> None:
+    """Have SAELens fetch a release of dictionary_learning's whose ae.pt is what `save` writes."""
 
     def serve(repo_id: str, filename: str, **_: object) -> str:
-        path = tmp_path / Path(filename).name
+        path = folder / Path(filename).name
         if path.suffix == ".pt":
-            torch.save({"encoder.weight": Payload(ran)}, path)
+            save(path)
         else:
             trainer = {
                 "layer": 12,
                 "activation_dim": 8,
                 "dict_size": 16,
                 "lm_name": "gemma",
-                "dict_class": "x",
+                "dict_class": "AutoEncoder",
             }
             path.write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
-        fetched.append(path.name)
         return str(path)
 
     monkeypatch.setattr("sae_lens.loading.pretrained_sae_loaders.hf_hub_download", serve)
+
+
+def pickled_weights() -> dict[str, torch.Tensor]:
+    sizes = {"encoder.weight": (16, 8), "encoder.bias": (16,), "decoder.weight": (8, 16), "bias": (8,)}
+    return {name: torch.randn(size) for name, size in sizes.items()}
+
+
+HOSTILE = {
+    "code beside weights": lambda path, ran: torch.save({**pickled_weights(), "x": Payload(ran)}, path),
+    "code beside weights, as torch saved before zip files": lambda path, ran: torch.save(
+        {**pickled_weights(), "x": Payload(ran)}, path, _use_new_zipfile_serialization=False
+    ),
+    "a module": lambda path, ran: torch.save(torch.nn.Linear(8, 16), path),
+    "a plain pickle of Python's": lambda path, ran: path.write_bytes(pickle.dumps(Payload(ran))),
+    "a program of TorchScript": lambda path, ran: torch.jit.save(
+        torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), str(path)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of TorchScript
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_code_in_a_pickled_dictionary_is_refused_and_not_run(kind, tmp_path, ran, trusting, monkeypatch):
+    release, sae_id = PICKLED_RELEASE
+    serve_pickled(monkeypatch, tmp_path, lambda path: HOSTILE[kind](path, ran))
     load = torch.load
-    with pytest.raises(ConfigError, match=rf"SAE {release}/.*pickled \(ae\.pt\).*safetensors") as error:
+    with pytest.raises(ConfigError, match=rf"SAE {release}/.*\(ae\.pt\).*safetensors") as error:
         load_sae(SaeSection(release=release, id=sae_id), device="cpu", dtype=torch.float32)
     one_line(error)
-    assert "ae.pt" in fetched
     assert not ran.exists()
     assert torch.load is load
+
+
+def test_a_pickled_dictionary_of_tensors_alone_is_taken(tmp_path, trusting, monkeypatch):
+    release, sae_id = PICKLED_RELEASE
+    weights = pickled_weights()
+    serve_pickled(monkeypatch, tmp_path, lambda path: torch.save(weights, path))
+    entry = load_sae(SaeSection(release=release, id=sae_id), device="cpu", dtype=torch.float32)
+    assert torch.equal(entry.sae.W_enc, weights["encoder.weight"].T)
+    assert torch.equal(entry.sae.b_dec, weights["bias"])
 
 
 def test_weights_of_the_bundled_model_that_were_changed_are_refused(tmp_path):

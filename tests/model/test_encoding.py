@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from sae_lens import GatedSAE, GatedSAEConfig
 from torch.testing import assert_close
 
 from daemon.model import encoding, onednn
-from daemon.model.encoding import FusedEncoder, PlainEncoder, encoder_of
+from daemon.model.encoding import FusedEncoder, NormalisingEncoder, PlainEncoder, encoder_of
 from daemon.model.onednn import OneDnnLinear, agrees, pack_linears, product
 from daemon.model.sae import LoadedSae
 from daemon.model.saeformat import TRANSCODERS
@@ -94,9 +96,58 @@ def test_the_fast_transcoder_is_saelens_transcoder(architecture):
     assert_close(plain.decode(plain.encode(x), x), sae(x), rtol=0, atol=1e-12)
 
 
-def test_a_normalising_dictionary_is_left_to_saelens():
-    entry = loaded("standard", normalize_activations="layer_norm")
-    assert isinstance(encoder_of(entry), PlainEncoder)
+def normalising(architecture: str, mode: str) -> LoadedSae:
+    entry = loaded(architecture, normalize_activations=mode)
+    entry.sae._setup_activation_normalization()
+    return entry
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "gated"])
+@pytest.mark.parametrize("mode", ["layer_norm", "constant_norm_rescale"])
+def test_a_normalising_dictionary_is_encoded_without_saelens_statistics(architecture, mode):
+    entry = normalising(architecture, mode)
+    encoder = encoder_of(entry)
+    assert isinstance(encoder, NormalisingEncoder)
+    x, noise = residuals(), 0.3 * residuals(80)[40:]
+    expected = entry.sae.encode(x)
+    acts = encoder.encode(x)
+    assert_close(acts.to_dense(tiny.D_SAE), expected, rtol=0, atol=1e-12)
+    assert_close(encoder.decode(acts, x), entry.sae.decode(expected), rtol=0, atol=1e-12)
+    some = torch.arange(0, 40, 3)
+    assert_close(encoder.decode(acts.select(some), x[some]), encoder.decode(acts, x)[some], rtol=0, atol=0)
+    noisy = encoder.activate(encoder.pre_acts(x) + encoder.project(noise))
+    assert_close(noisy, entry.sae.encode(x + noise), rtol=0, atol=1e-12)
+    assert not encoder.affine
+
+
+def test_threads_may_share_a_normalising_dictionary():
+    """Rows that other threads encode in between change nothing."""
+    entry = normalising("jumprelu", "layer_norm")
+    encoder = encoder_of(entry)
+    pieces = [scale * residuals(20 + number) for number, scale in enumerate((0.1, 1.0, 10.0, 3.0))]
+    expected = [entry.sae(x) for x in pieces]
+
+    def reconstructions(x: torch.Tensor) -> list[torch.Tensor]:
+        return [encoder.decode(encoder.encode(x), x) for _ in range(50)]
+
+    with ThreadPoolExecutor(4) as threads:
+        for got, other in zip(threads.map(reconstructions, pieces), expected, strict=True):
+            for one in got:
+                assert_close(one, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ["none", "layer_norm"])
+def test_rows_encoded_in_pieces_are_those_encoded_at_once(mode, monkeypatch):
+    entry = normalising("jumprelu", mode)
+    fast = encoder_of(entry)
+    for encoder in (fast, PlainEncoder(entry, fast.decoder)):
+        monkeypatch.setitem(encoding.PIECE_NUMBERS, "cpu", 1 << 25)
+        x = residuals()
+        whole = encoder.encode(x)
+        monkeypatch.setitem(encoding.PIECE_NUMBERS, "cpu", 16 * tiny.D_SAE)
+        pieces = encoder.encode(x)
+        assert_close(pieces.to_dense(tiny.D_SAE), whole.to_dense(tiny.D_SAE), rtol=0, atol=1e-12)
+        assert_close(encoder.decode(pieces, x), encoder.decode(whole, x), rtol=0, atol=1e-12)
 
 
 def test_an_encoder_that_differs_is_not_used(monkeypatch):

@@ -8,12 +8,10 @@ from torch.testing import assert_close
 
 from daemon.config import load_config
 from daemon.errors import ConfigError
-from daemon.model.encoding import encoder_of
 from daemon.model.float64 import full_precision
-from daemon.model.trie_engine import CannotPack, TrieEngine
 from daemon.tools.verify import verify
 from tests.support import tiny
-from tests.support.engines import dense, loaded, padded, random_texts
+from tests.support.engines import dense, padded, random_texts
 
 READ, WRITTEN = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
 
@@ -59,13 +57,6 @@ def test_a_transcoder_is_measured_against_what_it_predicts(architecture, positio
         assert_close(layer.target[row], target, rtol=0, atol=1e-10)
         assert_close(dense(layer)[row], acts, rtol=0, atol=1e-10)
         assert_close(layer.reconstruction[row], sae.decode(acts) + skip, rtol=0, atol=1e-10)
-
-
-def test_the_packed_engine_leaves_such_places_to_transformer_lens(model, tmp_path):
-    folder = tiny.save_sae(tmp_path / "sae", WRITTEN)
-    hf, entries = loaded(model, [folder], torch.float64)
-    with pytest.raises(CannotPack, match="is no hook point of the residual stream"):
-        TrieEngine(hf, entries, [encoder_of(entry) for entry in entries], "last")
 
 
 def test_heads_are_read_side_by_side(model, tmp_path):

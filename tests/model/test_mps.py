@@ -176,9 +176,9 @@ def test_many_rows_are_encoded_in_pieces(model, tmp_path, mps, monkeypatch):
     with torch.inference_mode():
         engine, _ = try_engines(configured(tmp_path / "c", model, [sae], "mps"))
         (encoder,) = engine.encoders
-        x = torch.randn(10, tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(40, tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
         whole = encoder.encode(x)
-        monkeypatch.setattr(encoding, "PIECE_NUMBERS", 3 * tiny.D_SAE)
+        monkeypatch.setitem(encoding.PIECE_NUMBERS, "mps", 16 * tiny.D_SAE)
         pieces = encoder.encode(x)
     torch.testing.assert_close(pieces.to_dense(tiny.D_SAE), whole.to_dense(tiny.D_SAE))
 

@@ -28,9 +28,7 @@ from daemon.model.engine import Engine
 from daemon.model.fused_layers import FusedDecoderLayer
 from daemon.model.loading import check_weights
 from daemon.model.placement import Placement, asked_map, free_memory, move_inputs
-from daemon.model.sae import hook_point
 from daemon.model.trie_engine import CannotPack, TrieEngine
-from daemon.model.trunk import writer
 from daemon.model_info import compute_devices
 from daemon.native import eigen as native_eigen
 from daemon.native.rmsnorm_rope_attention import routines
@@ -275,7 +273,8 @@ def over_two(model: Path, saes: list[Path], dtype: torch.dtype = torch.float64):
         move_inputs(layer, torch.device(device))
     placement = Placement("xpu:0,xpu:1", "xpu:0", layers, layers)
     for entry in entries:
-        stand_in_devices.put(entry.sae, placement.after(writer(hook_point(entry.info.hook_name))))
+        before = entry.info.hook_name.endswith("hook_resid_pre")
+        stand_in_devices.put(entry.sae, placement.after(entry.info.layer - before))
     return dataclasses.replace(hf, device="xpu:0", placement=placement), entries
 
 

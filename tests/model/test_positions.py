@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,19 @@ def test_where_all_tokens_count_a_mask_changes_nothing(tmp_path, model, position
     masked = made.finish(made.start(TEXTS, [b"\1" * len(text) for text in TEXTS]))
     assert torch.equal(dense(plain.layers[0]), dense(masked.layers[0]))
     assert plain.stored[0].positions.tolist() == masked.stored[0].positions.tolist()
+
+
+@pytest.mark.parametrize("positions", ["last", "all", "mean"])
+@pytest.mark.parametrize("mode", ["layer_norm", "constant_norm_rescale"])
+def test_threads_that_share_a_normalising_dictionary_read_what_one_reads(tmp_path, model, mode, positions):
+    folder = normalising(tmp_path / "sae", "jumprelu", mode)
+    engine = packed(model, [folder], torch.float64, positions)
+    assert engine.concurrent
+    groups = [TEXTS, TEXTS[::-1], TEXTS[:2], [[*text, *text[1:]] for text in TEXTS]]
+    alone = [engine.extract(texts) for texts in groups]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(engine.extract, groups * 5))
+    for got, expected in zip(together, alone * 5, strict=True):
+        (layer,), (other,) = got.layers, expected.layers
+        assert_close(dense(layer), dense(other), rtol=0, atol=1e-11)
+        assert_close(layer.reconstruction, other.reconstruction, rtol=0, atol=1e-11)

@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 from torch.testing import assert_close
 
 from daemon.model.trie_engine import CannotPack
-from daemon.model.trunk import Trunk
+from daemon.model.trunk import Place, Trunk
 from tests.support import tiny
 from tests.support.engines import dense, loaded, packed, padded, random_texts
 from tests.support.families import PACKED, save_family
@@ -77,7 +77,7 @@ def test_a_family_whose_attention_has_biases_of_its_own_is_not_packed(saes, tmp_
 def test_layers_after_the_last_dictionary_do_not_run(llama, tmp_path):
     hf, _ = loaded(llama, [], torch.float32)
     layers = hf.model.model.layers
-    trunk = Trunk(hf.model, [(1, "post")])
+    trunk = Trunk(hf.model, [Place(1, "out")])
     ran: list[int] = []
     for number, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number), prepend=True)

@@ -62,21 +62,25 @@ def test_completions_are_compared_at_their_last_tokens(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("engine", "hook"), [(PaddedEngine, "hook_mlp_out"), (TrieEngine, "hook_resid_post")]
+    ("engine", "family", "hook"),
+    [
+        (PaddedEngine, "bloom", "hook_resid_post"),
+        (TrieEngine, "llama", "hook_resid_post"),
+        (TrieEngine, "llama", "hook_mlp_out"),
+    ],
 )
-def test_an_engine_that_is_wrong_for_every_text_alike_is_found_out(engine, hook, tmp_path, monkeypatch):
+def test_an_engine_that_is_wrong_for_every_text_alike_is_found_out(
+    engine, family, hook, tmp_path, monkeypatch
+):
     """Also where its batches agree with its single texts."""
     config = configured(
-        tmp_path, tiny.save_llama(tmp_path / "m"), tiny.save_sae(tmp_path / "s", f"blocks.1.{hook}")
+        tmp_path, save_family(tmp_path / "m", family), tiny.save_sae(tmp_path / "s", f"blocks.1.{hook}")
     )
     assert verified(tmp_path, config).passed
     right = engine.residuals
 
     def wrong(*args):
-        result = right(*args)
-        if isinstance(result, tuple):
-            return tuple([x * 1.01 for x in values] for values in result)
-        return [x * 1.01 for x in result]
+        return tuple([x * 1.01 for x in values] for values in right(*args))
 
     monkeypatch.setattr(engine, "residuals", wrong)
     assert not verified(tmp_path, config).passed
@@ -150,6 +154,7 @@ def test_the_oracle_runs_no_engine_no_encoder_and_no_loader_of_the_daemon():
         "daemon.model.loading.locate_model",
         "daemon.model.loading.resolve_device",
         "daemon.model.pickles.refused_pickles",
+        "daemon.model.pickles.weights_only_pickles",
         "daemon.model.placement.asked_map",
         "daemon.model.plain_hooks.PlainHooks",
         "daemon.model.plain_trace.Unreachable",
