@@ -37,7 +37,9 @@ from daemon.model.device_check import check_device
 from daemon.model.encoding import encoder_of
 from daemon.model.engine import Engine
 from daemon.model.failures import explained
-from daemon.model.loading import LoadedModel, check_weights, load_model, locate_model, resolve_device
+from daemon.model.hub import Hub
+from daemon.model.loading import LoadedModel, check_weights, load_model, resolve_device
+from daemon.model.location import locate_model
 from daemon.model.padded_engine import PaddedEngine
 from daemon.model.placement import asked_map
 from daemon.model.sae import LoadedSae, last_layer_read, load_saes, move_saes
@@ -247,11 +249,13 @@ def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
     """The model and its dictionaries, their weights accepted. Raises ConfigError or MachineError."""
     dtype = getattr(torch, config.model.dtype)
     device = resolve_device(config.model.device, dtype)
-    location = locate_model(config.model.name, default_cache_dir())
+    hub = Hub()
+    location = locate_model(config.model.name, default_cache_dir(), config.model.revision, hub)
     device_map = asked_map(config.model.device_map)
     model = load_model(location, device=device, dtype=dtype, device_map=device_map)
     saes = load_saes(
         config.sae,
+        hub=hub,
         d_model=model.d_model,
         n_layers=model.n_layers,
         device=exact_device(model.device) if model.placement is None else "cpu",

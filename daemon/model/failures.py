@@ -178,7 +178,7 @@ def of_the_repository(what: str, error: BaseException) -> ConfigError | None:
     if "GatedRepoError" in known:
         return ConfigError(
             f"{what}: gated on the hub{repository(error)}: accept its licence there with your account, then"
-            " set HF_TOKEN to a token of that account (or hf auth login)"
+            " log in (hf auth login) or set HF_TOKEN to a token of that account"
         )
     if "OfflineModeIsEnabled" in known or "outgoing traffic has been disabled" in str(error):
         return ConfigError(

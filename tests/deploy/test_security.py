@@ -13,13 +13,17 @@ import torch
 
 from daemon.config import SaeSection, load_config, preset_names
 from daemon.errors import ConfigError, MachineError
-from daemon.model.loading import load_model, locate_model
+from daemon.model.loading import load_model
+from daemon.model.location import locate_model
 from daemon.model.sae import load_sae
 from daemon.model.smollm2 import WEIGHTS_SHA256, smollm2_folder
 from deploy import licences
 from tests.reliability.daemons import Job
 from tests.reliability.handling import events, running, wait_until
 from tests.support import tiny
+from tests.support.hub import hub_here, running_hub
+from tests.support.hub_dictionaries import Dictionary
+from tests.support.hub_formats import dictionary_learning
 
 ROOT = Path(__file__).parents[2]
 LISTENING = "0A"  # in /proc/net/tcp
@@ -136,32 +140,20 @@ def test_a_pickled_dictionary_in_a_folder_is_refused(tmp_path):
     one_line(error)
 
 
-def test_a_pickled_dictionary_from_a_hub_is_refused_unread(tmp_path, ran, trusting, monkeypatch):
+def test_a_pickled_dictionary_from_a_hub_is_refused_unread(tmp_path, ran, trusting):
     release, sae_id = PICKLED_RELEASE
-    fetched = []
-
-    def serve(repo_id: str, filename: str, **_: object) -> str:
-        path = tmp_path / Path(filename).name
-        if path.suffix == ".pt":
-            torch.save({"encoder.weight": Payload(ran)}, path)
-        else:
-            trainer = {
-                "layer": 12,
-                "activation_dim": 8,
-                "dict_size": 16,
-                "lm_name": "gemma",
-                "dict_class": "x",
-            }
-            path.write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
-        fetched.append(path.name)
-        return str(path)
-
-    monkeypatch.setattr("sae_lens.loading.pretrained_sae_loaders.hf_hub_download", serve)
+    one = Dictionary(
+        release, sae_id, "tiny/gemma-2", dictionary_learning("AutoEncoder"), "blocks.1.hook_resid_post"
+    )
+    one.save(tmp_path / "files")
+    torch.save({"encoder.weight": Payload(ran)}, tmp_path / "files" / one.path / "ae.pt")
     load = torch.load
-    with pytest.raises(ConfigError, match=rf"SAE {release}/.*pickled \(ae\.pt\).*safetensors") as error:
-        load_sae(SaeSection(release=release, id=sae_id), device="cpu", dtype=torch.float32)
+    with running_hub() as hub, hub_here(hub, tmp_path / "cache"):
+        hub.add(one.repo, tmp_path / "files")
+        with pytest.raises(ConfigError, match=rf"SAE {release}/.*pickled \(ae\.pt\).*safetensors") as error:
+            load_sae(one.section, device="cpu", dtype=torch.float32)
+        assert any(asked.endswith("/ae.pt") for asked in hub.requests)
     one_line(error)
-    assert "ae.pt" in fetched
     assert not ran.exists()
     assert torch.load is load
 

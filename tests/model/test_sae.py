@@ -7,7 +7,8 @@ import torch
 
 from daemon.config import SaeSection
 from daemon.errors import ConfigError
-from daemon.model.loading import locate_model, resolve_device
+from daemon.model.loading import resolve_device
+from daemon.model.location import locate_model
 from daemon.model.sae import load_saes
 from tests.support import tiny
 
