@@ -66,6 +66,7 @@ TRANSIENT_WORDS = re.compile(
     r"cas service error|data processing error|consistency check failed|connection reset|timed out",
     re.IGNORECASE,
 )
+PANIC = "PanicException"  # of the Rust below tokenizers and safetensors: no Exception of Python's
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LOCATION = re.compile(r"(?:https?://\S+)")
 
@@ -82,7 +83,9 @@ def explained(what: str) -> Iterator[None]:
         yield
     except LensdError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         log.debug("load.failed", what=what, exc_info=error)
         raise explain(what, error) from error
 
@@ -302,10 +305,9 @@ def repository(error: BaseException) -> str:
     found = LOCATION.search(str(error))
     if found is None:
         return ""
-    address = found[0].rstrip(".,;:)")
-    return (
-        f" ({re.sub(r'/(?:resolve|api|raw|blob)/.*', '', address) if len(address) < 200 else 'see its page'})"
-    )
+    page = found[0].rstrip(".,;:)").replace("/api/models/", "/")
+    page = re.sub(r"/(?:resolve|revision|tree|raw|blob)/.*", "", page)
+    return f" ({page if len(page) < 200 else 'see its page'})"
 
 
 def names(error: BaseException) -> set[str]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from daemon.devices import best_device, on_mps
 from daemon.errors import ConfigError, MachineError
+from daemon.model.auto_class import auto_class
 from daemon.model.completeness import LayersRead, LoadReport, check_complete, check_model_finite
 from daemon.model.failures import explain, explained_names, loading, quiet_libraries, sense
 from daemon.model.location import ModelLocation, check_types, fetch_weights
@@ -149,7 +152,7 @@ def build_model(
 
     Raises what a library throws.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
     check_config(config, what)
@@ -168,10 +171,10 @@ def build_model(
         options["experts_implementation"] = "eager"
     with explained_names(config, what):
         if not is_quantized:
-            check_shapes(location, options, what)
+            check_shapes(location, auto_class(config), options, what)
         if device_map == "auto":
             options["max_memory"] = free_memory()
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             location.target, output_loading_info=True, device_map=device_map, **options
         )
     return model, LoadReport.of(info)
@@ -216,11 +219,9 @@ def unsound(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def check_shapes(location: ModelLocation, options: dict[str, Any], what: str) -> None:
+def check_shapes(location: ModelLocation, kind: Any, options: dict[str, Any], what: str) -> None:
     """Raises ConfigError where a tensor's shape is not the model's; without memory for either."""
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = kind.from_pretrained(
         location.target, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
     )
     if wrong := {name: (tuple(has), tuple(wants)) for name, has, wants in info["mismatched_keys"]}:
@@ -292,7 +293,7 @@ def bridge_of(model: LoadedModel) -> Any:
             f"{what}: part of it is offloaded ({model.devices}), which TransformerLens can't run, and its"
             " layers can't be read packed: use more or larger GPUs, or a smaller model.dtype"
         )
-    with loading(what):
+    with loading(what), no_installs():
         try:
             bridge = TransformerBridge.boot_transformers(
                 model.location.target, hf_model=model.model, tokenizer=model.tokenizer, dtype=model.dtype
@@ -305,6 +306,21 @@ def bridge_of(model: LoadedModel) -> Any:
                 " layers can't be read packed either: use a model of another family"
             ) from error
         return bridge.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def no_installs() -> Iterator[None]:
+    """Within it no package is installed: TransformerLens calls pip for torchvision, which replaces torch."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError("lensd installs no packages")
+
+    call = subprocess.check_call
+    subprocess.check_call = refuse  # by whose failure TransformerLens goes on without pictures
+    try:
+        yield
+    finally:
+        subprocess.check_call = call
 
 
 def reason_of(error: BaseException) -> str:

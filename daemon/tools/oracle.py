@@ -20,6 +20,7 @@ from torch import Tensor
 from daemon.config import Config, SaeSection
 from daemon.devices import exact_device
 from daemon.errors import ConfigError
+from daemon.model.auto_class import auto_class
 from daemon.model.hub import Hub, repository_of, serving
 from daemon.model.loading import resolve_device
 from daemon.model.location import fetch_weights, locate_model
@@ -110,7 +111,7 @@ class Oracle:
 
 def plain_model(target: str, device: str, dtype: torch.dtype, *, spread: bool = False) -> Any:
     """A causal language model as Transformers has it, in evaluation mode; `spread` over all devices."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "use_safetensors": True}
     if dtype == torch.float64:  # of experts, which know no other way in it
@@ -118,7 +119,8 @@ def plain_model(target: str, device: str, dtype: torch.dtype, *, spread: bool = 
     with warnings.catch_warnings(), refused_pickles("the model"):
         warnings.simplefilter("ignore")
         options["device_map"] = "auto" if spread else None
-        model = AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False, **options)
+        kind = auto_class(AutoConfig.from_pretrained(target, trust_remote_code=False))
+        model = kind.from_pretrained(target, trust_remote_code=False, **options)
     model = model if spread else model.to(device)
     return model.requires_grad_(False).eval()
 

@@ -245,7 +245,7 @@ def loaded(one):
     """None where it is refused."""
     try:
         return load_sae(one.section, device="cpu", dtype=torch.float32).info
-    except ConfigError:
+    except LensdError:
         return None
 
 

@@ -1,0 +1,82 @@
+"""The whole daemon on a hub's model and dictionary: what it records, and how it ends when the hub fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from daemon import cli
+from tests.support import tiny
+from tests.support.hub import NONE, TROUBLES, Hub, hub_here, running_hub
+
+HOOK = "blocks.1.hook_resid_post"
+TOML = f"""
+[model]
+name = "x/y"
+device = "cpu"
+
+[[sae]]
+release = "x/saes"
+id = "{HOOK}"
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with running_hub() as hub, hub_here(hub, tmp_path / "cache"):
+        hub.add("x/y", tiny.save_llama(tmp_path / "model"))
+        tiny.save_sae(tmp_path / "saes" / HOOK, HOOK)
+        hub.add("x/saes", tmp_path / "saes")
+        yield hub
+
+
+def run(tmp_path: Path, toml: str = TOML) -> int:
+    """Drain an inbox with one file; the exit code."""
+    (tmp_path / "lensd.toml").write_text(toml)
+    (tmp_path / "inbox").mkdir(exist_ok=True)
+    tiny.write_json(tmp_path / "inbox" / "study.json", tiny.contrast_records(3))
+    folders = ["--inbox", str(tmp_path / "inbox"), "--outbox", str(tmp_path / "outbox")]
+    return cli.main(["run", "--once", "--no-http", "--config", str(tmp_path / "lensd.toml"), *folders])
+
+
+def manifests(tmp_path: Path) -> list[dict]:
+    paths = (tmp_path / "outbox").glob("*/manifest.json")
+    return [json.loads(path.read_text()) for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
+
+
+def test_commits_are_recorded_and_another_one_is_another_unit(hub: Hub, tmp_path):
+    assert run(tmp_path) == 0
+    (first,) = manifests(tmp_path)
+    commits = [hub.repositories[repo].refs["main"] for repo in ("x/y", "x/saes")]
+    assert [first["model"]["revision"], first["saes"][0]["revision"]] == commits
+    (tmp_path / "saes" / "README.md").write_text("changed")
+    commit = hub.add("x/saes", tmp_path / "saes")
+    assert run(tmp_path) == 0
+    second = manifests(tmp_path)[-1]
+    assert second["saes"][0]["revision"] == commit != commits[1]
+    assert second["unit"] != first["unit"]
+    pinned = TOML.replace("[[sae]]", f'[[sae]]\nrevision = "{commits[1]}"')
+    hub.down()
+    assert run(tmp_path, pinned) == 0
+    assert {one["unit"] for one in manifests(tmp_path)} == {first["unit"], second["unit"]}
+
+
+ENDS = {
+    "gated": (2, r"\(http://\S+/x/y\): accept its licence"),
+    "no repository": (2, "no such repository"),
+    "busy": (3, "429"),
+}
+
+
+def test_a_run_ends_with_the_hubs_line_and_the_code_of_whose_it_is(hub: Hub, tmp_path, capsys):
+    for trouble, (code, said) in ENDS.items():
+        hub.suffers(dataclasses.replace(TROUBLES[trouble]))
+        assert run(tmp_path) == code
+        last = json.loads(capsys.readouterr().err.splitlines()[-1])
+        assert last["event"] == "service.failed" and re.search(said, last["message"]), last
+    hub.suffers(NONE)
+    assert run(tmp_path) == 0
