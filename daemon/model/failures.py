@@ -67,6 +67,7 @@ TRANSIENT_WORDS = re.compile(
     re.IGNORECASE,
 )
 PANIC = "PanicException"  # of the Rust below tokenizers and safetensors: no Exception of Python's
+DAMAGED = re.compile(r"HeaderTooLarge|PytorchStreamReader failed|failed finding central directory")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LOCATION = re.compile(r"(?:https?://\S+)")
 
@@ -199,6 +200,8 @@ def of_the_repository(what: str, error: BaseException) -> ConfigError | None:
             f"{what}: no such repository on the hub, or a private one: check the name; for a private one set"
             " HF_TOKEN (or hf auth login); or give a local folder"
         )
+    if "EntryNotFoundError" in known and "LocalEntryNotFoundError" not in known and status_of(error) is None:
+        return ConfigError(f"{what}: the hub has no such file ({sense(error)}): check the name")
     if "HFValidationError" in known:
         return ConfigError(
             f"{what}: no such folder, and no name that a hub has: write OWNER/NAME, or give a local folder"
@@ -246,7 +249,7 @@ def refused_token(what: str) -> ConfigError:
 
 def of_the_files(what: str, error: BaseException) -> ConfigError | None:
     """Files that lie here and can't be used."""
-    if "SafetensorError" in names(error) or "HeaderTooLarge" in str(error):
+    if names(error) & {"SafetensorError", "BadZipFile"} or DAMAGED.search(str(error)):
         return ConfigError(
             f"{what}: its weights are damaged or cut off ({sense(error)}): fetch them again,"
             " or save them again"

@@ -124,7 +124,8 @@ class Hub:
         commit = cached_commit(repo, revision)
         if commit is None:
             raise refusal
-        log.warning(
+        offline = type(refusal).__name__ == "OfflineModeIsEnabled"
+        (log.info if offline else log.warning)(
             "hub.not_reached",
             repo=repo,
             revision=revision,

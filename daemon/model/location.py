@@ -12,7 +12,7 @@ from pathlib import Path
 
 from daemon.errors import ConfigError
 from daemon.model.completeness import DERIVED
-from daemon.model.failures import explained
+from daemon.model.failures import loading, quiet_libraries
 from daemon.model.hub import Hub, Snapshot
 from daemon.model.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
 from daemon.model.weightfiles import (
@@ -55,7 +55,8 @@ def locate_model(
     """
     if not name.strip():
         raise ConfigError("model.name is empty: name a preset, a folder or a model of the hub")
-    with explained(f"model {name}"):
+    quiet_libraries()
+    with loading(f"model {name}"):
         folder = Path(name).expanduser()
         if revision is not None and (name == BUNDLED or folder.exists()):
             raise ConfigError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import structlog
 import torch
+from transformers import AutoModelForCausalLM
 
 from daemon.cli import exit_code
 from daemon.config import SaeSection
@@ -255,3 +257,36 @@ def test_the_end_of_a_file_tells_whether_it_is_whole(end, files, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw[: len(raw) - end])
     assert hubs.ends_well(path) == (end == 0)
+
+
+def test_offline_is_no_trouble_once_all_is_cached(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, line = line_of(model)
+    assert (code, "HF_HUB_OFFLINE" in line) == (2, True), line
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    model()
+    hub.requests.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert model().n_layers == 4
+    assert hub.requests == []
+
+
+def test_a_cache_that_can_not_be_written_is_read(hub, tmp_path):
+    kept = model()
+    (tmp_path / "cache" / "models--x--y" / "refs").rename(tmp_path / "refs")
+    (tmp_path / "cache" / "models--x--y" / "refs").write_text("")  # no folder can be made there
+    assert model().location.commit == kept.location.commit
+
+
+def test_shards_are_fetched_by_their_index(hub, tmp_path):
+    folder = tiny.save_llama(tmp_path / "model")
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    whole.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path / "shards")
+    hub.add("x/shards", tmp_path / "shards")
+    loaded = model("x/shards")
+    assert len(list(loaded.location.snapshot.folder.glob("*.safetensors"))) > 3
+    torch.testing.assert_close(loaded.model.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    hub.down()
+    assert model("x/shards").settings_sha256 == loaded.settings_sha256
