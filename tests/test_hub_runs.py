@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from daemon import cli
+from daemon.config import load_config
+from daemon.tools.verify import verify
 from tests.support import tiny
 from tests.support.hub import NONE, TROUBLES, Hub, hub_here, running_hub
 
@@ -63,6 +65,17 @@ def test_commits_are_recorded_and_another_one_is_another_unit(hub: Hub, tmp_path
     hub.down()
     assert run(tmp_path, pinned) == 0
     assert {one["unit"] for one in manifests(tmp_path)} == {first["unit"], second["unit"]}
+
+
+def test_verify_reads_the_commits_that_a_run_reads(hub: Hub, tmp_path):
+    pinned = hub.repositories["x/saes"].refs["main"]
+    tiny.save_sae(tmp_path / "other" / HOOK, HOOK, seed=7)
+    hub.add("x/saes", tmp_path / "other")
+    (tmp_path / "lensd.toml").write_text(TOML.replace("[[sae]]", f'[[sae]]\nrevision = "{pinned}"'))
+    config = load_config(tmp_path / "lensd.toml", {}, {})
+    file = tiny.write_json(tmp_path / "in.json", tiny.contrast_records(3))
+    found = verify(config, file, samples=None, batch_sizes=(1,))
+    assert found.passed and found.samples == 3
 
 
 ENDS = {

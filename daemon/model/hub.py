@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 
-from daemon.errors import MachineError
+from daemon.errors import ConfigError, MachineError
 from daemon.model.failures import explain, sense
 from daemon.model.weightfiles import tensor_headers
 
@@ -113,12 +113,14 @@ class Hub:
                 info = model_info(
                     repo, revision=revision, expand=["sha", "siblings"], timeout=HF_HUB_ETAG_TIMEOUT
                 )
-                files = frozenset(entry.rfilename for entry in info.siblings or ())
-                return Snapshot(repo, revision, str(info.sha), files or None)
+                if COMMIT.fullmatch(str(info.sha)):
+                    files = frozenset(entry.rfilename for entry in info.siblings or ())
+                    return Snapshot(repo, revision, str(info.sha), files or None)
+                refusal = no_hub(repo)
             except (RevisionNotFoundError, HFValidationError):
                 raise
             except Exception as error:
-                refusal = error
+                refusal = no_hub(repo) if isinstance(error, ValueError | TypeError | KeyError) else error
                 if isinstance(explain(repo, error), MachineError):
                     self._away = error
         commit = cached_commit(repo, revision)
@@ -134,6 +136,15 @@ class Hub:
             message="read from the cache, as it was last",
         )
         return Snapshot(repo, revision, commit, None, refusal)
+
+
+def no_hub(repo: str) -> ConfigError:
+    from huggingface_hub import constants
+
+    return ConfigError(
+        f"repository {repo}: what answers at {constants.ENDPOINT} is no hub: check HF_ENDPOINT, or what"
+        " stands between (a proxy, a page to log in)"
+    )
 
 
 def storage_of(repo: str) -> Path:

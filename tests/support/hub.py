@@ -39,6 +39,7 @@ class Trouble:
     cut: bool = False  # breaks the connection off in the middle of a body
     shorter: int = 0  # bytes that a body has less than the hub said of the file
     times: int = 1_000_000  # how often; then it has passed
+    body: bytes | None = None  # that it answers, whatever was asked for
     only: str = ""  # in the name of the file; others are served
 
 
@@ -57,6 +58,7 @@ TROUBLES = {
     "broken": Trouble(500, "", "Internal Error"),
     "away": Trouble(503, "", "Service Unavailable"),
     "hanging": Trouble(hangs=True),
+    "no hub": Trouble(body=b"<html>Log in</html>"),
     "cut off": Trouble(cut=True),
     "wrong length": Trouble(shorter=7),
 }
@@ -218,6 +220,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             trouble = hub.trouble
             # of a body's troubles the headers are none
             hub.troubled += bool(trouble.status or trouble.hangs or self.command == "GET")
+        if trouble.body is not None:
+            self.send(200, {"Content-Type": "text/html"}, trouble.body)
+            return
         if trouble.hangs:
             hub.passing.wait(60)
             self.close_connection = True
