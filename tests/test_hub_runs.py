@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from daemon import cli
 from daemon.config import load_config
 from daemon.tools.verify import verify
 from tests.support import tiny
-from tests.support.hub import NONE, TROUBLES, Hub, hub_here, running_hub
+from tests.support.hub import NONE, TROUBLES, Hub, hub_environment, hub_here, running_hub
 
 HOOK = "blocks.1.hook_resid_post"
 TOML = f"""
@@ -93,3 +96,30 @@ def test_a_run_ends_with_the_hubs_line_and_the_code_of_whose_it_is(hub: Hub, tmp
         assert last["event"] == "service.failed" and re.search(said, last["message"]), last
     hub.suffers(NONE)
     assert run(tmp_path) == 0
+
+
+CHECK = "import sys; from daemon.cli import main; sys.exit(main(['check-config', '--config', 'lensd.toml']))"
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_takes_the_hub_of_its_environment(tmp_path):
+    """Once with an empty cache, and once from it with the hub away."""
+    with running_hub() as hub:
+        hub.add("x/y", tiny.save_llama(tmp_path / "model"))
+        tiny.save_sae(tmp_path / "saes" / HOOK, HOOK)
+        hub.add("x/saes", tmp_path / "saes")
+        (tmp_path / "lensd.toml").write_text(TOML)
+        own = hub_environment(hub, tmp_path / "hf") | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+        def check() -> subprocess.CompletedProcess[str]:
+            environment = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"} | own
+            return subprocess.run(
+                [sys.executable, "-c", CHECK], cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+
+        assert check().returncode == 0
+        hub.down()
+        hub.requests.clear()
+        away = check()
+        assert away.returncode == 0, away.stderr
+        assert hub.requests == []
