@@ -125,7 +125,7 @@ def plain_model(target: str, device: str, dtype: torch.dtype, *, spread: bool = 
     return model.requires_grad_(False).eval()
 
 
-def plain_dictionary(source: SaeSection, device: str, dtype: str, hub: Hub) -> PlainDictionary:
+def plain_dictionary(source: SaeSection, device: str, dtype: str, hub: Hub | None = None) -> PlainDictionary:
     """A dictionary as SAELens has it."""
     from sae_lens import SAE
 
@@ -136,7 +136,7 @@ def plain_dictionary(source: SaeSection, device: str, dtype: str, hub: Hub) -> P
             sae = SAE.load_from_disk(Path(source.path), device=device, dtype=dtype)
         else:
             assert source.release is not None and source.id is not None
-            with serving(hub.snapshot(repository_of(source.release), source.revision)):
+            with serving((hub or Hub()).snapshot(repository_of(source.release), source.revision)):
                 sae = SAE.from_pretrained(source.release, source.id, device=device, dtype=dtype)
     sae.requires_grad_(False)
     sae.turn_off_forward_pass_hook_z_reshaping()  # plain values have heads side by side
