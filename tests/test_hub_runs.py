@@ -60,7 +60,9 @@ def test_commits_are_recorded_and_another_one_is_another_unit(hub: Hub, tmp_path
     assert [first["model"]["revision"], first["saes"][0]["revision"]] == commits
     (tmp_path / "saes" / "README.md").write_text("changed")
     commit = hub.add("x/saes", tmp_path / "saes")
+    hub.requests.clear()
     assert run(tmp_path) == 0
+    assert [asked for asked in hub.requests if "/x/y/" in asked] == ["GET /api/models/x/y/revision/main"]
     second = manifests(tmp_path)[-1]
     assert second["saes"][0]["revision"] == commit != commits[1]
     assert second["unit"] != first["unit"]

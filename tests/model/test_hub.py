@@ -90,8 +90,9 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("place", ["everything", "weights"])
-@pytest.mark.parametrize("what", [model, dictionary])
+@pytest.mark.parametrize(
+    ("what", "place"), [(model, "everything"), (model, "weights"), (dictionary, "everything")]
+)
 @pytest.mark.parametrize("trouble", SAID)
 def test_a_trouble_of_the_hub_is_one_line_and_whose_it_is(trouble, what, place, hub):
     if (trouble, place) == ("no hub", "weights"):
