@@ -35,7 +35,15 @@ from daemon.errors import ConfigError
 from daemon.recipes import Contrast, Recipe
 from daemon.records import Positions
 from daemon.setting_layers import env_layer, set_dotted, toml_layer
-from daemon.setting_types import BatchTokens, NamePatterns, SettingName, SettingPath, WorkerGpus, Workers
+from daemon.setting_types import (
+    BatchTokens,
+    NamePatterns,
+    SettingName,
+    SettingPath,
+    SettingRevision,
+    WorkerGpus,
+    Workers,
+)
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_MODEL = "smollm2-135m"
@@ -53,6 +61,7 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     name: SettingName = DEFAULT_MODEL  # bundled preset, local folder, TransformerLens or Hugging Face name
+    revision: SettingRevision | None = None  # branch, tag or commit of a hub's model; None: main
     dtype: Dtype = "float32"
     device: SettingName = "auto"  # auto, cpu, cuda, cuda:N, mps
     device_map: Literal["none", "auto"] = "none"  # auto: one model spread over the devices of this host
@@ -80,6 +89,7 @@ class SaeSection(Section):
     release: SettingName | None = None
     id: SettingName | None = None
     path: SettingPath | None = None
+    revision: SettingRevision | None = None  # branch, tag or commit of the release's repository; None: main
 
     @model_validator(mode="after")
     def check_one_source(self) -> SaeSection:
@@ -87,6 +97,8 @@ class SaeSection(Section):
             raise ValueError("give either path, or release and id")
         if (self.release is None) != (self.id is None):
             raise ValueError("release and id go together")
+        if self.revision is not None and self.release is None:
+            raise ValueError("revision goes with release and id: a folder has none")
         return self
 
 

@@ -30,6 +30,7 @@ class SaeInfo:
     source: str  # release and id, or the path's last component
     weights_sha256: str
     settings_sha256: str = ""  # of all that its configuration says
+    revision: str | None = None  # the commit of a hub's
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class ModelInfo:
     saes: tuple[SaeInfo, ...]
     cards: tuple[Fit, ...] = ()  # of each SAE, by its makers; empty where what is read is not comparable
     settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
+    revision: str | None = None  # the commit of a hub's
 
     @property
     def known_fits(self) -> tuple[Fit, ...]:

@@ -95,6 +95,7 @@ def describe_dictionary(sae: SaeInfo, card: Fit) -> dict[str, Any]:
         "d_out": sae.d_out,
         "weights_sha256": sae.weights_sha256,
         "settings_sha256": sae.settings_sha256,
+        "revision": sae.revision,
         "card": {"mean_l0": card.l0, "fvu": card.fvu},
     }
 
