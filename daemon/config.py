@@ -47,6 +47,7 @@ from daemon.setting_types import (
     Section,
     SettingName,
     SettingPath,
+    SettingRevision,
     WorkerGpus,
     Workers,
 )
@@ -63,6 +64,7 @@ Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 class ModelSection(Section):
     name: SettingName = DEFAULT_MODEL  # bundled preset, local folder, TransformerLens or Hugging Face name
+    revision: SettingRevision | None = None  # branch, tag or commit of a hub's model; None: main
     dtype: Dtype = "float32"
     device: SettingName = "auto"  # auto, cpu, cuda, cuda:N, mps
     device_map: Literal["none", "auto"] = "none"  # auto: one model spread over the devices of this host
@@ -90,6 +92,7 @@ class SaeSection(Section):
     release: SettingName | None = None
     id: SettingName | None = None
     path: SettingPath | None = None
+    revision: SettingRevision | None = None  # branch, tag or commit of the release's repository; None: main
     name: SettingName | None = None  # with which its columns begin; None: made from layer, hook and width
     prepend_bos: bool | None = None  # whether it reads texts with BOS; None: as its metadata says
 
@@ -106,6 +109,8 @@ class SaeSection(Section):
             raise ValueError("give either path, or release and id")
         if (self.release is None) != (self.id is None):
             raise ValueError("release and id go together")
+        if self.revision is not None and self.release is None:
+            raise ValueError("revision goes with release and id: a folder has none")
         return self
 
 

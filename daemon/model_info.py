@@ -32,6 +32,7 @@ class SaeInfo:
     settings_sha256: str = ""  # of all that its configuration says
     name: str = ""  # the prefix of its columns; l{layer} where none is given
     prepend_bos: bool = True  # whether the texts that it reads begin with BOS
+    revision: str | None = None  # the commit of a hub's
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -68,6 +69,7 @@ class ModelInfo:
     saes: tuple[SaeInfo, ...]
     cards: tuple[Fit, ...] = ()  # of each SAE, by its makers; empty where what is read is not comparable
     settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
+    revision: str | None = None  # the commit of a hub's
 
     @property
     def known_fits(self) -> tuple[Fit, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+REVISION = re.compile(
+    r"(?!.*\.\.)[^\s/\x00-\x1f~^:?*\[\\][^\s\x00-\x1f~^:?*\[\\]*(?<!/)"
+)  # as git names them
 
 
 def check_path(value: Any) -> Any:
@@ -31,8 +37,16 @@ def check_name(value: Any) -> Any:
     return value
 
 
+def check_revision(value: Any) -> Any:
+    """Raises ValueError for a text that is no branch, tag or commit."""
+    if isinstance(value, str) and not REVISION.fullmatch(value):
+        raise ValueError("expected a branch, a tag or a commit of the hub")
+    return value
+
+
 SettingPath = Annotated[Path, BeforeValidator(check_path)]
 SettingName = Annotated[str, BeforeValidator(check_name)]
+SettingRevision = Annotated[str, BeforeValidator(check_revision)]
 
 
 def check_pattern(value: str) -> str:

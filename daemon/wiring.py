@@ -31,13 +31,16 @@ from daemon.executor.autotune import auto_batch_tokens
 from daemon.executor.device_thread import DeviceThread
 from daemon.executor.local import LocalExecutor
 from daemon.executor.runner import BatchRunner
+from daemon.model.attention_check import attention_is_replaceable
 from daemon.model.buffers import keep_memory, lasting
 from daemon.model.compiled_layers import can_compile
 from daemon.model.device_check import check_device
 from daemon.model.encoding import encoder_of
 from daemon.model.engine import Engine
 from daemon.model.failures import explained
-from daemon.model.loading import LoadedModel, check_weights, load_model, locate_model, resolve_device
+from daemon.model.hub import Hub
+from daemon.model.loading import LoadedModel, check_weights, load_model, resolve_device
+from daemon.model.location import locate_model
 from daemon.model.padded_engine import PaddedEngine
 from daemon.model.placement import asked_map
 from daemon.model.sae import LoadedSae, last_layer_read, load_saes, move_saes
@@ -253,28 +256,38 @@ def load_in_worker(
     return dataclasses.replace(compute, max_batch_tokens=0)
 
 
-def load_parts(config: Config) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
+def load_parts(config: Config, hub: Hub | None = None) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
     """The model and its dictionaries, their weights accepted. Raises ConfigError or MachineError."""
-    dtype = getattr(torch, config.model.dtype)
-    device = resolve_device(config.model.device, dtype)
-    location = locate_model(config.model.name, default_cache_dir())
-    device_map = asked_map(config.model.device_map)
-    model = load_model(location, device=device, dtype=dtype, device_map=device_map)
+    hub = hub or Hub()
+    model = load_bare_model(config, hub)
     saes = load_saes(
         config.sae,
+        hub=hub,
         d_model=model.d_model,
         n_layers=model.n_layers,
         device=exact_device(model.device) if model.placement is None else "cpu",
-        dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
         bos_habit=lambda: puts_bos(model.tokenizer),
     )
     check_columns([entry.info.name for entry in saes], config.recipes)
+    accept_together(model, saes)
+    return model, saes
+
+
+def load_bare_model(config: Config, hub: Hub) -> LoadedModel:
+    dtype = getattr(torch, config.model.dtype)
+    device = resolve_device(config.model.device, dtype)
+    location = locate_model(config.model.name, default_cache_dir(), config.model.revision, hub)
+    return load_model(location, device=device, dtype=dtype, device_map=asked_map(config.model.device_map))
+
+
+def accept_together(model: LoadedModel, saes: Sequence[LoadedSae]) -> None:
+    """Put dictionaries where their layers are, and check as much of the model as they need."""
     if model.placement is not None:
         log.info("model.spread", devices=model.devices, layers=dict(Counter(model.placement.held)))
         move_saes(saes, model.placement)
     check_weights(model, last_layer_read(saes))
     check_device(model, list(dict.fromkeys(hook for entry in saes for hook in entry.hook_names)))
-    return model, saes
 
 
 def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
@@ -287,10 +300,14 @@ def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
 
 
 def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
-    model, saes = load_parts(config)
+    hub = Hub()
+    model, saes = load_parts(config, hub)
     device = model.device if model.placement is None else None  # else that of each dictionary
     encoders = [encoder_of(entry, model.dtype, device) for entry in saes]
     positions = config.analysis.positions
+    if last_layer_read(saes) >= 0 and not attention_is_replaceable(model):
+        log.warning("engine.padded", model=model.location.name, reason="its attention can't be replaced")
+        return PaddedEngine(model, saes, encoders, positions), model
     try:
         compiles = config.model.compile == "auto" and can_compile(model.device)
         if compiles:  # and finds it again at the next start
@@ -302,7 +319,8 @@ def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
     if changed:
         del model  # before there is a second one
         gc.collect()  # modules that are hooked hold themselves
-        model, saes = load_parts(config)
+        model = load_bare_model(config, hub)
+        accept_together(model, saes)
     return PaddedEngine(model, saes, encoders, positions), model
 
 

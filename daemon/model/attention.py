@@ -7,7 +7,7 @@ than the block itself, for a long shared prompt that prompt and the block.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -164,8 +164,7 @@ def trie_attention(
     key and value: (1, key heads, n, d_head). Returns (1, n, heads, d_head). Ignores the module's own mask.
     Raises UnsupportedAttention where the model wants attention sinks or position biases.
     """
-    if unknown := [name for name in ("s_aux", "position_bias") if others.get(name) is not None]:
-        raise UnsupportedAttention(f"attention with {unknown[0]}")
+    check_supported(others)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     return current.get().attend(Call(query, key, value, sliding_window, scale, softcap)), None
 
@@ -201,6 +200,12 @@ def weighted(shares: Tensor, value: Tensor) -> Tensor:
 def rows(heads: Tensor, keys: slice | Tensor) -> Tensor:
     """heads: (1, heads, n, d_head) -> (1, heads, K, d_head)."""
     return heads[:, :, keys] if isinstance(keys, slice) else heads.index_select(2, keys)
+
+
+def check_supported(others: Mapping[str, object]) -> None:
+    """Raises UnsupportedAttention for arguments of a layer's call that change scores in another way."""
+    if unknown := [name for name in ("s_aux", "position_bias") if others.get(name) is not None]:
+        raise UnsupportedAttention(f"attention with {unknown[0]}")
 
 
 def register() -> None:

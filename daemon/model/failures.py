@@ -66,6 +66,8 @@ TRANSIENT_WORDS = re.compile(
     r"cas service error|data processing error|consistency check failed|connection reset|timed out",
     re.IGNORECASE,
 )
+PANIC = "PanicException"  # of the Rust below tokenizers and safetensors: no Exception of Python's
+DAMAGED = re.compile(r"HeaderTooLarge|PytorchStreamReader failed|failed finding central directory")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LOCATION = re.compile(r"(?:https?://\S+)")
 
@@ -82,7 +84,9 @@ def explained(what: str) -> Iterator[None]:
         yield
     except LensdError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         log.debug("load.failed", what=what, exc_info=error)
         raise explain(what, error) from error
 
@@ -178,7 +182,7 @@ def of_the_repository(what: str, error: BaseException) -> ConfigError | None:
     if "GatedRepoError" in known:
         return ConfigError(
             f"{what}: gated on the hub{repository(error)}: accept its licence there with your account, then"
-            " set HF_TOKEN to a token of that account (or hf auth login)"
+            " log in (hf auth login) or set HF_TOKEN to a token of that account"
         )
     if "OfflineModeIsEnabled" in known or "outgoing traffic has been disabled" in str(error):
         return ConfigError(
@@ -196,6 +200,8 @@ def of_the_repository(what: str, error: BaseException) -> ConfigError | None:
             f"{what}: no such repository on the hub, or a private one: check the name; for a private one set"
             " HF_TOKEN (or hf auth login); or give a local folder"
         )
+    if "EntryNotFoundError" in known and "LocalEntryNotFoundError" not in known and status_of(error) is None:
+        return ConfigError(f"{what}: the hub has no such file ({sense(error)}): check the name")
     if "HFValidationError" in known:
         return ConfigError(
             f"{what}: no such folder, and no name that a hub has: write OWNER/NAME, or give a local folder"
@@ -243,7 +249,7 @@ def refused_token(what: str) -> ConfigError:
 
 def of_the_files(what: str, error: BaseException) -> ConfigError | None:
     """Files that lie here and can't be used."""
-    if "SafetensorError" in names(error) or "HeaderTooLarge" in str(error):
+    if names(error) & {"SafetensorError", "BadZipFile"} or DAMAGED.search(str(error)):
         return ConfigError(
             f"{what}: its weights are damaged or cut off ({sense(error)}): fetch them again,"
             " or save them again"
@@ -302,10 +308,9 @@ def repository(error: BaseException) -> str:
     found = LOCATION.search(str(error))
     if found is None:
         return ""
-    address = found[0].rstrip(".,;:)")
-    return (
-        f" ({re.sub(r'/(?:resolve|api|raw|blob)/.*', '', address) if len(address) < 200 else 'see its page'})"
-    )
+    page = found[0].rstrip(".,;:)").replace("/api/models/", "/")
+    page = re.sub(r"/(?:resolve|revision|tree|raw|blob)/.*", "", page)
+    return f" ({page if len(page) < 200 else 'see its page'})"
 
 
 def names(error: BaseException) -> set[str]:

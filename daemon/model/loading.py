@@ -1,52 +1,37 @@
-"""Resolves a model's name to weights, a tokenizer and a Hugging Face module. Knows nothing about SAEs."""
+"""Makes a Hugging Face module and a tokenizer of a model's files. Knows nothing about SAEs."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from daemon.devices import best_device, on_mps
 from daemon.errors import ConfigError, MachineError
-from daemon.model.completeness import DERIVED, LayersRead, LoadReport, check_complete, check_model_finite
-from daemon.model.failures import explain, explained, explained_names, loading, quiet_libraries, sense
+from daemon.model.auto_class import auto_class
+from daemon.model.completeness import LayersRead, LoadReport, check_complete, check_model_finite
+from daemon.model.failures import explain, explained_names, loading, quiet_libraries, sense
+from daemon.model.location import ModelLocation, check_types, fetch_weights
 from daemon.model.pickles import refused_pickles
 from daemon.model.placement import DeviceMap, Placement, free_memory, tokens_device
 from daemon.model.quantized import check_packages
-from daemon.model.smollm2 import WEIGHTS_SHA256, sha256_of, smollm2_folder
-from daemon.model.weightfiles import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    TensorHeader,
-    check_floating,
-    model_tensors,
-    read_object,
-)
+from daemon.model.weightfiles import model_tensors
 from daemon.model_info import Fit, ModelInfo, SaeInfo
 
-BUNDLED = "smollm2-135m"
 NO_SETTINGS = {"_name_or_path", "transformers_version"}  # of a configuration: they change no result
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}  # rotary embeddings that turn by the longest text
 MOST_PARTS = 100_000  # layers, heads or experts that a configuration may ask for: building more takes hours
 COUNTS = re.compile(r"n_layers?|n_heads?|(?:num|n)_\w*(?:layers|heads|experts|blocks)")
 PROBE = "One text, 2 words\n"  # that every tokenizer is to encode
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLocation:
-    """Where a model's files are: `target` is what `from_pretrained` takes."""
-
-    name: str  # as shown to people
-    target: str
-    weights_sha256: str | None  # None for a hub's model
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,105 +56,6 @@ class LoadedModel:
     def devices(self) -> str:
         """As `ModelInfo.device` names them."""
         return self.device if self.placement is None else self.placement.name
-
-
-def locate_model(name: str, cache_dir: Path) -> ModelLocation:
-    """A bundled preset, a local folder, or a TransformerLens or Hugging Face name, in this order.
-
-    Raises ConfigError where a path is named that holds no model.
-    """
-    if not name.strip():
-        raise ConfigError("model.name is empty: name a preset, a folder or a model of the hub")
-    with explained(f"model {name}"):
-        if name == BUNDLED:
-            return ModelLocation(name, str(smollm2_folder(cache_dir)), WEIGHTS_SHA256)
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            check_folder(folder, f"model {name}")
-            return ModelLocation(folder.resolve().name, str(folder), folder_sha256(folder))
-        if folder.exists():
-            raise ConfigError(
-                f"model {name}: a file: give the folder that it lies in, in Hugging Face format"
-            )
-        if name.startswith((".", "/", "~")):
-            raise ConfigError(f"model {name}: no such folder")
-        from transformer_lens.loading_from_pretrained import get_official_model_name
-
-        try:
-            official = get_official_model_name(name)
-        except ValueError:  # not one of TransformerLens's names: take it as Hugging Face's
-            official = name
-        return ModelLocation(name, official, None)
-
-
-def check_folder(folder: Path, what: str) -> None:
-    """Look at a local model's files, their headers only. Raises ConfigError."""
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ConfigError(
-                f"{what}: a PEFT adapter without its model: merge it into one (merge_and_unload),"
-                " save that, and give its folder"
-            )
-        raise ConfigError(f"{what}: no config.json there: give a folder in Hugging Face format")
-    config = read_object(folder / "config.json", what)
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            read_object(folder / name, what)
-    tensors = model_tensors(folder, what)
-    if config.get("quantization_config") is None:
-        check_types(tensors, what)
-    if (folder / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"{what}: has an adapter_config.json beside the weights, and lensd applies no adapters: merge it"
-            " (merge_and_unload), or remove it if the weights are to be read without"
-        )
-
-
-def check_types(tensors: Mapping[str, TensorHeader], what: str) -> None:
-    """Raises ConfigError for weights that are no floating-point numbers. Masks of older versions may be."""
-    check_floating({name: entry for name, entry in tensors.items() if not DERIVED.search(name)}, what)
-
-
-def fetch_weights(target: str, what: str) -> Path:
-    """Have the weights of a hub's model, or the index of their shards, in the local cache; the folder there.
-
-    Transformers takes whatever the hub answers for a file that is missing, and looks for pickled ones.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    names = (SINGLE_NAME, INDEX_NAME)
-    for name in names:
-        if isinstance(path := try_to_load_from_cache(target, name), str):
-            return Path(path).parent
-    unanswered: LocalEntryNotFoundError | None = None
-    for name in names:
-        try:
-            return Path(hf_hub_download(target, name)).parent
-        except LocalEntryNotFoundError as error:  # no answer, and not in the cache
-            unanswered = error
-        except EntryNotFoundError:
-            continue
-    if unanswered is not None:
-        raise unanswered
-    raise ConfigError(
-        f"{what}: the hub has no {SINGLE_NAME} of it, and lensd loads no pickled weights: use a version in"
-        " safetensors, or convert it where that does no harm"
-    )
-
-
-def folder_sha256(folder: Path) -> str:
-    """One hash over the weight files of a local model."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(
-            f"model {folder}: no .safetensors there, and lensd loads no pickled weights (.bin, .pt): convert"
-            " them where that does no harm (from_pretrained, then save_pretrained)"
-        )
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(sha256_of(path).encode())
-    return digest.hexdigest()
 
 
 def resolve_device(device: str, dtype: torch.dtype = torch.float32) -> str:
@@ -239,6 +125,8 @@ def load_model(
             device = str(tokens_device(model))
         model.requires_grad_(False).eval()
         tokenizer = load_tokenizer(location)
+        if location.snapshot is not None:
+            location.snapshot.remember()
         config = model.config.get_text_config()
         return LoadedModel(
             model=model,
@@ -252,7 +140,7 @@ def load_model(
             dtype=dtype,
             device=device,
             report=report,
-            settings_sha256=settings_sha256(model.config, tokenizer),
+            settings_sha256=settings_sha256(model.config, tokenizer, location.commit),
             placement=placement,
         )
 
@@ -264,14 +152,15 @@ def build_model(
 
     Raises what a library throws.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
     check_config(config, what)
     is_quantized = getattr(config, "quantization_config", None) is not None
-    of_hub = not Path(location.target).is_dir()
-    if of_hub:
-        fetch_weights(location.target, what)
+    if location.snapshot is not None:
+        fetch_weights(location.snapshot, what)
+        if not is_quantized:
+            check_types(model_tensors(Path(location.target), what), what)
     options: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": "eager",
@@ -282,22 +171,19 @@ def build_model(
         options["experts_implementation"] = "eager"
     with explained_names(config, what):
         if not is_quantized:
-            check_shapes(location, options, what)
+            check_shapes(location, auto_class(config), options, what)
         if device_map == "auto":
             options["max_memory"] = free_memory()
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             location.target, output_loading_info=True, device_map=device_map, **options
         )
-    if of_hub and not is_quantized:
-        check_types(model_tensors(fetch_weights(location.target, what), what), what)
     return model, LoadReport.of(info)
 
 
-def settings_sha256(config: Any, tokenizer: Any) -> str:
+def settings_sha256(config: Any, tokenizer: Any, commit: str | None) -> str:
     """Hash of what besides weights makes a model's results: configuration, tokenizer and a hub's commit."""
     settings = {key: value for key, value in config.to_dict().items() if key not in NO_SETTINGS}
     special = tokenizer.bos_token_id, tokenizer.eos_token_id
-    commit = getattr(config, "_commit_hash", None)
     told = [settings, tokenizer.backend_tokenizer.to_str(), special, commit, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -333,11 +219,9 @@ def unsound(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def check_shapes(location: ModelLocation, options: dict[str, Any], what: str) -> None:
+def check_shapes(location: ModelLocation, kind: Any, options: dict[str, Any], what: str) -> None:
     """Raises ConfigError where a tensor's shape is not the model's; without memory for either."""
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = kind.from_pretrained(
         location.target, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options
     )
     if wrong := {name: (tuple(has), tuple(wants)) for name, has, wants in info["mismatched_keys"]}:
@@ -389,6 +273,7 @@ def model_info(model: LoadedModel, saes: Sequence[SaeInfo], engine: str, cards: 
         device=model.devices,
         engine=engine,
         weights_sha256=model.location.weights_sha256,
+        revision=model.location.commit,
         settings_sha256=model.settings_sha256,
         saes=tuple(saes),
         cards=tuple(cards),
@@ -408,7 +293,7 @@ def bridge_of(model: LoadedModel) -> Any:
             f"{what}: part of it is offloaded ({model.devices}), which TransformerLens can't run, and its"
             " layers can't be read packed: use more or larger GPUs, or a smaller model.dtype"
         )
-    with loading(what):
+    with loading(what), no_installs():
         try:
             bridge = TransformerBridge.boot_transformers(
                 model.location.target, hf_model=model.model, tokenizer=model.tokenizer, dtype=model.dtype
@@ -421,6 +306,21 @@ def bridge_of(model: LoadedModel) -> Any:
                 " layers can't be read packed either: use a model of another family"
             ) from error
         return bridge.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def no_installs() -> Iterator[None]:
+    """Within it no package is installed: TransformerLens calls pip for torchvision, which replaces torch."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError("lensd installs no packages")
+
+    call = subprocess.check_call
+    subprocess.check_call = refuse  # by whose failure TransformerLens goes on without pictures
+    try:
+        yield
+    finally:
+        subprocess.check_call = call
 
 
 def reason_of(error: BaseException) -> str:

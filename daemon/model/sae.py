@@ -20,6 +20,7 @@ from daemon.model.cards import card_of
 from daemon.model.completeness import check_finite
 from daemon.model.failures import loading, quiet_libraries
 from daemon.model.folding import fold_normalisation
+from daemon.model.hub import Hub, repository_of, serving
 from daemon.model.pickles import weights_only_pickles
 from daemon.model.placement import Placement
 from daemon.model.sae_names import names_of
@@ -51,6 +52,8 @@ class SaeSource(Protocol):
     def name(self) -> str | None: ...  # that it is given
     @property
     def prepend_bos(self) -> bool | None: ...  # in place of what its metadata says
+    @property
+    def revision(self) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +113,17 @@ def load_saes(
     device: str,
     dtype: torch.dtype,
     bos_habit: Callable[[], bool],
+    hub: Hub | None = None,
 ) -> tuple[LoadedSae, ...]:
     """Every dictionary, in order of layer, checked against the model's shape.
 
     `bos_habit` tells whether the model's tokenizer puts BOS before a text: so do those that say nothing.
     Raises ConfigError, naming the dictionary, where one can't be loaded or does not fit.
     """
-    loaded = [load_sae(source, device=device, dtype=dtype, bos_habit=bos_habit) for source in sources]
+    hub = hub or Hub()
+    loaded = [
+        load_sae(source, device=device, dtype=dtype, bos_habit=bos_habit, hub=hub) for source in sources
+    ]
     for entry in loaded:
         info = entry.info
         if info.d_in != d_model and RESIDUAL.fullmatch(info.hook_name):
@@ -143,20 +150,26 @@ def move_saes(saes: Sequence[LoadedSae], placement: Placement) -> None:
 
 
 def load_sae(
-    source: SaeSource, *, device: str, dtype: torch.dtype, bos_habit: Callable[[], bool] = lambda: False
+    source: SaeSource,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    bos_habit: Callable[[], bool] = lambda: False,
+    hub: Hub | None = None,
 ) -> LoadedSae:
     """One dictionary from a SAELens folder or release; without `bos_habit`, for a tokenizer that puts no BOS.
 
     Raises ConfigError, or MachineError where the hub fails.
     """
     name = source.path.name if source.path is not None else f"{source.release}/{source.id}"
+    revision = None
     folded = False
     if source.path is not None:
         sae = load_from_folder(source.path, device, dtype)
         with loading(f"SAE {source.path}"):
             folded = fold_normalisation(sae, source.path, f"SAE {source.path}")
     else:
-        sae = load_from_hub(source, device, dtype)
+        sae, revision = load_from_hub(source, device, dtype, hub or Hub())
     sae.requires_grad_(False)
     sae.turn_off_forward_pass_hook_z_reshaping()  # engines give the heads side by side already
     check_supported(sae, name)
@@ -175,6 +188,7 @@ def load_sae(
         else sha256_of(source.path / WEIGHTS_NAME),
         settings_sha256=settings_sha256(sae.cfg.to_dict()),
         prepend_bos=prepends_bos(sae, source, name, bos_habit),
+        revision=revision,
     )
     reconstructs = source.path is not None or not is_cross_layer(source)
     if not reconstructs:
@@ -304,7 +318,8 @@ def is_neutral(path: Path, name: str) -> bool:
     return torch.allclose(tensor, torch.ones_like(tensor))
 
 
-def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype) -> Any:
+def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype, hub: Hub) -> tuple[Any, str]:
+    """A dictionary of a release, and the commit of its repository."""
     from sae_lens import SAE
     from sae_lens.loading.pretrained_sae_loaders import (
         NAMED_PRETRAINED_SAE_LOADERS,
@@ -316,13 +331,17 @@ def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype) -> Any:
     with loading(what), weights_only_pickles(what):
         check_known(source, what)
         load = NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(source.release)]
-        return SAE.from_pretrained(
-            release=source.release,
-            sae_id=source.id,
-            device=device,
-            dtype=str(dtype).removeprefix("torch."),
-            converter=judged(load, what),
-        )
+        snapshot = hub.snapshot(repository_of(source.release or ""), source.revision)
+        with serving(snapshot):
+            sae = SAE.from_pretrained(
+                release=source.release,
+                sae_id=source.id,
+                device=device,
+                dtype=str(dtype).removeprefix("torch."),
+                converter=judged(load, what),
+            )
+        snapshot.remember()
+        return sae, snapshot.commit
 
 
 def check_known(source: SaeSource, what: str) -> None:

@@ -97,6 +97,7 @@ def describe_dictionary(sae: SaeInfo, card: Fit) -> dict[str, Any]:
         "weights_sha256": sae.weights_sha256,
         "settings_sha256": sae.settings_sha256,
         "prepend_bos": sae.prepend_bos,
+        "revision": sae.revision,
         "card": {"mean_l0": card.l0, "fvu": card.fvu},
     }
 

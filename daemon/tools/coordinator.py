@@ -143,12 +143,13 @@ class RandomRunner:
 
 def load_random(shape: ResultShape, config: Config) -> Compute:
     """The configured model's tokenizer, and a runner of random results."""
-    from daemon.model.loading import load_tokenizer, locate_model
+    from daemon.model.loading import load_tokenizer
+    from daemon.model.location import locate_model
     from daemon.model.smollm2 import default_cache_dir
     from daemon.source.tokenizer import Tokenizer
     from daemon.wiring import Compute
 
-    tokenizer = load_tokenizer(locate_model(config.model.name, default_cache_dir()))
+    tokenizer = load_tokenizer(locate_model(config.model.name, default_cache_dir(), config.model.revision))
     return Compute(
         engine=RandomEngine(shape.info),
         runner=RandomRunner(shape, config.analysis.positions),  # type: ignore[arg-type]  # it runs like one

@@ -21,7 +21,10 @@ from torch import Tensor
 from daemon.config import Config, SaeSection
 from daemon.devices import exact_device
 from daemon.errors import ConfigError
-from daemon.model.loading import locate_model, resolve_device
+from daemon.model.auto_class import auto_class
+from daemon.model.hub import Hub, repository_of, serving
+from daemon.model.loading import resolve_device
+from daemon.model.location import fetch_weights, locate_model
 from daemon.model.pickles import refused_pickles, weights_only_pickles
 from daemon.model.placement import asked_map
 from daemon.model.plain_hooks import PlainHooks
@@ -73,11 +76,16 @@ class Oracle:
         dtype = getattr(torch, config.model.dtype)
         device = exact_device(resolve_device(config.model.device, dtype))  # the host checks MPS
         sae_dtype = "float64" if dtype == torch.float64 else "float32"
-        dictionaries = [plain_dictionary(source, device, sae_dtype) for source in config.sae]
+        hub = Hub()
+        dictionaries = [plain_dictionary(source, device, sae_dtype, hub) for source in config.sae]
         self.dictionaries = sorted(dictionaries, key=lambda each: each.layer)
         name = config.model.name
-        target = locate_model(name, default_cache_dir()).target
-        model = plain_model(target, device, dtype, spread=asked_map(config.model.device_map) is not None)
+        location = locate_model(name, default_cache_dir(), config.model.revision, hub)
+        if location.snapshot is not None:
+            fetch_weights(location.snapshot, f"model {name}")
+        model = plain_model(
+            location.target, device, dtype, spread=asked_map(config.model.device_map) is not None
+        )
         places = [place for each in self.dictionaries for place in (each.read, each.written)]
         try:
             self._plain = PlainHooks(model, dict.fromkeys(places), model.config.get_text_config().vocab_size)
@@ -114,7 +122,7 @@ class Oracle:
 
 def plain_model(target: str, device: str, dtype: torch.dtype, *, spread: bool = False) -> Any:
     """A causal language model as Transformers has it, in evaluation mode; `spread` over all devices."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "use_safetensors": True}
     if dtype == torch.float64:  # of experts, which know no other way in it
@@ -122,12 +130,13 @@ def plain_model(target: str, device: str, dtype: torch.dtype, *, spread: bool = 
     with warnings.catch_warnings(), refused_pickles("the model"):
         warnings.simplefilter("ignore")
         options["device_map"] = "auto" if spread else None
-        model = AutoModelForCausalLM.from_pretrained(target, trust_remote_code=False, **options)
+        kind = auto_class(AutoConfig.from_pretrained(target, trust_remote_code=False))
+        model = kind.from_pretrained(target, trust_remote_code=False, **options)
     model = model if spread else model.to(device)
     return model.requires_grad_(False).eval()
 
 
-def plain_dictionary(source: SaeSection, device: str, dtype: str) -> PlainDictionary:
+def plain_dictionary(source: SaeSection, device: str, dtype: str, hub: Hub | None = None) -> PlainDictionary:
     """A dictionary as SAELens has it."""
     from sae_lens import SAE
 
@@ -138,7 +147,9 @@ def plain_dictionary(source: SaeSection, device: str, dtype: str) -> PlainDictio
             sae = SAE.load_from_disk(Path(source.path), device=device, dtype=dtype)
             fold_scaler(sae, Path(source.path))
         else:
-            sae = SAE.from_pretrained(source.release, source.id, device=device, dtype=dtype)
+            assert source.release is not None and source.id is not None
+            with serving((hub or Hub()).snapshot(repository_of(source.release), source.revision)):
+                sae = SAE.from_pretrained(source.release, source.id, device=device, dtype=dtype)
     sae.requires_grad_(False)
     sae.turn_off_forward_pass_hook_z_reshaping()  # plain values have heads side by side
     read = sae.cfg.metadata.hook_name

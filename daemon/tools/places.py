@@ -25,7 +25,8 @@ from daemon.executor.runner import BatchRunner
 from daemon.model.buffers import keep_memory, lasting
 from daemon.model.encoding import FusedEncoder, jumprelu
 from daemon.model.engine import Engine
-from daemon.model.loading import BUNDLED, LoadedModel, load_model, locate_model
+from daemon.model.loading import LoadedModel, load_model
+from daemon.model.location import BUNDLED, locate_model
 from daemon.model.onednn import product
 from daemon.model.padded_engine import PaddedEngine
 from daemon.model.plain_hooks import PlainHooks

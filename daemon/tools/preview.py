@@ -10,7 +10,8 @@ from typing import Any
 from daemon.config import Config, SaeSection
 from daemon.errors import ConfigError
 from daemon.model.failures import loading, quiet_libraries
-from daemon.model.loading import ModelLocation, check_config, context_of, load_tokenizer, locate_model
+from daemon.model.loading import check_config, context_of, load_tokenizer
+from daemon.model.location import ModelLocation, locate_model
 from daemon.model.sae import check_known
 from daemon.model.smollm2 import default_cache_dir
 from daemon.model.weightfiles import read_object
@@ -110,7 +111,11 @@ def tokenizer_alone(config: Config, *, prepend_bos: bool) -> tuple[Any, Tokenize
 
     name = config.model.name
     folder = Path(name)
-    location = ModelLocation(name, name, None) if folder.is_dir() else locate_model(name, default_cache_dir())
+    location = (
+        ModelLocation(name, name, None)
+        if folder.is_dir()
+        else locate_model(name, default_cache_dir(), config.model.revision)
+    )
     what = f"model {name}"
     with loading(what):
         settings = AutoConfig.from_pretrained(location.target, trust_remote_code=False)

@@ -29,7 +29,8 @@ from daemon.devices import on_cuda
 from daemon.executor.runner import BatchRunner
 from daemon.model.compiled_layers import can_compile
 from daemon.model.encoding import FusedEncoder, can_split, jumprelu
-from daemon.model.loading import LoadedModel, ModelLocation
+from daemon.model.loading import LoadedModel
+from daemon.model.location import ModelLocation
 from daemon.model.onednn import product, split_product
 from daemon.model.sae import LoadedSae
 from daemon.model.trie import build_trie

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,17 @@ import torch
 
 from daemon.config import SaeSection, load_config, preset_names
 from daemon.errors import ConfigError, MachineError
-from daemon.model.loading import load_model, locate_model
+from daemon.model.loading import load_model
+from daemon.model.location import locate_model
 from daemon.model.sae import load_sae
 from daemon.model.smollm2 import WEIGHTS_SHA256, smollm2_folder
 from deploy import licences
 from tests.reliability.daemons import Job
 from tests.reliability.handling import events, running, wait_until
 from tests.support import tiny
+from tests.support.hub import hub_here, running_hub
+from tests.support.hub_dictionaries import Dictionary
+from tests.support.hub_formats import dictionary_learning
 
 ROOT = Path(__file__).parents[2]
 LISTENING = "0A"  # in /proc/net/tcp
@@ -138,30 +143,24 @@ def test_a_pickled_dictionary_in_a_folder_is_refused(tmp_path):
     one_line(error)
 
 
-def serve_pickled(monkeypatch, folder: Path, save: Callable[[Path], object]) -> None:
-    """Have SAELens fetch a release of dictionary_learning's whose ae.pt is what `save` writes."""
-
-    def serve(repo_id: str, filename: str, **_: object) -> str:
-        path = folder / Path(filename).name
-        if path.suffix == ".pt":
-            save(path)
-        else:
-            trainer = {
-                "layer": 12,
-                "activation_dim": 8,
-                "dict_size": 16,
-                "lm_name": "gemma",
-                "dict_class": "AutoEncoder",
-            }
-            path.write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
-        return str(path)
-
-    monkeypatch.setattr("sae_lens.loading.pretrained_sae_loaders.hf_hub_download", serve)
+@contextlib.contextmanager
+def pickled_on_a_hub(folder: Path, save: Callable[[Path], object]) -> Iterator[SaeSection]:
+    """A release of dictionary_learning's whose ae.pt is what `save` writes."""
+    release, sae_id = PICKLED_RELEASE
+    one = Dictionary(
+        release, sae_id, "tiny/gemma-2", dictionary_learning("AutoEncoder"), "blocks.1.hook_resid_post"
+    )
+    one.save(folder / "files")
+    save(folder / "files" / one.path / "ae.pt")
+    with running_hub() as hub, hub_here(hub, folder / "cache"):
+        hub.add(one.repo, folder / "files")
+        yield one.section
 
 
 def pickled_weights() -> dict[str, torch.Tensor]:
-    sizes = {"encoder.weight": (16, 8), "encoder.bias": (16,), "decoder.weight": (8, 16), "bias": (8,)}
-    return {name: torch.randn(size) for name, size in sizes.items()}
+    d_in, d_sae = tiny.D_MODEL, tiny.D_SAE
+    sizes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "decoder.weight": (d_in, d_sae)}
+    return {name: torch.randn(size) for name, size in (sizes | {"bias": (d_in,)}).items()}
 
 
 HOSTILE = {
@@ -179,22 +178,20 @@ HOSTILE = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of TorchScript
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_code_in_a_pickled_dictionary_is_refused_and_not_run(kind, tmp_path, ran, trusting, monkeypatch):
-    release, sae_id = PICKLED_RELEASE
-    serve_pickled(monkeypatch, tmp_path, lambda path: HOSTILE[kind](path, ran))
+def test_code_in_a_pickled_dictionary_is_refused_and_not_run(kind, tmp_path, ran, trusting):
     load = torch.load
-    with pytest.raises(ConfigError, match=rf"SAE {release}/.*\(ae\.pt\).*safetensors") as error:
-        load_sae(SaeSection(release=release, id=sae_id), device="cpu", dtype=torch.float32)
+    refused = pytest.raises(ConfigError, match=r"^SAE sae_bench.*\(ae\.pt\).*safetensors")
+    with pickled_on_a_hub(tmp_path, lambda path: HOSTILE[kind](path, ran)) as section, refused as error:
+        load_sae(section, device="cpu", dtype=torch.float32)
     one_line(error)
     assert not ran.exists()
     assert torch.load is load
 
 
-def test_a_pickled_dictionary_of_tensors_alone_is_taken(tmp_path, trusting, monkeypatch):
-    release, sae_id = PICKLED_RELEASE
+def test_a_pickled_dictionary_of_tensors_alone_is_taken(tmp_path, trusting):
     weights = pickled_weights()
-    serve_pickled(monkeypatch, tmp_path, lambda path: torch.save(weights, path))
-    entry = load_sae(SaeSection(release=release, id=sae_id), device="cpu", dtype=torch.float32)
+    with pickled_on_a_hub(tmp_path, lambda path: torch.save(weights, path)) as section:
+        entry = load_sae(section, device="cpu", dtype=torch.float32)
     assert torch.equal(entry.sae.W_enc, weights["encoder.weight"].T)
     assert torch.equal(entry.sae.b_dec, weights["bias"])
 

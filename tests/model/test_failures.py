@@ -17,8 +17,6 @@ from safetensors import SafetensorError, safe_open
 
 from daemon.errors import ConfigError, MachineError
 from daemon.model.failures import explain, explained, sense
-from tests.model.hub import hub_that_says, loader_from
-from tests.support import tiny
 
 ALLOCATION = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
@@ -228,61 +226,3 @@ def test_what_is_written_for_the_user_passes_as_it_is():
 )
 def test_the_sense_of_a_message_is_its_first_line_that_is_no_heading(text, found):
     assert sense(ValueError(text)) == found
-
-
-HUB = {
-    "gated": (
-        401,
-        {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"},
-        2,
-        "gated on the hub.*licence.*HF_TOKEN",
-    ),
-    "no repository": (404, {"X-Error-Code": "RepoNotFound"}, 2, "no such repository"),
-    "no token": (401, {}, 2, "token|private"),
-    "no right": (403, {}, 2, "denies access"),
-    "busy": (429, {"Retry-After": "0"}, 3, "429"),
-    "broken": (500, {}, 3, "500|can't be reached"),
-    "away": (503, {}, 3, "503|can't be reached"),
-}
-
-
-@pytest.fixture(scope="module")
-def hub_and_loader(tmp_path_factory):
-    """A hub, and one process that loads from it: to start another for each case takes ten times as long."""
-    folder = tmp_path_factory.mktemp("loader")
-    with hub_that_says(200) as hub, loader_from(hub.url, folder) as loader:
-        yield hub, loader
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", HUB)
-@pytest.mark.parametrize("what", ["model", "weights", "dictionary"])
-def test_a_hub_that_fails_is_one_line_and_the_right_exit_code(case, what, hub_and_loader, tmp_path):
-    hub, loader = hub_and_loader
-    hub.status, hub.headers, code, said = HUB[case]
-    hub.folder = tiny.save_llama(tmp_path / "model") if what == "weights" else None
-    hub.only = "model.safetensors" if what == "weights" else None
-    name = f"x/{what}-{case}".replace(" ", "-")  # of its own: what one left in the cache serves no other
-    got, line = loader.load(name, **({"release": name, "sae_id": "z"} if what == "dictionary" else {}))
-    assert "Traceback" not in line and line.count("\n") == 1 and len(line) < 500, line
-    assert got == code, line
-    assert re.search(said, line), line
-
-
-@pytest.mark.slow
-def test_weights_that_break_off_are_the_hubs(hub_and_loader, tmp_path):
-    hub, loader = hub_and_loader
-    hub.status, hub.headers = 200, {}
-    hub.folder, hub.only = tiny.save_llama(tmp_path / "model"), "model.safetensors"
-    got, line = loader.load("x/broken-off")
-    assert got == 3 and line.count("\n") == 1, line
-
-
-@pytest.mark.slow
-def test_a_hub_that_is_not_there_is_tried_again_by_a_supervisor(tmp_path):
-    with hub_that_says(200) as hub:
-        url = hub.url
-    with loader_from(url, tmp_path) as loader:
-        got, line = loader.load("x/y")
-    assert (got, line.count("\n")) == (3, 1), line
-    assert "can't be reached" in line

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from daemon.errors import ConfigError
 from daemon.model.encoding import encoder_of
-from daemon.model.loading import load_model, locate_model
+from daemon.model.loading import load_model
+from daemon.model.location import locate_model
 from daemon.model.sae import LoadedSae, load_sae
 from daemon.model.trie_engine import TrieEngine
 from daemon.tools.oracle import plain_dictionary

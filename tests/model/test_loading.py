@@ -9,7 +9,8 @@ import torch
 from transformers import BloomConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
 from daemon.errors import ConfigError
-from daemon.model.loading import context_of, load_model, locate_model
+from daemon.model.loading import context_of, load_model
+from daemon.model.location import locate_model
 
 LONGROPE = {
     "rope_type": "longrope",

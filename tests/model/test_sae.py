@@ -8,7 +8,8 @@ from structlog.testing import capture_logs
 
 from daemon.config import SaeSection
 from daemon.errors import ConfigError
-from daemon.model.loading import locate_model, resolve_device
+from daemon.model.loading import resolve_device
+from daemon.model.location import locate_model, official_name
 from daemon.model.sae import load_saes
 from tests.support import tiny
 
@@ -136,9 +137,10 @@ def test_pickled_weights_are_refused(tmp_path):
         locate_model(str(tmp_path), tmp_path)
 
 
-def test_transformer_lens_names_become_hugging_face_names(tmp_path):
-    assert locate_model("gpt2-small", tmp_path).target == "gpt2"
-    assert locate_model("gemma-2-2b", tmp_path).target == "google/gemma-2-2b"
+def test_transformer_lens_names_become_hugging_face_names():
+    assert official_name("gpt2-small") == "gpt2"
+    assert official_name("gemma-2-2b") == "google/gemma-2-2b"
+    assert official_name("x/y") == "x/y"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from daemon.config import load_config
 from daemon.errors import ConfigError
 from daemon.model.float64 import full_precision
-from daemon.model.loading import check_weights, load_model, locate_model
+from daemon.model.loading import check_weights, load_model
+from daemon.model.location import locate_model
 from daemon.wiring import load_engine
 from tests.model.damage import damage
 from tests.support import families, tiny

@@ -103,6 +103,7 @@ def test_a_published_folder_says_what_it_holds(outbox):
         "engine": "packed",
         "weights_sha256": None,
         "settings_sha256": "7" * 64,
+        "revision": None,
     }
     assert content["recipe"]["texts"]["fact"] == "{prompt} {fact}"
     assert content["recipe"]["contrast"] == {"reference": "prompt", "positive": "fact", "negative": "hall"}
@@ -138,6 +139,7 @@ def test_the_manifest_describes_each_sae(outbox):
         "weights_sha256": "5" * 64,
         "settings_sha256": "8" * 64,
         "prepend_bos": True,
+        "revision": None,
         "fvu": pytest.approx(4 * 0.5 / variance),
         "mean_l0": 6.0,
         "card": {"mean_l0": None, "fvu": None},

@@ -9,7 +9,8 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from daemon.errors import ConfigError
-from daemon.model.loading import ModelLocation, load_tokenizer
+from daemon.model.loading import load_tokenizer
+from daemon.model.location import ModelLocation
 from daemon.recipes import PLAIN_RECIPE
 from daemon.records import Part, PartExtent, Reject, Sample
 from daemon.rejects import REJECT_REASONS

@@ -9,7 +9,8 @@ import torch
 
 from daemon.config import SaeSection
 from daemon.model.encoding import encoder_of
-from daemon.model.loading import LoadedModel, ModelLocation, load_model
+from daemon.model.loading import LoadedModel, load_model
+from daemon.model.location import ModelLocation
 from daemon.model.padded_engine import PaddedEngine
 from daemon.model.placement import DeviceMap
 from daemon.model.sae import LoadedSae, load_saes, move_saes

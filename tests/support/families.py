@@ -47,6 +47,15 @@ LATENT = {  # attention of DeepSeek's kind
     "n_group": 1,
     "topk_group": 1,
 }
+VISION = {  # a tower for pictures
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+SEEING = ("llava", "mistral3", "gemma3_seeing", "qwen2_vl")  # language models with such a tower
 ENCODER_DECODER = {"d_model": tiny.D_MODEL, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_heads": 4}
 
 # name -> (configuration class, settings)
@@ -225,6 +234,52 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert_decoder": ("BertConfig", COMMON | {"is_decoder": True}),
     "roberta": ("RobertaConfig", COMMON | {"max_position_embeddings": 514}),
     "electra": ("ElectraConfig", COMMON | {"embedding_size": tiny.D_MODEL}),
+    "llava": (
+        "LlavaConfig",
+        {
+            "text_config": {"model_type": "llama"} | COMMON | GROUPED,
+            "vision_config": {"model_type": "clip_vision_model"} | VISION,
+            "image_token_index": 5,
+        },
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        {
+            "text_config": {"model_type": "mistral"} | COMMON | GROUPED | SLIDING,
+            "vision_config": {"model_type": "pixtral"} | VISION,
+            "image_token_index": 5,
+        },
+    ),
+    "gemma3_seeing": (
+        "Gemma3Config",
+        {
+            "text_config": COMMON | GROUPED | SLIDING,
+            "vision_config": {"model_type": "siglip_vision_model"} | VISION,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        {
+            "text_config": COMMON
+            | {
+                "num_key_value_heads": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            },
+            "vision_config": {
+                "depth": 2,
+                "embed_dim": 32,
+                "hidden_size": 32,
+                "num_heads": 4,
+                "mlp_ratio": 2,
+                "patch_size": 8,
+            },
+            "image_token_id": 5,
+            "video_token_id": 6,
+            "vision_start_token_id": 7,
+            "vision_end_token_id": 8,
+        },
+    ),
     "t5": ("T5Config", TOKENS | ENCODER_DECODER),
     "ctrl": ("CTRLConfig", GPT2 | {"dff": 64}),
     "xlnet": ("XLNetConfig", TOKENS | {"d_model": tiny.D_MODEL, "n_layer": 4, "n_head": 4, "d_inner": 64}),
@@ -239,6 +294,8 @@ def save_family(folder: Path, family: str, **changes: object) -> Path:
     config = getattr(transformers, name)(**{**settings, **changes})
     encodes = config.is_encoder_decoder
     kind = transformers.AutoModelForSeq2SeqLM if encodes else transformers.AutoModelForCausalLM
+    if family in SEEING:
+        kind = transformers.AutoModelForImageTextToText
     model = kind.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -10,10 +10,12 @@ import hashlib
 import http.server
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 LARGE = (".safetensors", ".npz", ".pt", ".pth", ".bin")  # lie elsewhere: the hub answers with a redirect
@@ -37,6 +39,7 @@ class Trouble:
     cut: bool = False  # breaks the connection off in the middle of a body
     shorter: int = 0  # bytes that a body has less than the hub said of the file
     times: int = 1_000_000  # how often; then it has passed
+    body: bytes | None = None  # that it answers, whatever was asked for
     only: str = ""  # in the name of the file; others are served
 
 
@@ -55,6 +58,7 @@ TROUBLES = {
     "broken": Trouble(500, "", "Internal Error"),
     "away": Trouble(503, "", "Service Unavailable"),
     "hanging": Trouble(hangs=True),
+    "no hub": Trouble(body=b"<html>Log in</html>"),
     "cut off": Trouble(cut=True),
     "wrong length": Trouble(shorter=7),
 }
@@ -121,6 +125,9 @@ class Hub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        for connection in list(self._server.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         if self._thread.is_alive():
@@ -147,6 +154,8 @@ def hub_here(hub: Hub, cache: Path) -> Iterator[None]:
         (constants, "HF_HUB_CACHE", str(cache)),
         (constants, "HF_HUB_OFFLINE", False),
         (constants, "HF_HUB_DISABLE_XET", True),
+        (constants, "HF_HUB_ETAG_TIMEOUT", 1),  # seconds, as HF_HUB_DOWNLOAD_TIMEOUT
+        (constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1),
         (hf_api.api, "endpoint", hub.url),
     ]
     before = [getattr(where, name) for where, name, _ in changes]
@@ -161,12 +170,26 @@ def hub_here(hub: Hub, cache: Path) -> Iterator[None]:
 
 def hub_environment(hub: Hub, home: Path) -> dict[str, str]:
     """The variables with which another process takes `hub` for the hub, and keeps its cache under `home`."""
-    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    timeouts = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}  # seconds
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **timeouts}
 
 
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     hub: Hub
+
+    def __init__(self, *options: Any) -> None:
+        super().__init__(*options)
+        self.connections: set[socket.socket] = set()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that has gone."""
@@ -197,6 +220,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             trouble = hub.trouble
             # of a body's troubles the headers are none
             hub.troubled += bool(trouble.status or trouble.hangs or self.command == "GET")
+        if trouble.body is not None:
+            self.send(200, {"Content-Type": "text/html"}, trouble.body)
+            return
         if trouble.hangs:
             hub.passing.wait(60)
             self.close_connection = True

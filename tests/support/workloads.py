@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from daemon.model.loading import load_tokenizer, locate_model
+from daemon.model.loading import load_tokenizer
+from daemon.model.location import locate_model
 from daemon.model.smollm2 import default_cache_dir
 
 SHORTEST, LONGEST = 100, 600  # tokens of a document

@@ -151,7 +151,12 @@ def test_the_oracle_runs_no_engine_no_encoder_and_no_loader_of_the_daemon():
         for alias in node.names
     }
     assert ours == {
-        "daemon.model.loading.locate_model",
+        "daemon.model.auto_class.auto_class",
+        "daemon.model.hub.Hub",  # which files are read
+        "daemon.model.hub.repository_of",
+        "daemon.model.hub.serving",
+        "daemon.model.location.fetch_weights",
+        "daemon.model.location.locate_model",
         "daemon.model.loading.resolve_device",
         "daemon.model.pickles.refused_pickles",
         "daemon.model.pickles.weights_only_pickles",
