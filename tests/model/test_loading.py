@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BloomConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
+from transformers import AutoConfig, BloomConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
 from daemon.errors import ConfigError
-from daemon.model.loading import context_of, load_model, locate_model
+from daemon.model.loading import context_of, load_model, load_tokenizer, locate_model, settings_sha256
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -107,3 +107,10 @@ def test_shards_without_their_index_say_that_it_is_missing(folder):
 def test_weights_by_another_name_say_which_is_expected(folder):
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     assert "no model.safetensors there: rename weights.safetensors" in refusal(folder)
+
+
+def test_another_chat_template_is_another_model(folder):
+    config, tokenizer = AutoConfig.from_pretrained(folder), load_tokenizer(locate_model(str(folder), folder))
+    before = settings_sha256(config, tokenizer)
+    tokenizer.chat_template = "{{ messages }}"
+    assert settings_sha256(config, tokenizer) != before

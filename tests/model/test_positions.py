@@ -10,6 +10,7 @@ from sae_lens import SAE
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from daemon.model.rereading import reread
 from tests.support import tiny
 from tests.support.engines import dense, packed, padded
 
@@ -102,3 +103,23 @@ def test_where_all_tokens_count_a_mask_changes_nothing(tmp_path, model, position
     masked = made.finish(made.start(TEXTS, [b"\1" * len(text) for text in TEXTS]))
     assert torch.equal(dense(plain.layers[0]), dense(masked.layers[0]))
     assert plain.stored.positions.tolist() == masked.stored.positions.tolist()
+
+
+def test_texts_that_are_read_again_are_read_at_the_tokens_that_count(tmp_path, model):
+    made = packed(model, [tiny.save_sae(tmp_path / "sae", HOOK)], torch.float32, "all")
+    masks = [mask_of(text, *places) for text, places in zip(TEXTS, COUNTED, strict=True)]
+    started = made.start(TEXTS, masks)
+    expected = started.read[0].clone()
+    (row,) = started.readings.rows[started.readings.offsets[2] + 1 : started.readings.offsets[2] + 2]
+    with torch.inference_mode():
+        started.read[0][row] = torch.nan
+    asked = []
+
+    def again(texts, counted):
+        asked.append((texts, counted))
+        return made.start(texts, counted)
+
+    with torch.inference_mode():
+        healed = reread(started, again)
+    assert asked == [([TEXTS[2]], [masks[2]])]
+    assert_close(healed.read[0], expected, rtol=1e-4, atol=1e-5)
