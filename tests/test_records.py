@@ -1,10 +1,11 @@
-"""How a record becomes texts."""
+"""How a record becomes texts, and what is shipped of it."""
 
 from __future__ import annotations
 
 import pytest
 
 from daemon.recipes import CONTRAST_RECIPE, Recipe
+from daemon.records import Sample, TokenizedSample
 
 PROMPT = "The bridge opened"
 
@@ -54,3 +55,10 @@ def test_configured_templates_are_literal(completion):
 def test_braces_in_a_field_are_text():
     values = {"prompt": "{fact}", "fact": "{prompt}", "hallucination": "}"}
     assert CONTRAST_RECIPE.render(values) == ("{fact}", "{fact}{prompt}", "{fact}}")
+
+
+def test_a_sample_is_shipped_with_its_tokens_and_which_of_them_count():
+    sample = Sample(3, "id", "domain", 1.0, "{}", ("text",), 4, 5)
+    bare = TokenizedSample(sample, ((1, 2),), (b"\0\1",)).without_texts()
+    assert (bare.sample.texts, bare.sample.sample_id, bare.token_ids) == ((), "id", ((1, 2),))
+    assert bare.counted == (b"\0\1",)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BloomConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
+from transformers import AutoConfig, BloomConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config
 
 from daemon.errors import ConfigError
-from daemon.model.loading import context_of, load_model
+from daemon.model.loading import context_of, load_model, load_tokenizer, settings_sha256
 from daemon.model.location import locate_model
 
 LONGROPE = {
@@ -108,3 +108,10 @@ def test_shards_without_their_index_say_that_it_is_missing(folder):
 def test_weights_by_another_name_say_which_is_expected(folder):
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     assert "no model.safetensors there: rename weights.safetensors" in refusal(folder)
+
+
+def test_another_chat_template_is_another_model(folder):
+    config, tokenizer = AutoConfig.from_pretrained(folder), load_tokenizer(locate_model(str(folder), folder))
+    before = settings_sha256(config, tokenizer, None)
+    tokenizer.chat_template = "{{ messages }}"
+    assert settings_sha256(config, tokenizer, None) != before

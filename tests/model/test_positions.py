@@ -11,6 +11,7 @@ from sae_lens import SAE
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from daemon.model.rereading import reread
 from tests.support import tiny
 from tests.support.engines import dense, packed, padded
 
@@ -121,3 +122,23 @@ def test_threads_that_share_a_normalising_dictionary_read_what_one_reads(tmp_pat
         (layer,), (other,) = got.layers, expected.layers
         assert_close(dense(layer), dense(other), rtol=0, atol=1e-11)
         assert_close(layer.reconstruction, other.reconstruction, rtol=0, atol=1e-11)
+
+
+def test_texts_that_are_read_again_are_read_at_the_tokens_that_count(tmp_path, model):
+    made = packed(model, [tiny.save_sae(tmp_path / "sae", HOOK)], torch.float32, "all")
+    masks = [mask_of(text, *places) for text, places in zip(TEXTS, COUNTED, strict=True)]
+    started = made.start(TEXTS, masks)
+    expected = started.read[0].clone()
+    (row,) = started.readings.rows[started.readings.offsets[2] + 1 : started.readings.offsets[2] + 2]
+    with torch.inference_mode():
+        started.read[0][row] = torch.nan
+    asked = []
+
+    def again(texts, counted):
+        asked.append((texts, counted))
+        return made.start(texts, counted)
+
+    with torch.inference_mode():
+        healed = reread(started, again)
+    assert asked == [([TEXTS[2]], [masks[2]])]
+    assert_close(healed.read[0], expected, rtol=1e-4, atol=1e-5)

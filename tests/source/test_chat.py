@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import re
 
 import pytest
@@ -14,7 +15,7 @@ from daemon.source.chat import ChatTemplate
 from daemon.source.counting import ReadRules
 from daemon.source.tokenizer import Tokenizer
 from tests.support import tiny
-from tests.support.chats import CHATML, TEMPLATES, chat_tokenizer
+from tests.support.chats import CHATML, COUNTING, STRIPPED, TEMPLATES, chat_tokenizer
 from tests.support.sources import unclaimed
 
 # Each role writes letters of its own, so that a token says whose it is.
@@ -92,6 +93,25 @@ def test_roles_are_right_token_by_token_or_the_record_is_refused(name, role: Cou
     assert sum(counted) >= len(CONTENT[role]) * roles.count(role)
 
 
+THOUGHT = Message("assistant", "hm/aaa")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (STRIPPED, (Message("user", "u"), THOUGHT, Message("user", "u"), Message("assistant", "a"))),
+        (COUNTING, (Message("user", "u"), Message("assistant", "aaa"))),
+    ],
+    ids=["an earlier answer is cut", "what stands first changes with the content"],
+)
+def test_a_conversation_that_its_beginning_does_not_begin_is_refused(template, messages):
+    made = ChatTemplate.of(chat_tokenizer(template))
+    assert made is not None
+    made.encode(Conversation(messages), "all", None)
+    with pytest.raises(SampleError, match="nothing tells which tokens are its message 2"):
+        made.encode(Conversation(messages), "assistant", None)
+
+
 @pytest.mark.parametrize("name", ["chatml", "marked", "merged", "defaulted"])
 def test_a_completion_is_what_follows_the_prompt(name):
     tokenizer = chat_tokenizer(TEMPLATES[name])
@@ -145,6 +165,13 @@ def test_a_conversation_has_one_bos_where_the_saes_expect_it(name, prepend_bos):
     added = prepend_bos and own[0] != tiny.BOS
     assert ids == ((tiny.BOS, *own) if added else own)
     assert ids.count(tiny.BOS) == (prepend_bos or name in ("marked", "moved", "merged"))
+
+
+def test_a_tokenizer_that_was_shipped_renders_the_same():
+    made = Tokenizer(chat_tokenizer(CHATML), prepend_bos=True, max_text_tokens=99)
+    shipped = pickle.loads(pickle.dumps(made))
+    chat = chat_of(ONE)
+    assert shipped.tokenize([part_of(chat)])[0].samples == made.tokenize([part_of(chat)])[0].samples
 
 
 def test_without_a_template_or_against_it_a_conversation_is_one_reject():

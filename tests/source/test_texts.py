@@ -24,10 +24,11 @@ from daemon.recipes import (
     Message,
     Recipe,
 )
-from daemon.records import Sample
+from daemon.records import Part, Sample
 from daemon.source.parsing import Place, choose_recipe, parse_value, to_sample
 from daemon.source.texts import member, shared_words
 from tests.support.effort import examples
+from tests.support.sources import parts_of
 
 USER = {"role": "user", "content": "What color is the sky?"}
 BLUE = {"role": "assistant", "content": "Blue."}
@@ -261,3 +262,34 @@ def test_a_step_leads_to_values_of_the_json_alone(value, step):
     found = member(value, step)
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     assert any(found is one for one in inside) or type(found) is object
+
+
+RECORD = {"chosen": [USER, BLUE], "rejected": [USER, GREEN]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("f.jsonl", json.dumps(RECORD) + "\n" + json.dumps(RECORD)),
+        ("f.json", json.dumps([RECORD, RECORD])),
+        ("f.json", json.dumps([RECORD, RECORD], indent=2)),
+        ("f.json", json.dumps({"data": [RECORD, RECORD]}, indent=2)),
+        ("f.json", json.dumps(RECORD, indent=2) + "\n" + json.dumps(RECORD, indent=2)),
+        ("f.json", json.dumps(RECORD) + json.dumps({"messages": [USER]} | RECORD)),
+    ],
+    ids=["lines", "an array", "a printed array", "a list under a key", "printed objects", "objects in a row"],
+)
+async def test_lists_of_messages_are_no_lists_of_records(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    (part,) = await parts_of(tmp_path / name)
+    assert isinstance(part, Part) and not part.rejects
+    assert [sample.texts for sample in part.samples] == [sample_of(RECORD).texts] * 2
+
+
+async def test_a_file_that_is_one_conversation_is_one_record(tmp_path):
+    for number, indent in enumerate([None, 2]):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({"messages": [USER, BLUE]}, indent=indent))
+        (part,) = await parts_of(path)
+        assert isinstance(part, Part)
+        assert [sample.texts for sample in part.samples] == [(chat(USER, BLUE),)]

@@ -17,7 +17,7 @@ CHATML = (
 MARKED = (  # generation marks, and BOS of its own
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}|"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant|{% endif %}"
 )
@@ -38,6 +38,12 @@ MERGED = (  # the system prompt goes into the first user's message; earlier turn
     "[INST] {% if loop.first %}{{ system }}{% endif %}{{ message['content'] }}[/INST]"
     "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{% endfor %}"
 )
+STRIPPED = (  # what was thought is left out of all answers but the last
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if loop.last %}{{ message['content'] }}{% else %}{{ message['content'].split('/')[-1] }}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+)
+COUNTING = "{{ messages[-1]['content'] | length }}|" + CHATML  # what stands first changes with the content
 DEFAULTED = (  # a system prompt of its own where the conversation has none
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + CHATML
 )
