@@ -162,9 +162,10 @@ async def computing(
         yield Computing(local, compute.tokenizer, compute.max_batch_tokens)
         return
     cluster = cluster_of(config)
+    from daemon.executor.crew import Crew
     from daemon.executor.ray import RayExecutor
 
-    executor = RayExecutor(
+    crew = Crew(
         cluster,
         loading_in_worker(config, load),
         pause=pause,
@@ -172,8 +173,9 @@ async def computing(
         stall_seconds=stall_seconds,
         events=events,
     )
+    executor = RayExecutor(crew, events)
     on_executor(executor)
-    async with executor.running() as ready:
+    async with crew.running() as ready:
         assert isinstance(ready.tokenizer, Tokenizer)
         yield Computing(executor, ready.tokenizer, ready.max_batch_tokens)
 

@@ -32,10 +32,15 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that has a daemon as slow."""
+    """Mark every test that has a daemon as slow; files with slow tests come first.
+
+    Where processes share the files, one that began a long file last would keep all others waiting.
+    """
     for item in items:
         if isinstance(item, pytest.Function) and "daemons" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -5,10 +5,9 @@ N = n samples x T texts positions, sample-major: row = sample * T + text. Knows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +18,25 @@ from daemon.analysis.sparse import SparseActs
 from daemon.analysis.stability import Noise, noise_draws, stability
 from daemon.devices import to_device
 from daemon.records import Positions
+
+Owner = TypeVar("Owner")
+Value = TypeVar("Value")
+
+
+class computed_once(Generic[Owner, Value]):
+    """A property that is computed at its first use, by whichever thread.
+
+    `functools.cached_property` of Python 3.11 holds one lock for all objects: pieces of a batch that cores
+    analyse side by side would wait for each other.
+    """
+
+    def __init__(self, compute: Callable[[Owner], Value]) -> None:
+        self._compute = compute
+
+    def __get__(self, owner: Owner, kind: type[Owner]) -> Value:
+        value = self._compute(owner)
+        vars(owner)[self._compute.__name__] = value  # found there from now on
+        return value
 
 
 class Errors(NamedTuple):
@@ -47,12 +65,12 @@ class LayerActivations:
     decoder: DecoderRows
     d_sae: int
 
-    @cached_property
+    @computed_once
     def shape(self) -> Geometry:
         """Of the active decoder rows at N positions."""
         return geometry(self.acts, self.decoder)
 
-    @cached_property
+    @computed_once
     def errors(self) -> Errors:
         if self.target is None or self.reconstruction is None:
             missing = undefined(self.acts.counts)
@@ -95,7 +113,7 @@ class ComparedText:
         """(n,) NaN."""
         return undefined(self.rows)
 
-    @cached_property
+    @computed_once
     def stability(self) -> Stability:
         """Of the strongest features at the first SAE under noise."""
         x, settings = self.first.x, self.settings

@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 import structlog
 
 from daemon.analysis.column_inputs import StudySettings
-from daemon.errors import ConfigError, MachineError
+from daemon.errors import ConfigError, LensdError, MachineError
 from daemon.executor.ray_cluster import Cluster, one_line
 from daemon.executor.remote_worker import Gone, RemoteWorker
 from daemon.executor.worker import Loaded, Ready
@@ -220,6 +220,8 @@ class Crew:
                 why = await worker.end()
             except Exception as error:  # whatever loading raises is this worker's trouble, not the daemon's
                 why = one_line(error)
+                if not isinstance(error, LensdError | Gone):
+                    log.debug("load.failed", what=f"worker {number}", exc_info=error)
                 if self._gives_up(error):
                     return
                 self._hold(f"no worker of {self._cluster} could be started: {why}")

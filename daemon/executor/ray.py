@@ -5,19 +5,14 @@ Each free worker is given a batch, and the batches of a lost one go to another. 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable
-
 import structlog
 
 from daemon.analysis.column_inputs import StudySettings
 from daemon.errors import WorkersDied
 from daemon.executor.crew import Crew, WorkerEvents
-from daemon.executor.ray_cluster import Cluster
 from daemon.executor.remote_worker import Gone, RemoteWorker
-from daemon.executor.worker import Computed, Loaded, Ready
+from daemon.executor.worker import Computed, Ready
 from daemon.model_info import ModelInfo
-from daemon.pause import Pause
 from daemon.records import Batch, BatchResult, WorkerLoad
 
 DEATHS = 2  # of workers that had one batch and nothing else, after which it is halved
@@ -28,32 +23,12 @@ log = structlog.get_logger()
 
 
 class RayExecutor:
-    """Gives batches to the workers of a cluster. Use it `running`."""
+    """Gives batches to the workers of a cluster."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        load: Callable[[bool], Loaded],
-        *,
-        pause: Pause,
-        patient: bool,
-        stall_seconds: Callable[[], float],
-        events: WorkerEvents,
-    ) -> None:
-        """The arguments are those of `Crew`."""
-        self._crew = Crew(
-            cluster, load, pause=pause, patient=patient, stall_seconds=stall_seconds, events=events
-        )
+    def __init__(self, crew: Crew, events: WorkerEvents) -> None:
+        """`crew` is `running` while batches are."""
+        self._crew = crew
         self._events = events
-
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[Ready]:
-        """Connect, start workers, and yield the first one that is ready; the others join as they come.
-
-        Raises ConfigError, and MachineError where a cluster can't be had.
-        """
-        async with self._crew.running() as ready:
-            yield ready
 
     @property
     def _first(self) -> Ready:

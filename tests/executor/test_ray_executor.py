@@ -15,6 +15,7 @@ from daemon.analysis.column_inputs import StudySettings
 from daemon.batching.batcher import Batcher
 from daemon.errors import ConfigError, MachineError, OutOfMemory, WorkersDied
 from daemon.executor import crew as crew_module
+from daemon.executor.crew import Crew
 from daemon.executor.ray import RayExecutor
 from daemon.executor.worker import Build
 from daemon.pause import WORKERS, Pause
@@ -22,7 +23,7 @@ from daemon.pipeline import Limits, Pipeline
 from daemon.recipes import PLAIN_RECIPE
 from daemon.records import Batch, Entry, Part, PartExtent, Sample, TokenizedPart, TokenizedSample
 from tests.support.fakes import FakeFile, FakeObserver, FakeSink, FakeSource, FakeTokenizer
-from tests.support.ray_cluster import FakeCluster
+from tests.support.ray_cluster import FakeActor, FakeCluster, Reference
 from tests.support.sources import unclaimed
 
 LIMITS = Limits(queued_text_bytes=1 << 20, queued_tokens=1000, queued_result_bytes=1 << 20, max_attempts=3)
@@ -53,7 +54,7 @@ class Workers:
         self.cluster = cluster
         self.events = Events()
         self.pause = Pause(patient=patient)
-        self.executor = RayExecutor(
+        self.crew = Crew(
             cluster,  # type: ignore[arg-type]
             lambda measures: pytest.fail("nothing is loaded in this process"),
             pause=self.pause,
@@ -61,10 +62,11 @@ class Workers:
             stall_seconds=lambda: stall_seconds,
             events=self.events,
         )
+        self.executor = RayExecutor(self.crew, self.events)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[RayExecutor]:
-        async with asyncio.timeout(60), self.executor.running():
+        async with asyncio.timeout(60), self.crew.running():
             yield self.executor
 
 
@@ -347,18 +349,12 @@ async def test_a_worker_with_another_model_is_not_used():
 
 async def test_a_cluster_without_room_ends_a_drain(monkeypatch):
     monkeypatch.setattr(crew_module, "START_SECONDS", 0.001)
+    monkeypatch.setattr(FakeActor, "_call", lambda *_: Reference())  # nothing starts
     cluster = FakeCluster(1)
     cluster.rooms = 0
-    cluster.worker = lambda: _unplaced(cluster)  # type: ignore[method-assign]
     with pytest.raises(MachineError, match="has no node for a worker, which takes 1 CPU: add one"):
         async with Workers(cluster, patient=False).running():
             pytest.fail("there is no place")
-
-
-def _unplaced(cluster: FakeCluster):
-    actor = FakeCluster.worker(cluster)
-    actor._call = lambda method, *args: __import__("tests.support.ray_cluster", fromlist=["_"]).Reference()
-    return actor
 
 
 async def test_settings_reach_the_workers_of_now_and_those_to_come():
@@ -389,7 +385,7 @@ async def test_a_model_that_the_first_worker_cannot_have_ends_the_start_though_a
     await until(lambda: workers.executor.slots == 4)
     cluster.errors["load"] = ConfigError("its file is gone")
     cluster.actors[0].die()
-    workers.executor._crew.workers[0].lose("it died")
+    workers.crew.workers[0].lose("it died")
     with pytest.raises(ConfigError, match="its file is gone"):
         await starting
 
