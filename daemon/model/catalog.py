@@ -1,7 +1,8 @@
 """The dictionaries that SAELens's registry names: where each reads, and how it runs here.
 
-The registry gives a release, an id and a path; layer, place and width follow from how each publisher writes
-these. Reads the list of the installed sae-lens as a file, without importing it. Knows no model and no network.
+The registry gives a release, an id and a path; layer, place and width follow from how each publisher
+writes these. Reads the list of the installed sae-lens as a file, without importing it. Knows no model and no
+network.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,11 +152,11 @@ def hooks_of(release: str, loader: str, sae_id: str, path: str) -> tuple[str, st
         case "mwhanna_transcoder":
             return "mlp.hook_in", "hook_mlp_out"
         case "mntss_clt_layer_transcoder":
-            return "ln2.hook_normalized", "hook_mlp_out"
+            return "hook_resid_mid", "hook_mlp_out"
         case "gemma_2":
             return next(hook for ending, hook in SCOPE_1.items() if ending in release), ""
         case "gemma_3" if path.startswith("transcoder"):
-            return "mlp.hook_in", "hook_mlp_out"
+            return "hook_mlp_in", "hook_mlp_out"
         case "gemma_3":
             return next(hook for start, hook in SCOPE_2.items() if path.startswith(start)), ""
         case "llama_scope" | "llama_scope_r1_distill":
@@ -181,7 +181,7 @@ def width_of(release: str, sae: Mapping[str, Any]) -> str | None:
 def chosen(
     entries: Iterable[CatalogEntry], words: Iterable[str] = (), model: str | None = None
 ) -> tuple[CatalogEntry, ...]:
-    """Those whose release, id, model or Neuronpedia id holds every word, and whose model's name holds `model`."""
+    """Those whose names hold every word, and whose model's name holds `model`."""
     wanted = [word.casefold() for word in words]
     return tuple(
         entry
@@ -194,11 +194,3 @@ def chosen(
 @functools.lru_cache(maxsize=1 << 15)
 def text_of(entry: CatalogEntry) -> str:
     return f"{entry.release}/{entry.id} {entry.model} {entry.neuronpedia_id or ''}".casefold()
-
-
-def counts(entries: Iterable[CatalogEntry]) -> dict[tuple[str, str], Counter[Runs]]:
-    """How many run how, by loader-independent class: (kind of place, why they are not packed)."""
-    result: dict[tuple[str, str], Counter[Runs]] = {}
-    for entry in entries:
-        result.setdefault((entry.kind, entry.why), Counter())[entry.runs] += 1
-    return result

@@ -19,8 +19,8 @@ USUAL_L0 = 70.0
 
 HEAD = """\
 # Settings of lensd. All that is left out has its default: see the README.
-# lensd run              reads what is dropped into inbox/ and publishes to outbox/
-# lensd check-config     loads model and dictionaries, and says what is wrong
+# lensd check-config --config lensd.toml    loads model and dictionaries, and says what is wrong
+# lensd run --config lensd.toml             reads what is dropped into inbox/ and publishes to outbox/
 """
 BUNDLED = """
 [model]
@@ -43,9 +43,14 @@ positions = "last"       # tokens of a text that are read: last, all, mean, max
 
 
 def find(words: Sequence[str], model: str | None) -> tuple[CatalogEntry, ...]:
-    """The dictionaries that match. Raises ConfigError where none does, with names that are close."""
+    """The dictionaries that match; a word that is a release's whole name means that release alone.
+
+    Raises ConfigError where none matches, with names that are close.
+    """
     catalog = read_catalog()
     found = chosen(catalog, words, model)
+    if named := {entry.release for entry in found} & set(words):
+        found = tuple(entry for entry in found if entry.release in named)
     if not found:
         known = {entry.release for entry in catalog} | {entry.model for entry in catalog}
         hint = difflib.get_close_matches(" ".join([*words, model or ""]).strip(), known, n=3, cutoff=0.5)
