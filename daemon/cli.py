@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     retry.add_argument("--list", action="store_true", help="show them and their reasons, move nothing")
     retry.add_argument("--config", type=path, metavar="FILE", help="TOML settings")
     retry.add_argument("--inbox", metavar="DIR", dest="inbox.path")
+    add_catalog(commands)
     check = add_command(commands, "check-config", check_config, "validate settings, folders, model and SAEs")
     check.add_argument(
         "--file",
@@ -139,6 +140,21 @@ def parser() -> argparse.ArgumentParser:
             "--ray-address", metavar="A", dest="executor.address", help="ray: HOST:PORT of its head"
         )
     return root
+
+
+def add_catalog(commands: Any) -> None:
+    summary = "the dictionaries that SAELens names: where they read, and how they run here"
+    saes = commands.add_parser("saes", help=summary, description=summary)
+    saes.set_defaults(command=show_saes)
+    saes.add_argument("words", nargs="*", metavar="WORD", help="in release, id or model; all must be there")
+    saes.add_argument("--model", metavar="M", help="only those of models whose name holds this")
+    saes.add_argument("--json", action="store_true", help="print all that is known of each as JSON")
+    summary = "write a commented lensd.toml"
+    init = commands.add_parser("init", help=summary, description=summary)
+    init.set_defaults(command=init_settings)
+    init.add_argument("--model", metavar="M", help="as `lensd saes` names it (default: the bundled one)")
+    init.add_argument("--release", metavar="R", help="of dictionaries, as `lensd saes` names it")
+    init.add_argument("-o", type=path, default=Path("lensd.toml"), metavar="FILE", dest="output")
 
 
 def add_verify(commands: Any) -> None:
@@ -365,6 +381,26 @@ def show_status(args: argparse.Namespace) -> int:
     else:
         print_status(Console(), status)
     return DONE if healthy(status) else SOME_FAILED
+
+
+def show_saes(args: argparse.Namespace) -> int:
+    from daemon.tools.saes import find, lines
+
+    found = find(args.words, args.model)
+    if args.json:
+        sys.stdout.write(json.dumps([entry.as_json() for entry in found], indent=1) + "\n")
+    else:
+        for line in lines(found):
+            say(line)
+    return DONE
+
+
+def init_settings(args: argparse.Namespace) -> int:
+    from daemon.tools.saes import settings, write
+
+    write(args.output, settings(args.model, args.release))
+    say(f"wrote {args.output}: lensd check-config --config {args.output} tries it")
+    return DONE
 
 
 def check_config(args: argparse.Namespace) -> int:
