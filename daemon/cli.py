@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from daemon.model_info import ModelInfo
 
 DONE, SOME_FAILED, BAD_USAGE, MACHINE_FAILED = 0, 1, 2, 3
+RAY_FLAGS = {"executor.workers": "--workers", "executor.address": "--ray-address"}
 STATUS = """Asks a running daemon what it does. Exit codes: 0 live and ready, 1 not so (loading, draining,
 paused, stalled), 3 no answer."""
 
@@ -234,11 +235,19 @@ def configure(args: argparse.Namespace) -> Config:
 
     flags = flags_of(args)
     config = load_config(args.config, flags=flags)
+    check_ray_flags(flags, config)
     told_to_serve = "enabled" in config.http.model_fields_set or flags.get("http.address") is not None
     if getattr(args, "once", False) and not told_to_serve:  # a drain by cron must not take the daemon's port
         config = config.model_copy(update={"http": config.http.model_copy(update={"enabled": False})})
     configure_logs(config.log.format, config.log.level)
     return config
+
+
+def check_ray_flags(flags: dict[str, Any], config: Config) -> None:
+    """Raises ConfigError for a flag of Ray's workers where this process computes."""
+    for key, flag in RAY_FLAGS.items():
+        if flags.get(key) is not None and config.executor.kind != "ray":
+            raise ConfigError(f"{flag} {flags[key]}: there are workers on Ray only: add --executor ray")
 
 
 def flags_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -322,6 +322,48 @@ def test_lists_and_numbers_of_flags_are_refused_with_what_is_expected(args, said
     assert said in stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("command", ["run", "check-config"])
+@pytest.mark.parametrize(
+    "flag", [("--workers", "2"), ("--workers", "auto"), ("--ray-address", "10.0.0.1:6379")]
+)
+@pytest.mark.parametrize("kind", [(), ("--executor", "local")])
+def test_flags_of_workers_are_refused_without_ray(command, flag, kind, capsys):
+    from daemon import cli
+
+    assert cli.main([command, *flag, *kind]) == 2
+    refusal = f"lensd: {' '.join(flag)}: there are workers on Ray only: add --executor ray\n"
+    assert capsys.readouterr().err == refusal
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("local", ("--workers", "2", "--executor", "ray")),
+        ("ray", ("--workers", "2", "--ray-address", "10.0.0.1:6379")),
+    ],
+)
+def test_flags_of_workers_are_taken_wherever_ray_is_asked_for(kind, flags, tmp_path):
+    from daemon import cli
+    from daemon.config import load_config
+
+    path = tmp_path / "lensd.toml"
+    path.write_text(f'[executor]\nkind = "{kind}"\n')
+    given = cli.flags_of(cli.parser().parse_args(["run", *flags]))
+    config = load_config(path, {}, given)
+    cli.check_ray_flags(given, config)
+    assert config.executor.workers == 2
+
+
+def test_workers_of_the_file_do_not_keep_a_run_from_being_local(tmp_path):
+    from daemon import cli
+    from daemon.config import load_config
+
+    path = tmp_path / "lensd.toml"
+    path.write_text('[executor]\nkind = "ray"\nworkers = 2\n')
+    given = cli.flags_of(cli.parser().parse_args(["run", "--executor", "local"]))
+    cli.check_ray_flags(given, load_config(path, {}, given))
+
+
 @pytest.mark.parametrize(
     ("flags", "enabled"),
     [((), False), (("--http", "127.0.0.1:0"), True), (("--http", "127.0.0.1:0", "--no-http"), False)],

@@ -12,8 +12,8 @@ class Setup:
     batch_samples: int = 140  # in a batch
     file_samples: int = 1000  # in a file
     out_kb: float = 1.0  # shipped to a worker for a sample
-    back_kb: float = 25.0  # and back
-    parquet_kb: float = 0.75  # written for a sample
+    back_kb: float = 24.0  # and back
+    parquet_kb: float = 5.5  # written for a sample
     worker_sample_ms: float = 26.0  # of a worker's device, for a sample
     worker_batch_ms: float = 0.0  # and for a batch of any size
     slots: int = 2  # batches at a time that a worker has, one of which waits
@@ -26,8 +26,8 @@ class Setup:
     latency_ms: float = 1.0  # between a daemon and a worker, one way
     mtbf_hours: float = 1000.0  # mean time until a worker is lost
     cores: float = 1.0  # that a daemon makes use of
-    sample_ms: float = 0.22  # of a daemon's core, for a sample
-    mb_ms: float = 54.0  # and for a MB of Parquet
+    sample_ms: float = 0.17  # of a daemon's core, for a sample
+    mb_ms: float = 21.0  # and for a MB of Parquet
     file_ms: float = 5.0  # and for a file
     batch_ms: float = 0.04  # and for a batch
     worker_us: float = 1.7  # and for a batch and each of its workers, through which it looks
@@ -61,11 +61,11 @@ class Prediction:
     held_gb: float  # results in a daemon's memory that wait for the rest of their parts, at most
 
 
-DOCUMENTS = Setup(batch_samples=11, out_kb=1.5, back_kb=300.0, parquet_kb=99.0, worker_sample_ms=1010.0)
+DOCUMENTS = Setup(batch_samples=11, out_kb=1.5, back_kb=1020.0, parquet_kb=662.0, worker_sample_ms=1010.0)
 GPU = Setup(
     batch_samples=1109,
-    back_kb=69.0,
-    parquet_kb=1.6,
+    back_kb=62.0,
+    parquet_kb=3.4,
     worker_sample_ms=0.178,
     worker_batch_ms=53.0,
     model_gb=6.1,
