@@ -10,6 +10,7 @@ from typing import Any
 from daemon.config import Config, SaeSection
 from daemon.errors import ConfigError
 from daemon.model.failures import loading, quiet_libraries
+from daemon.model.hub import Hub, repository_of, serving
 from daemon.model.loading import check_config, context_of, load_tokenizer
 from daemon.model.location import ModelLocation, locate_model
 from daemon.model.sae import check_known
@@ -17,10 +18,15 @@ from daemon.model.smollm2 import default_cache_dir
 from daemon.model.weightfiles import read_object
 from daemon.records import Part, Reject, TokenizedSample
 from daemon.source.reader import part_blocks
-from daemon.source.tokenizer import Tokenizer
+from daemon.source.tokenizer import Tokenizer, puts_bos
 from daemon.tools.samples import unclaimed
 from daemon.wiring import read_limits, read_rules
 
+BOS_SAID = {
+    frozenset({True}): "BOS before each text",
+    frozenset({False}): "no BOS added",
+    frozenset({True, False}): "texts are read with BOS, as shown, and without",
+}
 RECORDS = 5
 SHOWN_CHARS = 240  # of a text
 SHOWN_TOKENS = 12  # of those that are read
@@ -32,11 +38,12 @@ def preview(config: Config, file: Path) -> Iterator[str]:
     Raises FileError for an unusable file, ConfigError and MachineError where the tokenizer can't be had.
     """
     quiet_libraries()
-    adds_bos = {prepends_bos(sae) for sae in config.sae}
-    if len(adds_bos) > 1:
-        raise ConfigError("the SAEs disagree on prepend_bos, so no one token sequence serves them all")
-    prepend_bos = adds_bos == {True}
-    hf_tokenizer, tokenizer = tokenizer_alone(config, prepend_bos=prepend_bos)
+    hub = Hub()
+    settings, hf_tokenizer = load_alone(config, hub)
+    habit = puts_bos(hf_tokenizer)
+    ways = {prepends_bos(sae, habit, hub) for sae in config.sae}
+    prepend_bos = True in ways
+    tokenizer = tokenizer_of(hf_tokenizer, settings, config, prepend_bos=prepend_bos)
     part = first_part(config, file)
     recipe, compared = part.recipe, part.recipe.contrast
     contrast = (
@@ -45,10 +52,10 @@ def preview(config: Config, file: Path) -> Iterator[str]:
         else ""
     )
     yield f"ok: {file.name}: recipe {recipe.name}: texts {', '.join(recipe.text_names)}{contrast}"
-    settings = config.analysis
+    rules = config.analysis
     yield (
-        f"ok: {'BOS before each text' if prepend_bos else 'no BOS added'}; tokens = {settings.tokens},"
-        f" positions = {settings.positions}, long_texts = {config.batching.long_texts}"
+        f"ok: {BOS_SAID[frozenset(ways)]}; tokens = {rules.tokens},"
+        f" positions = {rules.positions}, long_texts = {config.batching.long_texts}"
     )
     for record in records_of(part, tokenizer):
         if isinstance(record, Reject):
@@ -102,55 +109,66 @@ def places_read(sample: TokenizedSample, text: int, config: Config, *, skips_bos
     return [place for place in places if place or not skips_bos]
 
 
-def tokenizer_alone(config: Config, *, prepend_bos: bool) -> tuple[Any, Tokenizer]:
-    """The tokenizer as Hugging Face has it, and as a run would have it, without the model.
+def load_alone(config: Config, hub: Hub) -> tuple[Any, Any]:
+    """The model's settings and its tokenizer as Hugging Face has them, without the model.
 
     Raises ConfigError and MachineError.
     """
     from transformers import AutoConfig
 
     name = config.model.name
-    folder = Path(name)
     location = (
         ModelLocation(name, name, None)
-        if folder.is_dir()
-        else locate_model(name, default_cache_dir(), config.model.revision)
+        if Path(name).is_dir()
+        else locate_model(name, default_cache_dir(), config.model.revision, hub)
     )
     what = f"model {name}"
     with loading(what):
         settings = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
         check_config(settings, what)
-    text = settings.get_text_config()
-    tokenizer = load_tokenizer(location)
-    return tokenizer, Tokenizer(
-        tokenizer,
+    return settings.get_text_config(), load_tokenizer(location)
+
+
+def tokenizer_of(hf_tokenizer: Any, settings: Any, config: Config, *, prepend_bos: bool) -> Tokenizer:
+    """The tokenizer as a run would have it."""
+    return Tokenizer(
+        hf_tokenizer,
         prepend_bos=prepend_bos,
         max_text_tokens=config.batching.max_text_tokens,
-        context=context_of(text),
-        vocabulary=int(text.vocab_size),
+        context=context_of(settings),
+        vocabulary=int(settings.vocab_size),
         rules=read_rules(config),
     )
 
 
-def prepends_bos(source: SaeSection) -> bool:
-    """Whether a dictionary's settings ask for BOS; true where they say nothing.
+def prepends_bos(source: SaeSection, habit: bool, hub: Hub) -> bool:
+    """Whether a dictionary reads texts with BOS; `habit` of the tokenizer where nothing says so.
 
     Raises ConfigError and MachineError.
     """
     what = f"SAE {source.path or f'{source.release}/{source.id}'}"
+    if source.prepend_bos is not None:
+        return source.prepend_bos
     if source.path is not None:
         if not (source.path / "cfg.json").is_file():
             raise ConfigError(f"{what}: no cfg.json there: give a folder in SAELens format")
         settings = read_object(source.path / "cfg.json", what)
     else:
-        from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
-
-        with loading(what):
-            check_known(source, what)
-            settings = load_sae_config_from_huggingface(str(source.release), str(source.id))
+        settings = settings_of_hub(source, what, hub)
     metadata = settings.get("metadata")
     said = (metadata if isinstance(metadata, dict) else settings).get("prepend_bos")
-    return True if said is None else bool(said)
+    return habit if said is None else bool(said)
+
+
+def settings_of_hub(source: SaeSection, what: str, hub: Hub) -> dict[str, Any]:
+    from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
+
+    with loading(what):
+        check_known(source, what)
+        snapshot = hub.snapshot(repository_of(str(source.release)), source.revision)
+        with serving(snapshot):
+            settings: dict[str, Any] = load_sae_config_from_huggingface(str(source.release), str(source.id))
+    return settings
 
 
 def decoded(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -102,3 +102,11 @@ def test_it_shows_the_tokens_that_a_run_reads(whole, tmp_path, capsys, tokens, p
     (features,) = (tmp_path / "out").glob("*/features.parquet")
     ids = pq.read_table(features)["token_id"].to_pylist()
     assert lines[-1].startswith(f"    reads {len(ids)}: ")
+
+
+def test_dictionaries_that_read_both_ways_are_told(bare, capsys):
+    shutil.copytree(bare / "sae", bare / "other")
+    other = f'[[sae]]\npath = "{bare / "other"}"\nname = "bare"\nprepend_bos = false\n'
+    lines = shown(bare, capsys, [{"text": "ab"}], other)
+    assert lines[1].startswith("ok: texts are read with BOS, as shown, and without; tokens = all,")
+    assert lines[3] == '  text, 3 tokens: "<bos>ab"'
