@@ -210,7 +210,7 @@ def test_the_model_is_loaded_once_where_it_is_clear_that_it_can_not_be_packed(tm
     model = tiny.save_llama(tmp_path / "model")
     engine = chosen_engine(tmp_path, model, tiny.save_sae(tmp_path / "sae", "blocks.1.hook_mlp_out"))
     assert (engine.info.engine, len(loads)) == ("padded", 1)
-    model = save_family(tmp_path / "bloom", "bloom")  # of which packing was tried, on the model itself
+    model = save_family(tmp_path / "jamba", "jamba")  # of which packing is tried, on the model itself
     engine = chosen_engine(tmp_path, model, tiny.save_sae(tmp_path / "s", "blocks.1.hook_resid_post"))
     assert (engine.info.engine, len(loads)) == ("padded", 3)
 
