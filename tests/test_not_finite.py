@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from daemon.config import Config, load_config
 from daemon.model.probe import packed_texts
+from daemon.model.trie_engine import CannotPack
 from daemon.records import Outcome
 from daemon.service import serve
 from tests.support import tiny
@@ -145,17 +146,27 @@ def assert_accounted(outcome: Outcome, records: int) -> None:
         assert all(value is not None and math.isfinite(value) for value in values)
 
 
-@pytest.mark.parametrize("hooks", [HOOKS, (*HOOKS[:2], "blocks.2.hook_mlp_out")], ids=["packed", "padded"])
+def unpackable(*_: object, **__: object) -> NoReturn:
+    raise CannotPack("the test wants the other engine", model_changed=False)
+
+
+@pytest.fixture(params=["packed", "padded"])
+def engine(request, monkeypatch) -> str:
+    if request.param == "padded":
+        monkeypatch.setattr("daemon.wiring.TrieEngine", unpackable)
+    return request.param
+
+
 @pytest.mark.parametrize("positions", ["last", "all", "mean", "max"])
-def test_one_bad_sample_among_good_ones_is_rejected_alone(tmp_path, hooks, positions):
+def test_one_bad_sample_among_good_ones_is_rejected_alone(tmp_path, engine, positions):
     model = save_overflowing(tmp_path / "model", UNPROBED, torch.float64)
-    toml = toml_of(tmp_path, model, hooks)
+    toml = toml_of(tmp_path, model, (*HOOKS[:2], "blocks.2.hook_mlp_out"))
     good = texts(20)
     bad = {"id": "bad", "text": f"the number {UNPROBED} is 3"}
     flags = {"analysis__positions": positions, "model__dtype": "float64"}
     (alone,) = drain(toml, tmp_path / "alone", {"a.jsonl": good}, **flags)
     (mixed,) = drain(toml, tmp_path / "mixed", {"a.jsonl": [*good[:10], bad, *good[10:]]}, **flags)
-    assert manifest_of(mixed)["model"]["engine"] == ("packed" if hooks == HOOKS else "padded")
+    assert manifest_of(mixed)["model"]["engine"] == engine
     assert_accounted(mixed, 21)
     (reject,) = rejects_of(mixed).values()
     assert (reject["id"], reject["record_index"], reject["reason"]) == ("bad", 10, "not_finite_activation")
@@ -169,7 +180,7 @@ def test_one_bad_sample_among_good_ones_is_rejected_alone(tmp_path, hooks, posit
 
 
 @pytest.mark.parametrize("letter", [UNPROBED, PADDING])
-def test_the_token_that_fills_batches_spoils_no_text(tmp_path, letter):
+def test_the_token_that_fills_batches_spoils_no_text(tmp_path, engine, letter):
     """A padded batch is filled up with a token that overflows here; so may be a packed one."""
     toml = toml_of(tmp_path, save_overflowing(tmp_path / "model", letter), ("blocks.2.hook_mlp_out",))
     records = contrasts(12)

@@ -14,7 +14,7 @@ from daemon.devices import to_device, to_exact
 from daemon.errors import ConfigError
 from daemon.executor.runner import BatchRunner, not_finite_message
 from daemon.model import device_check, encoding
-from daemon.model.encoding import FusedEncoder, PlainEncoder
+from daemon.model.encoding import FusedEncoder, NormalisingEncoder, PlainEncoder
 from daemon.model.engine import Engine
 from daemon.model.extraction import NotFinite
 from daemon.model.loading import resolve_device
@@ -29,7 +29,10 @@ from tests.support.mps_stand_in import OnMps, RefusedOnMps, mps_stand_in
 from tests.test_not_finite import UNPROBED, save_overflowing
 
 POSITIONS = ("last", "all", "mean", "max")
-KINDS = {"packed": "hook_resid_post", "padded": "hook_mlp_out"}
+KINDS = {  # a family, and where its dictionaries read
+    "packed": ("llama", ["hook_resid_post", "hook_mlp_out", "hook_resid_post", "hook_resid_post"]),
+    "padded": ("gptj", ["hook_mlp_out"] * 4),
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +86,13 @@ def assert_same(got: BatchResult, expected: BatchResult) -> None:
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_keeps_to_what_mps_has_and_gives_what_the_cpu_gives(kind, positions, model, tmp_path):
+def test_a_run_keeps_to_what_mps_has_and_gives_what_the_cpu_gives(kind, positions, tmp_path):
+    family, hooks = KINDS[kind]
+    model = save_family(tmp_path / "m", family)
     architectures = ("jumprelu", "standard", "topk", "gated")
     saes = [
         tiny.save_sae(
-            tmp_path / f"s{layer}", f"blocks.{layer}.{KINDS[kind]}", seed=layer, architecture=architecture
+            tmp_path / f"s{layer}", f"blocks.{layer}.{hooks[layer]}", seed=layer, architecture=architecture
         )
         for layer, architecture in enumerate(architectures)
     ]
@@ -115,14 +120,14 @@ def test_models_in_half_precision_keep_to_what_mps_has(dtype, model, tmp_path, m
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_dictionaries_that_saelens_encodes_run_on_the_host(positions, model, tmp_path, mps):
+def test_dictionaries_that_normalise_do_so_on_the_host(positions, model, tmp_path, mps):
     sae = tiny.save_sae(tmp_path / "s", "blocks.1.hook_resid_post", architecture="topk")
     tiny.overwrite_sae_config(sae, normalize_activations="layer_norm")
     batch = samples(tiny.contrast_records(3))
     config = configured(tmp_path / "c", model, [sae], "mps", analysis_positions=positions)
     engine, result = ran(config, batch)
     (encoder,) = engine.encoders
-    assert isinstance(encoder, PlainEncoder)
+    assert isinstance(encoder, NormalisingEncoder)
     assert type(encoder.pre_acts(torch.zeros(1, tiny.D_MODEL))) is torch.Tensor
     assert len(result.features.values)
 

@@ -304,6 +304,24 @@ def test_a_batch_over_two_devices_gives_the_columns_of_one(positions, llama, sae
     np.testing.assert_allclose(got.features.values, expected.features.values, rtol=1e-9, atol=1e-12)
 
 
+def test_places_inside_layers_over_two_devices_are_those_of_one(llama, tmp_path, two_devices):
+    """Also where a dictionary predicts a value that is computed on the other device."""
+    folders = [
+        tiny.save_sae(tmp_path / "a", "blocks.1.hook_mlp_out"),
+        tiny.save_transcoder(
+            tmp_path / "b", "blocks.2.mlp.hook_in", "blocks.3.hook_attn_out", d_out=tiny.D_MODEL
+        ),
+        tiny.save_sae(tmp_path / "c", "blocks.3.attn.hook_z"),
+    ]
+    expected = packed(llama, folders).extract(texts()).layers
+    hf, entries = over_two(llama, folders)
+    engine = TrieEngine(hf, entries, [encoder_of(entry) for entry in entries], "last")
+    for layer, other in zip(engine.extract(texts()).layers, expected, strict=True):
+        for name in ("x", "target", "reconstruction"):
+            got, one = getattr(layer, name).cpu(), getattr(other, name)
+            torch.testing.assert_close(got, one, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_texts_over_two_devices_that_are_not_finite_are_told_apart(positions, saes, tmp_path, two_devices):
     model = save_overflowing(tmp_path / "model", UNPROBED)

@@ -8,14 +8,14 @@ import inspect
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from daemon.model import plain_hooks, plain_layer, plain_trace
 from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
 from tests.support import tiny
 from tests.support.engines import random_texts
-from tests.support.families import FAMILIES, save_family
+from tests.support.families import FAMILIES, SEEING, save_family
 
 TEXT = random_texts([12])[0]
 # Whose layer 1 has no attention and MLP of the usual kind.
@@ -24,8 +24,8 @@ WITHOUT_BRANCHES |= {"recurrent_gemma", "qwen3_next"}
 
 
 def plain_model(folder, family):
-    model = AutoModelForCausalLM.from_pretrained(save_family(folder, family), attn_implementation="eager")
-    return model.eval()
+    kind = AutoModelForImageTextToText if family in SEEING else AutoModelForCausalLM
+    return kind.from_pretrained(save_family(folder, family), attn_implementation="eager").eval()
 
 
 def read(model, *names: str) -> list[torch.Tensor]:
