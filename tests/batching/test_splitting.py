@@ -13,6 +13,7 @@ from daemon.analysis.column_inputs import StudySettings
 from daemon.batching import splitting
 from daemon.batching.splitting import PIECE_TOKENS, SHARED, concat_results, piece_count, split_batch
 from daemon.executor.runner import BatchRunner
+from daemon.model import encoding
 from daemon.model.fused_layers import FusedDecoderLayer
 from daemon.model.trie import build_trie
 from daemon.native.rmsnorm_rope_attention import routines
@@ -179,12 +180,14 @@ def test_threads_that_read_different_texts_at_a_time_do_not_meet(dtype, llama, s
             assert torch.equal(b.acts.values, a.acts.values)
 
 
-def test_only_an_engine_that_keeps_nothing_is_used_by_several_threads(llama, saes, tmp_path):
+def test_only_an_engine_that_keeps_nothing_is_used_by_several_threads(llama, saes, tmp_path, monkeypatch):
     assert packed(llama, saes).concurrent
     assert not padded(llama, saes).concurrent
     normalising = tiny.save_sae(tmp_path / "sae", "blocks.1.hook_resid_post", architecture="standard")
     tiny.overwrite_sae_config(normalising, normalize_activations="layer_norm")
-    assert not packed(llama, [normalising]).concurrent
+    assert packed(llama, [normalising]).concurrent
+    monkeypatch.setattr(encoding, "agree", lambda *_: False)  # so that SAELens itself encodes
+    assert not packed(llama, saes).concurrent
 
 
 def test_a_block_alone_is_itself(llama, saes):
