@@ -6,17 +6,21 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from daemon import cli
 from daemon.config import load_config
 from daemon.tools.verify import verify
-from tests.support import tiny
+from tests.support import families, hub_formats, tiny
 from tests.support.hub import NONE, TROUBLES, Hub, hub_environment, hub_here, running_hub
+from tests.support.hub_dictionaries import GEMMA_2, Dictionary, registered, save_dictionaries
 
 HOOK = "blocks.1.hook_resid_post"
 TOML = f"""
@@ -98,6 +102,48 @@ def test_a_run_ends_with_the_hubs_line_and_the_code_of_whose_it_is(hub: Hub, tmp
         assert last["event"] == "service.failed" and re.search(said, last["message"]), last
     hub.suffers(NONE)
     assert run(tmp_path) == 0
+
+
+def test_from_a_release_and_a_preference_set_to_results(tmp_path, monkeypatch):
+    """All that is known is the name of a release, and a set of preferences in Parquet lies there."""
+    release, model = "gemma-scope-2b-pt-res-canonical", "google/gemma-2-2b"
+    monkeypatch.chdir(tmp_path)
+    families.save_family(tmp_path / "model", "gemma2", num_hidden_layers=26)
+    preferences = [
+        {
+            "prompt": f"Is {number} even?",
+            "chosen": "Yes." if even else "No.",
+            "rejected": "No." if even else "Yes.",
+        }
+        for number in range(5)
+        for even in [number % 2 == 0]
+    ]
+    pq.write_table(pa.Table.from_pylist(preferences), "train.parquet")
+    assert cli.main(["init", "--release", release]) == 0
+    picked = [sae.id for sae in load_config(Path("lensd.toml"), {}, {}).sae]
+    layers = [int(re.findall(r"\d+", sae_id)[0]) for sae_id in picked]
+    dictionaries = [
+        Dictionary(
+            release,
+            sae_id,
+            model,
+            hub_formats.gemma_scope_1,
+            f"blocks.{layer}.hook_resid_post",
+            overrides=GEMMA_2,
+        )
+        for sae_id, layer in zip(picked, layers, strict=True)
+    ]
+    with running_hub() as hub, hub_here(hub, tmp_path / "cache"), registered(dictionaries):
+        hub.add(model, tmp_path / "model")
+        save_dictionaries(hub, tmp_path / "files", dictionaries)
+        Path("inbox").mkdir()
+        shutil.copy("train.parquet", "inbox")
+        assert cli.main(["run", "--once", "--config", "lensd.toml"]) == 0
+    (manifest,) = manifests(tmp_path)
+    assert (manifest["rows"], manifest["rejects"]) == (5, 0)
+    metrics = pq.read_table(next((tmp_path / "outbox").glob("*/metrics.parquet")))
+    names = [f"l{layer}_{text}_l0_norm" for layer in layers for text in ("prompt", "chosen", "rejected")]
+    assert not any(metrics[name].null_count for name in [*names, "centroid_drift_diff"])
 
 
 CHECK = "import sys; from daemon.cli import main; sys.exit(main(['check-config', '--config', 'lensd.toml']))"
