@@ -19,8 +19,10 @@ import pytest
 from daemon.analysis.columns import CONTRAST_METRICS, LAYER_COLUMNS, analysis_columns
 from daemon.cli import parser
 from daemon.config import Config, load_config
-from daemon.recipes import Recipe
+from daemon.model.catalog import read_catalog
+from daemon.recipes import BUILT_IN_RECIPES, Recipe
 from daemon.service import serve
+from daemon.source.formats import FORMATS
 from tests.support import tiny
 from tests.support.spark import ask, needs_spark
 
@@ -173,3 +175,14 @@ def test_every_column_has_its_definition():
     for metric in CONTRAST_METRICS:
         names += [f"{metric.name}_t", *(["_std"] if metric.deviation else [])]
     assert sorted(defined) == sorted(["n_tokens_{text}", *names])
+
+
+def test_the_first_table_says_what_goes_in():
+    rows = {row.split("|")[1].strip(): row for row in README.splitlines() if row.startswith("| ")}
+    plain = {suffix for kind in FORMATS for suffix in kind.suffixes if suffix.count(".") == 1}
+    assert set(re.findall(r"`(\.\w+)`", rows["files"])) == plain | {".gz", ".zst"}
+    for recipe in BUILT_IN_RECIPES:
+        assert recipe.fields <= set(re.findall(r"`(\w+)`", rows["records with"])), recipe
+    catalog = read_catalog()
+    runs = sum(entry.runs != "no" for entry in catalog)
+    assert f"{runs:,} of the {len(catalog):,} that SAELens names" in rows["dictionaries"]

@@ -23,7 +23,7 @@ Kind = Literal["int", "float", "class"]
 
 # Raise it when the meaning of a column or of a text changes, or how one is computed. It is part of a unit's
 # identity, as names and types of columns are, so that content published under another one is computed again.
-ANALYSIS_VERSION = 3
+ANALYSIS_VERSION = 4
 
 
 class Column(NamedTuple):
