@@ -1,9 +1,13 @@
-"""A real Prometheus finds in a real daemon exactly what the daemon's folders hold."""
+"""A real Prometheus finds in a real daemon what the daemon's folders hold, and answers all that is asked.
+
+All that needs the two is in this one file, since each process of tests starts its own.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from daemon.observe.metrics import Metrics
 from daemon.tools import metrics_table
+from tests.deploy.asked import ALERTS, DASHBOARD, EXPRESSIONS, NAMES, OF_WORKERS, OTHERS, rules, substituted
 from tests.deploy.monitored import BAD_RECORDS, FILE_RECORDS, FILES, UNUSABLE, WORKERS, Monitored
 
 
@@ -159,3 +164,83 @@ def test_the_number_of_series_is_what_the_documentation_says(monitored):
 def test_the_table_of_metrics_in_the_documentation_is_up_to_date():
     text = metrics_table.README.read_text(encoding="utf-8")
     assert metrics_table.with_table(text) == text, "run: python -m daemon.tools.metrics_table"
+
+
+@pytest.mark.parametrize("expression", [e for _, e in OTHERS], ids=[name for name, _ in OTHERS])
+def test_every_expression_of_the_dashboard_returns_data(monitored, expression):
+    assert monitored.query(substituted(expression))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("expression", [e for _, e in OF_WORKERS], ids=[name for name, _ in OF_WORKERS])
+def test_every_expression_about_workers_tells_them_apart(monitored_workers, expression):
+    series = monitored_workers.query(substituted(expression))
+    assert {labels["worker"] for labels, _ in series} == set(map(str, range(WORKERS)))
+
+
+def test_the_annotations_and_the_variable_ask_for_what_is_there(monitored):
+    for annotation in DASHBOARD["annotations"]["list"]:
+        monitored.query(substituted(annotation["expr"]))  # parses; a healthy run has no restart to mark
+    _, variable = DASHBOARD["templating"]["list"]
+    series = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["definition"])
+    assert all(series[2] in labels for labels, _ in monitored.query(series[1]))
+    assert monitored.query(series[1])
+
+
+def test_quantiles_and_ratios_of_the_dashboard_are_plausible(monitored):
+    shown = dict(EXPRESSIONS)
+    busy = monitored.value(f"max_over_time({substituted(shown['Device busy A'])}[10m])")
+    assert 0 < busy <= 1
+    ((_, shared),) = monitored.query(substituted(shown["Computed per text token A"]))
+    assert 0 < shared < 1  # the three texts of a record begin alike
+    p50, p99 = (
+        {labels["stage"]: value for labels, value in monitored.query(substituted(shown[title]))}
+        for title in ("Stage duration, p50 A", "Stage duration, p99 A")
+    )
+    assert {"read", "tokenize", "forward", "sae", "analysis", "write", "commit"} <= p50.keys()
+    assert all(p50[stage] <= p99[stage] for stage in p50)
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=NAMES)
+def test_no_alert_holds_in_a_healthy_run(monitored, rule):
+    usage = shutil.disk_usage(monitored.outbox)
+    if rule["alert"] == "LensdDiskLow" and usage.free < 0.11 * usage.total:
+        pytest.skip("the disk of this machine is low indeed")
+    assert monitored.query(rule["expr"]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rule", ALERTS, ids=NAMES)
+def test_no_alert_holds_where_workers_are_well(monitored_workers, rule):
+    if rule["alert"] != "LensdDiskLow":
+        assert monitored_workers.query(rule["expr"]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["LensdWorkersMissing", "LensdWorkerRestarting", "LensdCoordinatorBound"])
+def test_alerts_about_workers_compare_what_is_there(monitored_workers, name):
+    """The same with bounds that hold for a daemon that is well."""
+    (expression,) = (rule["expr"] for rule in ALERTS if rule["alert"] == name)
+    loose = re.sub(r"> (0|2|600|0\.85)(?=\s|$)", "> -1", expression).replace("< 0.8 *", "< 2 *")
+    assert loose != expression
+    found = monitored_workers.query(loose)
+    assert len(found) == (WORKERS if name == "LensdWorkerRestarting" else 1)
+
+
+def test_the_server_evaluates_every_rule_and_none_is_pending_or_firing(monitored):
+    groups = monitored.api("rules")["groups"]
+    evaluated = [rule for group in groups for rule in group["rules"]]
+    assert {rule["name"] for rule in evaluated} == {*NAMES, *(r["record"] for r in rules("recording.yml"))}
+    usage = shutil.disk_usage(monitored.outbox)
+    low = {"LensdDiskLow"} if usage.free < 0.11 * usage.total else set()
+    for rule in evaluated:
+        assert (rule["health"], rule.get("lastError")) == ("ok", None), rule["name"]
+        assert rule.get("state", "inactive") == "inactive" or rule["name"] in low, rule["name"]
+
+
+@pytest.mark.parametrize("rule", rules("recording.yml"), ids=lambda rule: rule["record"])
+def test_every_recording_rule_gives_numbers(monitored, rule):
+    assert monitored.query(rule["record"])
