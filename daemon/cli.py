@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from daemon.argument_types import baseline_names, input_file, path, positive, sizes
 from daemon.errors import ConfigError, LensdError, MachineError
 from daemon.escaping import escape_control, escape_lines
 from daemon.streams import open_standard_streams
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from daemon.config import Config
-    from daemon.model_info import ModelInfo
 
 DONE, SOME_FAILED, BAD_USAGE, MACHINE_FAILED = 0, 1, 2, 3
 RAY_FLAGS = {"executor.workers": "--workers", "executor.address": "--ray-address"}
@@ -209,47 +209,6 @@ def add_command(commands: Any, name: str, function: Any, summary: str) -> argpar
     return command
 
 
-def path(text: str) -> Path:
-    """A path given on the command line. Raises ConfigError where it is empty."""
-    if not text.strip():
-        raise ConfigError("an empty path is no path: name one, or leave the argument out")
-    return Path(text)
-
-
-def input_file(text: str) -> Path:
-    """A file given on the command line. Raises ConfigError where there is none."""
-    file = path(text)
-    if not file.is_file():
-        raise ConfigError(f"{file}: no such file")
-    return file
-
-
-def positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 (got {text!r})")
-    return value
-
-
-def sizes(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(positive(part) for part in text.split(","))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected numbers above 0, such as 1,8,32 (got {text!r})") from None
-
-
-def baseline_names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(
-            f"an empty name names none: expected names, such as sequential,original (got {text!r})"
-        )
-    return names
-
-
 def configure(args: argparse.Namespace) -> Config:
     """The validated configuration, with logging set up as it says."""
     from daemon.config import load_config
@@ -405,51 +364,12 @@ def init_settings(args: argparse.Namespace) -> int:
 
 def check_config(args: argparse.Namespace) -> int:
     config = configure(args)
-    if args.file is not None:
-        from daemon.tools.preview import preview
+    from daemon.tools.check_config import checked
+    from daemon.tools.preview import preview
 
-        for line in preview(config, args.file):
-            say(line)
-        return DONE
-    from daemon.machine import check_folders
-    from daemon.wiring import folders_of_use, load_compute
-
-    check_folders(config.inbox.path, config.outbox.path, taken=folders_of_use(config), make=False)
-    if config.executor.kind == "local":
-        info, loader = load_compute(config).engine.info, ""
-    else:
-        info, node = check_cluster(config)
-        loader = f", loaded by a worker on {node}"
-    say(
-        f"ok: {info.name} ({info.architecture}, {info.n_layers} layers, d_model {info.d_model})"
-        f" in {info.dtype} on {info.device}{loader}"
-    )
-    for sae in info.saes:
-        say(f"ok: {sae.where}: {sae.source} ({sae.architecture}, d_sae {sae.d_sae})")
-    say(f"ok: inbox {config.inbox.path.resolve()}, outbox {config.outbox.path.resolve()}")
+    for line in checked(config) if args.file is None else preview(config, args.file):
+        say(line)
     return DONE
-
-
-def check_cluster(config: Config) -> tuple[ModelInfo, str]:
-    """Say what the cluster has and which workers there would be; the model as one loads it, and its node."""
-    import asyncio
-
-    from daemon.wiring import cluster_of, loading_in_worker
-
-    cluster = cluster_of(config)
-    from daemon.executor.ray_cluster import counted
-    from daemon.executor.ray_trial import try_worker
-
-    try:
-        cluster.connect()
-        for node in cluster.nodes():
-            say(f"ok: node {node}")
-        wanted, room = cluster.wanted(), cluster.room()
-        others = f": {wanted - room} of them wait for nodes" if 0 < room < wanted else ""
-        say(f"ok: {cluster}: {counted(wanted)} wanted, room for {room}; each takes {cluster.needs}{others}")
-        return asyncio.run(try_worker(cluster, loading_in_worker(config)))
-    finally:
-        cluster.disconnect()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from daemon.errors import ConfigError, MachineError, SyncFailed
 from daemon.executor.device_thread import DeviceThread
 from daemon.machine import Machine, check_folders
 from daemon.model.buffers import keep_memory, memory_bytes, pool_bytes
+from daemon.model_wiring import Compute, load_compute
 from daemon.observe import logs
 from daemon.observe.board import StatusBoard
 from daemon.observe.health import DRAINING, LOADING, Health
@@ -46,12 +47,10 @@ from daemon.source.inbox import Inbox
 from daemon.source.scan import count_waiting
 from daemon.supervisor import Supervisor
 from daemon.wiring import (
-    Compute,
     Computing,
     computing,
     folders_of_use,
     input_names,
-    load_compute,
     open_folders,
     pipeline_of,
     with_settings,

@@ -1,6 +1,7 @@
-"""Builds what a configuration asks for: the model's side at the start, then pipelines between two folders.
+"""Builds what a configuration asks for: executors, and pipelines between two folders.
 
-The one place that knows both the configuration and the constructors. Importing it imports torch.
+With `model_wiring` the one place that knows both the configuration and the constructors. Importing it
+imports torch.
 """
 
 from __future__ import annotations
@@ -8,47 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-import torch
 
-from daemon.analysis.column_inputs import StudySettings
 from daemon.analysis.columns import ANALYSIS_VERSION
 from daemon.batching.batcher import Batcher
 from daemon.config import PRESETS, Config
-from daemon.devices import exact_device
-from daemon.executor.autotune import auto_batch_tokens
 from daemon.executor.device_thread import DeviceThread
 from daemon.executor.local import LocalExecutor
-from daemon.executor.runner import BatchRunner
-from daemon.model.attention_check import attention_is_replaceable
-from daemon.model.buffers import keep_memory, lasting
-from daemon.model.compiled_layers import can_compile
-from daemon.model.device_check import check_device
-from daemon.model.encoding import encoder_of
-from daemon.model.engine import Engine
-from daemon.model.failures import explained
-from daemon.model.hub import Hub
-from daemon.model.loading import LoadedModel, check_weights, load_model, resolve_device
-from daemon.model.location import locate_model
-from daemon.model.padded_engine import PaddedEngine
-from daemon.model.placement import asked_map
-from daemon.model.sae import LoadedSae, last_layer_read, load_saes, move_saes
-from daemon.model.sae_names import check_columns
 from daemon.model.smollm2 import default_cache_dir
-from daemon.model.trie_engine import CannotPack, TrieEngine
-from daemon.model_info import ModelInfo, SaeInfo, compute_devices
-from daemon.native.library import NAME, library
+from daemon.model_info import ModelInfo
+from daemon.model_wiring import Compute, load_compute, read_rules, study_settings
 from daemon.pause import Pause
 from daemon.pipeline import Limits, Pipeline
 from daemon.ports import Executor, Observer
@@ -56,12 +35,11 @@ from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import FORMAT as PARTS_FORMAT
 from daemon.sink.schema import stored_columns
-from daemon.source.counting import ReadRules
 from daemon.source.folder import FolderSource
 from daemon.source.inbox import Inbox
 from daemon.source.inputs import InputNames
 from daemon.source.limits import ReadLimits
-from daemon.source.tokenizer import Tokenizer, puts_bos
+from daemon.source.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from daemon.executor.crew import WorkerEvents
@@ -76,16 +54,6 @@ PART_BYTES = 4 << 20  # of raw records; a part's results are held in memory unti
 PART_BYTES_OF_ALL = 64 << 10  # where every token is stored: its features weigh hundreds of times as much
 
 
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """The model's side, ready to run."""
-
-    engine: Engine
-    runner: BatchRunner
-    tokenizer: Tokenizer
-    max_batch_tokens: int
-
-
 def folders_of_use(config: Config) -> dict[str, Path]:
     """Folders that hold what a run reads, by what they are: none of them can be the inbox."""
     folders = {"the cache of models": default_cache_dir(), "the model's folder": Path(config.model.name)}
@@ -93,50 +61,6 @@ def folders_of_use(config: Config) -> dict[str, Path]:
         if sae.path is not None:
             folders[f"the folder of the dictionary {sae.path.name}"] = sae.path
     return {what: folder for what, folder in folders.items() if folder.is_dir()}
-
-
-def load_compute(config: Config) -> Compute:
-    """Load the model, the SAEs and the tokenizer; call it on the device thread (it takes seconds).
-
-    Raises ConfigError where something can't be found or does not fit together.
-    """
-    keep_memory()
-    with lasting():
-        engine, model = load_engine(config)
-        runner = BatchRunner(engine, study_settings(config))
-    hosts = map(exact_device, compute_devices(engine.info.device))
-    if set(hosts) == {"cpu"} and library() is None:
-        log.warning(
-            "code.not_compiled", missing=[NAME], message="installed without a C compiler: runs slower"
-        )
-    max_batch_tokens = config.batching.max_batch_tokens
-    if max_batch_tokens == "auto":
-        max_batch_tokens = auto_batch_tokens(
-            engine, model.vocabulary, default_cache_dir(), small=config.executor.kind != "local"
-        )
-    return Compute(
-        engine=engine,
-        runner=runner,
-        tokenizer=tokenizer_of(model, config, engine.info.saes),
-        max_batch_tokens=max_batch_tokens,
-    )
-
-
-def tokenizer_of(model: LoadedModel, config: Config, saes: Sequence[SaeInfo]) -> Tokenizer:
-    ways = {sae.prepend_bos for sae in saes}
-    return Tokenizer(
-        model.tokenizer,
-        prepend_bos=True in ways,
-        both_ways=len(ways) > 1,
-        max_text_tokens=config.batching.max_text_tokens,
-        context=model.context,
-        vocabulary=model.vocabulary,
-        rules=read_rules(config),
-    )
-
-
-def read_rules(config: Config) -> ReadRules:
-    return ReadRules(config.analysis.tokens, config.batching.long_texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,78 +178,6 @@ def load_in_worker(
     fixed = config.batching.model_copy(update={"max_batch_tokens": 1})
     compute = load(config.model_copy(update={"batching": fixed}))
     return dataclasses.replace(compute, max_batch_tokens=0)
-
-
-def load_parts(config: Config, hub: Hub | None = None) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
-    """The model and its dictionaries, their weights accepted. Raises ConfigError or MachineError."""
-    hub = hub or Hub()
-    model = load_bare_model(config, hub)
-    saes = load_saes(
-        config.sae,
-        hub=hub,
-        d_model=model.d_model,
-        n_layers=model.n_layers,
-        device=exact_device(model.device) if model.placement is None else "cpu",
-        dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
-        bos_habit=lambda: puts_bos(model.tokenizer),
-    )
-    check_columns([entry.info.name for entry in saes], config.recipes)
-    accept_together(model, saes)
-    return model, saes
-
-
-def load_bare_model(config: Config, hub: Hub) -> LoadedModel:
-    dtype = getattr(torch, config.model.dtype)
-    device = resolve_device(config.model.device, dtype)
-    location = locate_model(config.model.name, default_cache_dir(), config.model.revision, hub)
-    return load_model(location, device=device, dtype=dtype, device_map=asked_map(config.model.device_map))
-
-
-def accept_together(model: LoadedModel, saes: Sequence[LoadedSae]) -> None:
-    """Put dictionaries where their layers are, and check as much of the model as they need."""
-    if model.placement is not None:
-        log.info("model.spread", devices=model.devices, layers=dict(Counter(model.placement.held)))
-        move_saes(saes, model.placement)
-    check_weights(model, last_layer_read(saes))
-    check_device(model, list(dict.fromkeys(hook for entry in saes for hook in entry.hook_names)))
-
-
-def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
-    """The packed engine; the padded one where the model can't be packed. With the model that it runs.
-
-    Raises ConfigError or MachineError.
-    """
-    with explained(f"model {config.model.name}"):
-        return try_engines(config)
-
-
-def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
-    hub = Hub()
-    model, saes = load_parts(config, hub)
-    device = model.device if model.placement is None else None  # else that of each dictionary
-    encoders = [encoder_of(entry, model.dtype, device) for entry in saes]
-    positions = config.analysis.positions
-    if last_layer_read(saes) >= 0 and not attention_is_replaceable(model):
-        log.warning("engine.padded", model=model.location.name, reason="its attention can't be replaced")
-        return PaddedEngine(model, saes, encoders, positions), model
-    try:
-        compiles = config.model.compile == "auto" and can_compile(model.device)
-        if compiles:  # and finds it again at the next start
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_cache_dir() / "inductor"))
-        return TrieEngine(model, saes, encoders, positions, compiles=compiles), model
-    except CannotPack as error:
-        log.warning("engine.padded", model=model.location.name, reason=str(error))
-        changed = error.model_changed
-    if changed:
-        del model  # before there is a second one
-        gc.collect()  # modules that are hooked hold themselves
-        model = load_bare_model(config, hub)
-        accept_together(model, saes)
-    return PaddedEngine(model, saes, encoders, positions), model
-
-
-def study_settings(config: Config) -> StudySettings:
-    return StudySettings(**config.analysis.model_dump(exclude={"tokens"}))
 
 
 def read_limits(config: Config) -> ReadLimits:

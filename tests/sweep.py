@@ -33,9 +33,9 @@ from daemon.errors import ConfigError
 from daemon.model.engine import Engine
 from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
+from daemon.model_wiring import load_engine
 from daemon.tools.oracle import Oracle
 from daemon.tools.reference import ReferenceLayer
-from daemon.wiring import load_engine
 from tests.support import tiny
 from tests.support.engines import random_texts
 from tests.support.families import FAMILIES, save_family

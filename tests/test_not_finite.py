@@ -153,7 +153,7 @@ def unpackable(*_: object, **__: object) -> NoReturn:
 @pytest.fixture(params=["packed", "padded"])
 def engine(request, monkeypatch) -> str:
     if request.param == "padded":
-        monkeypatch.setattr("daemon.wiring.TrieEngine", unpackable)
+        monkeypatch.setattr("daemon.model_wiring.TrieEngine", unpackable)
     return request.param
 
 

@@ -18,12 +18,12 @@ from rich.console import Console
 from daemon.analysis.columns import analysis_columns
 from daemon.config import load_config
 from daemon.errors import ConfigError
+from daemon.model_wiring import load_compute
 from daemon.recipes import CONTRAST_RECIPE
 from daemon.records import Outcome
 from daemon.service import serve
 from daemon.tools.bench_worker import BaselineWorker, LensdWorker
 from daemon.tools.report import layer_table
-from daemon.wiring import load_compute
 from tests.support import tiny
 from tests.support.engines import packed, padded, random_texts
 

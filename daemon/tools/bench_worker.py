@@ -26,6 +26,7 @@ from daemon.batching.batcher import Batcher
 from daemon.config import Config
 from daemon.model.trie import build_trie
 from daemon.model_info import compute_devices
+from daemon.model_wiring import Compute, load_compute, load_parts, tokenizer_of
 from daemon.observe.logs import configure as configure_logs
 from daemon.platform_calls import high_water_bytes, restart_high_water, trim_heap
 from daemon.records import TokenizedPart, TokenizedSample
@@ -34,7 +35,6 @@ from daemon.source.tokenizer import Tokenizer
 from daemon.tools.baselines import Baselines
 from daemon.tools.limit import ProductRate, Products, Work
 from daemon.tools.samples import UNLIMITED, all_batches, private_inbox, tokenized_parts
-from daemon.wiring import Compute, load_compute, load_parts, tokenizer_of
 
 R = TypeVar("R")
 

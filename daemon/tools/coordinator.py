@@ -29,7 +29,7 @@ from daemon.records import BatchResult, FeatureRows, LayerSums, Positions, Sampl
 from daemon.tools.samples import numbered
 
 if TYPE_CHECKING:
-    from daemon.wiring import Compute
+    from daemon.model_wiring import Compute
 
 Kind = Literal["local", "ray"]
 DRAWN = 32_768  # rows of random features
@@ -146,8 +146,8 @@ def load_random(shape: ResultShape, config: Config) -> Compute:
     from daemon.model.loading import load_tokenizer
     from daemon.model.location import locate_model
     from daemon.model.smollm2 import default_cache_dir
+    from daemon.model_wiring import Compute
     from daemon.source.tokenizer import Tokenizer
-    from daemon.wiring import Compute
 
     tokenizer = load_tokenizer(locate_model(config.model.name, default_cache_dir(), config.model.revision))
     return Compute(

@@ -16,11 +16,12 @@ from daemon.model.location import ModelLocation, locate_model
 from daemon.model.sae import check_known
 from daemon.model.smollm2 import default_cache_dir
 from daemon.model.weightfiles import read_object
+from daemon.model_wiring import read_rules
 from daemon.records import Part, Reject, TokenizedSample
 from daemon.source.reader import part_blocks
 from daemon.source.tokenizer import Tokenizer, puts_bos
 from daemon.tools.samples import unclaimed
-from daemon.wiring import read_limits, read_rules
+from daemon.wiring import read_limits
 
 BOS_SAID = {
     frozenset({True}): "BOS before each text",

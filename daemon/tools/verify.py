@@ -25,13 +25,13 @@ from daemon.batching.batcher import Batcher
 from daemon.config import Config
 from daemon.errors import ConfigError, FileError
 from daemon.model_info import SaeInfo
+from daemon.model_wiring import Compute, load_compute, study_settings
 from daemon.observe.progress import Progress
 from daemon.recipes import Recipe
 from daemon.records import FloatArray, TokenizedSample
 from daemon.tools.oracle import Oracle
 from daemon.tools.reference import ReferenceLayer, reference_columns
 from daemon.tools.samples import DEMO_SAMPLES, UNLIMITED, all_batches, one_part, tokenized_parts
-from daemon.wiring import Compute, load_compute, study_settings
 
 ABSOLUTE_TOLERANCE = {"float64": 1e-6}
 RELATIVE_TOLERANCE = {"float32": 1e-4}  # of the column's largest magnitude

@@ -20,7 +20,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 import torch
-from daemon.wiring import load_compute
+from daemon.model_wiring import load_compute
 from daemon.model.buffers import keep_memory, pool_bytes
 from daemon.config import load_config
 
@@ -46,7 +46,7 @@ from pathlib import Path
 import torch
 from daemon.model import onednn
 onednn.faster = lambda dtype: sys.argv[2] == "onednn"
-from daemon.wiring import load_compute
+from daemon.model_wiring import load_compute
 from daemon.config import load_config
 from tests.batching.test_splitting import batch_of
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from daemon.config import SaeSection, load_config
 from daemon.errors import ConfigError
 from daemon.model.sae import LoadedSae, load_sae
-from daemon.wiring import load_engine
+from daemon.model_wiring import load_engine
 from tests.model.damage import damage
 from tests.support import tiny
 from tests.support.engines import random_texts

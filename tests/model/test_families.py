@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
-from daemon import wiring
+from daemon import model_wiring
 from daemon.config import SaeSection, load_config
 from daemon.model.sae import load_sae
 from tests.support import families, tiny
@@ -47,14 +47,14 @@ def test_transformerlens_installs_no_packages(tmp_path, monkeypatch):
     ("family", "packs"), [("llama", True), ("gptj", False), ("gpt_oss", False), ("mamba", False)]
 )
 def test_a_model_whose_attention_is_its_own_is_loaded_once(family, packs, tmp_path, monkeypatch):
-    load, loads = wiring.load_model, []
+    load, loads = model_wiring.load_model, []
     monkeypatch.setattr(
-        wiring, "load_model", lambda *args, **options: (loads.append(args), load(*args, **options))[1]
+        model_wiring, "load_model", lambda *args, **options: (loads.append(args), load(*args, **options))[1]
     )
     model = families.save_family(tmp_path / "model", family)
     sae = tiny.save_sae(tmp_path / "sae", "blocks.1.hook_resid_post")
     (tmp_path / "lensd.toml").write_text(tiny.Tiny(model, (sae,)).toml())
-    engine, loaded = wiring.load_engine(load_config(tmp_path / "lensd.toml", {}, {}))
+    engine, loaded = model_wiring.load_engine(load_config(tmp_path / "lensd.toml", {}, {}))
     assert engine.info.engine == ("packed" if packs else "padded")
     assert len(loads) == 1
     assert loaded.model.config._attn_implementation == ("lensd_packed" if packs else "eager")

@@ -18,10 +18,10 @@ from daemon.model.encoding import FusedEncoder, NormalisingEncoder, PlainEncoder
 from daemon.model.engine import Engine
 from daemon.model.extraction import NotFinite
 from daemon.model.loading import resolve_device
+from daemon.model_wiring import study_settings, try_engines
 from daemon.recipes import CONTRAST_RECIPE
 from daemon.records import Batch, BatchResult
 from daemon.tools.oracle import Oracle
-from daemon.wiring import study_settings, try_engines
 from tests.batching.test_splitting import batch_of
 from tests.support import tiny
 from tests.support.families import save_family

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from daemon.config import load_config
 from daemon.errors import ConfigError
-from daemon.wiring import load_engine, tokenizer_of
+from daemon.model_wiring import load_engine, tokenizer_of
 from tests.model.mutations import Case, mutate
 from tests.support import tiny
 

@@ -12,10 +12,10 @@ from sae_lens import SAE
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from daemon import wiring
+from daemon import model_wiring
 from daemon.config import load_config
 from daemon.errors import ConfigError
-from daemon.wiring import load_engine
+from daemon.model_wiring import load_engine
 from tests.support import tiny
 from tests.support.engines import padded, random_texts
 from tests.support.families import save_family
@@ -207,13 +207,13 @@ def test_families_that_transformer_lens_lacks_run_or_are_one_line(family, hook, 
 
 def test_the_model_is_loaded_once_where_it_is_clear_that_it_can_not_be_packed(tmp_path, monkeypatch):
     loads = []
-    load_model = wiring.load_model
+    load_model = model_wiring.load_model
 
     def counted(*args, **options):
         loads.append(args)
         return load_model(*args, **options)
 
-    monkeypatch.setattr(wiring, "load_model", counted)
+    monkeypatch.setattr(model_wiring, "load_model", counted)
     model = save_family(tmp_path / "model", "qwen3_next")  # has layers without attention
     engine = chosen_engine(tmp_path, model, tiny.save_sae(tmp_path / "sae", "blocks.1.hook_resid_post"))
     assert (engine.info.engine, len(loads)) == ("padded", 1)

@@ -17,7 +17,7 @@ from daemon.errors import ConfigError
 from daemon.model.float64 import full_precision
 from daemon.model.loading import check_weights, load_model
 from daemon.model.location import locate_model
-from daemon.wiring import load_engine
+from daemon.model_wiring import load_engine
 from tests.model.damage import damage
 from tests.support import families, tiny
 from tests.support.engines import random_texts

@@ -27,9 +27,9 @@ import torch
 from daemon import cli
 from daemon.config import load_config
 from daemon.errors import LensdError
+from daemon.model_wiring import load_compute
 from daemon.observe.logs import configure
 from daemon.service import serve
-from daemon.wiring import load_compute
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from unittest import mock
 
 from daemon import service, supervisor
 from daemon.config import Config, load_config
+from daemon.model_wiring import Compute
 from daemon.settings import SettingsSource
-from daemon.wiring import Compute
 from tests.reliability.hooks import gated
 
 BEAT_SECONDS = 0.05

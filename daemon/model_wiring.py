@@ -1,0 +1,169 @@
+"""Loads what a configuration names: the model, its dictionaries and its tokenizer, ready to run.
+
+Knows no folders, files or pipelines. Importing it imports torch.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from daemon.analysis.column_inputs import StudySettings
+from daemon.config import Config
+from daemon.devices import exact_device
+from daemon.executor.autotune import auto_batch_tokens
+from daemon.executor.runner import BatchRunner
+from daemon.model.attention_check import attention_is_replaceable
+from daemon.model.buffers import keep_memory, lasting
+from daemon.model.compiled_layers import can_compile
+from daemon.model.device_check import check_device
+from daemon.model.encoding import encoder_of
+from daemon.model.engine import Engine
+from daemon.model.failures import explained
+from daemon.model.hub import Hub
+from daemon.model.loading import LoadedModel, check_weights, load_model, resolve_device
+from daemon.model.location import locate_model
+from daemon.model.padded_engine import PaddedEngine
+from daemon.model.placement import asked_map
+from daemon.model.sae import LoadedSae, last_layer_read, load_saes, move_saes
+from daemon.model.sae_names import check_columns
+from daemon.model.smollm2 import default_cache_dir
+from daemon.model.trie_engine import CannotPack, TrieEngine
+from daemon.model_info import SaeInfo, compute_devices
+from daemon.native.library import NAME, library
+from daemon.source.counting import ReadRules
+from daemon.source.tokenizer import Tokenizer, puts_bos
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """The model's side, ready to run."""
+
+    engine: Engine
+    runner: BatchRunner
+    tokenizer: Tokenizer
+    max_batch_tokens: int
+
+
+def load_compute(config: Config) -> Compute:
+    """Load the model, the SAEs and the tokenizer; call it on the device thread (it takes seconds).
+
+    Raises ConfigError where something can't be found or does not fit together.
+    """
+    keep_memory()
+    with lasting():
+        engine, model = load_engine(config)
+        runner = BatchRunner(engine, study_settings(config))
+    hosts = map(exact_device, compute_devices(engine.info.device))
+    if set(hosts) == {"cpu"} and library() is None:
+        log.warning(
+            "code.not_compiled", missing=[NAME], message="installed without a C compiler: runs slower"
+        )
+    max_batch_tokens = config.batching.max_batch_tokens
+    if max_batch_tokens == "auto":
+        max_batch_tokens = auto_batch_tokens(
+            engine, model.vocabulary, default_cache_dir(), small=config.executor.kind != "local"
+        )
+    return Compute(
+        engine=engine,
+        runner=runner,
+        tokenizer=tokenizer_of(model, config, engine.info.saes),
+        max_batch_tokens=max_batch_tokens,
+    )
+
+
+def tokenizer_of(model: LoadedModel, config: Config, saes: Sequence[SaeInfo]) -> Tokenizer:
+    ways = {sae.prepend_bos for sae in saes}
+    return Tokenizer(
+        model.tokenizer,
+        prepend_bos=True in ways,
+        both_ways=len(ways) > 1,
+        max_text_tokens=config.batching.max_text_tokens,
+        context=model.context,
+        vocabulary=model.vocabulary,
+        rules=read_rules(config),
+    )
+
+
+def read_rules(config: Config) -> ReadRules:
+    return ReadRules(config.analysis.tokens, config.batching.long_texts)
+
+
+def load_parts(config: Config, hub: Hub | None = None) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
+    """The model and its dictionaries, their weights accepted. Raises ConfigError or MachineError."""
+    hub = hub or Hub()
+    model = load_bare_model(config, hub)
+    saes = load_saes(
+        config.sae,
+        hub=hub,
+        d_model=model.d_model,
+        n_layers=model.n_layers,
+        device=exact_device(model.device) if model.placement is None else "cpu",
+        dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
+        bos_habit=lambda: puts_bos(model.tokenizer),
+    )
+    check_columns([entry.info.name for entry in saes], config.recipes)
+    accept_together(model, saes)
+    return model, saes
+
+
+def load_bare_model(config: Config, hub: Hub) -> LoadedModel:
+    dtype = getattr(torch, config.model.dtype)
+    device = resolve_device(config.model.device, dtype)
+    location = locate_model(config.model.name, default_cache_dir(), config.model.revision, hub)
+    return load_model(location, device=device, dtype=dtype, device_map=asked_map(config.model.device_map))
+
+
+def accept_together(model: LoadedModel, saes: Sequence[LoadedSae]) -> None:
+    """Put dictionaries where their layers are, and check as much of the model as they need."""
+    if model.placement is not None:
+        log.info("model.spread", devices=model.devices, layers=dict(Counter(model.placement.held)))
+        move_saes(saes, model.placement)
+    check_weights(model, last_layer_read(saes))
+    check_device(model, list(dict.fromkeys(hook for entry in saes for hook in entry.hook_names)))
+
+
+def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
+    """The packed engine; the padded one where the model can't be packed. With the model that it runs.
+
+    Raises ConfigError or MachineError.
+    """
+    with explained(f"model {config.model.name}"):
+        return try_engines(config)
+
+
+def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
+    hub = Hub()
+    model, saes = load_parts(config, hub)
+    device = model.device if model.placement is None else None  # else that of each dictionary
+    encoders = [encoder_of(entry, model.dtype, device) for entry in saes]
+    positions = config.analysis.positions
+    if last_layer_read(saes) >= 0 and not attention_is_replaceable(model):
+        log.warning("engine.padded", model=model.location.name, reason="its attention can't be replaced")
+        return PaddedEngine(model, saes, encoders, positions), model
+    try:
+        compiles = config.model.compile == "auto" and can_compile(model.device)
+        if compiles:  # and finds it again at the next start
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_cache_dir() / "inductor"))
+        return TrieEngine(model, saes, encoders, positions, compiles=compiles), model
+    except CannotPack as error:
+        log.warning("engine.padded", model=model.location.name, reason=str(error))
+        changed = error.model_changed
+    if changed:
+        del model  # before there is a second one
+        gc.collect()  # modules that are hooked hold themselves
+        model = load_bare_model(config, hub)
+        accept_together(model, saes)
+    return PaddedEngine(model, saes, encoders, positions), model
+
+
+def study_settings(config: Config) -> StudySettings:
+    return StudySettings(**config.analysis.model_dump(exclude={"tokens"}))
