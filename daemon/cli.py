@@ -343,21 +343,21 @@ def show_status(args: argparse.Namespace) -> int:
 
 
 def show_saes(args: argparse.Namespace) -> int:
-    from daemon.tools.saes import find, lines
+    from daemon.tools.saes import find_dictionaries, table_lines
 
-    found = find(args.words, args.model)
+    found = find_dictionaries(args.words, args.model)
     if args.json:
         sys.stdout.write(json.dumps([entry.as_json() for entry in found], indent=1) + "\n")
     else:
-        for line in lines(found):
+        for line in table_lines(found):
             say(line)
     return DONE
 
 
 def init_settings(args: argparse.Namespace) -> int:
-    from daemon.tools.saes import settings, write
+    from daemon.tools.saes import new_settings, write_new
 
-    write(args.output, settings(args.model, args.release))
+    write_new(args.output, new_settings(args.model, args.release, args.output))
     say(f"wrote {args.output}: lensd check-config --config {args.output} tries it")
     return DONE
 

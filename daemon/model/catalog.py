@@ -10,24 +10,25 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from daemon.errors import MachineError
 
-Runs = Literal["packed", "padded", "no"]
+Runs = Literal["packed", "padded", "no", "unknown"]
 
 REGISTRY = "pretrained_saes.yaml"
 IN_ID = re.compile(r"blocks\.(\d+)\.(hook_(?:resid_(?:pre|mid|post)|mlp_out|attn_out|z))(?:_(\d+))?(?:__.*)?")
-LAYER = re.compile(r"(?:^|[/_])(?:layer_?|l)(\d+)(?=$|[/_.arm])", re.IGNORECASE)
+LAYER = re.compile(r"(?:^|[/_])(?:layer_?|l)(\d+)(?=$|[/_.arm])", re.IGNORECASE)  # a, r, m: of Llama Scope
 WIDTH = re.compile(r"width_(\d+[km])(?![a-z0-9])|(?:^|[-_])w?(\d+k)(?=$|[-_])")
 POWER = re.compile(r"width-2pow(\d+)")
 IN_NEURONPEDIA = re.compile(r"[-_](\d+[km])(?=$|[-_])")  # behind the name of the model
 SUBLAYERS = {"r": "hook_resid_post", "m": "hook_mlp_out", "a": "hook_attn_out"}  # of Llama Scope's ids
 SCOPE_2 = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "attn.hook_z"}
 SCOPE_1 = {"-res": "hook_resid_post", "-mlp": "hook_mlp_out", "-att": "attn.hook_z"}
+OF_RESID_POST = ("deepseek_r1", "dictionary_learning_1", "goodfire", "qwen_scope", "temporal")  # loaders
 PADDED = {  # models by name, and why they can't be packed
     "openai/gpt-oss": "attention with sinks",
     "Qwen/Qwen3.5": "layers of linear attention",
@@ -35,7 +36,7 @@ PADDED = {  # models by name, and why they can't be packed
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Hooks:
     """A hook point that a dictionary reads, and of a transcoder the one that it predicts."""
 
     layer: int
@@ -50,7 +51,7 @@ class CatalogEntry:
     release: str
     id: str
     model: str
-    place: Place | None  # None where it reads outside the layers
+    hooks: Hooks | None  # None where it reads outside the layers, or names do not tell
     width: str | None  # of d_sae as its publisher writes it, such as 16k for 16,384; None where no name tells
     l0: float | None  # on its card
     neuronpedia_id: str | None
@@ -59,14 +60,14 @@ class CatalogEntry:
 
     @property
     def layer(self) -> int | None:
-        return None if self.place is None else self.place.layer
+        return None if self.hooks is None else self.hooks.layer
 
     @property
     def kind(self) -> str:
         """Its place without the layer, such as `resid_post`; both where it is a transcoder."""
-        if self.place is None:
-            return "embed"
-        names = [self.place.hook_name, self.place.hook_name_out]
+        if self.hooks is None:
+            return "?" if self.runs == "unknown" else "embed"
+        names = [self.hooks.hook_name, self.hooks.hook_name_out]
         return " > ".join(name.rpartition("hook_")[2] for name in names if name)
 
     def as_json(self) -> dict[str, Any]:
@@ -75,8 +76,8 @@ class CatalogEntry:
             "id": self.id,
             "model": self.model,
             "layer": self.layer,
-            "hook_name": None if self.place is None else self.place.hook_name,
-            "hook_name_out": None if self.place is None else self.place.hook_name_out or None,
+            "hook_name": None if self.hooks is None else self.hooks.hook_name,
+            "hook_name_out": None if self.hooks is None else self.hooks.hook_name_out or None,
             "width": self.width,
             "l0": self.l0,
             "neuronpedia_id": self.neuronpedia_id,
@@ -103,13 +104,17 @@ def read_catalog() -> tuple[CatalogEntry, ...]:
 
 def entry_of(release: str, about: Mapping[str, Any], sae: Mapping[str, Any]) -> CatalogEntry:
     """One dictionary of a release as the registry has it."""
-    place = place_of(release, about.get("conversion_func") or "", sae["id"], str(sae["path"]))
-    runs, why = how_it_runs(about, place)
+    runs: Runs
+    try:
+        hooks = hooks_named(release, about.get("conversion_func") or "", sae["id"], str(sae["path"]))
+        runs, why = how_it_runs(about, hooks)
+    except LookupError:
+        hooks, runs, why = None, "unknown", "its names do not tell where it reads"
     return CatalogEntry(
         release=release,
         id=sae["id"],
         model=about["model"],
-        place=place,
+        hooks=hooks,
         width=width_of(release, sae),
         l0=sae.get("l0") or None,
         neuronpedia_id=sae.get("neuronpedia"),
@@ -118,10 +123,10 @@ def entry_of(release: str, about: Mapping[str, Any], sae: Mapping[str, Any]) -> 
     )
 
 
-def how_it_runs(about: Mapping[str, Any], place: Place | None) -> tuple[Runs, str]:
+def how_it_runs(about: Mapping[str, Any], hooks: Hooks | None) -> tuple[Runs, str]:
     if about.get("conversion_func") == "temporal":
         return "no", "attends across positions"
-    if place is None:
+    if hooks is None:
         return "no", "reads the embedding, which is no layer"
     for model, why in PADDED.items():
         if about["model"].startswith(model):
@@ -129,23 +134,26 @@ def how_it_runs(about: Mapping[str, Any], place: Place | None) -> tuple[Runs, st
     return "packed", ""
 
 
-def place_of(release: str, loader: str, sae_id: str, path: str) -> Place | None:
-    """Where a dictionary reads; None outside the layers. Raises ValueError for a form of name not known."""
+def hooks_named(release: str, loader: str, sae_id: str, path: str) -> Hooks | None:
+    """Where a dictionary reads; None outside the layers. Raises LookupError for a form of name not known."""
     if found := IN_ID.fullmatch(sae_id):
         hook = found[2].replace("hook_z", "attn.hook_z")
-        return Place(int(found[1]), f"blocks.{found[1]}.{hook}")
+        return Hooks(int(found[1]), f"blocks.{found[1]}.{hook}")
     if "embedding" in path:
         return None
     layer = LAYER.search(sae_id)
     if layer is None:
-        raise ValueError(f"{release}/{sae_id}: its layer is not known")
+        raise LookupError(f"{release}/{sae_id}: its layer is not known")
     block = f"blocks.{layer[1]}"
-    read, predicted = hooks_of(release, loader, sae_id, path)
-    return Place(int(layer[1]), f"{block}.{read}", predicted and f"{block}.{predicted}")
+    read, predicted = hooks_inside(release, loader, sae_id, path)
+    return Hooks(int(layer[1]), f"{block}.{read}", predicted and f"{block}.{predicted}")
 
 
-def hooks_of(release: str, loader: str, sae_id: str, path: str) -> tuple[str, str]:
-    """The hooks inside a layer that are read and predicted; the second is empty but for a transcoder."""
+def hooks_inside(release: str, loader: str, sae_id: str, path: str) -> tuple[str, str]:
+    """The hooks inside a layer that are read and predicted; the second is empty but for a transcoder.
+
+    Raises LookupError for a loader or a form of name not known.
+    """
     match loader:
         case "gemma_2_transcoder":
             return "ln2.hook_normalized", "hook_mlp_out"
@@ -154,15 +162,23 @@ def hooks_of(release: str, loader: str, sae_id: str, path: str) -> tuple[str, st
         case "mntss_clt_layer_transcoder":
             return "hook_resid_mid", "hook_mlp_out"
         case "gemma_2":
-            return next(hook for ending, hook in SCOPE_1.items() if ending in release), ""
+            return first_of(SCOPE_1, lambda part: part in release), ""
         case "gemma_3" if path.startswith("transcoder"):
             return "hook_mlp_in", "hook_mlp_out"
         case "gemma_3":
-            return next(hook for start, hook in SCOPE_2.items() if path.startswith(start)), ""
+            return first_of(SCOPE_2, path.startswith), ""
         case "llama_scope" | "llama_scope_r1_distill":
-            found = re.match(r"l\d+([rma])", sae_id)
-            return SUBLAYERS[found[1] if found else "r"], ""
-    return "hook_resid_post", ""
+            return first_of(SUBLAYERS, lambda letter: re.match(rf"l\d+{letter}", sae_id) is not None), ""
+    if loader in OF_RESID_POST:
+        return "hook_resid_post", ""
+    raise LookupError(f"{release}: its loader {loader} is not known")
+
+
+def first_of(hooks: Mapping[str, str], fits: Callable[[str], bool]) -> str:
+    for part, hook in hooks.items():
+        if fits(part):
+            return hook
+    raise LookupError("a form of name that is not known")
 
 
 def width_of(release: str, sae: Mapping[str, Any]) -> str | None:

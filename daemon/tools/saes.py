@@ -19,8 +19,8 @@ USUAL_L0 = 70.0
 
 HEAD = """\
 # Settings of lensd. All that is left out has its default: see the README.
-# lensd check-config --config lensd.toml    loads model and dictionaries, and says what is wrong
-# lensd run --config lensd.toml             reads what is dropped into inbox/ and publishes to outbox/
+# lensd check-config --config {file}    loads model and dictionaries, and says what is wrong
+# lensd run --config {file}             reads what is dropped into inbox/ and publishes to outbox/
 """
 BUNDLED = """
 [model]
@@ -42,7 +42,7 @@ positions = "last"       # tokens of a text that are read: last, all, mean, max
 """
 
 
-def find(words: Sequence[str], model: str | None) -> tuple[CatalogEntry, ...]:
+def find_dictionaries(words: Sequence[str], model: str | None) -> tuple[CatalogEntry, ...]:
     """The dictionaries that match; a word that is a release's whole name means that release alone.
 
     Raises ConfigError where none matches, with names that are close.
@@ -61,7 +61,7 @@ def find(words: Sequence[str], model: str | None) -> tuple[CatalogEntry, ...]:
     return found
 
 
-def lines(found: Sequence[CatalogEntry]) -> list[str]:
+def table_lines(found: Sequence[CatalogEntry]) -> list[str]:
     """A table of releases; of one release's dictionaries, and for a few of them what to paste."""
     releases = {entry.release for entry in found}
     if len(releases) > 1:
@@ -102,7 +102,7 @@ def table_of_releases(found: Sequence[CatalogEntry]) -> list[str]:
                 layers_of(entries),
                 " ".join(dict.fromkeys(entry.kind for entry in entries)),
                 " ".join(dict.fromkeys(entry.width or "?" for entry in entries)),
-                ", ".join(dict.fromkeys(how(entry) for entry in entries)),
+                ", ".join(dict.fromkeys(runs_told(entry) for entry in entries)),
             )
             for release, entries in groups.items()
         ]
@@ -123,7 +123,7 @@ def table_of_dictionaries(found: Sequence[CatalogEntry]) -> list[str]:
                     entry.kind,
                     entry.width or "?",
                     "" if entry.l0 is None else f"{entry.l0:g}",
-                    how(entry),
+                    runs_told(entry),
                     entry.neuronpedia_id or "",
                 )
                 for entry in found
@@ -132,8 +132,8 @@ def table_of_dictionaries(found: Sequence[CatalogEntry]) -> list[str]:
     ]
 
 
-def how(entry: CatalogEntry) -> str:
-    told = {"packed": "packed", "padded": "padded", "no": "not"}[entry.runs]
+def runs_told(entry: CatalogEntry) -> str:
+    told = "not" if entry.runs == "no" else entry.runs
     return f"{told}: {entry.why}" if entry.why else told
 
 
@@ -155,17 +155,19 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def settings(model: str | None, release: str | None) -> str:
+def new_settings(model: str | None, release: str | None, file: Path) -> str:
     """A commented configuration for a release, or for the one release of a model; else the bundled model.
 
     Raises ConfigError where a release is not known, or a model has none or several.
     """
     if model is None and release is None:
-        return HEAD + BUNDLED + TAIL
-    found = [entry for entry in find([], model) if release is None or entry.release == release]
+        return HEAD.format(file=file) + BUNDLED + TAIL
+    found = [entry for entry in find_dictionaries([], model) if release is None or entry.release == release]
     releases = list(dict.fromkeys(entry.release for entry in found))
     if not releases:
-        close = difflib.get_close_matches(release or "", {entry.release for entry in find([], model)}, n=3)
+        close = difflib.get_close_matches(
+            release or "", {entry.release for entry in find_dictionaries([], model)}, n=3
+        )
         raise ConfigError(
             f"release {release} is not in SAELens's list{f' for {model}' if model else ''}: "
             + (f"did you mean {' or '.join(close)}?" if close else "lensd saes lists what is")
@@ -175,36 +177,36 @@ def settings(model: str | None, release: str | None) -> str:
             f"{model}: {len(releases)} releases, such as {', '.join(releases[:3])}: name one by --release"
             f" (lensd saes --model {model})"
         )
-    picked = pick(found)
+    picked = pick_dictionaries(found)
     sections = "\n\n".join("\n".join(section(entry)) for entry in picked)
     about = f"# Of {len(found)} dictionaries, those of a few layers: `lensd saes {releases[0]}` lists all."
     return (
-        f'{HEAD}\n[model]\nname = "{picked[0].model}"\n'
+        f'{HEAD.format(file=file)}\n[model]\nname = "{picked[0].model}"\n'
         f'# dtype = "bfloat16"     # half the memory; on a GPU faster\n\n{about}\n{sections}\n{TAIL}'
     )
 
 
-def pick(found: Sequence[CatalogEntry]) -> list[CatalogEntry]:
+def pick_dictionaries(found: Sequence[CatalogEntry]) -> list[CatalogEntry]:
     """One dictionary at each of three layers: of a usual width and number of active features.
 
     Raises ConfigError where none of them runs.
     """
-    runnable = [entry for entry in found if entry.runs != "no"]
+    runnable = [entry for entry in found if entry.runs in ("packed", "padded")]
     if not runnable:
-        raise ConfigError(f"release {found[0].release}: {how(found[0])}: choose another (lensd saes)")
+        raise ConfigError(f"release {found[0].release}: {runs_told(found[0])}: choose another (lensd saes)")
     layers = sorted({entry.layer for entry in runnable if entry.layer is not None})
     at = dict.fromkeys(layers[round(share * (len(layers) - 1))] for share in LAYERS)
-    return [min((e for e in runnable if e.layer == layer), key=unusual) for layer in at]
+    return [min((e for e in runnable if e.layer == layer), key=distance_from_usual) for layer in at]
 
 
-def unusual(entry: CatalogEntry) -> tuple[int, float]:
+def distance_from_usual(entry: CatalogEntry) -> tuple[int, float]:
     """The less, the more a dictionary is what a first configuration is to have."""
     width = entry.width or ""
     rank = USUAL_WIDTHS.index(width) if width in USUAL_WIDTHS else len(USUAL_WIDTHS)
     return rank, 0.0 if entry.l0 is None else abs(entry.l0 - USUAL_L0)
 
 
-def write(file: Path, text: str) -> None:
+def write_new(file: Path, text: str) -> None:
     """Raises ConfigError where there is such a file."""
     try:
         with file.open("x", encoding="utf-8") as out:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.model.catalog import CatalogEntry, Place, chosen, place_of, read_catalog
+from daemon.model.catalog import CatalogEntry, Hooks, chosen, entry_of, read_catalog
 from daemon.model.hook_points import canonical
+from daemon.tools.saes import table_lines
 from tests.support.hub_dictionaries import DICTIONARIES, Dictionary
 
 README = Path(__file__).parents[2] / "daemon" / "README.md"
@@ -40,11 +41,11 @@ def test_it_has_what_saelens_itself_reads(catalog):
 def test_places_and_support_are_those_of_the_dictionaries_on_the_hub(dictionary: Dictionary, catalog):
     (entry,) = (e for e in catalog if (e.release, e.id) == (dictionary.release, dictionary.id))
     assert entry.runs == {"refused": "no"}.get(dictionary.support, dictionary.support)
-    if entry.place is None:
+    if entry.hooks is None:
         assert dictionary.hook_name == "hook_embed"
         return
-    assert without_layer(entry.place.hook_name) == without_layer(dictionary.hook_name)
-    assert without_layer(entry.place.hook_name_out) == without_layer(dictionary.hook_name_out)
+    assert without_layer(entry.hooks.hook_name) == without_layer(dictionary.hook_name)
+    assert without_layer(entry.hooks.hook_name_out) == without_layer(dictionary.hook_name_out)
 
 
 def without_layer(hook_name: str) -> str:
@@ -64,17 +65,29 @@ def test_a_width_is_what_the_publisher_writes(catalog):
     assert sizes["saebench_gemma-2-2b_width-2pow16_date-0107"] == "65k"
 
 
-def test_a_name_of_another_form_is_not_guessed():
-    with pytest.raises(ValueError, match="strange/dictionary: its layer is not known"):
-        place_of("strange", "", "dictionary", "there")
+@pytest.mark.parametrize(
+    ("loader", "sae_id", "path"),
+    [
+        (None, "encoder-five", "there"),
+        ("gemma_2", "layer_5/width_16k", "there"),
+        ("gemma_3", "layer_5_width_16k", "elsewhere/layer_5"),
+        ("llama_scope", "l5x_8x", "there"),
+        ("loader_of_next_year", "layer_5", "there"),
+    ],
+)
+def test_a_name_of_another_form_is_not_guessed(loader, sae_id, path):
+    about = {"conversion_func": loader, "model": "gpt2"}
+    entry = entry_of("another", about, {"id": sae_id, "path": path})
+    assert (entry.hooks, entry.runs, entry.kind) == (None, "unknown", "?")
+    assert table_lines([entry])[-1] == f'id = "{sae_id}"'
 
 
 def test_words_are_looked_for_in_all_names(catalog):
     found = chosen(catalog, ["CANONICAL", "layer_12/width_16k"], "gemma-2-2b")
-    assert {entry.place for entry in found} == {
-        Place(12, "blocks.12.hook_resid_post"),
-        Place(12, "blocks.12.hook_mlp_out"),
-        Place(12, "blocks.12.attn.hook_z"),
+    assert {entry.hooks for entry in found} == {
+        Hooks(12, "blocks.12.hook_resid_post"),
+        Hooks(12, "blocks.12.hook_mlp_out"),
+        Hooks(12, "blocks.12.attn.hook_z"),
     }
 
 
@@ -97,9 +110,3 @@ def told(counts: Counter[tuple[str, str, str]], kind: str | None, runs: str) -> 
 
 def test_the_table_in_the_docs_is_that_of_the_registry(catalog):
     assert "\n".join(table(catalog)) in README.read_text(encoding="utf-8")
-
-
-def test_nearly_all_run_and_most_of_them_packed(catalog):
-    runs = Counter(entry.runs for entry in catalog)
-    assert runs["packed"] + runs["padded"] >= 13_800
-    assert runs["packed"] >= 12_000
