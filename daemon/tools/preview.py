@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from daemon.bos import bos_of, puts_bos
 from daemon.config import Config, SaeSection
 from daemon.errors import ConfigError
 from daemon.model.failures import loading, quiet_libraries
@@ -19,7 +20,7 @@ from daemon.model.weightfiles import read_object
 from daemon.model_wiring import read_rules
 from daemon.records import Part, Reject, TokenizedSample
 from daemon.source.reader import part_blocks
-from daemon.source.tokenizer import Tokenizer, puts_bos
+from daemon.source.tokenizer import Tokenizer
 from daemon.tools.samples import unclaimed
 from daemon.wiring import read_limits
 
@@ -67,7 +68,7 @@ def preview(config: Config, file: Path) -> Iterator[str]:
         yield f"record {sample.record_index}{line}, id {sample.sample_id}"
         for text, name in enumerate(recipe.text_names):
             ids = record.token_ids[text]
-            read = places_read(record, text, config, skips_bos=prepend_bos)
+            read = places_read(record, text, config, bos_of(hf_tokenizer))
             yield f"  {name}, {len(ids)} tokens: {shown(decoded(hf_tokenizer, ids))}"
             tokens = [decoded(hf_tokenizer, [ids[place]]) for place in read]
             yield f"    reads {len(read)}: {tokens_shown(tokens)}"
@@ -101,13 +102,13 @@ def records_of(part: Part, tokenizer: Tokenizer) -> list[TokenizedSample | Rejec
     return [by_index[index] for index in sorted(by_index)]
 
 
-def places_read(sample: TokenizedSample, text: int, config: Config, *, skips_bos: bool) -> list[int]:
+def places_read(sample: TokenizedSample, text: int, config: Config, bos: int | None) -> list[int]:
     """The positions of a text's tokens that SAEs read."""
     mask = None if sample.counted is None else sample.counted[text]
     places = [place for place in range(len(sample.token_ids[text])) if mask is None or mask[place]]
     if config.analysis.positions == "last":
         return places[-1:]
-    return [place for place in places if place or not skips_bos]
+    return [place for place in places if place or sample.token_ids[text][0] != bos]
 
 
 def load_alone(config: Config, hub: Hub) -> tuple[Any, Any]:
