@@ -70,11 +70,12 @@ class ChatTemplate:
             mask = bytes(rendered["assistant_masks"])
             if len(re.findall(b"\1+", mask)) == len(wanted):
                 return EncodedText(ids, mask)
-        text = self._text(messages, answer=chat.awaits_answer)
-        if start is not None and tokens == "completion":
-            spans = [(self._span(messages, start, text)[0], len(text))]
-        elif len(messages) > MOST_MESSAGES:
+        of_completion = start is not None and tokens == "completion"
+        if not of_completion and len(messages) > MOST_MESSAGES:
             raise too_many(len(messages))
+        text = self._text(messages, answer=chat.awaits_answer)
+        if start is not None and of_completion:
+            spans = [(self._span(messages, start, text)[0], len(text))]
         else:
             spans = [self._span(messages, number, text) for number in wanted]
         counts = bytearray(len(text) + 1)  # whether a token that ends there does
@@ -141,8 +142,8 @@ def shared_beginning(one: str, other: str) -> str:
 def too_many(messages: int) -> SampleError:
     return SampleError(
         "roles_unclear",
-        f"has {messages} messages, and of more than {MOST_MESSAGES} nothing tells whose tokens are whose: split"
-        ' it, or set analysis.tokens = "all"',
+        f"has {messages} messages, and in more than {MOST_MESSAGES} lensd does not look for whose a token is:"
+        ' split it, or set analysis.tokens = "all"',
     )
 
 

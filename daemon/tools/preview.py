@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,7 @@ def preview(config: Config, file: Path) -> Iterator[str]:
     settings, hf_tokenizer = load_alone(config, hub)
     habit = puts_bos(hf_tokenizer)
     ways = {prepends_bos(sae, habit, hub) for sae in config.sae}
-    prepend_bos = True in ways
-    tokenizer = tokenizer_of(hf_tokenizer, settings, config, prepend_bos=prepend_bos)
+    tokenizer = tokenizer_of(hf_tokenizer, settings, config, ways)
     part = first_part(config, file)
     recipe, compared = part.recipe, part.recipe.contrast
     contrast = (
@@ -131,11 +130,12 @@ def load_alone(config: Config, hub: Hub) -> tuple[Any, Any]:
     return settings.get_text_config(), load_tokenizer(location)
 
 
-def tokenizer_of(hf_tokenizer: Any, settings: Any, config: Config, *, prepend_bos: bool) -> Tokenizer:
-    """The tokenizer as a run would have it."""
+def tokenizer_of(hf_tokenizer: Any, settings: Any, config: Config, ways: Set[bool]) -> Tokenizer:
+    """The tokenizer as a run would have it; `ways` of the dictionaries to read texts, with BOS or without."""
     return Tokenizer(
         hf_tokenizer,
-        prepend_bos=prepend_bos,
+        prepend_bos=True in ways,
+        both_ways=len(ways) > 1,
         max_text_tokens=config.batching.max_text_tokens,
         context=context_of(settings),
         vocabulary=int(settings.vocab_size),
