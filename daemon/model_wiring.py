@@ -15,6 +15,7 @@ import structlog
 import torch
 
 from daemon.analysis.column_inputs import StudySettings
+from daemon.bos import puts_bos
 from daemon.config import Config
 from daemon.devices import exact_device
 from daemon.executor.autotune import auto_batch_tokens
@@ -38,7 +39,7 @@ from daemon.model.trie_engine import CannotPack, TrieEngine
 from daemon.model_info import SaeInfo, compute_devices
 from daemon.native.library import NAME, library
 from daemon.source.counting import ReadRules
-from daemon.source.tokenizer import Tokenizer, puts_bos
+from daemon.source.tokenizer import Tokenizer
 
 log = structlog.get_logger()
 
@@ -94,7 +95,9 @@ def tokenizer_of(model: LoadedModel, config: Config, saes: Sequence[SaeInfo]) ->
 
 
 def read_rules(config: Config) -> ReadRules:
-    return ReadRules(config.analysis.tokens, config.batching.long_texts)
+    return ReadRules(
+        config.analysis.tokens, config.batching.long_texts, skips_bos=config.analysis.positions != "last"
+    )
 
 
 def load_parts(config: Config, hub: Hub | None = None) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:

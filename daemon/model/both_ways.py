@@ -23,7 +23,6 @@ class Share:
 
     prepend_bos: bool
     saes: tuple[int, ...]  # their numbers
-    skip: int  # tokens at the beginning of a text that are none of its own
 
     def of_pass(self, started: Started) -> Started:
         """Its half of a pass over texts with BOS and then without."""
@@ -41,7 +40,7 @@ class Share:
         return self._of(start(texts, counted), 0, len(texts))
 
     def _of(self, started: Started, first: int, n: int) -> Started:
-        readings, used = part_of(started.readings, first, n, self.skip)
+        readings, used = part_of(started.readings, first, n)
         read, written = ([kind[sae] for sae in self.saes] for kind in (started.read, started.written))
         distinct = {id(values): values for values in (*read, *written)}  # several SAEs may read one place
         chosen = {key: values[to_device(used, values.device)] for key, values in distinct.items()}
@@ -55,28 +54,25 @@ class Share:
         )
 
 
-def shares_of(prepend_bos: Sequence[bool], *, skips: bool) -> tuple[Share, ...]:
-    """The SAEs by how they read texts, given for each; `skips` where more than the last token is read."""
+def shares_of(prepend_bos: Sequence[bool]) -> tuple[Share, ...]:
+    """The SAEs by how they read texts, given for each."""
     return tuple(
-        Share(way, tuple(number for number, bos in enumerate(prepend_bos) if bos is way), int(skips and way))
+        Share(way, tuple(number for number, bos in enumerate(prepend_bos) if bos is way))
         for way in (True, False)
     )
 
 
-def part_of(readings: ReadPositions, first: int, n: int, skip: int) -> tuple[ReadPositions, IntArray]:
-    """The readings of n texts, less their first `skip` tokens, and which of the rows (K,) are theirs."""
-    chunk = slice(readings.offsets[first], readings.offsets[first + n])
-    own = readings.positions[chunk] >= skip
-    used, rows = np.unique(readings.rows[chunk][own], return_inverse=True)
-    lengths = np.add.reduceat(
-        own, readings.offsets[first : first + n] - readings.offsets[first], dtype=np.int64
-    )
+def part_of(readings: ReadPositions, first: int, n: int) -> tuple[ReadPositions, IntArray]:
+    """The readings of n texts, and which of the rows (K,) are theirs."""
+    offsets = readings.offsets[first : first + n + 1]
+    chunk = slice(offsets[0], offsets[-1])
+    used, rows = np.unique(readings.rows[chunk], return_inverse=True)
     chosen = ReadPositions(
         keep=readings.keep[used],
         rows=rows,
-        offsets=np.concatenate(([0], np.cumsum(lengths))),
-        positions=readings.positions[chunk][own],
-        token_ids=readings.token_ids[chunk][own],
+        offsets=offsets - offsets[0],
+        positions=readings.positions[chunk],
+        token_ids=readings.token_ids[chunk],
     )
     return chosen, used
 

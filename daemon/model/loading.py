@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from daemon.bos import bos_of
 from daemon.devices import best_device, on_mps
 from daemon.errors import ConfigError, MachineError
 from daemon.model.auto_class import auto_class
@@ -51,6 +52,11 @@ class LoadedModel:
     report: LoadReport = field(default_factory=LoadReport)  # how its checkpoint fits: see `check_weights`
     settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
     placement: Placement | None = None  # where it is spread over several devices
+
+    @property
+    def bos(self) -> int | None:
+        """The token at the beginning of texts, where there is one."""
+        return bos_of(self.tokenizer)
 
     @property
     def devices(self) -> str:

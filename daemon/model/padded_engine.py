@@ -58,7 +58,7 @@ class PaddedEngine:
         other values there than the model by itself, or where plain modules can't tell.
         """
         points = [hook_points_of(entry) for entry in saes]
-        self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices)
+        self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices, model.bos)
         self.encoders = self._stage.encoders
         self.saes = self._stage.saes
         self.info = model_info(

@@ -1,9 +1,9 @@
 """Chooses the token positions of a text that SAEs read, encodes them, and pools them.
 
 `last`: the last token. `all`: every token is stored, the last one analysed. `mean` and `max`: the features of
-every token, pooled into one row. Tokens are those that count. The BOS token that lensd puts before a text is
-none of its tokens: with `all`, `mean` and `max` it is left out. SAEs that read texts with BOS and SAEs that
-read them without share a forward pass. Knows no model.
+every token, pooled into one row. Tokens are those that count. A BOS token at a text's beginning, whoever put
+it there, is none of its own: with `all`, `mean` and `max` it is left out. SAEs that read texts with BOS and
+SAEs that read them without share a forward pass. Knows no model.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class SaeStage:
     encoders: tuple[Encoder, ...]  # of each SAE
     positions: Positions
     devices: str  # as `ModelInfo.device` names them
+    bos: int | None  # the token that is none of a text's own where it begins with it
 
     @property
     def reads_both_ways(self) -> bool:
@@ -52,7 +53,9 @@ class SaeStage:
         self, path: IntArray, offsets: IntArray, token_ids: IntArray, counted: Counted = None
     ) -> ReadPositions:
         """`path` holds where each text's tokens were computed, text by text; `offsets` (N + 1,) where they
-        begin; `token_ids` are the tokens there; `counted` says which of each text count: one at least.
+        begin; `token_ids` are the tokens there; `counted` says which of each text count.
+
+        Raises ValueError where that leaves a text without a token to read.
         """
         lengths = np.diff(offsets)
         counts = None if counted is None else np.frombuffer(b"".join(counted), dtype=np.bool_)
@@ -60,18 +63,19 @@ class SaeStage:
             last, n = offsets[1:] - 1, len(lengths)
             if counts is not None:
                 which = np.flatnonzero(counts)
-                last = which[np.searchsorted(which, offsets[1:]) - 1]
+                before = np.searchsorted(which, offsets)
+                check_each_is_read(np.diff(before))
+                last = which[before[1:] - 1]
             position = last - offsets[:-1]
             return ReadPositions(path[last], np.arange(n), np.arange(n + 1), position, token_ids[last])
-        # The first of a text is no token of its own. Where SAEs differ in that, each leaves it out itself.
-        skip = int(all(entry.info.prepend_bos for entry in self.saes))
         position = np.arange(len(path)) - np.repeat(offsets[:-1], lengths)
-        own = position >= skip
-        if counts is not None:
-            own &= counts
-            lengths = np.add.reduceat(own, offsets[:-1], dtype=np.int64) + skip
+        own = np.ones(len(path), dtype=np.bool_) if counts is None else counts.copy()
+        if self.bos is not None:
+            own[offsets[:-1][token_ids[offsets[:-1]] == self.bos]] = False
+        lengths = np.add.reduceat(own, offsets[:-1], dtype=np.int64)
+        check_each_is_read(lengths)
         keep, rows = np.unique(path[own], return_inverse=True)
-        own_offsets = np.concatenate(([0], np.cumsum(lengths - skip)))
+        own_offsets = np.concatenate(([0], np.cumsum(lengths)))
         return ReadPositions(keep, rows, own_offsets, position[own], token_ids[own])
 
     def finish(
@@ -104,7 +108,7 @@ class SaeStage:
     def _finish_both_ways(
         self, started: Started, start: Callable[[Sequence[Sequence[int]], Counted], Started]
     ) -> Extraction:
-        shares = shares_of([entry.info.prepend_bos for entry in self.saes], skips=self.positions != "last")
+        shares = shares_of([entry.info.prepend_bos for entry in self.saes])
         found = []
         for number, share in enumerate(shares):
             stage = dataclasses.replace(
@@ -128,6 +132,12 @@ class SaeStage:
 
     def _given(self, started: Started) -> list[Given]:
         return list(map(Given.of, self.saes, self.encoders, started.read, started.written))
+
+
+def check_each_is_read(readings: IntArray) -> None:
+    """`readings` (N,) of each text. Raises ValueError where there are none."""
+    if not readings.all():
+        raise ValueError(f"text {int(np.argmin(readings))} of a batch has no token to read")
 
 
 def comparable_cards(saes: Sequence[LoadedSae], positions: Positions) -> tuple[Fit, ...]:

@@ -92,7 +92,7 @@ class TrieEngine:
 
         Raises CannotPack.
         """
-        self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices)
+        self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices, model.bos)
         self._info = model_info(
             model, [entry.info for entry in saes], "packed", comparable_cards(saes, positions)
         )

@@ -17,11 +17,11 @@ from daemon.escaping import cut_short, escape_control
 from daemon.recipes import Conversation, Message
 from daemon.records import CountedTokens
 from daemon.source.counting import EncodedText, counts_none
-from daemon.source.texts import shared_length
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # before what the assistant writes
 TODAY = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 DATE = datetime.date(2024, 7, 26)  # that templates are told, so that results do not depend on the day
+MOST_MESSAGES = 1000  # of a conversation whose messages are told apart by rendering it up to each
 STAND_INS = ("A", "B")  # contents that differ from their first letter on
 
 
@@ -44,9 +44,12 @@ class ChatTemplate:
         except ValueError:  # several, and none of them the default
             return None
 
-    def encode(self, chat: Conversation, tokens: CountedTokens, start: int | None) -> EncodedText:
+    def encode(
+        self, chat: Conversation, tokens: CountedTokens, start: int | None, most: int | None = None
+    ) -> EncodedText:
         """The token ids of a conversation, and which of them count; `start` is the first message of its
-        completion, 0 where it is a prompt, all of which counts.
+        completion, 0 where it is a prompt, all of which counts. Of one with more than `most` tokens, which is
+        of no use, the ids alone.
 
         Raises SampleError where the template refuses it, or does not let tell which tokens are whose.
         """
@@ -58,7 +61,7 @@ class ChatTemplate:
         marked = self._has_marks and tokens == "assistant" and not every
         rendered = self._rendered(messages, answer=chat.awaits_answer, offsets=not every, marks=marked)
         ids = tuple(rendered["input_ids"])
-        if every:
+        if every or (most is not None and len(ids) > most):
             return EncodedText(ids)
         if tokens == "completion" and start is None:
             raise counts_none(tokens)
@@ -67,13 +70,18 @@ class ChatTemplate:
             mask = bytes(rendered["assistant_masks"])
             if len(re.findall(b"\1+", mask)) == len(wanted):
                 return EncodedText(ids, mask)
+        of_completion = start is not None and tokens == "completion"
+        if not of_completion and len(messages) > MOST_MESSAGES:
+            raise too_many(len(messages))
         text = self._text(messages, answer=chat.awaits_answer)
-        if start is not None and tokens == "completion":
+        if start is not None and of_completion:
             spans = [(self._span(messages, start, text)[0], len(text))]
         else:
             spans = [self._span(messages, number, text) for number in wanted]
-        ends = [end for _, end in rendered["offset_mapping"]]
-        return EncodedText(ids, bytes([any(first < end <= last for first, last in spans) for end in ends]))
+        counts = bytearray(len(text) + 1)  # whether a token that ends there does
+        for first, last in spans:
+            counts[first + 1 : last + 1] = b"\1" * (last - first)
+        return EncodedText(ids, bytes([counts[end] for _, end in rendered["offset_mapping"]]))
 
     def _span(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
         """Where in the rendered text a message's content begins, and where the next message does.
@@ -87,7 +95,7 @@ class ChatTemplate:
             whole = text if number + 1 == len(messages) else self._text(messages[: number + 1])
         except SampleError:
             raise unclear(number) from None
-        header = one[: shared_length(one, other)]
+        header = shared_beginning(one, other)
         if one == other or not text.startswith(header) or not text.startswith(whole):
             raise unclear(number)
         return len(header), len(whole)
@@ -117,6 +125,26 @@ class ChatTemplate:
                 "chat_refused",
                 f"is refused by the model's chat template ({reason}): write it as that expects",
             ) from None
+
+
+def shared_beginning(one: str, other: str) -> str:
+    """The characters with which both begin, by halving: conversations are long."""
+    same, most = 0, min(len(one), len(other))
+    while same < most:
+        middle = (same + most + 1) // 2
+        if one[same:middle] == other[same:middle]:
+            same = middle
+        else:
+            most = middle - 1
+    return one[:same]
+
+
+def too_many(messages: int) -> SampleError:
+    return SampleError(
+        "roles_unclear",
+        f"has {messages} messages, and in more than {MOST_MESSAGES} lensd does not look for whose a token is:"
+        ' split it, or set analysis.tokens = "all"',
+    )
 
 
 def unclear(number: int) -> SampleError:

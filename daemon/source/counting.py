@@ -20,6 +20,7 @@ class ReadRules:
 
     tokens: CountedTokens = "all"  # which of them count
     long_texts: LongTexts = "reject"  # what becomes of a text that has too many
+    skips_bos: bool = False  # whether a BOS at a text's beginning is none of those that are read
 
 
 class EncodedText(NamedTuple):
@@ -35,6 +36,16 @@ class EncodedText(NamedTuple):
             return self
         counted = self.counted and bytes(len(prefix)) + self.counted
         return EncodedText((*prefix, *self.ids), counted, bos_added=True)
+
+    @property
+    def bare(self) -> EncodedText:
+        """The same without the BOS that was added."""
+        return EncodedText(self.ids[1:], self.counted and self.counted[1:])
+
+    def has_own(self, bos: int | None) -> bool:
+        """Whether a token counts; one that is `bos` at the beginning does not."""
+        first = int(self.ids[:1] == (bos,))
+        return len(self.ids) > first if self.counted is None else any(self.counted[first:])
 
     def cut(self, most: int, keep: LongTexts, head: int) -> EncodedText:
         """At most so many tokens, of the text's end or its start; its first `head` tokens stay."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from daemon.bos import bos_of
 from daemon.errors import ConfigError, SampleError
 from daemon.recipes import Conversation
 from daemon.records import Part, Reject, Sample, TokenizedPart, TokenizedSample
@@ -150,7 +151,8 @@ class Tokenizer:
         if self._chat is None:
             return no_template()
         try:
-            return self._with_bos(self._chat.encode(chat, self._rules.tokens, start))
+            most = self._most if self._rules.long_texts == "reject" else None
+            return self._with_bos(self._chat.encode(chat, self._rules.tokens, start, most))
         except SampleError as error:
             return error
 
@@ -205,9 +207,14 @@ class Tokenizer:
             texts.append(text)
         return texts, None
 
+    @property
+    def _most(self) -> int:
+        """Tokens of a text."""
+        return self._max_text_tokens if self._context is None else min(self._context, self._max_text_tokens)
+
     def _cut(self, text: EncodedText) -> EncodedText:
         """The text within its limits: what is cut is as `long_texts` says."""
-        most = self._max_text_tokens if self._context is None else min(self._context, self._max_text_tokens)
+        most = self._most
         head = int(text.ids[:1] == (self._first,))
         if len(text.ids) <= most or most <= head:
             return text
@@ -216,9 +223,12 @@ class Tokenizer:
     def _check_counted(
         self, sample: Sample, texts: Sequence[EncodedText], names: tuple[str, ...]
     ) -> Reject | None:
+        """The reject of the first text of which one of the ways to read it leaves no token."""
+        unread = self._first if self._rules.skips_bos else None
         for name, text in zip(names, texts, strict=True):
-            if text.counted is not None and not any(text.counted):
-                error = counts_none(self._rules.tokens)
+            ways = (text, text.bare) if self._both_ways and text.bos_added else (text,)
+            if not all(way.has_own(unread) for way in ways):
+                error = NOTHING_BUT_BOS if text.counted is None else counts_none(self._rules.tokens)
                 return sample.reject(error.reason, f"text {name!r} {error}")
         return None
 
@@ -252,23 +262,12 @@ class Tokenizer:
 NO_TOKEN = SampleError(
     "unknown_token", "has characters that the model's tokenizer has no token for: leave them out"
 )
+NOTHING_BUT_BOS = SampleError("no_token_counts", "has no token but BOS: give it some content")
 
 
 def starts_of(sample: Sample) -> Sequence[Start]:
     """Where in each of the sample's texts its completion begins."""
     return sample.starts or (None,) * len(sample.texts)
-
-
-def bos_of(tokenizer: Any) -> int | None:
-    """The id of BOS, or of EOS where there is none, as in TransformerLens; None without either."""
-    bos: int | None = tokenizer.bos_token_id
-    return bos if bos is not None else tokenizer.eos_token_id
-
-
-def puts_bos(tokenizer: Any) -> bool:
-    """Whether a tokenizer by its own habit puts BOS before a text."""
-    bos = bos_of(tokenizer)
-    return bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
 
 
 def size_of(backend: Any) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from daemon.bos import bos_of, puts_bos
 from daemon.config import Config, SaeSection
 from daemon.errors import ConfigError
 from daemon.model.failures import loading, quiet_libraries
@@ -19,7 +20,7 @@ from daemon.model.weightfiles import read_object
 from daemon.model_wiring import read_rules
 from daemon.records import Part, Reject, TokenizedSample
 from daemon.source.reader import part_blocks
-from daemon.source.tokenizer import Tokenizer, puts_bos
+from daemon.source.tokenizer import Tokenizer
 from daemon.tools.samples import unclaimed
 from daemon.wiring import read_limits
 
@@ -43,8 +44,7 @@ def preview(config: Config, file: Path) -> Iterator[str]:
     settings, hf_tokenizer = load_alone(config, hub)
     habit = puts_bos(hf_tokenizer)
     ways = {prepends_bos(sae, habit, hub) for sae in config.sae}
-    prepend_bos = True in ways
-    tokenizer = tokenizer_of(hf_tokenizer, settings, config, prepend_bos=prepend_bos)
+    tokenizer = tokenizer_of(hf_tokenizer, settings, config, ways)
     part = first_part(config, file)
     recipe, compared = part.recipe, part.recipe.contrast
     contrast = (
@@ -67,7 +67,7 @@ def preview(config: Config, file: Path) -> Iterator[str]:
         yield f"record {sample.record_index}{line}, id {sample.sample_id}"
         for text, name in enumerate(recipe.text_names):
             ids = record.token_ids[text]
-            read = places_read(record, text, config, skips_bos=prepend_bos)
+            read = places_read(record, text, config, bos_of(hf_tokenizer))
             yield f"  {name}, {len(ids)} tokens: {shown(decoded(hf_tokenizer, ids))}"
             tokens = [decoded(hf_tokenizer, [ids[place]]) for place in read]
             yield f"    reads {len(read)}: {tokens_shown(tokens)}"
@@ -101,13 +101,13 @@ def records_of(part: Part, tokenizer: Tokenizer) -> list[TokenizedSample | Rejec
     return [by_index[index] for index in sorted(by_index)]
 
 
-def places_read(sample: TokenizedSample, text: int, config: Config, *, skips_bos: bool) -> list[int]:
+def places_read(sample: TokenizedSample, text: int, config: Config, bos: int | None) -> list[int]:
     """The positions of a text's tokens that SAEs read."""
     mask = None if sample.counted is None else sample.counted[text]
     places = [place for place in range(len(sample.token_ids[text])) if mask is None or mask[place]]
     if config.analysis.positions == "last":
         return places[-1:]
-    return [place for place in places if place or not skips_bos]
+    return [place for place in places if place or sample.token_ids[text][0] != bos]
 
 
 def load_alone(config: Config, hub: Hub) -> tuple[Any, Any]:
@@ -130,11 +130,12 @@ def load_alone(config: Config, hub: Hub) -> tuple[Any, Any]:
     return settings.get_text_config(), load_tokenizer(location)
 
 
-def tokenizer_of(hf_tokenizer: Any, settings: Any, config: Config, *, prepend_bos: bool) -> Tokenizer:
-    """The tokenizer as a run would have it."""
+def tokenizer_of(hf_tokenizer: Any, settings: Any, config: Config, ways: Set[bool]) -> Tokenizer:
+    """The tokenizer as a run would have it; `ways` of the dictionaries to read texts, with BOS or without."""
     return Tokenizer(
         hf_tokenizer,
-        prepend_bos=prepend_bos,
+        prepend_bos=True in ways,
+        both_ways=len(ways) > 1,
         max_text_tokens=config.batching.max_text_tokens,
         context=context_of(settings),
         vocabulary=int(settings.vocab_size),

@@ -95,13 +95,19 @@ def test_each_sae_is_given_what_a_study_of_its_kind_gives_it(make, positions, ll
 @pytest.mark.parametrize("make", [packed, padded])
 @pytest.mark.parametrize("positions", ["last", "all", "mean"])
 def test_of_each_text_the_tokens_that_count_are_those_of_a_study_of_its_kind(make, positions, llama, saes):
-    texts = with_bos()
-    masks = [bytes((at in (1, len(text) - 2)) and at > 0 for at in range(len(text))) for text in texts]
-    masks[0] = b"\1" * len(texts[0])  # all of it counts
-    bare = [mask[1:] for mask in masks]
+    added, own = with_bos(), [tiny.BOS, 70, 71]  # to the last no BOS was added: both ways read it as it is
+    masks = [bytes(at in (0, 1, len(text) - 2) for at in range(len(text))) for text in added]
+    masks[0] = b"\1" * len(added[0])  # all of it counts
+    texts, bare = [*added, own], [*without(added), own]
+    masks, bare_masks = [*masks, b"\1\1\0"], [*[mask[1:] for mask in masks], b"\1\1\0"]
     engine = make(llama, saes, positions=positions)
-    both = engine.finish(engine.start([*texts, *without(texts)], [*masks, *bare]))
-    for sae, read, counted in ((0, texts, masks), (1, without(texts), bare)):
+    both = engine.finish(engine.start([*texts, *bare], [*masks, *bare_masks]))
+    if positions == "all":
+        assert [[row[1] for row in rows_at(both, sae) if row[0] == len(added)] for sae in (0, 1)] == [
+            [1],
+            [1],
+        ]
+    for sae, read, counted in ((0, texts, masks), (1, bare, bare_masks)):
         engine = make(llama, [saes[sae]], positions=positions)
         alone = engine.finish(engine.start(read, counted))
         assert_close(dense(both.layers[sae]), dense(alone.layers[0]), rtol=0, atol=1e-10)

@@ -142,3 +142,29 @@ def test_texts_that_are_read_again_are_read_at_the_tokens_that_count(tmp_path, m
         healed = reread(started, again)
     assert asked == [([TEXTS[2]], [masks[2]])]
     assert_close(healed.read[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["all", "mean", "max"])
+def test_a_bos_of_the_texts_own_is_left_out_and_any_other_first_token_is_read(tmp_path, model, positions):
+    folder = tiny.save_sae(tmp_path / "sae", HOOK, prepend_bos=False)
+    texts = [[tiny.BOS, 97, 98], [97, 98], [97, tiny.BOS]]
+    extraction = packed(model, [folder], torch.float32, positions).extract(texts)
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    sae = SAE.load_from_disk(folder)
+    for row, (text, first) in enumerate(zip(texts, (1, 0, 0), strict=True)):
+        with torch.no_grad():
+            residuals = hf(torch.tensor([text]), output_hidden_states=True).hidden_states[2][0]
+            features = sae.encode(residuals[first:])
+        pooled = {"mean": features.mean(0), "max": features.amax(0)}.get(positions, features[-1])
+        assert_close(dense(extraction.layers[0])[row], pooled, rtol=1e-4, atol=1e-5)
+    if positions == "all":
+        assert extraction.stored[0].positions.tolist() == [1, 2, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("positions", "counted"), [("last", b"\0\0"), ("all", b"\1\0"), ("mean", b"\1\0")])
+def test_a_text_without_a_token_to_read_is_no_other_texts_row(tmp_path, model, engine, positions, counted):
+    made = ENGINES[engine](model, [tiny.save_sae(tmp_path / "sae", HOOK)], torch.float32, positions)
+    masks = [b"\1" * len(TEXTS[0]), counted, b"\1" * len(TEXTS[2])]
+    with pytest.raises(ValueError, match="text 1 of a batch has no token to read"):
+        made.start(TEXTS[:3], masks)

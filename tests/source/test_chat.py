@@ -11,8 +11,9 @@ import pytest
 from daemon.errors import SampleError
 from daemon.recipes import BUILT_IN_RECIPES, CHAT_RECIPE, Conversation, Message
 from daemon.records import CountedTokens, Part, PartExtent, Sample
-from daemon.source.chat import ChatTemplate
+from daemon.source.chat import ChatTemplate, shared_beginning
 from daemon.source.counting import ReadRules
+from daemon.source.texts import shared_length
 from daemon.source.tokenizer import Tokenizer
 from tests.support import tiny
 from tests.support.chats import CHATML, COUNTING, STRIPPED, TEMPLATES, chat_tokenizer
@@ -186,6 +187,47 @@ def test_without_a_template_or_against_it_a_conversation_is_one_reject():
     assert reason == "no_token_counts" and "text 'messages' has no token of the assistant" in message
     ((reason, _),) = rejects(CHATML, chat_of(ONE), tokens="completion")
     assert reason == "no_token_counts"
+
+
+def counts_renderings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many messages each rendering has, as they are made."""
+    sizes: list[int] = []
+    applied = ChatTemplate._applied
+    monkeypatch.setattr(
+        ChatTemplate,
+        "_applied",
+        lambda self, messages, **options: sizes.append(len(messages)) or applied(self, messages, **options),
+    )
+    return sizes
+
+
+@pytest.mark.parametrize("tokens", ["assistant", "user"])
+def test_a_conversation_that_is_too_long_is_rendered_once(monkeypatch, tokens):
+    sizes = counts_renderings(monkeypatch)
+    ((reason, message),) = rejects(CHATML, chat_of(ONE * 20), tokens)
+    assert (reason, sizes) == ("text_too_long", [40])
+    assert "more than batching.max_text_tokens = 99" in message
+
+
+def test_of_more_messages_than_are_told_apart_a_conversation_is_rendered_once(monkeypatch):
+    most = 40
+    monkeypatch.setattr("daemon.source.chat.MOST_MESSAGES", most)
+    silent = "{% for message in messages %}{{ message.content }}{% endfor %}!"
+    sizes = counts_renderings(monkeypatch)
+    chat = Conversation((*chat_of(ONE).messages, *[Message("user", "")] * (most - 1)))
+    ((reason, message),) = rejects(silent, chat, "user")
+    assert (reason, sizes) == ("roles_unclear", [most + 1])
+    assert f"has {most + 1} messages, and in more than {most} " in message
+    sizes.clear()
+    assert rejects(silent, chat) == [] and sizes == [most + 1]
+    assert rejects(CHATML.replace("|im_start|", ""), chat_of(ONE), "user") == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("", ""), ("ab", "ab"), ("abc", "abd"), ("ab", "abc"), ("b", "a")]
+)
+def test_the_shared_beginning_is_what_both_begin_with(one, other):
+    assert shared_beginning(one * 3, other * 3) == (one * 3)[: shared_length(one * 3, other * 3)]
 
 
 def test_a_template_that_asks_for_the_day_gives_the_same_on_every_day():

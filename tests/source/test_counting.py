@@ -183,6 +183,15 @@ def test_a_cut_that_takes_all_tokens_that_count_is_a_reject():
     assert part.cut_texts == 2
 
 
+@pytest.mark.parametrize(("skips_bos", "reasons"), [(False, []), (True, ["no_token_counts"])])
+def test_a_cut_that_leaves_nothing_but_bos_to_one_way_of_reading_is_a_reject(skips_bos, reasons):
+    """Cut to BOS and its last token, which is BOS again: without the added one it is BOS alone."""
+    rules = ReadRules("all", "keep_end", skips_bos)
+    made = Tokenizer(tiny.byte_tokenizer(), prepend_bos=True, both_ways=True, max_text_tokens=2, rules=rules)
+    (part,) = made.tokenize([long_sample("abc<bos>")])
+    assert [reject.reason for reject in part.part.rejects] == reasons
+
+
 @settings(max_examples=examples(200))
 @given(
     st.binary(min_size=1, max_size=9),

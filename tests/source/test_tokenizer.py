@@ -8,13 +8,14 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from daemon.bos import puts_bos
 from daemon.errors import ConfigError
 from daemon.model.loading import load_tokenizer
 from daemon.model.location import ModelLocation
 from daemon.recipes import PLAIN_RECIPE
 from daemon.records import Part, PartExtent, Reject, Sample
 from daemon.rejects import REJECT_REASONS
-from daemon.source.tokenizer import Tokenizer, puts_bos
+from daemon.source.tokenizer import Tokenizer
 from tests.support import tiny
 from tests.support.sources import unclaimed
 
