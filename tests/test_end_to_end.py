@@ -134,7 +134,7 @@ def test_content_published_under_an_older_analysis_is_new_work(tiny_toml, inbox,
         folders.append((outcome.kind, outcome.folder))
     assert [kind for kind, _ in folders] == ["committed", "committed", "duplicate"]
     assert folders[0][1] != folders[1][1] == folders[2][1]
-    assert manifest_of(folders[1][1])["analysis_version"] == ANALYSIS_VERSION == 3
+    assert manifest_of(folders[1][1])["analysis_version"] == ANALYSIS_VERSION == 4
 
 
 @pytest.fixture
