@@ -92,7 +92,7 @@ def test_a_file_that_no_recipe_fits_is_one_line(bare, capsys):
 @pytest.mark.parametrize(
     ("records", "said"),
     [
-        ([{"text": "b" * 3000}], "its only record can't be used: text_too_long, line 1: the record "),
+        ([{"text": "b" * 3000}], "its only record can't be used: text_too_long, line 1: text 'text' has "),
         ([{"text": ""}, {"text": "b" * 3000}, {"text": "b" * 3000}], "none of its 3 records can be used: 2 "),
         ([{"text": "b" * 3000}] * 6 + [{"text": "a"}], "none of its first 5 records can be used: 5 text_too"),
     ],
@@ -100,7 +100,8 @@ def test_a_file_that_no_recipe_fits_is_one_line(bare, capsys):
 def test_a_file_of_which_nothing_shown_can_be_used_is_exit_code_1(bare, capsys, records, said):
     file = bare / "some.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    (bare / "lensd.toml").open("a").write("[batching]\nmax_text_tokens = 1000\n")
+    with (bare / "lensd.toml").open("a") as toml:
+        toml.write("[batching]\nmax_text_tokens = 1000\n")
     assert cli.main(["check-config", "--config", str(bare / "lensd.toml"), "--file", str(file)]) == 1
     told = capsys.readouterr()
     assert told.err.startswith(f"lensd: some.jsonl: {said}") and told.err.count("\n") == 1
