@@ -18,6 +18,8 @@ def path(text: str) -> Path:
 def input_file(text: str) -> Path:
     """A file given on the command line. Raises ConfigError where there is none."""
     file = path(text)
+    if file.is_dir():
+        raise ConfigError(f"{file}: is a folder: name a file in it")
     if not file.is_file():
         raise ConfigError(f"{file}: no such file")
     return file

@@ -34,11 +34,12 @@ from daemon.recipe_settings import (
     RecipeSection,
     check_columns,
     check_contrast,
+    check_order,
     check_recipes,
     checked_texts,
     recipe_of,
 )
-from daemon.recipes import BUILT_IN_RECIPES, Recipe
+from daemon.recipes import BUILT_IN_RECIPES, Recipe, configured
 from daemon.records import CountedTokens, LongTexts, Positions
 from daemon.setting_layers import env_layer, set_dotted, toml_layer
 from daemon.setting_types import (
@@ -236,7 +237,8 @@ class Config(Section):
         names = Counter(recipe.name for recipe in self.recipes)
         ((name, times),) = names.most_common(1)
         if times > 1:
-            raise ValueError(f"two recipes are named {name!r} ({', '.join(names)}): rename one of [[recipe]]")
+            raise ValueError(f"two recipes are named {name!r}: rename one of [[recipe]]")
+        check_order(configured(self.recipes))
         return self
 
     @model_validator(mode="after")

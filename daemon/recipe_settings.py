@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import field_validator, model_validator
@@ -97,3 +98,14 @@ def check_columns(recipe: Recipe, where: str) -> None:
     """Raises ValueError where two columns differ by case alone: SQL takes them for one."""
     if (name := repeated_column(("l0",), recipe)) is not None:
         raise ValueError(f"{where} would give two columns named {name}: rename a text")
+
+
+def check_order(recipes: Sequence[Recipe]) -> None:
+    """Raises ValueError where one is never taken: an earlier one has some of its fields, and no others."""
+    for first, second in itertools.combinations(recipes, 2):
+        if first.fields <= second.fields:
+            raise ValueError(
+                f"recipe {second.name!r} is never taken: records with its fields have those of"
+                f" {first.name!r} ({', '.join(sorted(first.fields))}), which comes first: put the one with"
+                " more fields first"
+            )

@@ -97,7 +97,20 @@ def test_own_saes_replace_those_of_the_preset(tmp_path):
             "[[recipe]]\nname = 'm'\ntexts = {a = '{x}', A = '{y}'}",
             "texts of the recipe 'm' would give two columns named n_tokens_a: rename a text",
         ),
-        ("[[recipe]]\nname = 'text'\ntexts = {a = '{x}'}", "two recipes are named 'text'"),
+        (
+            "[[recipe]]\nname = 'text'\ntexts = {a = '{x}'}",
+            "two recipes are named 'text': rename one of [[recipe]]",
+        ),
+        (
+            "[[recipe]]\nname = 'one'\ntexts = {a = '{x} {m.y}'}\n"
+            "[[recipe]]\nname = 'two'\ntexts = {a = '{x}', b = '{m[0]} {z}'}",
+            "recipe 'two' is never taken: records with its fields have those of 'one' (m, x), which comes"
+            " first: put the one with more fields first",
+        ),
+        (
+            "[texts]\na = '{x}'\n[[recipe]]\nname = 'same'\ntexts = {b = '{x}'}",
+            "recipe 'same' is never taken: records with its fields have those of 'texts' (x), which comes",
+        ),
         ("[analysis]\ntokens = 'tool'", "analysis.tokens: Input should be 'all', 'assistant', 'user' or"),
         ("[batching]\nlong_texts = 'cut'", "batching.long_texts: Input should be 'reject', 'keep_end' or"),
         ("[inbox]\nignore = '*.bak'", "inbox.ignore: expected a list of patterns"),
@@ -192,7 +205,7 @@ def test_only_settings_that_change_results_change_the_fingerprint(tmp_path):
 
 
 def test_recipes_are_tried_in_the_order_in_which_they_are_written(tmp_path):
-    text = "[texts]\na = '{x}'\n[[recipe]]\nname = 'one'\ntexts = {b = '{meta.x}'}\n"
+    text = "[texts]\na = '{w}'\n[[recipe]]\nname = 'one'\ntexts = {b = '{meta.x}'}\n"
     text += "[[recipe]]\nname = 'two'\ntexts = {a = '{x}', b = '{y}', c = '{z}'}\n"
     text += "contrast = {reference = 'a', positive = 'b', negative = 'c'}"
     recipes = load(tmp_path, text).recipes

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -151,13 +151,20 @@ def is_record(value: Iterable[str], recipes: Sequence[Fields]) -> bool:
 
 
 def choose_recipe(values: Iterable[Any], recipes: Sequence[Recipe]) -> Recipe | None:
-    """The recipe of the first object that has all the fields of one; of several the first of `recipes`."""
-    for value in values:
-        if isinstance(value, dict):
-            for recipe in recipes:
-                if recipe.fields <= value.keys():
-                    return recipe
-    return None
+    """The recipe of the first object that has all the fields of one; of several the first of `recipes`.
+
+    A field that is null is as if absent, unless a recipe is found only with such fields.
+    """
+    objects = [value for value in values if isinstance(value, dict)]
+    return first_fitting(map(not_null, objects), recipes) or first_fitting(map(set, objects), recipes)
+
+
+def not_null(value: Mapping[str, Any]) -> set[str]:
+    return {name for name, item in value.items() if item is not None}
+
+
+def first_fitting(present: Iterable[set[str]], recipes: Sequence[Recipe]) -> Recipe | None:
+    return next((recipe for names in present for recipe in recipes if recipe.fields <= names), None)
 
 
 def to_sample(value: Any, recipe: Recipe, place: Place) -> Sample:

@@ -57,6 +57,7 @@ def part_blocks(
     """
     named, suffix = format_of(source.claim.name)
     fields = [recipe.fields for recipe in recipes]
+    reaching = [recipe.fields for recipe in recipes if not all(recipe.places.values())]
     stream = InputStream(file, suffix, limits, is_plain=lambda head: format_by_content(head) is not None)
     is_as_named = named.begins(stream.beginning)
     found = named if is_as_named else format_by_content(stream.beginning) or named
@@ -65,7 +66,7 @@ def part_blocks(
         recipes=recipes,
         limits=limits,
         stored=stored or {},
-        explain=lambda records: found.explain(stream.beginning, records, fields),
+        explain=lambda records: found.explain(stream.beginning, records, fields, reaching),
     )
     for records in found.read(stream, limits, fields):
         yield cutter.add(records)

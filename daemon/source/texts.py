@@ -5,6 +5,8 @@ Values are those that `daemon.source.parsing` reads: numbers stand as they were 
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +16,13 @@ from daemon.recipes import Conversation, Message, Recipe, Text, path_of
 from daemon.source.jsonvalues import as_text, json_type
 
 ROLES = ("system", "user", "assistant")
-UNREAD = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking")  # of a message
+MESSAGE_KEYS = ("role", "content", "name")  # a name is not rendered
+PART_KEYS = ("type", "text")
+SHAREGPT = ("from", "value")
+LIST_FORM = "a list of {role, content}, in JSON Lines or Parquet"
+OBJECTS = re.compile(r"\s*+\[\s*+\{")  # as a list of objects begins
+PYTHON_MESSAGES = re.compile(r"\s*+\[\s*+\{\s*+'(?:role|content|from|value)'\s*+:.*\}\s*\]\s*", re.DOTALL)
+INDEX = re.compile(r"-?[0-9]+")
 
 
 class Texts(NamedTuple):
@@ -52,11 +60,9 @@ def texts_of_chats(record: Mapping[str, Any], recipe: Recipe) -> Texts:
         for field in ("prompt", "chosen", "rejected", "completion", "messages")
         if field in recipe.fields
     ]
-    values = {field: string_or_chat(record, field) for field in fields}
     if recipe.fields == {"messages"}:
-        if isinstance(values["messages"], str):
-            raise bad_field("messages", record["messages"], "a list of {role, content}")
-        return Texts((Conversation(values["messages"]),))
+        return Texts((Conversation(only_chat(record, "messages")),))
+    values = {field: string_or_chat(record, field) for field in fields}
     prompt = values.pop("prompt", None)
     parts = list(values.values())
     chats = [part for part in parts if not isinstance(part, str)]
@@ -85,7 +91,8 @@ def conversations(
     """The prompt as a conversation that awaits its answer, then the whole to the end of each completion.
 
     Completions that begin with the prompt's messages hold the whole conversation. So do two of them beside a
-    prompt that is a string, or absent: then the prompt is what they begin with both.
+    prompt that is absent, or a string which is the content of a message that both begin with: then the prompt
+    is what they begin with both.
     """
     if prompt is None or isinstance(prompt, str):
         if len(completions) < 2:
@@ -100,6 +107,12 @@ def conversations(
             "bad_field",
             f"fields {' and '.join(map(repr, fields))} begin with no common message, and none is the prompt:"
             " give a field 'prompt' with the messages before the answers",
+        )
+    if isinstance(prompt, str) and prompt and all(prompt != message.content for message in begins):
+        raise SampleError(
+            "bad_chat",
+            f"has in 'prompt' a text that is no message with which {' and '.join(map(repr, fields[1:]))} both"
+            " begin: make 'prompt' a list of messages, or leave it out",
         )
     if any(len(part) == len(begins) for part in completions):
         raise SampleError("bad_field", "has no message after the prompt in one of its answers: give it one")
@@ -141,9 +154,44 @@ def string_or_chat(record: Mapping[str, Any], field: str) -> str | tuple[Message
     value = record.get(field)
     if isinstance(value, list):
         return messages_of(value, field)
-    if field in record and not isinstance(value, str | int):
+    if isinstance(value, str):
+        check_prose(value, field)
+    elif field in record and not isinstance(value, int):
         raise bad_field(field, value, "a string, or a list of {role, content}")
     return place_text(record, field)
+
+
+def only_chat(record: Mapping[str, Any], field: str) -> tuple[Message, ...]:
+    """Raises SampleError where the field is no conversation."""
+    value = record.get(field)
+    if isinstance(value, list):
+        return messages_of(value, field)
+    if field not in record:
+        place_text(record, field)
+    if isinstance(value, str):
+        check_prose(value, field)
+    raise bad_field(field, value, LIST_FORM)
+
+
+def check_prose(text: str, field: str) -> None:
+    """Raises SampleError for a conversation that was written as text, in JSON or as Python prints it."""
+    if OBJECTS.match(text) and is_chat_as_text(text):
+        raise SampleError(
+            "bad_chat",
+            f"has a conversation as text in field {field!r}: store it as a list (JSON Lines or Parquet)",
+        )
+
+
+def is_chat_as_text(text: str) -> bool:
+    try:
+        value = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return PYTHON_MESSAGES.fullmatch(text) is not None
+    return isinstance(value, list) and all(
+        isinstance(item, dict)
+        and any(keys <= item.keys() for keys in ({"role", "content"}, {"from", "value"}))
+        for item in value
+    )
 
 
 def messages_of(value: Sequence[Any], field: str) -> tuple[Message, ...]:
@@ -159,13 +207,27 @@ def message_of(value: Any, where: str) -> Message:
             "bad_chat", f"has a JSON {json_type(value)} as {where}, and no object: write {{role, content}}"
         )
     role = value.get("role")
+    if role is None and all(value.get(key) is not None for key in SHAREGPT):
+        raise SampleError(
+            "bad_chat",
+            f"has 'from' and 'value' in {where}, and no role and content: rename them, and write human as"
+            " user, gpt as assistant",
+        )
     if role not in ROLES:
         shown = f"the role {cut_short(as_text(role), 20)!a}" if isinstance(role, str) else "no role"
         raise SampleError("bad_chat", f"has {shown} in {where}: roles are {', '.join(ROLES)}")
-    for name in UNREAD:
-        if value.get(name):
-            raise SampleError("bad_chat", f"has {name} in {where}, which lensd does not render: leave it out")
+    check_keys(value, MESSAGE_KEYS, where)
     return Message(role, content_of(value.get("content"), where))
+
+
+def check_keys(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises SampleError for another key that holds something: nobody knows what it would change."""
+    for key, item in value.items():
+        if key not in known and item is not None and item not in ("", [], {}):
+            raise SampleError(
+                "bad_chat",
+                f"has {cut_short(key, 40)!a} in {where}, which lensd does not render: leave it out",
+            )
 
 
 def content_of(value: Any, where: str) -> str:
@@ -177,6 +239,7 @@ def content_of(value: Any, where: str) -> str:
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise SampleError("bad_chat", f"has a part that is no text in {where}: lensd reads text alone")
+        check_keys(part, PART_KEYS, f"a part of {where}")
     return "".join(as_text(part["text"]) for part in value)
 
 
@@ -205,7 +268,7 @@ def member(value: Any, step: str) -> Any:
     """The member of an object, or the item of an array, from its end where the index is negative."""
     if isinstance(value, dict):
         return value.get(step, MISSING)
-    if isinstance(value, list):
+    if isinstance(value, list) and INDEX.fullmatch(step):
         try:
             return value[int(step)]
         except (IndexError, ValueError):

@@ -9,7 +9,7 @@ from typing import Any
 
 from daemon.bos import bos_of, puts_bos
 from daemon.config import Config, SaeSection
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, FileError
 from daemon.model.failures import loading, quiet_libraries
 from daemon.model.hub import Hub, repository_of, serving
 from daemon.model.loading import check_config, context_of, load_tokenizer
@@ -19,6 +19,7 @@ from daemon.model.smollm2 import default_cache_dir
 from daemon.model.weightfiles import read_object
 from daemon.model_wiring import read_rules
 from daemon.records import Part, Reject, TokenizedSample
+from daemon.rejects import RejectSummary
 from daemon.source.reader import part_blocks
 from daemon.source.tokenizer import Tokenizer
 from daemon.tools.samples import unclaimed
@@ -37,7 +38,8 @@ SHOWN_TOKENS = 12  # of those that are read
 def preview(config: Config, file: Path) -> Iterator[str]:
     """Lines that say which recipe is taken, and of each record its texts, their tokens and those read.
 
-    Raises FileError for an unusable file, ConfigError and MachineError where the tokenizer can't be had.
+    Raises FileError for an unusable file, and at the end where none of the records shown can be used;
+    ConfigError and MachineError where the tokenizer can't be had.
     """
     quiet_libraries()
     hub = Hub()
@@ -52,13 +54,16 @@ def preview(config: Config, file: Path) -> Iterator[str]:
         if compared
         else ""
     )
-    yield f"ok: {file.name}: recipe {recipe.name}: texts {', '.join(recipe.text_names)}{contrast}"
+    records = records_of(part, tokenizer)
+    refusal = none_usable(part, records, file)
+    state = "ok" if refusal is None else "rejected"
+    yield f"{state}: {file.name}: recipe {recipe.name}: texts {', '.join(recipe.text_names)}{contrast}"
     rules = config.analysis
     yield (
-        f"ok: {BOS_SAID[frozenset(ways)]}; tokens = {rules.tokens},"
+        f"{state}: {BOS_SAID[frozenset(ways)]}; tokens = {rules.tokens},"
         f" positions = {rules.positions}, long_texts = {config.batching.long_texts}"
     )
-    for record in records_of(part, tokenizer):
+    for record in records:
         if isinstance(record, Reject):
             yield f"record {record.record_index}: rejected, {record.reason}: {record.message}"
             continue
@@ -71,18 +76,38 @@ def preview(config: Config, file: Path) -> Iterator[str]:
             yield f"  {name}, {len(ids)} tokens: {shown(decoded(hf_tokenizer, ids))}"
             tokens = [decoded(hf_tokenizer, [ids[place]]) for place in read]
             yield f"    reads {len(read)}: {tokens_shown(tokens)}"
+    if refusal is not None:
+        raise refusal
 
 
 def first_part(config: Config, file: Path) -> Part:
     """The first part of a file. Raises FileError."""
-    with file.open("rb") as content:
-        for parts in part_blocks(
-            content, unclaimed(file), recipes=config.recipes, limits=read_limits(config)
-        ):
-            for part in parts:
-                assert isinstance(part, Part)
-                return part
+    try:
+        with file.open("rb") as content:
+            for parts in part_blocks(
+                content, unclaimed(file), recipes=config.recipes, limits=read_limits(config)
+            ):
+                for part in parts:
+                    assert isinstance(part, Part)
+                    return part
+    except FileError as error:
+        raise named(file, error) from None
     raise AssertionError("a file has a part, or an error")
+
+
+def named(file: Path, error: FileError) -> FileError:
+    return FileError(error.reason, f"{file.name}: {error}", error.details)
+
+
+def none_usable(part: Part, records: Sequence[TokenizedSample | Reject], file: Path) -> FileError | None:
+    """The error of a file of which these are the first records; None where one of them can be used."""
+    rejects = [record for record in records if isinstance(record, Reject)]
+    if len(rejects) < len(records):
+        return None
+    summary = RejectSummary()
+    summary.add(rejects)
+    is_whole = part.last and len(records) == part.extent.records
+    return named(file, summary.error("" if is_whole else "first "))
 
 
 def records_of(part: Part, tokenizer: Tokenizer) -> list[TokenizedSample | Reject]:

@@ -207,9 +207,11 @@ def distance_from_usual(entry: CatalogEntry) -> tuple[int, float]:
 
 
 def write_new(file: Path, text: str) -> None:
-    """Raises ConfigError where there is such a file."""
+    """Raises ConfigError where there is such a file, or no folder for it."""
     try:
         with file.open("x", encoding="utf-8") as out:
             out.write(text)
     except FileExistsError:
         raise ConfigError(f"{file} is there already: remove it, or name another with -o") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{file.parent}: no such folder: make it, or name another file with -o") from None

@@ -318,3 +318,33 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path, suffix):
     read_rows, early, peak = map(int, done.stdout.split())
     assert read_rows == rows
     assert peak - early < 16 << 20
+
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.mark.parametrize("kind", [pa.null(), pa.string(), pa.binary()])
+@pytest.mark.parametrize(
+    ("nulls", "chats", "recipe"),
+    [
+        ("text", {"messages": TURNS}, "messages"),
+        ("prompt", {"chosen": TURNS, "rejected": [TURNS[0], TURNS[0]]}, "chosen-rejected"),
+    ],
+)
+async def test_a_column_of_nulls_chooses_no_recipe(tmp_path, kind, nulls, chats, recipe):
+    table = pa.Table.from_pylist([chats] * 2).add_column(0, nulls, pa.nulls(2, kind))
+    (part,) = await read(tmp_path, written(table))
+    assert (part.recipe.name, len(part.samples), part.rejects) == (recipe, 2, ())
+
+
+async def test_bytes_beside_a_column_of_nulls_are_no_text(tmp_path):
+    table = pa.table({"text": [b"a", b"b"], "prompt": [None, None], "completion": ["c", "d"]})
+    with pytest.raises(FileError, match="column 'text' holds bytes, not text"):
+        await read(tmp_path, written(table))
+
+
+async def test_a_conversation_in_a_column_of_strings_is_a_reject(tmp_path):
+    table = pa.table({"prompt": [json.dumps(TURNS), "Hi"], "completion": ["c", "d"]})
+    (part,) = await read(tmp_path, written(table))
+    assert [reject.reason for reject in part.rejects] == ["bad_chat"]
+    assert len(part.samples) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import re
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from daemon.errors import SampleError
+from daemon.errors import FileError, SampleError
 from daemon.recipes import (
     BUILT_IN_RECIPES,
     CHAT_RECIPE,
@@ -98,6 +99,7 @@ def test_conversations_in_every_form_of_a_preference():
         {"prompt": [SYSTEM, USER], "chosen": [BLUE], "rejected": [GREEN]},
         {"prompt": [SYSTEM, USER], "chosen": [SYSTEM, USER, BLUE], "rejected": [SYSTEM, USER, GREEN]},
         {"prompt": USER["content"], "chosen": [SYSTEM, USER, BLUE], "rejected": [SYSTEM, USER, GREEN]},
+        {"prompt": "", "chosen": [SYSTEM, USER, BLUE], "rejected": [SYSTEM, USER, GREEN]},
         {"chosen": [SYSTEM, USER, BLUE], "rejected": [SYSTEM, USER, GREEN]},
     ):
         sample = sample_of(record)
@@ -105,10 +107,11 @@ def test_conversations_in_every_form_of_a_preference():
 
 
 def test_a_conversation_keeps_its_roles_and_its_parts():
-    sample = sample_of({"messages": [SYSTEM, USER | {"name": None, "tool_calls": []}, BLUE], "tools": None})
+    nothing = {"name": "Ann", "tool_calls": [], "refusal": None, "reasoning_content": "", "audio": {}}
+    sample = sample_of({"messages": [SYSTEM, USER | nothing, BLUE], "tools": None})
     assert sample.texts == (chat(SYSTEM, USER, BLUE),)
     assert (sample.starts, sample.extra) == ((), '{"tools": null}')
-    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two", "image": None}]
     assert (
         sample_of({"messages": [{"role": "user", "content": parts}]}).texts[0].messages[0].content
         == "one two"
@@ -138,9 +141,39 @@ IMAGE = {"type": "image", "image": "x"}
         ({"messages": [{"role": "user"}]}, "bad_chat", "has no content"),
         ({"messages": [{"role": "user", "content": None}]}, "bad_chat", "has no content"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "bad_chat", "a part that is no text"),
-        ({"messages": [BLUE | {"tool_calls": [{"id": "1"}]}]}, "bad_chat", "has tool_calls"),
-        ({"messages": [BLUE | {"reasoning_content": "hm"}]}, "bad_chat", "has reasoning_content"),
+        (
+            {"messages": [BLUE | {"tool_calls": [{"id": "1"}]}]},
+            "bad_chat",
+            "has 'tool_calls' in message 1 of 'messages', which lensd does not render",
+        ),
+        ({"messages": [BLUE | {"reasoning_content": "hm"}]}, "bad_chat", "has 'reasoning_content'"),
+        (
+            {"messages": [BLUE | {"audio": {"id": 1}, "images": ["b"]}]},
+            "bad_chat",
+            "has 'audio' in message 1",
+        ),
+        ({"messages": [USER, BLUE | {"refusal": "no"}]}, "bad_chat", "has 'refusal' in message 2"),
+        ({"messages": [BLUE | {"weight": 0}]}, "bad_chat", "has 'weight'"),
+        ({"messages": [BLUE | {"prefix": False}]}, "bad_chat", "has 'prefix'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "image": "y"}]}]},
+            "bad_chat",
+            "has 'image' in a part of message 1",
+        ),
+        (
+            {"messages": [{"from": "human", "value": "hi"}]},
+            "bad_chat",
+            "has 'from' and 'value' in message 1 of 'messages', and no role and content: rename them",
+        ),
+        ({"messages": None}, "bad_field", "a JSON null: make it a list of {role, content}, in JSON Lines or"),
+        ({"messages": USER}, "bad_field", "a JSON object: make it a list of {role, content}"),
         ({"prompt": [USER], "chosen": "Blue.", "rejected": "Green."}, "bad_field", "partly strings"),
+        (
+            {"prompt": "other", "chosen": [USER, BLUE], "rejected": [USER, GREEN]},
+            "bad_chat",
+            "has in 'prompt' a text that is no message with which 'chosen' and 'rejected' both begin",
+        ),
+        ({"prompt": "Blue.", "chosen": [USER, BLUE], "rejected": [USER, GREEN]}, "bad_chat", "in 'prompt'"),
         ({"prompt": [USER], "chosen": [BLUE], "rejected": "Green."}, "bad_field", "partly strings"),
         ({"prompt": "x", "completion": [BLUE]}, "bad_field", "partly strings"),
         ({"prompt": [USER], "chosen": None, "rejected": [BLUE]}, "bad_field", "'chosen' is a JSON null"),
@@ -161,6 +194,47 @@ def test_what_can_not_be_read_rightly_is_a_reject_that_says_why(record, reason, 
     error = why_not(record)
     assert error.reason == reason
     assert said in str(error)
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr, lambda chat: "\n " + json.dumps(chat, indent=1)])
+@pytest.mark.parametrize("fields", ["chosen rejected", "prompt completion", "prompt chosen rejected"])
+def test_a_conversation_as_text_is_no_prose(fields, written):
+    record = dict.fromkeys(fields.split(), written([USER, BLUE]))
+    error = why_not(record)
+    assert (error.reason, str(error)) == (
+        "bad_chat",
+        f"has a conversation as text in field '{fields.split()[0]}': store it as a list"
+        " (JSON Lines or Parquet)",
+    )
+
+
+@pytest.mark.parametrize(
+    "chat", ["not a list", '[{"a": 1}]', '[{"role": "x", "content": "y"}] is JSON', "[{role}]", "[{"]
+)
+def test_other_text_in_brackets_is_prose(chat):
+    assert sample_of({"prompt": chat, "completion": "."}).texts == (chat, f"{chat}.")
+
+
+def test_a_cell_of_messages_is_sent_to_a_format_that_has_lists():
+    error = why_not({"messages": json.dumps([{"from": "human", "value": "hi"}])})
+    assert (error.reason, "(JSON Lines or Parquet)" in str(error)) == ("bad_chat", True)
+
+
+@pytest.mark.parametrize(
+    ("nulls", "rest", "recipe"),
+    [
+        ("text", {"messages": [USER]}, CHAT_RECIPE),
+        ("prompt completion text", {"messages": [USER]}, CHAT_RECIPE),
+        ("prompt", {"chosen": [USER, BLUE], "rejected": [USER, GREEN]}, SHARED_PROMPT_RECIPE),
+        ("messages", {"text": "a"}, PLAIN_RECIPE),
+        ("text", {}, PLAIN_RECIPE),
+        ("text messages", {}, PLAIN_RECIPE),
+    ],
+)
+def test_a_null_field_is_as_if_absent_when_the_recipe_is_chosen(nulls, rest, recipe):
+    record = dict.fromkeys(nulls.split()) | rest
+    assert choose_recipe([record], BUILT_IN_RECIPES) is recipe
+    assert choose_recipe([dict.fromkeys(record), record], BUILT_IN_RECIPES) is recipe
 
 
 @pytest.mark.parametrize(
@@ -236,6 +310,11 @@ def test_templates_reach_into_nested_fields(template, text):
         ("{messages[2][content]}", "missing_field", "has nothing at 'messages[2][content]'"),
         ("{messages[0].text}", "missing_field", "has nothing at"),
         ("{messages.content}", "missing_field", "has nothing at"),
+        ("{messages[0_1][content]}", "missing_field", "has nothing at"),
+        ("{messages[ 1 ][content]}", "missing_field", "has nothing at"),
+        ("{messages[+1][content]}", "missing_field", "has nothing at"),
+        ("{messages[\u0661][content]}", "missing_field", "has nothing at"),
+        ("{messages.\u0661.content}", "missing_field", "has nothing at"),
         ("{meta.source.upper}", "missing_field", "has nothing at"),
         ("{meta.__class__}", "missing_field", "has nothing at"),
         ("{other.x}", "missing_field", "has nothing at"),
@@ -293,3 +372,29 @@ async def test_a_file_that_is_one_conversation_is_one_record(tmp_path):
         (part,) = await parts_of(path)
         assert isinstance(part, Part)
         assert [sample.texts for sample in part.samples] == [(chat(USER, BLUE),)]
+
+
+@pytest.mark.parametrize(
+    ("record", "template", "said"),
+    [
+        ({"a": ["x", "y"]}, "{a[5]}", "nothing at 'a[5]'"),
+        ({"a": {"b": "x"}}, "{a.c}", "nothing at 'a.c'"),
+        ({"a": {"0": "x"}}, "{a[1]}", "nothing at 'a[1]'"),
+    ],
+)
+async def test_a_record_whose_path_leads_nowhere_is_no_table_of_columns(tmp_path, record, template, said):
+    for name, indent in (("f.jsonl", None), ("f.json", 1)):
+        (tmp_path / name).write_text(json.dumps(record, indent=indent))
+        with pytest.raises(FileError, match="its only record can't be used: missing_field") as caught:
+            await parts_of(tmp_path / name, Recipe((("t", template),), None))
+        assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+async def test_conversations_in_cells_of_a_table_are_rejects(tmp_path, suffix):
+    path = tmp_path / f"f.{suffix}"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
+        writer.writerows([("chosen", "rejected"), (json.dumps([USER, BLUE]), json.dumps([USER, GREEN]))])
+    with pytest.raises(FileError, match=r"bad_chat.*store it as a list"):
+        await parts_of(path)

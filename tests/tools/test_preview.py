@@ -84,7 +84,36 @@ def test_only_the_first_records_are_shown(bare, capsys):
 
 def test_a_file_that_no_recipe_fits_is_one_line(bare, capsys):
     (line,) = shown(bare, capsys, [{"label": 1}], code=1)
-    assert line.startswith("lensd: the records have neither fact and hallucination and prompt nor")
+    assert line.startswith(
+        "lensd: some.jsonl: the records have neither fact and hallucination and prompt nor"
+    )
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([{"text": "b" * 3000}], "its only record can't be used: text_too_long, line 1: text 'text' has "),
+        ([{"text": ""}, {"text": "b" * 3000}, {"text": "b" * 3000}], "none of its 3 records can be used: 2 "),
+        ([{"text": "b" * 3000}] * 6 + [{"text": "a"}], "none of its first 5 records can be used: 5 text_too"),
+    ],
+)
+def test_a_file_of_which_nothing_shown_can_be_used_is_exit_code_1(bare, capsys, records, said):
+    file = bare / "some.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with (bare / "lensd.toml").open("a") as toml:
+        toml.write("[batching]\nmax_text_tokens = 1000\n")
+    assert cli.main(["check-config", "--config", str(bare / "lensd.toml"), "--file", str(file)]) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith(f"lensd: some.jsonl: {said}") and told.err.count("\n") == 1
+    assert "ok:" not in told.out
+    shown = told.out.splitlines()
+    assert shown[0] == "rejected: some.jsonl: recipe text: texts text"
+    assert sum(line.startswith("record ") for line in shown) == min(5, len(records))
+
+
+def test_a_folder_is_no_file_to_show(bare, capsys):
+    assert cli.main(["check-config", "--file", str(bare)]) == 2
+    assert capsys.readouterr().err == f"lensd: {bare}: is a folder: name a file in it\n"
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])

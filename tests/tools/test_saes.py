@@ -104,3 +104,12 @@ def test_init_says_what_it_can_not_choose(arguments, said, tmp_path, capsys):
     assert main(["init", *arguments, "-o", str(file)]) == 2
     assert said in capsys.readouterr().err
     assert not file.exists()
+
+
+@pytest.mark.parametrize("folder", ["nope", "file"])
+def test_init_names_a_folder_that_is_not_there(folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["init", "-o", str(tmp_path / folder / "x.toml")]) == 2
+    assert capsys.readouterr().err == (
+        f"lensd: {tmp_path / folder}: no such folder: make it, or name another file with -o\n"
+    )

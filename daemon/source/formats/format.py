@@ -28,5 +28,6 @@ class InputFormat:
     read: Callable[[InputStream, ReadLimits, Sequence[Fields]], Blocks]
     compressible: bool = True  # with .gz or .zst after the suffix
     begins: Callable[[bytes], bool] = lambda _: False  # whether a content that begins so is of it for sure
-    # Explains why no record is usable, by the beginning of the content and the number of records.
-    explain: Callable[[bytes, int, Sequence[Fields]], FileError | None] = lambda *_: None
+    # Explains why no record is usable, by the beginning of the content, the number of records, the fields of
+    # the recipes, and those of recipes that reach into fields.
+    explain: Callable[[bytes, int, Sequence[Fields], Sequence[Fields]], FileError | None] = lambda *_: None

@@ -17,13 +17,18 @@ REMEDY = "write records, in pandas by df.to_json(path, orient='records', lines=T
 LEVELS = 3  # of brackets that are looked into
 
 
-def explain(beginning: bytes, records: int, recipes: Sequence[Fields]) -> FileError | None:
-    """The error of a content without a usable record, by how it begins; None where that tells nothing."""
+def explain(
+    beginning: bytes, records: int, recipes: Sequence[Fields], reaching: Sequence[Fields]
+) -> FileError | None:
+    """The error of a content without a usable record, by how it begins; None where that tells nothing.
+
+    An object with the fields of a recipe that reaches into them is a record, whatever lists it has.
+    """
     value, _ = value_at(beginning, end_of(LEADING, beginning), LEVELS)
     what = None
     if isinstance(value, list) and value and isinstance(value[0], list):
         what = "the file is an array of arrays (orient='values' in pandas)"
-    elif isinstance(value, dict) and value and records == 1:
+    elif isinstance(value, dict) and value and records == 1 and not is_record(value, reaching):
         what = described(value, recipes)
     return None if what is None else FileError("unsupported_layout", f"{what}: {REMEDY}")
 

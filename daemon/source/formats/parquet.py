@@ -19,7 +19,7 @@ from daemon.source.formats.format import Blocks, InputFormat
 from daemon.source.formats.table import check_columns, check_unique, record_of
 from daemon.source.kinds import check_kind
 from daemon.source.limits import ReadLimits
-from daemon.source.parsing import Fields, Place, RawRecord, printable
+from daemon.source.parsing import Fields, Place, RawRecord, not_null, printable
 from daemon.source.stream import InputStream
 
 MAGIC = (b"PAR1", b"PARE")
@@ -71,6 +71,7 @@ class Table:
         self._metadata = attempt(lambda: pq.read_metadata(file), "its footer")
         self._file = attempt(lambda: self._open(file), "its schema")
         self._columns: list[str] = self._file.schema_arrow.names
+        self._fitting: list[Fields] = []  # of recipes, until a row has all those of one
         self._rows = 0  # read so far
         self._bytes = 0  # of what they hold
         self.groups: int = self._metadata.num_row_groups
@@ -91,11 +92,7 @@ class Table:
         check_columns(self._columns, recipes)
         for field in schema:
             check_names(field.type)
-        for name in next(fields for fields in recipes if fields <= set(self._columns)):
-            if is_bytes(schema.field(name).type):
-                raise FileError(
-                    "no_recipe", f"column {printable(name)} holds bytes, not text: write it as strings"
-                )
+        self._fitting = [fields for fields in recipes if fields <= set(self._columns)]
         size = sum(self._metadata.row_group(number).total_byte_size for number in range(self.groups))
         self._check_size(size)
         if size > max(BOMB_BYTES, self._limits.max_compression_ratio * self._size):
@@ -143,7 +140,22 @@ class Table:
                     place, None, SampleError("invalid_utf8", "has text that is not UTF-8: write it as UTF-8")
                 )
             else:
+                if self._fitting:
+                    self._check_texts(row)
                 yield RawRecord(place, record_of(self._columns, row, self._limits.max_record_bytes))
+
+    def _check_texts(self, row: Sequence[Any]) -> None:
+        """Raises FileError where the first row that has all the fields of a recipe has bytes for a text."""
+        present = not_null(dict(zip(self._columns, row, strict=True)))
+        fields = next((fields for fields in self._fitting if fields <= present), None)
+        if fields is None:
+            return
+        self._fitting = []
+        for name in sorted(fields):
+            if is_bytes(self._file.schema_arrow.field(name).type):
+                raise FileError(
+                    "no_recipe", f"column {printable(name)} holds bytes, not text: write it as strings"
+                )
 
 
 def attempt(call: Callable[[], T], what: str) -> T:
