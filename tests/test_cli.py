@@ -181,10 +181,10 @@ def test_an_empty_path_is_refused_and_the_working_folder_left_alone(tmp_path, co
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["verify", "bench"])
 def test_a_file_that_is_not_there_is_told_before_a_model_is_loaded(command, tmp_path):
-    for name in ("missing.json", "."):
+    for name, said in (("missing.json", "no such file"), (".", "is a folder: name a file in it")):
         result = lensd(command, tmp_path / name, "--model", "smollm2-135m")
         assert result.returncode == 2
-        assert result.stderr == f"lensd: {tmp_path / name}: no such file\n"
+        assert result.stderr == f"lensd: {tmp_path / name}: {said}\n"
 
 
 @pytest.mark.slow
