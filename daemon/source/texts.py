@@ -100,7 +100,9 @@ def conversations(
         begins: Sequence[Message] = completions[0][: shared_length(*completions)]
     else:
         begins = prompt
-        if not all(tuple(part[: len(begins)]) == tuple(begins) for part in completions):
+        whole = [tuple(part[: len(begins)]) == tuple(begins) for part in completions]
+        if not all(whole):
+            check_answers(begins, completions, any(whole), fields)
             completions = [(*begins, *part) for part in completions]
     if not begins:
         raise SampleError(
@@ -119,6 +121,19 @@ def conversations(
     starts = (0, *[len(begins)] * len(completions))
     awaits = Conversation(tuple(begins), awaits_answer=begins[-1].role != "assistant")
     return Texts((awaits, *(Conversation(tuple(part)) for part in completions)), starts)
+
+
+def check_answers(
+    begins: Sequence[Message], answers: Sequence[Sequence[Message]], some_whole: bool, fields: Sequence[str]
+) -> None:
+    """Raises SampleError where some answers repeat the prompt, or a part of it, and would say it twice."""
+    asked_twice = any(part and part[0].role == begins[-1].role == "user" for part in answers if begins)
+    if some_whole or asked_twice:
+        raise SampleError(
+            "bad_chat",
+            f"repeats messages of {fields[0]!r} in a part of {' and '.join(map(repr, fields[1:]))}: repeat"
+            " all of them in each, or none",
+        )
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:

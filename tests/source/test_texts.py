@@ -122,6 +122,9 @@ def test_a_conversation_keeps_its_roles_and_its_parts():
     assert completed.starts == (0, 1)
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASK = {"role": "user", "content": "What is 2+2?"}
+SAID, OTHER = ({"role": "assistant", "content": answer} for answer in ("4", "5"))
 IMAGE = {"type": "image", "image": "x"}
 
 
@@ -130,6 +133,16 @@ IMAGE = {"type": "image", "image": "x"}
     [
         ({"messages": "User: hi"}, "bad_field", "a JSON string: make it a list of"),
         ({"messages": []}, "bad_chat", "has no message in field 'messages'"),
+        (  # one answer repeats the prompt, the other does not
+            {"prompt": [ASK], "chosen": [ASK, SAID], "rejected": [OTHER]},
+            "bad_chat",
+            "repeats messages of 'prompt' in a part of 'chosen' and 'rejected'",
+        ),
+        (  # both repeat its end alone
+            {"prompt": [SYSTEM, ASK], "chosen": [ASK, SAID], "rejected": [ASK, OTHER]},
+            "bad_chat",
+            "repeats messages of 'prompt' in a part of 'chosen' and 'rejected'",
+        ),
         ({"messages": ["hi"]}, "bad_chat", "has a JSON string as message 1 of 'messages'"),
         (
             {"messages": [USER, {"role": "tool", "content": "x"}]},
