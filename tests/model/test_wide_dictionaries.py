@@ -55,7 +55,7 @@ def entry() -> LoadedSae:
 
 
 def test_a_wide_dictionary_takes_little_beside_its_weights(entry, monkeypatch):
-    """All rows at once would take `at_once`."""
+    """All rows at once would take `at_once`. What the heap keeps of a piece before is in the bounds too."""
     monkeypatch.setitem(encoding.PIECE_NUMBERS, "cpu", PIECE // 4)
     weights, at_once = entry.sae.W_enc.nbytes, 1.7 * ROWS * D_SAE * 4
     with torch.inference_mode():
@@ -66,10 +66,10 @@ def test_a_wide_dictionary_takes_little_beside_its_weights(entry, monkeypatch):
         with peak() as encoded:
             acts = encoder.encode(x)
         assert 0 < float(acts.counts.float().mean()) < 500
-        assert encoded[0] < 6 * PIECE < 0.25 * at_once
+        assert encoded[0] < 8 * PIECE < 0.3 * at_once
         rows = np.arange(ROWS)
         readings = ReadPositions(rows, rows, np.arange(0, ROWS + 1, 4), rows % 4, rows)
         with peak() as pooled:
             (layer,), _ = encode_readings([Given.of(entry, encoder, x, x)], readings, "mean")
         assert len(layer.acts.counts) == ROWS // 4
-        assert pooled[0] < 6 * PIECE
+        assert pooled[0] < 8 * PIECE
