@@ -10,7 +10,7 @@ READY := .venv/.ready
 PYTEST ?=
 # Processes that share the tests, a file at a time, each with one thread for torch.
 WORKERS ?= 2
-SHARED := -n $(WORKERS) --dist loadfile
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test check test-newest test-oldest: export OMP_NUM_THREADS = 1
 
 .PHONY: help demo test test-newest test-oldest check bench sweep format clean
