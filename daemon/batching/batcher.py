@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from daemon.prefixes import shared_length
 from daemon.recipes import Recipe
 from daemon.records import Batch, Entry, TokenizedPart, TokenizedSample
 
@@ -182,15 +183,3 @@ def sample_cost(kind: type[TrieCost] | type[PaddedCost], entry: Entry) -> int:
     cost = kind()
     cost.add(entry.sample)
     return cost.total
-
-
-def shared_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Length of the common prefix, by bisection: slices compare faster than a loop."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -122,7 +122,30 @@ def can_split(entry: LoadedSae, model_dtype: torch.dtype) -> bool:
     )
 
 
-class PlainEncoder:
+class NoiseOnX:
+    """What encoders have in common that add noise to x itself: `pre_acts` is x."""
+
+    bounds: Bounds
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        return x
+
+    def project(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def trusts_noise(self, projected: Tensor) -> Tensor:
+        lengths: Tensor = torch.linalg.vector_norm(projected, dim=-1)
+        return lengths < self.bounds.longest
+
+    def finite(self, x: Tensor) -> Tensor:
+        return self.bounds.finite(x, self._steps)
+
+    def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
+        """All that is computed of x on its way to activations, and back."""
+        raise NotImplementedError
+
+
+class PlainEncoder(NoiseOnX):
     """SAELens's own encode and decode; noise is added to x itself.
 
     SAELens keeps what it normalised by on the module, so one thread at a time may use it.
@@ -138,21 +161,8 @@ class PlainEncoder:
     def affine(self) -> bool:
         return self._entry.sae.cfg.normalize_activations not in NORMALISING
 
-    def pre_acts(self, x: Tensor) -> Tensor:
-        return x
-
-    def project(self, noise: Tensor) -> Tensor:
-        return noise
-
     def activate(self, pre_acts: Tensor) -> Tensor:
         return self._entry.encode(pre_acts)
-
-    def trusts_noise(self, projected: Tensor) -> Tensor:
-        lengths: Tensor = torch.linalg.vector_norm(projected, dim=-1)
-        return lengths < self.bounds.longest
-
-    def finite(self, x: Tensor) -> Tensor:
-        return self.bounds.finite(x, self._steps)
 
     def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
         sae = self._entry.sae
@@ -245,7 +255,7 @@ class FusedEncoder:
         return reconstruction if self._skip is None else reconstruction + self._skip(x)
 
 
-class NormalisingEncoder:
+class NormalisingEncoder(NoiseOnX):
     """A dictionary that normalises each row of x by statistics of that row; keeps none of them.
 
     Noise is added to x itself, as it is not linear in what becomes of x.
@@ -262,22 +272,9 @@ class NormalisingEncoder:
         )
         self._undone = entry.info.architecture not in TRANSCODERS  # their output is of another place
 
-    def pre_acts(self, x: Tensor) -> Tensor:
-        return x
-
-    def project(self, noise: Tensor) -> Tensor:
-        return noise
-
     def activate(self, pre_acts: Tensor) -> Tensor:
         normalised, _, _ = self._statistics(pre_acts)
         return to_exact(self._inner.activate(self._inner.pre_acts(normalised)))
-
-    def trusts_noise(self, projected: Tensor) -> Tensor:
-        lengths: Tensor = torch.linalg.vector_norm(projected, dim=-1)
-        return lengths < self.bounds.longest
-
-    def finite(self, x: Tensor) -> Tensor:
-        return self.bounds.finite(x, self._steps)
 
     def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
         normalised, scale, shift = self._statistics(x)

@@ -120,7 +120,10 @@ class Hub:
             except (RevisionNotFoundError, HFValidationError):
                 raise
             except Exception as error:
-                refusal = no_hub(repo) if isinstance(error, ValueError | TypeError | KeyError) else error
+                refusal = error
+                if isinstance(error, ValueError | TypeError | KeyError):  # of another's answer
+                    refusal = no_hub(repo)
+                    refusal.__cause__ = error
                 if isinstance(explain(repo, error), MachineError):
                     self._away = error
         commit = cached_commit(repo, revision)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from daemon.model.float64 import full_precision
 from daemon.model.plain_layer import find_tap
@@ -125,21 +126,25 @@ class PlainHooks:
 @contextmanager
 def tapping(tap: Tap, keep: Callable[[Tensor | None], None]) -> Iterator[None]:
     """Within it, `keep` is given the tensor at a tap whenever its module runs; None where it has none."""
+    handle = hook_tensor(tap.module, tap.side, keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def hook_tensor(module: nn.Module, side: str, keep: Callable[[Tensor | None], None]) -> RemovableHandle:
+    """Have `keep` given the tensor that a module is given ("in") or gives ("out"), whenever it runs."""
 
     def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(first_tensor([*args, kwargs.get("hidden_states"), *kwargs.values()]))
 
     def ends(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep(first_tensor([output] if isinstance(output, Tensor) else list(output or ())))
+        keep(first_tensor([output] if isinstance(output, Tensor) else output or ()))
 
-    if tap.side == "in":
-        handle = tap.module.register_forward_pre_hook(begins, with_kwargs=True)
-    else:
-        handle = tap.module.register_forward_hook(ends)
-    try:
-        yield
-    finally:
-        handle.remove()
+    if side == "in":
+        return module.register_forward_pre_hook(begins, with_kwargs=True)
+    return module.register_forward_hook(ends)
 
 
 def first_tensor(values: Iterable[Any]) -> Tensor | None:

@@ -161,7 +161,7 @@ def load_sae(
 
     Raises ConfigError, or MachineError where the hub fails.
     """
-    name = source.path.name if source.path is not None else f"{source.release}/{source.id}"
+    name = name_of(source)
     revision = None
     folded = False
     if source.path is not None:
@@ -187,7 +187,7 @@ def load_sae(
         if source.path is None or folded
         else sha256_of(source.path / WEIGHTS_NAME),
         settings_sha256=settings_sha256(sae.cfg.to_dict()),
-        prepend_bos=prepends_bos(sae, source, name, bos_habit),
+        prepend_bos=prepends_bos(source, sae.cfg.metadata.prepend_bos, name, bos_habit),
         revision=revision,
     )
     reconstructs = source.path is not None or not is_cross_layer(source)
@@ -206,11 +206,17 @@ def load_sae(
     )
 
 
-def prepends_bos(sae: Any, source: SaeSource, name: str, bos_habit: Callable[[], bool]) -> bool:
-    """Whether a dictionary reads texts with BOS before them: as configured, else by its metadata, else as
-    the model's tokenizer does.
+def name_of(source: SaeSource) -> str:
+    """As messages name it."""
+    return source.path.name if source.path is not None else f"{source.release}/{source.id}"
+
+
+def prepends_bos(source: SaeSource, said: bool | None, name: str, bos_habit: Callable[[], bool]) -> bool:
+    """Whether a dictionary reads texts with BOS before them: as configured, else as `said` by its metadata,
+    else as the model's tokenizer does.
     """
-    said = source.prepend_bos if source.prepend_bos is not None else sae.cfg.metadata.prepend_bos
+    if source.prepend_bos is not None:
+        return source.prepend_bos
     if said is not None:
         return bool(said)
     habit = bos_habit()

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from daemon.model.float64 import full_precision
-from daemon.model.plain_hooks import first_tensor
+from daemon.model.plain_hooks import hook_tensor
 from daemon.model.plain_trace import Change, Tap, token_rows
 
 
@@ -142,7 +142,7 @@ class Trunk:
             handle.remove()
         layer = self._layers[number]
         self._handles[number] = [
-            hook(layer.get_submodule(place.path), place.side, self._reader(place))
+            hook_tensor(layer.get_submodule(place.path), place.side, self._reader(place))
             for place in dict.fromkeys(self._places)
             if place.layer == number
         ]
@@ -157,22 +157,6 @@ class Trunk:
                 raise AllRead
 
         return read
-
-
-def hook(module: nn.Module, side: str, read: Callable[[Tensor | None], None]) -> Any:
-    """Have `read` given the tensor that a module is given, or gives, whenever it runs; returns the handle."""
-    if side == "in":
-        return module.register_forward_pre_hook(
-            lambda module, args, kwargs: read(
-                first_tensor([*args, kwargs.get("hidden_states"), *kwargs.values()])
-            ),
-            with_kwargs=True,
-        )
-    return module.register_forward_hook(
-        lambda module, args, output: read(
-            first_tensor([output] if isinstance(output, Tensor) else output or ())
-        )
-    )
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

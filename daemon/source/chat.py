@@ -14,6 +14,7 @@ from typing import Any
 
 from daemon.errors import SampleError
 from daemon.escaping import cut_short, escape_control
+from daemon.prefixes import shared_length
 from daemon.recipes import Conversation, Message
 from daemon.records import CountedTokens
 from daemon.source.counting import EncodedText, counts_none
@@ -95,7 +96,7 @@ class ChatTemplate:
             whole = text if number + 1 == len(messages) else self._text(messages[: number + 1])
         except SampleError:
             raise unclear(number) from None
-        header = shared_beginning(one, other)
+        header = one[: shared_length(one, other)]
         if one == other or not text.startswith(header) or not text.startswith(whole):
             raise unclear(number)
         return len(header), len(whole)
@@ -125,18 +126,6 @@ class ChatTemplate:
                 "chat_refused",
                 f"is refused by the model's chat template ({reason}): write it as that expects",
             ) from None
-
-
-def shared_beginning(one: str, other: str) -> str:
-    """The characters with which both begin, by halving: conversations are long."""
-    same, most = 0, min(len(one), len(other))
-    while same < most:
-        middle = (same + most + 1) // 2
-        if one[same:middle] == other[same:middle]:
-            same = middle
-        else:
-            most = middle - 1
-    return one[:same]
 
 
 def too_many(messages: int) -> SampleError:

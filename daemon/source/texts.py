@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from daemon.errors import SampleError
 from daemon.escaping import cut_short
+from daemon.prefixes import shared_length
 from daemon.recipes import Conversation, Message, Recipe, Text, path_of
 from daemon.source.jsonvalues import as_text, json_type
 
@@ -134,12 +135,6 @@ def check_answers(
             f"repeats messages of {fields[0]!r} in a part of {' and '.join(map(repr, fields[1:]))}: repeat"
             " all of them in each, or none",
         )
-
-
-def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def shared_words(one: str, other: str) -> str:

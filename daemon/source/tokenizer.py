@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from daemon.bos import bos_of
 from daemon.errors import ConfigError, SampleError
@@ -18,6 +18,7 @@ from daemon.records import Part, Reject, Sample, TokenizedPart, TokenizedSample
 from daemon.source.chat import ChatTemplate, no_template
 from daemon.source.counting import EncodedText, ReadRules, completion_mask, counts_none, masks
 
+T = TypeVar("T")
 Start = int | None  # where in a text its completion begins
 Encoded = EncodedText | SampleError
 EVERYTHING = ReadRules()
@@ -85,7 +86,7 @@ class Tokenizer:
         """Token ids of each text, BOS included, once."""
         return [text.ids for text in self._encode(texts)]
 
-    def _encode(self, texts: list[str]) -> list[EncodedText]:
+    def _encode(self, texts: Sequence[str]) -> list[EncodedText]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         n = len(self._prefix)
         return [
@@ -111,7 +112,7 @@ class Tokenizer:
         texts = [text for part in parts for sample in part.samples for text in sample.texts]
         strings = [text for text in texts if isinstance(text, str)]
         if self._rules.tokens == "all":
-            read = iter(self._encoded(strings))
+            read = iter(each(self._encode, strings))
             if len(strings) == len(texts):
                 return len(texts), read
         starts = [start for part in parts for sample in part.samples for start in starts_of(sample)]
@@ -129,13 +130,10 @@ class Tokenizer:
         """Texts that are no conversations, and which of their tokens count: not all do."""
         if self._rules.tokens != "completion":
             return [counts_none(self._rules.tokens)] * len(items)
-        try:
-            encodings = self._backend.encode_batch([text for text, _ in items], add_special_tokens=False)
-        except Exception:  # as in `_encoded`
-            if len(items) <= 1:
-                return [NO_TOKEN] * len(items)
-            half = len(items) // 2
-            return [*self._counted(items[:half]), *self._counted(items[half:])]
+        return each(self._of_completions, items)
+
+    def _of_completions(self, items: Sequence[tuple[str, Start]]) -> list[Encoded]:
+        encodings = self._backend.encode_batch([text for text, _ in items], add_special_tokens=False)
         return [
             self._of_completion(encoding, start)
             for encoding, (_, start) in zip(encodings, items, strict=True)
@@ -158,16 +156,6 @@ class Tokenizer:
 
     def _with_bos(self, text: EncodedText) -> EncodedText:
         return text if text.ids[: len(self._prefix)] == self._prefix else text.after(self._prefix)
-
-    def _encoded(self, texts: list[str]) -> Sequence[Encoded]:
-        """Each text, or that the tokenizer can't encode it, having no token for it."""
-        try:
-            return self._encode(texts)
-        except Exception:  # tokenizers raises no other kind
-            if len(texts) <= 1:
-                return [NO_TOKEN] * len(texts)
-            half = len(texts) // 2
-            return [*self._encoded(texts[:half]), *self._encoded(texts[half:])]
 
     def _tokenized(self, part: Part, encoded: Iterator[Encoded], seconds_per_text: float) -> TokenizedPart:
         kept: list[TokenizedSample] = []
@@ -263,6 +251,19 @@ NO_TOKEN = SampleError(
     "unknown_token", "has characters that the model's tokenizer has no token for: leave them out"
 )
 NOTHING_BUT_BOS = SampleError("no_token_counts", "has no token but BOS: give it some content")
+
+
+def each(encode: Callable[[Sequence[T]], Sequence[Encoded]], items: Sequence[T]) -> Sequence[Encoded]:
+    """`encode` of items at one go; NO_TOKEN in the place of those that the tokenizer can't encode."""
+    try:
+        return encode(items)
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises no other kind
+            raise
+        if len(items) <= 1:
+            return [NO_TOKEN] * len(items)
+        half = len(items) // 2
+        return [*each(encode, items[:half]), *each(encode, items[half:])]
 
 
 def starts_of(sample: Sample) -> Sequence[Start]:

@@ -14,7 +14,7 @@ from daemon.model.failures import loading, quiet_libraries
 from daemon.model.hub import Hub, repository_of, serving
 from daemon.model.loading import check_config, context_of, load_tokenizer
 from daemon.model.location import ModelLocation, locate_model
-from daemon.model.sae import check_known
+from daemon.model.sae import check_known, name_of, prepends_bos
 from daemon.model.smollm2 import default_cache_dir
 from daemon.model.weightfiles import read_object
 from daemon.model_wiring import read_rules
@@ -44,8 +44,10 @@ def preview(config: Config, file: Path) -> Iterator[str]:
     quiet_libraries()
     hub = Hub()
     settings, hf_tokenizer = load_alone(config, hub)
-    habit = puts_bos(hf_tokenizer)
-    ways = {prepends_bos(sae, habit, hub) for sae in config.sae}
+    ways = {
+        prepends_bos(sae, prepend_bos_said(sae, hub), name_of(sae), lambda: puts_bos(hf_tokenizer))
+        for sae in config.sae
+    }
     tokenizer = tokenizer_of(hf_tokenizer, settings, config, ways)
     part = first_part(config, file)
     recipe, compared = part.recipe, part.recipe.contrast
@@ -168,23 +170,23 @@ def tokenizer_of(hf_tokenizer: Any, settings: Any, config: Config, ways: Set[boo
     )
 
 
-def prepends_bos(source: SaeSection, habit: bool, hub: Hub) -> bool:
-    """Whether a dictionary reads texts with BOS; `habit` of the tokenizer where nothing says so.
+def prepend_bos_said(source: SaeSection, hub: Hub) -> bool | None:
+    """Whether a dictionary's own settings ask for BOS; None where they say nothing, or are not asked.
 
     Raises ConfigError and MachineError.
     """
-    what = f"SAE {source.path or f'{source.release}/{source.id}'}"
     if source.prepend_bos is not None:
-        return source.prepend_bos
-    if source.path is not None:
-        if not (source.path / "cfg.json").is_file():
-            raise ConfigError(f"{what}: no cfg.json there: give a folder in SAELens format")
+        return None
+    what = f"SAE {source.path or name_of(source)}"
+    if source.path is None:
+        settings = settings_of_hub(source, what, hub)
+    elif (source.path / "cfg.json").is_file():
         settings = read_object(source.path / "cfg.json", what)
     else:
-        settings = settings_of_hub(source, what, hub)
+        raise ConfigError(f"{what}: no cfg.json there: give a folder in SAELens format")
     metadata = settings.get("metadata")
-    said = (metadata if isinstance(metadata, dict) else settings).get("prepend_bos")
-    return habit if said is None else bool(said)
+    said: bool | None = (metadata if isinstance(metadata, dict) else settings).get("prepend_bos")
+    return said
 
 
 def settings_of_hub(source: SaeSection, what: str, hub: Hub) -> dict[str, Any]:

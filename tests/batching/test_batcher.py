@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.batching.batcher import Batcher, TrieCost, sample_cost, shared_length
+from daemon.batching.batcher import Batcher, TrieCost, sample_cost
 from daemon.model.trie import build_trie
+from daemon.prefixes import shared_length
 from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE, Recipe
 from daemon.records import Entry, Part, PartExtent, Sample, TokenizedPart, TokenizedSample
 from tests.support.sources import unclaimed
@@ -223,7 +224,7 @@ def test_what_a_sample_shares_is_what_it_costs_more_alone(token_ids):
         assert cost.total - before + cost.shared == sample_cost(TrieCost, entry)
 
 
-@given(tokens, tokens)
+@given(tokens | st.text("ab"), tokens | st.text("ab"))
 def test_shared_length_is_that_of_the_longest_common_beginning(a, b):
     expected = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     assert shared_length(a, b) == expected

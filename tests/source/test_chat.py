@@ -11,9 +11,8 @@ import pytest
 from daemon.errors import SampleError
 from daemon.recipes import BUILT_IN_RECIPES, CHAT_RECIPE, Conversation, Message
 from daemon.records import CountedTokens, Part, PartExtent, Sample
-from daemon.source.chat import ChatTemplate, shared_beginning
+from daemon.source.chat import ChatTemplate
 from daemon.source.counting import ReadRules
-from daemon.source.texts import shared_length
 from daemon.source.tokenizer import Tokenizer
 from tests.support import tiny
 from tests.support.chats import CHATML, COUNTING, STRIPPED, TEMPLATES, chat_tokenizer
@@ -221,13 +220,6 @@ def test_of_more_messages_than_are_told_apart_a_conversation_is_rendered_once(mo
     sizes.clear()
     assert rejects(silent, chat) == [] and sizes == [most + 1]
     assert rejects(CHATML.replace("|im_start|", ""), chat_of(ONE), "user") == []
-
-
-@pytest.mark.parametrize(
-    ("one", "other"), [("", ""), ("ab", "ab"), ("abc", "abd"), ("ab", "abc"), ("b", "a")]
-)
-def test_the_shared_beginning_is_what_both_begin_with(one, other):
-    assert shared_beginning(one * 3, other * 3) == (one * 3)[: shared_length(one * 3, other * 3)]
 
 
 def test_a_template_that_asks_for_the_day_gives_the_same_on_every_day():

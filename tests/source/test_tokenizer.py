@@ -213,3 +213,11 @@ def test_a_model_without_a_tokenizer_is_refused(name, tmp_path):
     with pytest.raises(ConfigError, match="tokenizer") as error:
         load_tokenizer(ModelLocation("m", str(folder), None))
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_bug_is_not_taken_for_a_text_without_tokens(monkeypatch):
+    """Of the tokenizer's library alone an error is one text's."""
+    tokenizer = Tokenizer(tiny.byte_tokenizer(), prepend_bos=False, max_text_tokens=8)
+    monkeypatch.setattr(Tokenizer, "_encode", lambda *_: [].pop())
+    with pytest.raises(IndexError):
+        tokenizer.tokenize([part_of("ab", "cd")])
