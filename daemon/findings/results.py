@@ -90,7 +90,7 @@ class ColumnFinding:
 
 @dataclass(frozen=True, slots=True)
 class PairedFeatures:
-    """Every feature of every SAE, compared between the two texts. Arrays have an entry for each of F features.
+    """Every feature of every SAE, compared between the two texts; arrays have one entry for each of F.
 
     "firing" is whether a text activates the feature, "activation" how much, 0 where it does not.
     """
