@@ -108,6 +108,8 @@ def by_offsets(text: str, encoding: Any) -> Int32Array | None:
         if start == end or not text[start].isspace():
             while left_out and start > ended and text[start - 1] == " ":
                 start, left_out = start - 1, left_out - 1
+        if start == end > ended and text[ended:end].strip(" "):  # a space that is not the text's
+            start = ended
         starts.append(start)
         ended = max(ended, end)
     in_order = starts == sorted(starts) and all(0 <= start <= len(text) for start in starts)
