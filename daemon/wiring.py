@@ -200,7 +200,7 @@ def results_key(config: Config, info: ModelInfo) -> str:
         "stored": [PARTS_FORMAT, stored_columns(info.names, config.recipes, config.outbox.values)],
         "config": config.results_fingerprint(),
         "model": [info.weights_sha256 or info.name, info.settings_sha256],
-        "saes": [dataclasses.astuple(sae) for sae in info.saes],
+        "saes": [sae.identity for sae in info.saes],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

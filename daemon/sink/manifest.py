@@ -98,6 +98,7 @@ def describe_dictionary(sae: SaeInfo, card: Fit) -> dict[str, Any]:
         "settings_sha256": sae.settings_sha256,
         "prepend_bos": sae.prepend_bos,
         "revision": sae.revision,
+        "neuronpedia_id": sae.neuronpedia_id,
         "card": {"mean_l0": card.l0, "fvu": card.fvu},
     }
 
