@@ -177,6 +177,7 @@ class InboxSection(Section):
 class OutboxSection(Section):
     path: SettingPath = Path("outbox")
     values: Literal["float32", "float16"] = "float32"  # type of stored activations
+    residuals: bool = False  # store the vector that the SAE read beside the features of each row
     min_free_bytes: NonNegativeInt = 256 << 20  # of the disk; with less, no file is taken up
 
 

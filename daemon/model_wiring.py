@@ -169,4 +169,5 @@ def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
 
 
 def study_settings(config: Config) -> StudySettings:
-    return StudySettings(**config.analysis.model_dump(exclude={"tokens"}))
+    analysis = config.analysis.model_dump(exclude={"tokens"})
+    return StudySettings(**analysis, residuals=config.outbox.residuals)

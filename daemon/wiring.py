@@ -53,6 +53,7 @@ QUEUED_TEXT_BYTES = 16 << 20
 QUEUED_RESULT_BYTES = 64 << 20
 PART_BYTES = 4 << 20  # of raw records; a part's results are held in memory until it is whole
 PART_BYTES_OF_ALL = 64 << 10  # where every token is stored: its features weigh hundreds of times as much
+PART_BYTES_OF_RESIDUALS = 16 << 10  # and what SAEs read several times as much again
 
 
 def folders_of_use(config: Config) -> dict[str, Path]:
@@ -181,6 +182,13 @@ def load_in_worker(
     return dataclasses.replace(compute, max_batch_tokens=0)
 
 
+def part_bytes(config: Config) -> int:
+    """How many bytes of raw records are a part, at most."""
+    if config.analysis.positions != "all":
+        return PART_BYTES
+    return PART_BYTES_OF_RESIDUALS if config.outbox.residuals else PART_BYTES_OF_ALL
+
+
 def read_limits(config: Config) -> ReadLimits:
     return ReadLimits(
         max_record_bytes=config.inbox.max_record_bytes,
@@ -189,15 +197,17 @@ def read_limits(config: Config) -> ReadLimits:
         max_compression_ratio=config.inbox.max_compression_ratio,
         max_zstd_window_bytes=config.inbox.max_zstd_window_bytes,
         part_records=config.inbox.part_records,
-        part_bytes=PART_BYTES_OF_ALL if config.analysis.positions == "all" else PART_BYTES,
+        part_bytes=part_bytes(config),
     )
 
 
 def results_key(config: Config, info: ModelInfo) -> str:
     """Stands for everything besides the input's content that changes results, or how they are stored."""
+    outbox = config.outbox
+    columns = stored_columns(info.names, config.recipes, outbox.values, residuals=outbox.residuals)
     identity = {
         "analysis": ANALYSIS_VERSION,
-        "stored": [PARTS_FORMAT, stored_columns(info.names, config.recipes, config.outbox.values)],
+        "stored": [PARTS_FORMAT, columns],
         "config": config.results_fingerprint(),
         "model": [info.weights_sha256 or info.name, info.settings_sha256],
         "saes": [sae.identity for sae in info.saes],
@@ -265,6 +275,7 @@ def pipeline_of(
             folders.outbox,
             info=executor.info,
             values=config.outbox.values,
+            residuals=config.outbox.residuals,
             settings=config.model_dump(mode="json"),
             pause=pause,
             reports=ReportMaker() if config.report.each_file else None,

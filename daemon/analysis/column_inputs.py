@@ -90,6 +90,7 @@ class StudySettings:
     stability_top_k: int  # features compared
     entropy_top_k: int  # features whose magnitudes are normalised
     positions: Positions = "last"
+    residuals: bool = False  # whether what SAEs read is kept
 
 
 @dataclass(frozen=True)

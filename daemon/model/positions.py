@@ -271,7 +271,8 @@ def encode_readings(
         n = len(readings.offsets) - 1
         nowhere = np.full(n, NOWHERE)
         every = tuple(layer.acts for layer in pooled)
-        return pooled, StoredFeatures(numbers, every, np.arange(n), np.arange(n + 1), nowhere, nowhere)
+        x = tuple(layer.x for layer in pooled)
+        return pooled, StoredFeatures(numbers, every, np.arange(n), np.arange(n + 1), nowhere, nowhere, x)
     stored = StoredFeatures(
         numbers,
         tuple(one.acts for one in encoded),
@@ -279,6 +280,7 @@ def encode_readings(
         readings.offsets,
         readings.positions,
         readings.token_ids,
+        tuple(one.x for one in encoded),
     )
     if positions == "all":
         last = to_device(readings.last, encoded[0].x.device)

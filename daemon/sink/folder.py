@@ -45,18 +45,19 @@ class FolderSink:
         *,
         info: ModelInfo,
         values: ValueType,
+        residuals: bool = False,
         settings: dict[str, Any],
         pause: Pause,
         reports: ReportMaker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`settings` goes into manifests; `values` is the type of stored activations.
-
-        With `reports` each folder gets its page of findings.
+        """`settings` goes into manifests; `values` is the type of stored activations, `residuals` whether
+        what SAEs read is stored beside them. With `reports` each folder gets its page of findings.
         """
         self._outbox = outbox
         self._info = info
         self._values: ValueType = values
+        self._residuals = residuals
         self._pause = pause
         self._guard = SyncGuard(outbox.check_lost)
         self._staging = Staging(self._guard, info=info, settings=settings, reports=reports, clock=clock)
@@ -148,6 +149,7 @@ class FolderSink:
                 recipe=recipe,
                 info=self._info,
                 values=self._values,
+                residuals=self._residuals,
             )
         if isinstance(arrival, KeptPart):
             unit.writer.keep_part(file, arrival.extent, arrival.last)
@@ -161,7 +163,8 @@ class FolderSink:
             if not unit.failed and not unit.writer.has(item.part.part.number):
                 by_recipe.setdefault(item.part.part.recipe, []).append(item)
         for recipe, items in by_recipe.items():
-            schemas = metrics_schema(self._info.names, recipe), features_schema(self._values)
+            features = features_schema(self._values, self._residuals)
+            schemas = metrics_schema(self._info.names, recipe), features
             for item, stored in zip(items, stored_parts(items, *schemas, self._info), strict=True):
                 self._units[item.part.part.file.unit].writer.write_part(item.part.part, stored)
 

@@ -37,6 +37,11 @@ SAMPLE_FIELDS: tuple[pa.Field, ...] = (
 )
 
 
+RESIDUAL = described(
+    "residual", pa.list_(pa.float32()), "residual", "the vector that the SAE read there", nullable=True
+)
+
+
 @functools.lru_cache(maxsize=64)
 def metrics_schema(saes: tuple[str, ...], recipe: Recipe) -> pa.Schema:
     """Columns of `metrics.parquet`; `saes` are the SAEs' names. An undefined float is null."""
@@ -54,9 +59,10 @@ def metrics_schema(saes: tuple[str, ...], recipe: Recipe) -> pa.Schema:
 
 
 @functools.lru_cache
-def features_schema(values: ValueType) -> pa.Schema:
+def features_schema(values: ValueType, residuals: bool = False) -> pa.Schema:
     """Columns of `features.parquet`: one row per (sample, text, SAE, position)."""
     value_type = pa.float16() if values == "float16" else pa.float32()
+    more = [RESIDUAL] if residuals else []
     return pa.schema(
         [
             *SAMPLE_FIELDS[:2],
@@ -68,15 +74,16 @@ def features_schema(values: ValueType) -> pa.Schema:
             described("token_id", pa.int32(), "", "token at the position"),
             described("indices", pa.list_(pa.uint32()), "", "active features, ascending"),
             described("values", pa.list_(value_type), "activation", "activations, beside indices"),
+            *more,
         ]
     )
 
 
 def stored_columns(
-    saes: tuple[str, ...], recipes: Sequence[Recipe], values: ValueType
+    saes: tuple[str, ...], recipes: Sequence[Recipe], values: ValueType, *, residuals: bool = False
 ) -> list[list[tuple[str, str]]]:
     """Names and types of all that is stored of files of these recipes: parts of others don't fit them."""
-    schemas = [*(metrics_schema(saes, recipe) for recipe in recipes), features_schema(values)]
+    schemas = [*(metrics_schema(saes, recipe) for recipe in recipes), features_schema(values, residuals)]
     return [[(field.name, str(field.type)) for field in schema] for schema in schemas]
 
 
@@ -97,7 +104,7 @@ def metrics_options(saes: tuple[str, ...], recipe: Recipe) -> dict[str, Any]:
 
 
 @functools.lru_cache
-def features_options(values: ValueType) -> dict[str, Any]:
+def features_options(values: ValueType, residuals: bool = False) -> dict[str, Any]:
     """How `features.parquet` is encoded: dictionaries for the keys, indices and values plain."""
-    keys = [field.name for field in features_schema(values) if not pa.types.is_list(field.type)]
+    keys = [field.name for field in features_schema(values, residuals) if not pa.types.is_list(field.type)]
     return COMMON_OPTIONS | {"use_dictionary": keys}

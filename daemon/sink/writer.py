@@ -55,6 +55,7 @@ class UnitWriter:
         recipe: Recipe,
         info: ModelInfo,
         values: ValueType,
+        residuals: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.staging = staging
@@ -62,6 +63,7 @@ class UnitWriter:
         self.recipe = recipe
         self.info = info
         self.values: ValueType = values
+        self.residuals = residuals
         self._clock = clock
         self._extents: dict[int, PartExtent] = {}  # of what is stored
         self._only: StoredPart | None = None  # the part of a file that has one, kept in memory
@@ -129,9 +131,9 @@ class UnitWriter:
             files.callback(metrics.discard)
             features = ParquetFile(
                 self.staging / FEATURES,
-                features_schema(self.values),
+                features_schema(self.values, self.residuals),
                 group_bytes=FEATURES_GROUP_BYTES,
-                options=features_options(self.values),
+                options=features_options(self.values, self.residuals),
             )
             files.callback(features.discard)
             rejects = RejectsFile(self.staging / REJECTS)
