@@ -76,6 +76,7 @@ class ModelInfo:
     cards: tuple[Fit, ...] = ()  # of each SAE, by its makers; empty where what is read is not comparable
     settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
     revision: str | None = None  # the commit of a hub's
+    log_probs: bool = False  # whether it predicts the tokens of texts
 
     @property
     def known_fits(self) -> tuple[Fit, ...]:

@@ -204,7 +204,9 @@ def read_limits(config: Config) -> ReadLimits:
 def results_key(config: Config, info: ModelInfo) -> str:
     """Stands for everything besides the input's content that changes results, or how they are stored."""
     outbox = config.outbox
-    columns = stored_columns(info.names, config.recipes, outbox.values, residuals=outbox.residuals)
+    columns = stored_columns(
+        info.names, config.recipes, outbox.values, residuals=outbox.residuals, log_probs=info.log_probs
+    )
     identity = {
         "analysis": ANALYSIS_VERSION,
         "stored": [PARTS_FORMAT, columns],

@@ -100,6 +100,7 @@ class BatchRunner:
             token_counts=[[len(ids) for ids in sample.token_ids] for sample in samples],
             settings=self.settings,
             noise=self._noise,
+            log_probs=extraction.log_probs,
         )
         n_texts = len(batch.recipe.templates)
         not_finite = self._messages(extraction.not_finite, batch.recipe.text_names)

@@ -49,6 +49,10 @@ class SaeStage:
     def reads_both_ways(self) -> bool:
         return len({entry.info.prepend_bos for entry in self.saes}) > 1
 
+    def predicted_texts(self, n: int) -> int:
+        """Of n texts, how many have their tokens predicted: of texts that come both ways those with BOS."""
+        return n // 2 if self.reads_both_ways else n
+
     def choose(
         self, path: IntArray, offsets: IntArray, token_ids: IntArray, counted: Counted = None
     ) -> ReadPositions:

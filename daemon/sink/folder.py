@@ -164,7 +164,7 @@ class FolderSink:
                 by_recipe.setdefault(item.part.part.recipe, []).append(item)
         for recipe, items in by_recipe.items():
             features = features_schema(self._values, self._residuals)
-            schemas = metrics_schema(self._info.names, recipe), features
+            schemas = metrics_schema(self._info.names, recipe, self._info.log_probs), features
             for item, stored in zip(items, stored_parts(items, *schemas, self._info), strict=True):
                 self._units[item.part.part.file.unit].writer.write_part(item.part.part, stored)
 

@@ -79,7 +79,7 @@ def describe_stages(seconds: StageSeconds) -> dict[str, float]:
 @functools.cache
 def describe_model(info: ModelInfo) -> dict[str, Any]:
     fields = asdict(info)
-    del fields["saes"], fields["cards"]
+    del fields["saes"], fields["cards"], fields["log_probs"]  # the last is in the settings
     return fields
 
 

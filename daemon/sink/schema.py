@@ -43,7 +43,7 @@ RESIDUAL = described(
 
 
 @functools.lru_cache(maxsize=64)
-def metrics_schema(saes: tuple[str, ...], recipe: Recipe) -> pa.Schema:
+def metrics_schema(saes: tuple[str, ...], recipe: Recipe, log_probs: bool = False) -> pa.Schema:
     """Columns of `metrics.parquet`; `saes` are the SAEs' names. An undefined float is null."""
     columns = [
         described(
@@ -53,7 +53,7 @@ def metrics_schema(saes: tuple[str, ...], recipe: Recipe) -> pa.Schema:
             column.description,
             nullable=column.kind == "float",
         )
-        for column in analysis_columns(saes, recipe)
+        for column in analysis_columns(saes, recipe, log_probs=log_probs)
     ]
     return pa.schema([*SAMPLE_FIELDS, *columns])
 
@@ -80,10 +80,16 @@ def features_schema(values: ValueType, residuals: bool = False) -> pa.Schema:
 
 
 def stored_columns(
-    saes: tuple[str, ...], recipes: Sequence[Recipe], values: ValueType, *, residuals: bool = False
+    saes: tuple[str, ...],
+    recipes: Sequence[Recipe],
+    values: ValueType,
+    *,
+    residuals: bool = False,
+    log_probs: bool = False,
 ) -> list[list[tuple[str, str]]]:
     """Names and types of all that is stored of files of these recipes: parts of others don't fit them."""
-    schemas = [*(metrics_schema(saes, recipe) for recipe in recipes), features_schema(values, residuals)]
+    metrics = [metrics_schema(saes, recipe, log_probs) for recipe in recipes]
+    schemas = [*metrics, features_schema(values, residuals)]
     return [[(field.name, str(field.type)) for field in schema] for schema in schemas]
 
 
@@ -96,9 +102,9 @@ COMMON_OPTIONS: dict[str, Any] = {
 
 
 @functools.lru_cache(maxsize=64)
-def metrics_options(saes: tuple[str, ...], recipe: Recipe) -> dict[str, Any]:
+def metrics_options(saes: tuple[str, ...], recipe: Recipe, log_probs: bool = False) -> dict[str, Any]:
     """How `metrics.parquet` is encoded: dictionaries for what repeats, floats plain."""
-    schema = metrics_schema(saes, recipe)
+    schema = metrics_schema(saes, recipe, log_probs)
     repeats = [field.name for field in schema if not pa.types.is_float64(field.type)]
     return COMMON_OPTIONS | {"use_dictionary": repeats}
 

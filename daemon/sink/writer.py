@@ -124,9 +124,9 @@ class UnitWriter:
         with contextlib.ExitStack() as files:
             metrics = ParquetFile(
                 self.staging / METRICS,
-                metrics_schema(self.info.names, self.recipe),
+                metrics_schema(self.info.names, self.recipe, self.info.log_probs),
                 group_bytes=METRICS_GROUP_BYTES,
-                options=metrics_options(self.info.names, self.recipe),
+                options=metrics_options(self.info.names, self.recipe, self.info.log_probs),
             )
             files.callback(metrics.discard)
             features = ParquetFile(
