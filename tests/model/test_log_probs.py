@@ -115,7 +115,7 @@ def test_of_each_text_the_tokens_that_count_are_predicted(rows, family, tmp_path
 
 def save_overflowing_late(folder: Path) -> Path:
     """A Llama whose third MLP gives no finite number for one letter; what two layers give is finite."""
-    model = AutoModelForCausalLM.from_pretrained(tiny.save_llama(folder))
+    model = AutoModelForCausalLM.from_pretrained(tiny.save_llama(folder), dtype=torch.float64)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 0
         model.model.embed_tokens.weight[TOKENIZER(UNPROBED)["input_ids"][0], 0] = 1
@@ -126,7 +126,7 @@ def save_overflowing_late(folder: Path) -> Path:
         mlp = model.model.layers[2].mlp
         for linear in (mlp.gate_proj, mlp.up_proj):
             linear.weight[:, 0] = 0
-            linear.weight[5, 0] = torch.finfo(torch.float32).max ** 0.6
+            linear.weight[5, 0] = torch.finfo(torch.float64).max ** 0.6
     model.save_pretrained(folder)
     return folder
 
@@ -134,7 +134,7 @@ def save_overflowing_late(folder: Path) -> Path:
 def test_a_text_that_overflows_leaves_its_neighbours_their_numbers(tmp_path):
     model = save_overflowing_late(tmp_path / "m")
     sae = tiny.save_sae(tmp_path / "s", "blocks.1.hook_resid_post")
-    engine = engine_of(tmp_path, model, sae, **{"model.dtype": "float32"})
+    engine = engine_of(tmp_path, model, sae)
     letter = TOKENIZER(UNPROBED)["input_ids"]
     good = random_texts([30, 12, 21])
     good = [[token for token in text if token != letter[0]] for text in good]
@@ -148,7 +148,7 @@ def test_a_text_that_overflows_leaves_its_neighbours_their_numbers(tmp_path):
             assert not np.isfinite(values).all()
         else:
             alone = of_text(engine.extract([text]), 0)
-            np.testing.assert_allclose(values, alone, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(values, alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", ["gemma3n", "opt_post_norm", "bert_decoder"])
