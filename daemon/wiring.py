@@ -35,7 +35,7 @@ from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import FORMAT as PARTS_FORMAT
 from daemon.sink.report import ReportMaker
-from daemon.sink.schema import stored_columns
+from daemon.sink.schema import Layout, stored_columns
 from daemon.source.folder import FolderSource
 from daemon.source.inbox import Inbox
 from daemon.source.inputs import InputNames
@@ -201,12 +201,13 @@ def read_limits(config: Config) -> ReadLimits:
     )
 
 
+def layout_of(config: Config) -> Layout:
+    return Layout(values=config.outbox.values, residuals=config.outbox.residuals)
+
+
 def results_key(config: Config, info: ModelInfo) -> str:
     """Stands for everything besides the input's content that changes results, or how they are stored."""
-    outbox = config.outbox
-    columns = stored_columns(
-        info.names, config.recipes, outbox.values, residuals=outbox.residuals, log_probs=info.log_probs
-    )
+    columns = stored_columns(info.names, config.recipes, layout_of(config), log_probs=info.log_probs)
     identity = {
         "analysis": ANALYSIS_VERSION,
         "stored": [PARTS_FORMAT, columns],
@@ -276,8 +277,7 @@ def pipeline_of(
         FolderSink(
             folders.outbox,
             info=executor.info,
-            values=config.outbox.values,
-            residuals=config.outbox.residuals,
+            layout=layout_of(config),
             settings=config.model_dump(mode="json"),
             pause=pause,
             reports=ReportMaker() if config.report.each_file else None,

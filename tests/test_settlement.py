@@ -23,6 +23,7 @@ from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import StoredPart
 from daemon.sink.report import ReportMaker
+from daemon.sink.schema import Layout
 from daemon.sink.writer import UnitWriter
 from daemon.source.folder import FolderSource
 from daemon.source.formats import without_suffix
@@ -44,7 +45,7 @@ class Work:
         self.sink = FolderSink(
             self.outbox,
             info=INFO,
-            values="float32",
+            layout=Layout(),
             settings={},
             pause=pause,
             reports=reports,

@@ -28,7 +28,7 @@ from daemon.records import (
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import stored_extents
 from daemon.sink.report import ReportMaker
-from daemon.sink.schema import ValueType, features_schema, metrics_schema
+from daemon.sink.schema import Layout, features_schema, metrics_schema
 from daemon.sink.staging import Staging, Unit, abandon
 from daemon.sink.tables import stored_parts
 from daemon.sink.writer import UnitWriter
@@ -44,20 +44,19 @@ class FolderSink:
         outbox: Outbox,
         *,
         info: ModelInfo,
-        values: ValueType,
-        residuals: bool = False,
+        layout: Layout,
         settings: dict[str, Any],
         pause: Pause,
         reports: ReportMaker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`settings` goes into manifests; `values` is the type of stored activations, `residuals` whether
-        what SAEs read is stored beside them. With `reports` each folder gets its page of findings.
+        """`settings` goes into manifests; `layout` says how results are stored.
+
+        With `reports` each folder gets its page of findings.
         """
         self._outbox = outbox
         self._info = info
-        self._values: ValueType = values
-        self._residuals = residuals
+        self._layout = layout
         self._pause = pause
         self._guard = SyncGuard(outbox.check_lost)
         self._staging = Staging(self._guard, info=info, settings=settings, reports=reports, clock=clock)
@@ -148,8 +147,7 @@ class FolderSink:
                 file=file,
                 recipe=recipe,
                 info=self._info,
-                values=self._values,
-                residuals=self._residuals,
+                layout=self._layout,
             )
         if isinstance(arrival, KeptPart):
             unit.writer.keep_part(file, arrival.extent, arrival.last)
@@ -163,7 +161,7 @@ class FolderSink:
             if not unit.failed and not unit.writer.has(item.part.part.number):
                 by_recipe.setdefault(item.part.part.recipe, []).append(item)
         for recipe, items in by_recipe.items():
-            features = features_schema(self._values, self._residuals)
+            features = features_schema(self._layout.values, self._layout.residuals)
             schemas = metrics_schema(self._info.names, recipe, self._info.log_probs), features
             for item, stored in zip(items, stored_parts(items, *schemas, self._info), strict=True):
                 self._units[item.part.part.file.unit].writer.write_part(item.part.part, stored)

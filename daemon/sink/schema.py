@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -17,6 +18,15 @@ from daemon.analysis.columns import Kind, analysis_columns
 from daemon.recipes import Recipe
 
 ValueType = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How results are stored, and which of them."""
+
+    values: ValueType = "float32"  # type of activations
+    residuals: bool = False  # whether what SAEs read is stored beside their features
+
 
 KIND_TYPES: dict[Kind, pa.DataType] = {"int": pa.int32(), "float": pa.float64(), "class": pa.string()}
 
@@ -82,14 +92,13 @@ def features_schema(values: ValueType, residuals: bool = False) -> pa.Schema:
 def stored_columns(
     saes: tuple[str, ...],
     recipes: Sequence[Recipe],
-    values: ValueType,
+    layout: Layout,
     *,
-    residuals: bool = False,
     log_probs: bool = False,
 ) -> list[list[tuple[str, str]]]:
     """Names and types of all that is stored of files of these recipes: parts of others don't fit them."""
     metrics = [metrics_schema(saes, recipe, log_probs) for recipe in recipes]
-    schemas = [*metrics, features_schema(values, residuals)]
+    schemas = [*metrics, features_schema(layout.values, layout.residuals)]
     return [[(field.name, str(field.type)) for field in schema] for schema in schemas]
 
 

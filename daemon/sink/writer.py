@@ -31,7 +31,7 @@ from daemon.sink.files import HashedFile
 from daemon.sink.jsontext import to_json
 from daemon.sink.parquet import ParquetFile
 from daemon.sink.parts import StoredPart, parts_of, read_part, write_part
-from daemon.sink.schema import ValueType, features_options, features_schema, metrics_options, metrics_schema
+from daemon.sink.schema import Layout, features_options, features_schema, metrics_options, metrics_schema
 
 METRICS = "metrics.parquet"
 FEATURES = "features.parquet"
@@ -54,16 +54,14 @@ class UnitWriter:
         file: InputFile,
         recipe: Recipe,
         info: ModelInfo,
-        values: ValueType,
-        residuals: bool = False,
+        layout: Layout,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.staging = staging
         self.file = file
         self.recipe = recipe
         self.info = info
-        self.values: ValueType = values
-        self.residuals = residuals
+        self.layout = layout
         self._clock = clock
         self._extents: dict[int, PartExtent] = {}  # of what is stored
         self._only: StoredPart | None = None  # the part of a file that has one, kept in memory
@@ -131,9 +129,9 @@ class UnitWriter:
             files.callback(metrics.discard)
             features = ParquetFile(
                 self.staging / FEATURES,
-                features_schema(self.values, self.residuals),
+                features_schema(self.layout.values, self.layout.residuals),
                 group_bytes=FEATURES_GROUP_BYTES,
-                options=features_options(self.values, self.residuals),
+                options=features_options(self.layout.values, self.layout.residuals),
             )
             files.callback(features.discard)
             rejects = RejectsFile(self.staging / REJECTS)

@@ -32,7 +32,7 @@ from daemon.records import (
     TokenizedPart,
     TokenizedSample,
 )
-from daemon.sink.schema import features_schema, metrics_schema
+from daemon.sink.schema import Layout, features_schema, metrics_schema
 from daemon.sink.tables import stored_parts
 from daemon.sink.writer import UnitWriter
 from daemon.source.formats import without_suffix
@@ -233,13 +233,14 @@ def finished_from(part: TokenizedPart, pieces: Sequence[ResultRows]) -> Finished
 
 
 def open_writer(staging: Path | str, recipe: Recipe = CONTRAST_RECIPE, **options: object) -> UnitWriter:
-    settings = {"file": make_file(), "recipe": recipe, "info": INFO, "values": "float32"} | options
+    layout = Layout(**{name: options.pop(name) for name in ("values",) if name in options})
+    settings = {"file": make_file(), "recipe": recipe, "info": INFO, "layout": layout} | options
     return UnitWriter(Path(staging), **settings)
 
 
 def store(writer: UnitWriter, finished: FinishedPart) -> None:
     """Store a part with its tables made alone."""
-    schemas = metrics_schema(INFO.names, writer.recipe), features_schema(writer.values)
+    schemas = metrics_schema(INFO.names, writer.recipe), features_schema(writer.layout.values)
     (stored,) = stored_parts([finished], *schemas, writer.info)
     writer.write_part(finished.part.part, stored)
 
