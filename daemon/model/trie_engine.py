@@ -69,7 +69,7 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}  # that attention over a t
 PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: a second does for all of a small model's
 PREPARE_NUMBERS = 1 << 22  # in the result of an encoder's product, up to which its kernel is made ahead
 
-AHEAD = "ahead"  # the last layer's output, that tokens are predicted from
+AHEAD = "last_hidden_state"  # what the last layer gives, that tokens are predicted from
 
 log = structlog.get_logger()
 

@@ -48,7 +48,9 @@ class Unembedding:
     @property
     def weight(self) -> Tensor:
         """(vocab, d_model) the rows that stand for tokens."""
-        return self.head.get_parameter("weight")
+        head: Any = self.head
+        weight: Tensor = head.weight
+        return weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last layer's output (N, d_model), before the norm -> (N, vocab), in float32 at least."""
