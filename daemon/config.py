@@ -132,6 +132,9 @@ def check_saes(value: Any) -> Any:
 class AnalysisSection(Section):
     tokens: CountedTokens = "all"  # of a text that count; of a prompt itself all do
     positions: Positions = "last"  # of these, that are read; mean and max pool their features
+    log_probs: bool = (
+        False  # of the tokens that count: mean and last, as columns; the model then runs to its end
+    )
     seed: int = 0  # of the stability noise
     noise_sigma: NonNegativeFloat = 0.1  # standard deviation, in units of the residual stream
     noise_draws: Annotated[int, Field(ge=1, le=256)] = 8  # draws per text, out of the noise bank
@@ -178,6 +181,7 @@ class OutboxSection(Section):
     path: SettingPath = Path("outbox")
     values: Literal["float32", "float16"] = "float32"  # type of stored activations
     texts: bool = True  # write texts.parquet: each text, where in it each token begins
+    residuals: bool = False  # store the vector that the SAE read beside the features of each row
     min_free_bytes: NonNegativeInt = 256 << 20  # of the disk; with less, no file is taken up
 
 
@@ -271,7 +275,7 @@ class Config(Section):
                 "texts": self.texts,
                 "contrast": self.contrast.model_dump() if self.contrast else None,
                 "recipe": [recipe.model_dump() for recipe in self.recipe],
-                "analysis": self.analysis.model_dump(),
+                "analysis": self.analysis.model_dump(exclude={"log_probs"}),  # columns tell of these
                 "dtype": self.model.dtype,
                 "quantization": self.model.quantization,
                 "max_text_tokens": self.batching.max_text_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 SEPARATOR = ","  # of the devices of one model
 STORES = ("cpu", "disk")  # hold weights for other devices to compute with
@@ -33,10 +33,16 @@ class SaeInfo:
     name: str = ""  # the prefix of its columns; l{layer} where none is given
     prepend_bos: bool = True  # whether the texts that it reads begin with BOS
     revision: str | None = None  # the commit of a hub's
+    neuronpedia_id: str | None = field(default=None, compare=False)  # MODEL/SET; it changes no result
 
     def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", default_name(self.layer))
+
+    @property
+    def identity(self) -> tuple[str | int | bool | None, ...]:
+        """All of it that changes results or their columns."""
+        return tuple(value for key, value in asdict(self).items() if key != "neuronpedia_id")
 
     @property
     def has_own_name(self) -> bool:
@@ -70,6 +76,7 @@ class ModelInfo:
     cards: tuple[Fit, ...] = ()  # of each SAE, by its makers; empty where what is read is not comparable
     settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
     revision: str | None = None  # the commit of a hub's
+    log_probs: bool = False  # whether it predicts the tokens of texts
 
     @property
     def known_fits(self) -> tuple[Fit, ...]:

@@ -18,6 +18,7 @@ from daemon.analysis.column_inputs import StudySettings
 from daemon.bos import puts_bos
 from daemon.config import Config
 from daemon.devices import exact_device
+from daemon.errors import ConfigError
 from daemon.executor.autotune import auto_batch_tokens
 from daemon.executor.runner import BatchRunner
 from daemon.model.attention_check import attention_is_replaceable
@@ -36,6 +37,7 @@ from daemon.model.sae import LoadedSae, last_layer_read, load_saes, move_saes
 from daemon.model.sae_names import check_columns
 from daemon.model.smollm2 import default_cache_dir
 from daemon.model.trie_engine import CannotPack, TrieEngine
+from daemon.model.unembedding import Unembedding, UnknownEnd, unembedding_of
 from daemon.model_info import SaeInfo, compute_devices
 from daemon.native.library import NAME, library
 from daemon.source.counting import ReadRules
@@ -116,8 +118,9 @@ def load_parts(config: Config, hub: Hub | None = None) -> tuple[LoadedModel, tup
         dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
         bos_habit=lambda: puts_bos(model.tokenizer),
     )
-    check_columns([entry.info.name for entry in saes], config.recipes)
-    accept_together(model, saes)
+    names = [entry.info.name for entry in saes]
+    check_columns(names, config.recipes, log_probs=config.analysis.log_probs)
+    accept_together(model, saes, log_probs=config.analysis.log_probs)
     return model, saes
 
 
@@ -128,13 +131,29 @@ def load_bare_model(config: Config, hub: Hub) -> LoadedModel:
     return load_model(location, device=device, dtype=dtype, device_map=asked_map(config.model.device_map))
 
 
-def accept_together(model: LoadedModel, saes: Sequence[LoadedSae]) -> None:
-    """Put dictionaries where their layers are, and check as much of the model as they need."""
+def accept_together(model: LoadedModel, saes: Sequence[LoadedSae], *, log_probs: bool = False) -> None:
+    """Put dictionaries where their layers are, and check as much of the model as is run."""
     if model.placement is not None:
         log.info("model.spread", devices=model.devices, layers=dict(Counter(model.placement.held)))
         move_saes(saes, model.placement)
-    check_weights(model, last_layer_read(saes))
-    check_device(model, list(dict.fromkeys(hook for entry in saes for hook in entry.hook_names)))
+    hooks = [hook for entry in saes for hook in entry.hook_names]
+    if log_probs:
+        hooks.append(f"blocks.{model.n_layers - 1}.hook_resid_post")
+    check_weights(model, model.n_layers - 1 if log_probs else last_layer_read(saes), to_logits=log_probs)
+    check_device(model, list(dict.fromkeys(hooks)))
+
+
+def end_of(model: LoadedModel, *, log_probs: bool) -> Unembedding | None:
+    """The end of a model that is to predict tokens. Raises ConfigError where it can't be had rightly."""
+    if not log_probs:
+        return None
+    try:
+        return unembedding_of(model.model)
+    except UnknownEnd as error:
+        raise ConfigError(
+            f"model {model.location.name}: log-probabilities can't be computed rightly ({error}): set"
+            " analysis.log_probs to false"
+        ) from error
 
 
 def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
@@ -151,25 +170,28 @@ def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
     model, saes = load_parts(config, hub)
     device = model.device if model.placement is None else None  # else that of each dictionary
     encoders = [encoder_of(entry, model.dtype, device) for entry in saes]
-    positions = config.analysis.positions
-    if last_layer_read(saes) >= 0 and not attention_is_replaceable(model):
+    positions, log_probs = config.analysis.positions, config.analysis.log_probs
+    end = end_of(model, log_probs=log_probs)
+    if (last_layer_read(saes) >= 0 or log_probs) and not attention_is_replaceable(model):
         log.warning("engine.padded", model=model.location.name, reason="its attention can't be replaced")
-        return PaddedEngine(model, saes, encoders, positions), model
+        return PaddedEngine(model, saes, encoders, positions, unembedding=end), model
     try:
         compiles = config.model.compile == "auto" and can_compile(model.device)
         if compiles:  # and finds it again at the next start
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_cache_dir() / "inductor"))
-        return TrieEngine(model, saes, encoders, positions, compiles=compiles), model
+        return TrieEngine(model, saes, encoders, positions, compiles=compiles, unembedding=end), model
     except CannotPack as error:
         log.warning("engine.padded", model=model.location.name, reason=str(error))
         changed = error.model_changed
     if changed:
-        del model  # before there is a second one
+        del model, end  # before there is a second one
         gc.collect()  # modules that are hooked hold themselves
         model = load_bare_model(config, hub)
-        accept_together(model, saes)
-    return PaddedEngine(model, saes, encoders, positions), model
+        accept_together(model, saes, log_probs=log_probs)
+        end = end_of(model, log_probs=log_probs)
+    return PaddedEngine(model, saes, encoders, positions, unembedding=end), model
 
 
 def study_settings(config: Config) -> StudySettings:
-    return StudySettings(**config.analysis.model_dump(exclude={"tokens"}))
+    analysis = config.analysis.model_dump(exclude={"tokens", "log_probs"})
+    return StudySettings(**analysis, residuals=config.outbox.residuals)

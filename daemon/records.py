@@ -221,6 +221,18 @@ class TokenizedPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Residuals:
+    """What SAEs read. Texts share the vectors of the tokens that they share."""
+
+    row: IntArray  # (R,) of each feature row in the values of its SAE; -1 where it has no vector
+    values: tuple[npt.NDArray[np.float32], ...]  # per SAE (K, d_in)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(values.nbytes for values in self.values)
+
+
+@dataclass(frozen=True, slots=True)
 class FeatureRows:
     """Sparse activations, one row per (sample, text, SAE, position); ragged, sorted by index.
 
@@ -235,6 +247,7 @@ class FeatureRows:
     offsets: IntArray  # (R + 1,)
     indices: npt.NDArray[np.uint32]  # (nnz,)
     values: npt.NDArray[np.float32] | FloatArray  # (nnz,)
+    residuals: Residuals | None = None  # where they are wanted
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ AT_START = (
     "model",
     "sae",
     "analysis.positions",
+    "analysis.log_probs",
     "batching.max_batch_tokens",
     "executor",
     "inbox.path",

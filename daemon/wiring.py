@@ -53,6 +53,7 @@ QUEUED_TEXT_BYTES = 16 << 20
 QUEUED_RESULT_BYTES = 64 << 20
 PART_BYTES = 4 << 20  # of raw records; a part's results are held in memory until it is whole
 PART_BYTES_OF_ALL = 64 << 10  # where every token is stored: its features weigh hundreds of times as much
+PART_BYTES_OF_RESIDUALS = 16 << 10  # and what SAEs read several times as much again
 
 
 def folders_of_use(config: Config) -> dict[str, Path]:
@@ -181,6 +182,13 @@ def load_in_worker(
     return dataclasses.replace(compute, max_batch_tokens=0)
 
 
+def part_bytes(config: Config) -> int:
+    """How many bytes of raw records are a part, at most."""
+    if config.analysis.positions != "all":
+        return PART_BYTES
+    return PART_BYTES_OF_RESIDUALS if config.outbox.residuals else PART_BYTES_OF_ALL
+
+
 def read_limits(config: Config) -> ReadLimits:
     return ReadLimits(
         max_record_bytes=config.inbox.max_record_bytes,
@@ -189,22 +197,25 @@ def read_limits(config: Config) -> ReadLimits:
         max_compression_ratio=config.inbox.max_compression_ratio,
         max_zstd_window_bytes=config.inbox.max_zstd_window_bytes,
         part_records=config.inbox.part_records,
-        part_bytes=PART_BYTES_OF_ALL if config.analysis.positions == "all" else PART_BYTES,
+        part_bytes=part_bytes(config),
     )
 
 
 def layout_of(config: Config) -> Layout:
-    return Layout(values=config.outbox.values, texts=config.outbox.texts)
+    return Layout(
+        values=config.outbox.values, residuals=config.outbox.residuals, texts=config.outbox.texts
+    )
 
 
 def results_key(config: Config, info: ModelInfo) -> str:
     """Stands for everything besides the input's content that changes results, or how they are stored."""
+    columns = stored_columns(info.names, config.recipes, layout_of(config), log_probs=info.log_probs)
     identity = {
         "analysis": ANALYSIS_VERSION,
-        "stored": [PARTS_FORMAT, stored_columns(info.names, config.recipes, layout_of(config))],
+        "stored": [PARTS_FORMAT, columns],
         "config": config.results_fingerprint(),
         "model": [info.weights_sha256 or info.name, info.settings_sha256],
-        "saes": [dataclasses.astuple(sae) for sae in info.saes],
+        "saes": [sae.identity for sae in info.saes],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -16,7 +16,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from daemon.analysis.columns import CONTRAST_METRICS, LAYER_COLUMNS, analysis_columns
+from daemon.analysis.columns import CONTRAST_METRICS, LAYER_COLUMNS, LOG_PROB_COLUMNS, analysis_columns
 from daemon.cli import parser
 from daemon.config import Config, load_config
 from daemon.model.catalog import read_catalog
@@ -154,6 +154,10 @@ def columns_table() -> str:
     (tokens,) = analysis_columns([], Recipe(templates=(("{text}", "{text}"),), contrast=None))
     meaning = tokens.description.format(text="the text")
     rows.append(f"| `{tokens.name}` | {tokens.kind} | {tokens.unit} | {meaning} |")
+    for column in LOG_PROB_COLUMNS:
+        names = f"`{column.name}_{{text}}`, `_diff`"
+        meaning = f"{column.meaning}; `_diff` is hall - fact; only with `analysis.log_probs`"
+        rows.append(f"| {names} | float | {column.unit} | {meaning} |")
     for column in LAYER_COLUMNS:
         kind = "string" if column.kind == "class" else column.kind
         meaning = column.meaning.replace("|", r"\|")
@@ -171,7 +175,8 @@ def test_every_column_has_its_definition():
     page = (ROOT / "daemon/README.md").read_text(encoding="utf-8")
     table = page.split("| column | is |\n|---|---|\n")[1].split("\n\n")[0]
     defined = [name for row in table.splitlines() for name in re.findall(r"`([^`]*)`", row.split("|")[1])]
-    names = [column.name for column in LAYER_COLUMNS]
+    names = [f"{column.name}_{{text}}" for column in LOG_PROB_COLUMNS]
+    names += [column.name for column in LAYER_COLUMNS]
     for metric in CONTRAST_METRICS:
         names += [f"{metric.name}_t", *(["_std"] if metric.deviation else [])]
     assert sorted(defined) == sorted(["n_tokens_{text}", *names])

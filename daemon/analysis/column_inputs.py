@@ -17,7 +17,7 @@ from daemon.analysis.geometry import DecoderRows, Geometry, geometry
 from daemon.analysis.sparse import SparseActs
 from daemon.analysis.stability import Noise, noise_draws, stability
 from daemon.devices import to_device
-from daemon.records import Positions
+from daemon.records import FloatArray, IntArray, Positions
 
 Owner = TypeVar("Owner")
 Value = TypeVar("Value")
@@ -44,6 +44,20 @@ class Errors(NamedTuple):
 
     absolute: Tensor  # (N,) ||x - decode(f)||, where x is what the reconstruction is to equal
     relative: Tensor  # (N,) that over ||x||; NaN where x is zero
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogProbs:
+    """The log-probabilities, in nats, of the counted tokens of N texts: M tokens, text by text."""
+
+    values: FloatArray  # (M,)
+    texts: IntArray  # (M,) the text of each, ascending
+    n_texts: int
+
+    @property
+    def counts(self) -> IntArray:
+        """(N,) tokens of each text."""
+        return np.bincount(self.texts, minlength=self.n_texts)
 
 
 class Stability(NamedTuple):
@@ -90,6 +104,7 @@ class StudySettings:
     stability_top_k: int  # features compared
     entropy_top_k: int  # features whose magnitudes are normalised
     positions: Positions = "last"
+    residuals: bool = False  # whether what SAEs read is kept
 
 
 @dataclass(frozen=True)

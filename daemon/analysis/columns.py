@@ -17,7 +17,8 @@ from daemon.recipes import Contrast, Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from daemon.analysis.column_inputs import ComparedText, LayerActivations
+    from daemon.analysis.column_inputs import ComparedText, LayerActivations, TokenLogProbs
+    from daemon.records import FloatArray
 
 Kind = Literal["int", "float", "class"]
 
@@ -61,11 +62,26 @@ class ContrastMetric:
     )  # (n,) over draws of noise: another column of each text
 
 
+@dataclass(frozen=True, slots=True)
+class LogProbColumn:
+    """A column of each text, and one of the difference of the two that a contrast compares.
+
+    They are there where log-probabilities are asked for. The difference is negative - positive.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    compute: Callable[[TokenLogProbs], FloatArray]  # N texts -> (N,), NaN where undefined
+
+
 LAYER_COLUMNS: list[LayerColumn] = []
 CONTRAST_METRICS: list[ContrastMetric] = []
+LOG_PROB_COLUMNS: list[LogProbColumn] = []
 
 LayerFunction = Callable[["LayerActivations"], "Tensor"]
 ContrastFunction = Callable[["ComparedText"], "Tensor"]
+LogProbFunction = Callable[["TokenLogProbs"], "FloatArray"]
 
 
 def layer_column(kind: Kind, *, unit: str, meaning: str) -> Callable[[LayerFunction], LayerFunction]:
@@ -95,6 +111,34 @@ def contrast_metric(
         return compute
 
     return register
+
+
+def log_prob_column(*, unit: str, meaning: str) -> Callable[[LogProbFunction], LogProbFunction]:
+    """Register a function as the columns `{its name}_{text}` and `{its name}_diff`."""
+
+    def register(compute: LogProbFunction) -> LogProbFunction:
+        LOG_PROB_COLUMNS.append(LogProbColumn(compute.__name__, unit, meaning, compute))
+        return compute
+
+    return register
+
+
+@log_prob_column(unit="nat", meaning="mean log-probability of the counted tokens, each from those before it")
+def mean_log_prob(tokens: TokenLogProbs) -> FloatArray:
+    import numpy as np
+
+    counts = tokens.counts
+    sums = np.bincount(tokens.texts, weights=tokens.values, minlength=tokens.n_texts)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+@log_prob_column(unit="nat", meaning="log-probability of the last counted token, from those before it")
+def last_log_prob(tokens: TokenLogProbs) -> FloatArray:
+    import numpy as np
+
+    last = np.full(tokens.n_texts, np.nan)
+    last[tokens.texts] = tokens.values  # of several of one text the last one stays
+    return last
 
 
 @layer_column("int", unit="features", meaning="active features")
@@ -231,15 +275,26 @@ def layer_column_name(sae: str, text: str, metric: str) -> str:
     return f"{sae}_{text}_{metric}"
 
 
-def analysis_columns(saes: Sequence[str], recipe: Recipe) -> tuple[Column, ...]:
+def text_column_name(text: str, metric: str) -> str:
+    return f"{metric}_{text}"
+
+
+def analysis_columns(saes: Sequence[str], recipe: Recipe, *, log_probs: bool = False) -> tuple[Column, ...]:
     """Every column that the analysis fills, in the order of the file.
 
-    `saes` are the SAEs' names. Contrast columns are there only where the recipe has a contrast.
+    `saes` are the SAEs' names. Contrast columns are there only where the recipe has a contrast, those of
+    log-probabilities with `log_probs`.
     """
     columns = [
         Column(token_count_name(text), "int", "tokens", f"tokens of {text}, BOS included")
         for text in recipe.text_names
     ]
+    of_tokens = LOG_PROB_COLUMNS if log_probs else []
+    for text in recipe.text_names:
+        columns += [
+            Column(text_column_name(text, column.name), "float", column.unit, f"{text}: {column.meaning}")
+            for column in of_tokens
+        ]
     for sae in saes:
         for text in recipe.text_names:
             columns += [
@@ -254,12 +309,19 @@ def analysis_columns(saes: Sequence[str], recipe: Recipe) -> tuple[Column, ...]:
     if recipe.contrast is not None:
         for metric in CONTRAST_METRICS:
             columns += contrast_columns(metric, recipe.contrast)
+        columns += [log_prob_difference(column, recipe.contrast) for column in of_tokens]
     return tuple(columns)
 
 
-def repeated_column(saes: Sequence[str], recipe: Recipe) -> str | None:
+def log_prob_difference(column: LogProbColumn, contrast: Contrast) -> Column:
+    first, second = (text_column_name(text, column.name) for text in (contrast.negative, contrast.positive))
+    return Column(text_column_name("diff", column.name), "float", column.unit, f"{first} - {second}")
+
+
+def repeated_column(saes: Sequence[str], recipe: Recipe, *, log_probs: bool = False) -> str | None:
     """A name that two columns would have, which SQL takes for one if they differ by case alone."""
-    names = Counter(column.name.casefold() for column in analysis_columns(saes, recipe))
+    columns = analysis_columns(saes, recipe, log_probs=log_probs)
+    names = Counter(column.name.casefold() for column in columns)
     return next((name for name, times in names.items() if times > 1), None)
 
 

@@ -13,13 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from daemon.analysis.column_inputs import ComparedText, LayerActivations, StudySettings
+from daemon.analysis.column_inputs import ComparedText, LayerActivations, StudySettings, TokenLogProbs
 from daemon.analysis.columns import (
     CONTRAST_METRICS,
     LAYER_COLUMNS,
+    LOG_PROB_COLUMNS,
     Kind,
     analysis_columns,
     layer_column_name,
+    text_column_name,
     token_count_name,
 )
 from daemon.analysis.geometry import SHAPE_CLASSES
@@ -37,13 +39,14 @@ def analyse(
     token_counts: Sequence[Sequence[int]],
     settings: StudySettings,
     noise: Noise | None,
+    log_probs: TokenLogProbs | None = None,
 ) -> dict[str, npt.NDArray[np.generic]]:
     """Each of `daemon.analysis.columns.analysis_columns` as an (n,) array, in that order.
 
     `token_counts` is (n, T), of tokens fed to the model. Counts are int64, classes objects of type str, all
     else float64, never infinite, with NaN where undefined. The contrast reads the first SAE, but for
     `cross_layer_consistency`: the first of each of the last two layers that have some, NaN with one layer.
-    Without `noise` stability is undefined.
+    Without `noise` stability is undefined; without `log_probs`, of N texts, it has no columns of them.
     """
     names = recipe.text_names
     shape = (len(sample_ids), len(names))
@@ -63,7 +66,9 @@ def analyse(
             for name in (recipe.contrast.positive, recipe.contrast.negative)
         )
         filled |= contrast_values(positive, negative)
-    columns = analysis_columns([layer.name for layer in layers], recipe)
+    of_tokens = {} if log_probs is None else log_prob_values(log_probs, recipe)
+    filled |= {name: torch.from_numpy(values) for name, values in of_tokens.items()}
+    columns = analysis_columns([layer.name for layer in layers], recipe, log_probs=log_probs is not None)
     host = _on_host({column.name: filled[column.name] for column in columns})
     return {column.name: _as_kind(host[column.name], column.kind) for column in columns}
 
@@ -80,6 +85,19 @@ def contrast_values(positive: ComparedText, negative: ComparedText) -> dict[str,
         filled[f"{metric.name}_diff"] = (
             filled[f"{metric.name}_{first.name}"] - filled[f"{metric.name}_{second.name}"]
         )
+    return filled
+
+
+def log_prob_values(tokens: TokenLogProbs, recipe: Recipe) -> dict[str, FloatArray]:
+    """The columns of log-probabilities (n,): of each text, and with a contrast negative - positive."""
+    filled: dict[str, FloatArray] = {}
+    for column in LOG_PROB_COLUMNS:
+        by_text = column.compute(tokens).reshape(-1, len(recipe.text_names))
+        values = {name: by_text[:, text] for text, name in enumerate(recipe.text_names)}
+        filled |= {text_column_name(name, column.name): of_text for name, of_text in values.items()}
+        if recipe.contrast is not None:
+            difference = values[recipe.contrast.negative] - values[recipe.contrast.positive]
+            filled[text_column_name("diff", column.name)] = difference
     return filled
 
 

@@ -97,7 +97,9 @@ class Assembler:
         starts = np.cumsum([0, *map(len, rows.values())])[:-1]
         totals = zip(*(LayerTotals.of_groups(sums, order, starts) for sums in result.layers), strict=True)
         rest = dataclasses.replace(result, layers=())  # summed already, and the largest arrays
-        weight = result.features.indices.nbytes + result.features.values.nbytes
+        features = result.features
+        weight = features.indices.nbytes + features.values.nbytes
+        weight += 0 if features.residuals is None else features.residuals.nbytes
         row_bytes = weight // len(batch.entries) + 8 * len(result.columns)
         for (key, result_rows), layers in zip(rows.items(), totals, strict=True):
             opened = self._open[key]

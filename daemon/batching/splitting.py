@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from daemon.batching.batcher import TrieCost
-from daemon.records import BatchResult, FeatureRows, IntArray, LayerSums, RowMessage, SampleBatch
+from daemon.records import BatchResult, FeatureRows, IntArray, LayerSums, Residuals, RowMessage, SampleBatch
 
 PIECE_TOKENS = 256  # minimum of a piece: smaller products are less efficient
 SHARED = 0.05  # largest share of a batch's tokens that splitting may compute again
@@ -111,7 +111,7 @@ def concat_rows(pieces: Sequence[FeatureRows], samples: Sequence[int]) -> Featur
     together = {
         field.name: np.concatenate([getattr(piece, field.name) for piece in pieces])
         for field in dataclasses.fields(FeatureRows)
-        if field.name not in ("sample_row", "offsets")
+        if field.name not in ("sample_row", "offsets", "residuals")
     }
     before = np.cumsum([0, *samples[:-1]])
     lengths = np.concatenate([np.diff(piece.offsets) for piece in pieces])
@@ -120,8 +120,24 @@ def concat_rows(pieces: Sequence[FeatureRows], samples: Sequence[int]) -> Featur
             [piece.sample_row + first for piece, first in zip(pieces, before, strict=True)]
         ),
         offsets=np.concatenate(([0], np.cumsum(lengths))),
+        residuals=concat_residuals(pieces),
         **together,
     )
+
+
+def concat_residuals(pieces: Sequence[FeatureRows]) -> Residuals | None:
+    """The vectors of each SAE one piece after the other; None where there are none."""
+    of_each = [piece.residuals for piece in pieces if piece.residuals is not None]
+    if len(of_each) < len(pieces):
+        return None
+    lengths = np.array([[len(values) for values in one.values] for one in of_each])  # (pieces, SAEs)
+    before = np.cumsum(lengths, axis=0) - lengths
+    rows = [
+        np.where(one.row < 0, one.row, one.row + first[piece.layer])
+        for one, first, piece in zip(of_each, before, pieces, strict=True)
+    ]
+    values = zip(*(one.values for one in of_each), strict=True)
+    return Residuals(np.concatenate(rows), tuple(np.concatenate(of_sae) for of_sae in values))
 
 
 def concat_sums(pieces: Sequence[LayerSums]) -> LayerSums:

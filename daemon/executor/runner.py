@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from daemon.model.engine import Engine
 from daemon.model.extraction import Extraction, NotFinite, Started
 from daemon.model_info import ModelInfo
 from daemon.native.threads import side_by_side
-from daemon.records import BatchResult, FeatureRows, RowMessage, SampleBatch
+from daemon.records import BatchResult, FeatureRows, Residuals, RowMessage, SampleBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +100,14 @@ class BatchRunner:
             token_counts=[[len(ids) for ids in sample.token_ids] for sample in samples],
             settings=self.settings,
             noise=self._noise,
+            log_probs=extraction.log_probs,
         )
         n_texts = len(batch.recipe.templates)
         not_finite = self._messages(extraction.not_finite, batch.recipe.text_names)
         empty_rows(columns, [row for row, _ in not_finite])
         return BatchResult(
             columns=columns,
-            features=feature_rows(extraction.stored, n_texts),
+            features=feature_rows(extraction.stored, n_texts, residuals=self.settings.residuals),
             layers=tuple(layer_sums(layer, n_texts) for layer in extraction.layers),
             forward_seconds=extraction.forward_seconds,
             sae_seconds=extraction.sae_seconds,
@@ -162,12 +164,18 @@ def empty_rows(columns: dict[str, npt.NDArray[np.generic]], rows: Sequence[int])
 def detach_from_heap(result: BatchResult) -> BatchResult:
     """The same result, whose large arrays lie outside the heap: long-lived allocations fragment it."""
     numbers = {name: column for name, column in result.columns.items() if column.dtype != object}
-    features = {field.name: getattr(result.features, field.name) for field in dataclasses.fields(FeatureRows)}
-    copies = mmap_arrays.copies([*numbers.values(), *features.values()])
+    names = [field.name for field in dataclasses.fields(FeatureRows) if field.name != "residuals"]
+    features = [getattr(result.features, name) for name in names]
+    residuals = result.features.residuals
+    vectors: list[npt.NDArray[Any]] = [] if residuals is None else [residuals.row, *residuals.values]
+    copies = iter(mmap_arrays.copies([*numbers.values(), *features, *vectors]))
     return dataclasses.replace(
         result,
-        columns=result.columns | dict(zip(numbers, copies[: len(numbers)], strict=True)),
-        features=FeatureRows(**dict(zip(features, copies[len(numbers) :], strict=True))),
+        columns=result.columns | {name: next(copies) for name in numbers},
+        features=FeatureRows(
+            **{name: next(copies) for name in names},
+            residuals=None if residuals is None else Residuals(next(copies), tuple(copies)),
+        ),
     )
 
 

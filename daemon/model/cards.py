@@ -1,12 +1,13 @@
-"""Reads a dictionary's card: the mean L0 and the FVU that its makers measured.
+"""Reads a dictionary's card: the mean L0 and the FVU that its makers measured, and its id at Neuronpedia.
 
-SAELens's registry has such figures for releases; the metadata of some dictionaries has them too.
+SAELens's registry has these for releases; the metadata of some dictionaries has them too.
 Knows no model.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from daemon.model_info import Fit
@@ -14,6 +15,7 @@ from daemon.model_info import Fit
 L0_KEYS = ("expected_l0", "l0")  # of the metadata, the first that is there
 FVU_KEYS = ("expected_fvu", "fvu")
 EXPLAINED_KEYS = ("expected_var_explained", "variance_explained", "explained_variance")
+NEURONPEDIA_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # MODEL/SET, which stands in addresses
 NO_L0, NO_EXPLAINED = 0.0, 1.0  # what the registry has where nothing is known
 
 
@@ -30,6 +32,16 @@ def card_of(sae: Any, release: str | None, sae_id: str | None) -> Fit:
     if fvu is None and explained is not None:
         fvu = 1 - explained
     return Fit(l0, fvu)
+
+
+def neuronpedia_id_of(sae: Any, release: str | None, sae_id: str | None) -> str | None:
+    """The id at Neuronpedia, MODEL/SET, of a SAELens dictionary; None where it has none."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    found = [vars(sae.cfg.metadata).get("neuronpedia_id")]
+    if release is not None and (known := get_pretrained_saes_directory().get(release)) is not None:
+        found.append(known.neuronpedia_id.get(sae_id or ""))
+    return next((one for one in found if isinstance(one, str) and NEURONPEDIA_ID.fullmatch(one)), None)
 
 
 def of_registry(release: str, sae_id: str) -> Fit:

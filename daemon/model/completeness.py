@@ -34,6 +34,7 @@ BESIDE = re.compile(
 FINAL_NORM = re.compile(
     r"(?:^|\.)(?:ln_f|norm_f|norm|final_norm|final_layer_?norm|ln_final|layer_norm)\.(?:weight|bias)$"
 )
+HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_projection)\.")
 NUMBERED = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 WRAPPERS = (  # how names look, whose they are, and the remedy
     (
@@ -87,9 +88,12 @@ class LoadReport:
 class LayersRead:
     """The part of a Hugging Face model that runs: embeddings, and layers up to the last one that is read."""
 
-    def __init__(self, model: Any, last_layer: int) -> None:
-        """`last_layer` is -1 where only the input of the first is read."""
+    def __init__(self, model: Any, last_layer: int, *, to_logits: bool = False) -> None:
+        """`last_layer` is -1 where only the input of the first is read; `to_logits`, norm and head run."""
         self.last_layer = last_layer
+        self._to_logits = to_logits
+        head = model.get_output_embeddings() if to_logits else None
+        self._head = next((name for name, part in model.named_modules() if part is head), "")
         try:
             layers = decoder_layers(model)
         except UnknownModel:
@@ -101,6 +105,8 @@ class LayersRead:
 
     def has(self, name: str) -> bool:
         """Whether a parameter or buffer, by its name in the model, takes part."""
+        if self._head and name.startswith(f"{self._head}."):
+            return True
         if not self._layers:
             return BESIDE.search(name) is None
         if name.startswith(f"{self._layers}."):
@@ -111,20 +117,23 @@ class LayersRead:
         if self._trunk and not name.startswith(f"{self._trunk}."):
             return False
         rest = name.removeprefix(f"{self._trunk}.")
-        return FINAL_NORM.search(rest) is None and BESIDE.search(rest) is None
+        if FINAL_NORM.search(rest) is not None:
+            return self._to_logits
+        return BESIDE.search(rest) is None
 
     def concerns(self, name: str) -> bool:
         """Whether a tensor that the model does not know could have changed what is read."""
+        if self._to_logits and HEAD.search(name):
+            return True
         if DERIVED.search(name) or BESIDE.search(name):
             return False
         if (number := NUMBERED.search(name)) is not None:
             return int(number[1]) <= self.last_layer
-        return FINAL_NORM.search(name) is None or "embed" in name
+        return self._to_logits or FINAL_NORM.search(name) is None or "embed" in name
 
 
-def check_complete(what: str, model: Any, report: LoadReport, last_layer: int) -> None:
+def check_complete(what: str, model: Any, report: LoadReport, read: LayersRead) -> None:
     """Raises ConfigError, naming tensors and the remedy, where a checkpoint does not fit the layers read."""
-    read = LayersRead(model, last_layer)
     missing = [name for name in report.missing if read.has(name)]
     unexpected = [name for name in report.unexpected if read.concerns(name)]
     if not missing and not unexpected:
@@ -164,9 +173,8 @@ def check_finite(what: str, tensors: Iterable[tuple[str, Tensor]], dtype: torch.
             raise ConfigError(f"{what}: {name} holds NaN or infinity{within}: use an undamaged copy{wider}")
 
 
-def check_model_finite(what: str, model: Any, last_layer: int) -> None:
+def check_model_finite(what: str, model: Any, read: LayersRead) -> None:
     """The same of the parameters of the layers read, and of the rotary frequencies."""
-    read = LayersRead(model, last_layer)
     check_finite(
         what,
         ((name, weight_of(model, name, part)) for name, part in model.named_parameters() if read.has(name)),

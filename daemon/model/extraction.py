@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from daemon.analysis.column_inputs import LayerActivations
+from daemon.analysis.column_inputs import LayerActivations, TokenLogProbs
 from daemon.analysis.features import StoredFeatures
 from daemon.model.cuda_streams import Launch
 from daemon.records import IntArray
@@ -32,6 +32,15 @@ class ReadPositions:
 
 
 @dataclass(frozen=True, slots=True)
+class PredictedTokens:
+    """The log-probabilities of the tokens that count, which the device may still be at."""
+
+    log_probs: Tensor  # (W,) of tokens that texts may share, in nats
+    of_texts: IntArray  # (M,) what texts count in turn, as rows of these
+    offsets: IntArray  # (N + 1,) where each text's begin
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """A forward pass over N texts that the device may still be at."""
 
@@ -43,6 +52,7 @@ class Started:
     computed_tokens: int  # token positions that the model runs, padding included
     padding_tokens: int
     counted: Counted = None
+    predicted: PredictedTokens | None = None  # where log-probabilities are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +77,4 @@ class Extraction:
     padding_tokens: int
     forward_seconds: float
     sae_seconds: float
+    log_probs: TokenLogProbs | None = None  # of the texts, with BOS where they come both ways

@@ -241,17 +241,19 @@ def check_shapes(location: ModelLocation, kind: Any, options: dict[str, Any], wh
     report = LoadReport.of(info)
     embeddings = LayersRead(model, -1)
     if any(map(embeddings.has, report.missing)):  # another model's, which would fill the memory with chance
-        check_complete(what, model, report, MOST_PARTS)
+        check_complete(what, model, report, LayersRead(model, MOST_PARTS))
 
 
-def check_weights(model: LoadedModel, last_layer: int) -> None:
+def check_weights(model: LoadedModel, last_layer: int, *, to_logits: bool = False) -> None:
     """Accept the weights of the embeddings and of the layers up to `last_layer` (-1: embeddings alone).
 
-    Raises ConfigError where some are missing, left over or not finite. Those beyond are not read.
+    Those beyond are not read, but `to_logits` for the final norm and the head. Raises ConfigError where some
+    are missing, left over or not finite.
     """
     what = f"model {model.location.name}"
-    check_complete(what, model.model, model.report, last_layer)
-    check_model_finite(what, model.model, last_layer)
+    read = LayersRead(model.model, last_layer, to_logits=to_logits)
+    check_complete(what, model.model, model.report, read)
+    check_model_finite(what, model.model, read)
 
 
 def context_of(config: Any) -> int | None:
@@ -268,7 +270,14 @@ def context_of(config: Any) -> int | None:
     return min((int(length) for length in lengths if length), default=None)
 
 
-def model_info(model: LoadedModel, saes: Sequence[SaeInfo], engine: str, cards: Sequence[Fit]) -> ModelInfo:
+def model_info(
+    model: LoadedModel,
+    saes: Sequence[SaeInfo],
+    engine: str,
+    cards: Sequence[Fit],
+    *,
+    log_probs: bool = False,
+) -> ModelInfo:
     """The description of a loaded model."""
     return ModelInfo(
         name=model.location.name,
@@ -283,6 +292,7 @@ def model_info(model: LoadedModel, saes: Sequence[SaeInfo], engine: str, cards: 
         settings_sha256=model.settings_sha256,
         saes=tuple(saes),
         cards=tuple(cards),
+        log_probs=log_probs,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,13 @@ from daemon.model.failures import sense
 from daemon.model.float64 import full_precision
 from daemon.model.hook_points import canonical, check_widths, hook_points_of
 from daemon.model.loading import LoadedModel, bridge_of, model_info
+from daemon.model.log_probs import Predictions, with_log_probs
 from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
 from daemon.model.positions import SaeStage, comparable_cards
 from daemon.model.probe import Difference, padded_texts
 from daemon.model.sae import LoadedSae, layer_of
+from daemon.model.unembedding import Unembedding
 from daemon.records import IntArray, Positions
 
 BoolArray = npt.NDArray[np.bool_]
@@ -51,8 +54,10 @@ class PaddedEngine:
         saes: Sequence[LoadedSae],
         encoders: Sequence[Encoder],
         positions: Positions,
+        *,
+        unembedding: Unembedding | None = None,
     ) -> None:
-        """Takes the model's modules over.
+        """Takes the model's modules over. With `unembedding`, the model's own, it predicts tokens too.
 
         Raises ConfigError where the model lacks a hook point that an SAE names, where TransformerLens gives
         other values there than the model by itself, or where plain modules can't tell.
@@ -61,13 +66,20 @@ class PaddedEngine:
         self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices, model.bos)
         self.encoders = self._stage.encoders
         self.saes = self._stage.saes
+        self._unembedding = unembedding
         self.info = model_info(
-            model, [entry.info for entry in saes], "padded", comparable_cards(saes, positions)
+            model,
+            [entry.info for entry in saes],
+            "padded",
+            comparable_cards(saes, positions),
+            log_probs=unembedding is not None,
         )
         self._name, self._dtype, self._device = model.location.name, model.dtype, model.device
         self._read = [read for read, _ in points]
         self._written = [written for _, written in points]
-        self._points = tuple(dict.fromkeys([*self._read, *self._written]))
+        self._end = f"blocks.{model.n_layers - 1}.hook_resid_post"  # what tokens are predicted from
+        end = [] if unembedding is None else [self._end]
+        self._points = tuple(dict.fromkeys([*self._read, *self._written, *end]))
         self._stop_at_layer = max(map(layer_of, self._points)) + 1
         special = list(map(int, model.tokenizer.all_special_ids))
         texts = [text[: model.context] for text in padded_texts(model.vocabulary, special)]
@@ -134,10 +146,13 @@ class PaddedEngine:
             " version of transformer-lens"
         )
 
-    def residuals(self, tokens: Tensor, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """tokens: (rows, width), keep: (K,) of all positions -> (K, d) each SAE reads, and reconstructs.
+    def residuals(
+        self, tokens: Tensor, keep: Tensor, ahead: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """tokens: (rows, width), keep: (K,) of all positions -> (K, d) each SAE reads, and reconstructs; and
+        with `ahead` (P,) of all positions the last layer's output there (P, d_model).
 
-        On the device of the SAE.
+        What SAEs read is on the device of the SAE.
         """
         values = self._values(tokens)
         kept = {point: x.flatten(0, 1)[to_device(keep, x.device)] for point, x in values.items()}
@@ -147,7 +162,11 @@ class PaddedEngine:
             x if target == source else to_device(kept[target], x.device)
             for x, source, target in zip(read, self._read, self._written, strict=True)
         ]
-        return read, written
+        end = []
+        if ahead is not None:
+            last = values[self._end].flatten(0, 1)
+            end.append(last[to_device(ahead, last.device)])
+        return read, written, end
 
     def _values(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens: (rows, width) on the device -> per hook point (rows, width, d), heads side by side.
@@ -183,24 +202,31 @@ class PaddedEngine:
 
     def start(self, texts: Sequence[Sequence[int]], counted: Counted = None) -> Started:
         """See `Engine.start`."""
+        return self._begin(texts, counted, self._stage.predicted_texts(len(texts)))
+
+    def _begin(self, texts: Sequence[Sequence[int]], counted: Counted, n_predicted: int) -> Started:
+        """Read texts, and predict the tokens of the first `n_predicted`, where they are to be predicted."""
         with Launch(self.info.device) as forward:
             tokens, inside = padded_tokens(texts)
             lengths = inside.sum(1)
-            readings = self._stage.choose(
-                path=np.flatnonzero(inside),
-                offsets=np.concatenate(([0], np.cumsum(lengths))),
-                token_ids=tokens[inside],
-                counted=counted,
-            )
+            offsets = np.concatenate(([0], np.cumsum(lengths)))
+            path = np.flatnonzero(inside), offsets, tokens[inside], counted
+            readings = self._stage.choose(*path)
             padded, keep = (to_device(one, self._device) for one in (tokens, readings.keep))
-            read, written = self.residuals(padded, keep)
-        return Started(
-            texts, readings, read, written, forward, tokens.size, tokens.size - int(lengths.sum()), counted
-        )
+            predicted = None
+            if self._unembedding is None or not n_predicted:
+                read, written, _ = self.residuals(padded, keep)
+            else:
+                chosen = Predictions.of(*path, n_predicted)
+                read, written, end = self.residuals(padded, keep, to_device(chosen.ahead, self._device))
+                predicted = chosen.predicted(self._unembedding, *end)
+        n, idle = tokens.size, tokens.size - int(lengths.sum())
+        return Started(texts, readings, read, written, forward, n, idle, counted, predicted)
 
     def finish(self, started: Started) -> Extraction:
         """See `Engine.finish`."""
-        return self._stage.finish(started, self.start)
+        extraction = self._stage.finish(started, partial(self._begin, n_predicted=0))
+        return with_log_probs(extraction, started, self._begin)
 
 
 def padded_tokens(texts: Sequence[Sequence[int]]) -> tuple[IntArray, BoolArray]:

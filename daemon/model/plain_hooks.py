@@ -38,9 +38,9 @@ class PlainHooks:
         """Find the module of each name. Raises Unreachable for a name that no module gives."""
         self._model = model
         weight = model.get_input_embeddings().weight
-        self._dtype, self._device = weight.dtype, weight.device
+        self._dtype, self.device = weight.dtype, weight.device  # the device takes tokens
         if weight.is_meta:  # offloaded: Accelerate moves the tokens to where they are looked up
-            self._device = torch.device("cpu")
+            self.device = torch.device("cpu")
         generator = torch.Generator().manual_seed(0)
         text = torch.randint(0, vocabulary, (TRACED_TOKENS,), generator=generator).tolist()
         self._blocks = self._running_blocks(text)
@@ -84,7 +84,7 @@ class PlainHooks:
         return captured
 
     def _run(self, text: Sequence[int]) -> None:
-        tokens = torch.tensor([list(text)], device=self._device)
+        tokens = torch.tensor([list(text)], device=self.device)
         with torch.inference_mode(), full_precision(self._dtype), suppress(Enough):
             self._model.base_model(input_ids=tokens, use_cache=False)
 

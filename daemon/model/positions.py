@@ -49,6 +49,10 @@ class SaeStage:
     def reads_both_ways(self) -> bool:
         return len({entry.info.prepend_bos for entry in self.saes}) > 1
 
+    def predicted_texts(self, n: int) -> int:
+        """Of n texts, how many have their tokens predicted: of texts that come both ways those with BOS."""
+        return n // 2 if self.reads_both_ways else n
+
     def choose(
         self, path: IntArray, offsets: IntArray, token_ids: IntArray, counted: Counted = None
     ) -> ReadPositions:
@@ -271,7 +275,8 @@ def encode_readings(
         n = len(readings.offsets) - 1
         nowhere = np.full(n, NOWHERE)
         every = tuple(layer.acts for layer in pooled)
-        return pooled, StoredFeatures(numbers, every, np.arange(n), np.arange(n + 1), nowhere, nowhere)
+        x = tuple(layer.x for layer in pooled)
+        return pooled, StoredFeatures(numbers, every, np.arange(n), np.arange(n + 1), nowhere, nowhere, x)
     stored = StoredFeatures(
         numbers,
         tuple(one.acts for one in encoded),
@@ -279,6 +284,7 @@ def encode_readings(
         readings.offsets,
         readings.positions,
         readings.token_ids,
+        tuple(one.x for one in encoded),
     )
     if positions == "all":
         last = to_device(readings.last, encoded[0].x.device)

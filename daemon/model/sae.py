@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from daemon.errors import ConfigError
-from daemon.model.cards import card_of
+from daemon.model.cards import card_of, neuronpedia_id_of
 from daemon.model.completeness import check_finite
 from daemon.model.failures import loading, quiet_libraries
 from daemon.model.folding import fold_normalisation
@@ -189,6 +189,7 @@ def load_sae(
         settings_sha256=settings_sha256(sae.cfg.to_dict()),
         prepend_bos=prepends_bos(source, sae.cfg.metadata.prepend_bos, name, bos_habit),
         revision=revision,
+        neuronpedia_id=neuronpedia_id_of(sae, source.release, source.id),
     )
     reconstructs = source.path is not None or not is_cross_layer(source)
     if not reconstructs:
@@ -374,8 +375,10 @@ def check_known(source: SaeSource, what: str) -> None:
 
 
 def settings_sha256(settings: dict[str, Any]) -> str:
-    """Hash of a configuration as it was loaded, but for the device."""
+    """Hash of a configuration as it was loaded, but for the device and where the dictionary is shown."""
     told = {key: value for key, value in settings.items() if key != "device"}
+    if isinstance(told.get("metadata"), dict):
+        told["metadata"] = {k: v for k, v in told["metadata"].items() if k != "neuronpedia_id"}
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 

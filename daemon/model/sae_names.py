@@ -53,10 +53,10 @@ def names_of(infos: Sequence[SaeInfo], given: Sequence[str | None]) -> tuple[str
     return tuple(names)
 
 
-def check_columns(names: Sequence[str], recipes: Sequence[Recipe]) -> None:
+def check_columns(names: Sequence[str], recipes: Sequence[Recipe], *, log_probs: bool = False) -> None:
     """Raises ConfigError where two columns of dictionaries and texts would have one name."""
     for recipe in recipes:
-        if (column := repeated_column(names, recipe)) is not None:
+        if (column := repeated_column(names, recipe, log_probs=log_probs)) is not None:
             raise ConfigError(
                 f"the SAEs {', '.join(names)} and the texts {', '.join(recipe.text_names)} would give two"
                 f" columns named {column}: set another name in an [[sae]], or rename a text"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import structlog
 import torch
@@ -30,6 +32,7 @@ from daemon.model.extraction import Counted, Extraction, Started
 from daemon.model.fused_layers import FusedDecoderLayer, fuse_layers
 from daemon.model.hook_points import check_widths, hook_points_of
 from daemon.model.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
+from daemon.model.log_probs import Predictions, with_log_probs
 from daemon.model.onednn import (
     TYPICAL_ROWS,
     chunk_sizes,
@@ -46,7 +49,8 @@ from daemon.model.positions import SaeStage, comparable_cards
 from daemon.model.probe import Difference, packed_texts
 from daemon.model.sae import LoadedSae
 from daemon.model.trie import Trie, build_trie
-from daemon.model.trunk import Trunk, UnknownModel, place_of
+from daemon.model.trunk import Trunk, UnknownModel, leave_files, place_of
+from daemon.model.unembedding import Unembedding
 from daemon.model_info import ModelInfo, compute_devices
 from daemon.native.threads import side_by_side
 from daemon.records import Positions
@@ -64,6 +68,8 @@ RUN_ERRORS = (
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # that attention over a trie knows
 PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: a second does for all of a small model's
 PREPARE_NUMBERS = 1 << 22  # in the result of an encoder's product, up to which its kernel is made ahead
+
+AHEAD = "last_hidden_state"  # what the last layer gives, that tokens are predicted from
 
 log = structlog.get_logger()
 
@@ -87,14 +93,20 @@ class TrieEngine:
         positions: Positions,
         *,
         compiles: bool = False,
+        unembedding: Unembedding | None = None,
     ) -> None:
         """Changes the model: its attention and its linear layers, which it compiles if asked to.
 
-        Raises CannotPack.
+        With `unembedding`, the model's own, it predicts tokens too. Raises CannotPack.
         """
         self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices, model.bos)
+        self._unembedding = unembedding
         self._info = model_info(
-            model, [entry.info for entry in saes], "packed", comparable_cards(saes, positions)
+            model,
+            [entry.info for entry in saes],
+            "packed",
+            comparable_cards(saes, positions),
+            log_probs=unembedding is not None,
         )
         self._device, self._dtype = model.device, model.dtype
         self._spread = model.placement is not None
@@ -103,18 +115,21 @@ class TrieEngine:
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
         points = [hook_points_of(entry) for entry in saes]
         self._read, self._written = ([pair[side] for pair in points] for side in (0, 1))
+        self._ahead = [] if unembedding is None else [AHEAD]
         self._points = tuple(dict.fromkeys([*self._read, *self._written]))
         self._concurrent = model.devices == "cpu" and keeps_nothing(model.model, encoders)
         self._compiled = False  # whether attention is one kernel
         texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
         plain = self._plain(model, texts)
-        check_widths(self._stage.saes, points, {name: x.shape[1] for name, x in plain.items()})
+        check_widths(self._stage.saes, points, {name: plain[name].shape[1] for name in self._points})
         self._adopt(model, texts, plain)
         if compiles:
             self._compile(texts, plain)
         self._trunk.drop_idle()
         if self._rows is not int:  # weights are packed, and elsewhere
             self._trunk.leave_files()
+            if unembedding is not None:
+                leave_files(unembedding.head)
         if self._concurrent and faster(torch.float32) and works(torch.float32):
             prepare(self._trunk.layers, saes, encoders)
 
@@ -140,23 +155,41 @@ class TrieEngine:
 
     def start(self, texts: Sequence[Sequence[int]], counted: Counted = None) -> Started:
         """See `Engine.start`."""
+        return self._begin(texts, counted, self._stage.predicted_texts(len(texts)))
+
+    def _begin(self, texts: Sequence[Sequence[int]], counted: Counted, n_predicted: int) -> Started:
+        """Read texts, and predict the tokens of the first `n_predicted`, where they are to be predicted."""
         with Launch(self._info.device) as forward:
             trie = build_trie(texts)
             run = trie.filled(self._rows(len(trie)))
-            readings = self._stage.choose(trie.path, trie.offsets, trie.tokens[trie.path], counted)
-            read, written = self.residuals(run, to_device(readings.keep, self._device))
-        return Started(texts, readings, read, written, forward, len(run), len(run) - len(trie), counted)
+            path = trie.path, trie.offsets, trie.tokens[trie.path], counted
+            readings = self._stage.choose(*path)
+            keep = to_device(readings.keep, self._device)
+            predicted = None
+            if self._unembedding is None or not n_predicted:
+                read, written, _ = self.residuals(run, keep)
+            else:
+                chosen = Predictions.of(*path, n_predicted)
+                read, written, hidden = self.residuals(run, keep, to_device(chosen.ahead, self._device))
+                predicted = chosen.predicted(self._unembedding, *hidden)
+        n, idle = len(run), len(run) - len(trie)
+        return Started(texts, readings, read, written, forward, n, idle, counted, predicted)
 
     def finish(self, started: Started) -> Extraction:
         """See `Engine.finish`."""
-        return self._stage.finish(started, self.start)
+        extraction = self._stage.finish(started, partial(self._begin, n_predicted=0))
+        return with_log_probs(extraction, started, self._begin)
 
-    def residuals(self, trie: Trie, keep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Per SAE the raw values (K, d) at the nodes `keep` (K,) that it reads, and that it reconstructs.
+    def residuals(
+        self, trie: Trie, keep: Tensor, ahead: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per SAE the raw values (K, d) at the nodes `keep` (K,) that it reads, and that it reconstructs; and
+        where tokens are predicted, the last layer's output (P, d_model) at the nodes `ahead` (P,).
 
-        Both are where what is read was computed.
+        All are where what is read was computed.
         """
-        return sides(self._run(trie, self._plan(trie), keep), self._read, self._written)
+        values = self._run(trie, self._plan(trie), keep, ahead)
+        return *sides(values, self._read, self._written), [values[point] for point in self._ahead]
 
     def _plan(self, trie: Trie) -> Plan:
         if self._several:
@@ -168,12 +201,15 @@ class TrieEngine:
             return FlexPlan.of(trie, device)
         return BlockPlan(trie, device, self._dtype)
 
-    def _run(self, trie: Trie, plan: Plan, keep: Tensor) -> dict[str, Tensor]:
-        """Per hook point its values (K, d) at the nodes `keep` (K,)."""
+    def _run(self, trie: Trie, plan: Plan, keep: Tensor, ahead: Tensor | None = None) -> dict[str, Tensor]:
+        """Per hook point its values (K, d) at the nodes `keep` (K,); as `AHEAD` those that tokens are
+        predicted from, at `ahead` (P,) or else at `keep`.
+        """
+        ahead = keep if ahead is None else ahead
         tokens, depth = (to_device(row, self._device).unsqueeze(0) for row in (trie.tokens, trie.depth))
         with torch.inference_mode(), attending(plan):
-            values = self._trunk.run(tokens, depth, self._no_mask, keep)
-        return dict(zip(self._points, values, strict=True))
+            values = self._trunk.run(tokens, depth, self._no_mask, keep, ahead)
+        return dict(zip((*self._points, *self._ahead), values, strict=True))
 
     def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """The values of each text run by itself: per hook point (tokens, d).
@@ -181,14 +217,18 @@ class TrieEngine:
         Finds where the trunk is to read them. Raises CannotPack where no plain module has them.
         """
         try:
-            plain = PlainHooks(model.model, self._points, model.vocabulary)
-            self._trunk = Trunk(
-                model.model, [place_of(model.model, plain.tap(name)) for name in self._points]
-            )
+            end = [f"blocks.{model.n_layers - 1}.hook_resid_post" for _ in self._ahead]
+            plain = PlainHooks(model.model, dict.fromkeys([*self._points, *end]), model.vocabulary)
+            places = [place_of(model.model, plain.tap(name)) for name in (*self._points, *end)]
+            places[len(self._points) :] = [
+                replace(place, ahead=True) for place in places[len(self._points) :]
+            ]
+            self._trunk = Trunk(model.model, places)
             read = [plain.read(text) for text in texts]
         except RUN_ERRORS as error:
             raise CannotPack(reason_of(error), model_changed=False) from error
-        return {name: torch.cat([values[name] for values in read]) for name in self._points}
+        names = zip((*self._points, *self._ahead), (*self._points, *end), strict=True)
+        return {name: torch.cat([values[point] for values in read]) for name, point in names}
 
     def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
         """Give the model attention over a trie and packed weights, and compare its values with `plain`."""

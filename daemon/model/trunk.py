@@ -35,6 +35,7 @@ class Place:
     side: str  # "in" or "out"; "in" of a whole layer: of the first one only
     path: str = ""  # of the module inside the layer; empty for the layer itself
     change: Change | None = None  # what is made of rows (K, d)
+    ahead: bool = False  # read where tokens are predicted from, not where SAEs read
 
     @property
     def last_layer(self) -> int:
@@ -60,6 +61,7 @@ class Run:
     trunk: Trunk
     n: int  # positions
     keep: Tensor | None  # (K,) of the flattened positions; None for all
+    ahead: Tensor | None  # (P,) those of places `ahead`
     captured: dict[Place, Tensor] = field(default_factory=dict)
 
     def rows(self, place: Place, hidden: Tensor) -> Tensor:
@@ -68,7 +70,8 @@ class Run:
         if rows is None:
             raise ValueError(f"{place.path} has no row of values for each token")
         # a copy, for modules change some tensors in place
-        rows = rows.clone() if self.keep is None else rows.index_select(0, self.keep.to(rows.device))
+        keep = self.ahead if place.ahead else self.keep
+        rows = rows.clone() if keep is None else rows.index_select(0, keep.to(rows.device))
         return rows if place.change is None else place.change(rows)
 
 
@@ -114,20 +117,24 @@ class Trunk:
 
     def leave_files(self) -> None:
         """Let go of weight files, which stay mapped whole while any part of them is in use."""
-        for tensor in itertools.chain(self._base.parameters(), self._base.buffers()):
-            if tensor.device.type == "cpu":
-                tensor.data = tensor.data.clone()
+        leave_files(self._base)
 
     def run(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor | None, keep: Tensor | None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        keep: Tensor | None,
+        ahead: Tensor | None = None,
     ) -> list[Tensor]:
         """tokens, positions: (1, n) -> per place its values (n, d), heads side by side.
 
-        With `keep` (K,), only those of some positions: (K, d). They are on the device of their layer.
+        With `keep` (K,), only those of some positions: (K, d); of places `ahead` those of `ahead` (P,). They
+        are on the device of their layer.
         A `mask` of four dimensions reaches the attention as it is; without one, attention is causal. Of whole
         layers tokens may be (rows, width): then they give (rows * width, d_model).
         """
-        run = Run(self, tokens.numel(), keep)
+        run = Run(self, tokens.numel(), keep, ahead)
         token = current.set(run)
         try:
             with full_precision(self._dtype), suppress(AllRead):
@@ -157,6 +164,13 @@ class Trunk:
                 raise AllRead
 
         return read
+
+
+def leave_files(module: nn.Module) -> None:
+    """Have a module's weights on the host in memory of their own."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

@@ -161,7 +161,8 @@ class FolderSink:
             if not unit.failed and not unit.writer.has(item.part.part.number):
                 by_recipe.setdefault(item.part.part.recipe, []).append(item)
         for recipe, items in by_recipe.items():
-            schemas = metrics_schema(self._info.names, recipe), features_schema(self._layout.values)
+            features = features_schema(self._layout.values, self._layout.residuals)
+            schemas = metrics_schema(self._info.names, recipe, self._info.log_probs), features
             texts = texts_schema(chats=recipe.chats) if self._layout.texts else None
             for item, stored in zip(items, stored_parts(items, *schemas, self._info, texts), strict=True):
                 self._units[item.part.part.file.unit].writer.write_part(item.part.part, stored)

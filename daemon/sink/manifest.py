@@ -79,7 +79,7 @@ def describe_stages(seconds: StageSeconds) -> dict[str, float]:
 @functools.cache
 def describe_model(info: ModelInfo) -> dict[str, Any]:
     fields = asdict(info)
-    del fields["saes"], fields["cards"]
+    del fields["saes"], fields["cards"], fields["log_probs"]  # the last is in the settings
     return fields
 
 
@@ -98,6 +98,7 @@ def describe_dictionary(sae: SaeInfo, card: Fit) -> dict[str, Any]:
         "settings_sha256": sae.settings_sha256,
         "prepend_bos": sae.prepend_bos,
         "revision": sae.revision,
+        "neuronpedia_id": sae.neuronpedia_id,
         "card": {"mean_l0": card.l0, "fvu": card.fvu},
     }
 

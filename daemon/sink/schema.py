@@ -19,6 +19,7 @@ from daemon.recipes import Recipe
 
 ValueType = Literal["float32", "float16"]
 
+
 KIND_TYPES: dict[Kind, pa.DataType] = {"int": pa.int32(), "float": pa.float64(), "class": pa.string()}
 
 
@@ -27,6 +28,7 @@ class Layout:
     """How results are stored, and which of them."""
 
     values: ValueType = "float32"  # type of activations
+    residuals: bool = False  # whether what SAEs read is stored beside their features
     texts: bool = True  # whether `texts.parquet` is written
 
 
@@ -46,8 +48,13 @@ SAMPLE_FIELDS: tuple[pa.Field, ...] = (
 )
 
 
+RESIDUAL = described(
+    "residual", pa.list_(pa.float32()), "residual", "the vector that the SAE read there", nullable=True
+)
+
+
 @functools.lru_cache(maxsize=64)
-def metrics_schema(saes: tuple[str, ...], recipe: Recipe) -> pa.Schema:
+def metrics_schema(saes: tuple[str, ...], recipe: Recipe, log_probs: bool = False) -> pa.Schema:
     """Columns of `metrics.parquet`; `saes` are the SAEs' names. An undefined float is null."""
     columns = [
         described(
@@ -57,15 +64,16 @@ def metrics_schema(saes: tuple[str, ...], recipe: Recipe) -> pa.Schema:
             column.description,
             nullable=column.kind == "float",
         )
-        for column in analysis_columns(saes, recipe)
+        for column in analysis_columns(saes, recipe, log_probs=log_probs)
     ]
     return pa.schema([*SAMPLE_FIELDS, *columns])
 
 
 @functools.lru_cache
-def features_schema(values: ValueType) -> pa.Schema:
+def features_schema(values: ValueType, residuals: bool = False) -> pa.Schema:
     """Columns of `features.parquet`: one row per (sample, text, SAE, position)."""
     value_type = pa.float16() if values == "float16" else pa.float32()
+    more = [RESIDUAL] if residuals else []
     return pa.schema(
         [
             *SAMPLE_FIELDS[:2],
@@ -77,6 +85,7 @@ def features_schema(values: ValueType) -> pa.Schema:
             described("token_id", pa.int32(), "", "token at the position"),
             described("indices", pa.list_(pa.uint32()), "", "active features, ascending"),
             described("values", pa.list_(value_type), "activation", "activations, beside indices"),
+            *more,
         ]
     )
 
@@ -112,10 +121,15 @@ def texts_schema(*, chats: bool) -> pa.Schema:
 
 
 def stored_columns(
-    saes: tuple[str, ...], recipes: Sequence[Recipe], layout: Layout
+    saes: tuple[str, ...],
+    recipes: Sequence[Recipe],
+    layout: Layout,
+    *,
+    log_probs: bool = False,
 ) -> list[list[tuple[str, str]]]:
     """Names and types of all that is stored of files of these recipes: parts of others don't fit them."""
-    schemas = [*(metrics_schema(saes, recipe) for recipe in recipes), features_schema(layout.values)]
+    metrics = [metrics_schema(saes, recipe, log_probs) for recipe in recipes]
+    schemas = [*metrics, features_schema(layout.values, layout.residuals)]
     if layout.texts:
         schemas += [texts_schema(chats=recipe.chats) for recipe in recipes]
     return [[(field.name, str(field.type)) for field in schema] for schema in schemas]
@@ -130,17 +144,17 @@ COMMON_OPTIONS: dict[str, Any] = {
 
 
 @functools.lru_cache(maxsize=64)
-def metrics_options(saes: tuple[str, ...], recipe: Recipe) -> dict[str, Any]:
+def metrics_options(saes: tuple[str, ...], recipe: Recipe, log_probs: bool = False) -> dict[str, Any]:
     """How `metrics.parquet` is encoded: dictionaries for what repeats, floats plain."""
-    schema = metrics_schema(saes, recipe)
+    schema = metrics_schema(saes, recipe, log_probs)
     repeats = [field.name for field in schema if not pa.types.is_float64(field.type)]
     return COMMON_OPTIONS | {"use_dictionary": repeats}
 
 
 @functools.lru_cache
-def features_options(values: ValueType) -> dict[str, Any]:
+def features_options(values: ValueType, residuals: bool = False) -> dict[str, Any]:
     """How `features.parquet` is encoded: dictionaries for the keys, indices and values plain."""
-    keys = [field.name for field in features_schema(values) if not pa.types.is_list(field.type)]
+    keys = [field.name for field in features_schema(values, residuals) if not pa.types.is_list(field.type)]
     return COMMON_OPTIONS | {"use_dictionary": keys}
 
 

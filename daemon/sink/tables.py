@@ -17,9 +17,9 @@ import pyarrow as pa
 from daemon.model_info import ModelInfo
 from daemon.recipes import Recipe
 from daemon.records import FeatureRows, FinishedPart, IntArray, ResultRows, Sample
-from daemon.sink.feature_rows import in_order
+from daemon.sink.feature_rows import Vectors, in_order, residuals_in_order
 from daemon.sink.parts import StoredPart
-from daemon.sink.schema import SAMPLE_FIELDS
+from daemon.sink.schema import RESIDUAL, SAMPLE_FIELDS
 from daemon.sink.text_rows import texts_table
 
 
@@ -45,10 +45,12 @@ def stored_parts(
         return [stored_part(part, *none, clipped=0) for part in parts]
     samples = [sample for part in parts for sample in part.part.part.samples]
     pieces = pieces_by_result(parts, bounds)
-    rows, clipped = feature_rows(pieces, features)
+    found = numbered(pieces)
+    rows, clipped = in_order(found, features.field("values").type.value_type.to_pandas_dtype())
     whole_metrics = metrics_table(samples, pieces, metrics)
     recipe = parts[0].part.part.recipe
-    whole_features = features_table(samples, recipe, rows, features, info)
+    vectors = residuals_in_order(found) if RESIDUAL.name in features.names else None
+    whole_features = features_table(samples, recipe, rows, vectors, features, info)
     whole_texts = None
     if texts is not None:
         whole_texts = texts_table([entry for part in parts for entry in part.part.samples], recipe, texts)
@@ -121,20 +123,25 @@ def metrics_table(samples: Sequence[Sample], pieces: Sequence[ResultRows], schem
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def feature_rows(pieces: Sequence[ResultRows], schema: pa.Schema) -> tuple[FeatureRows, IntArray]:
-    """The sparse activations of all samples, and how many of each row were clipped (R,)."""
+def numbered(pieces: Sequence[ResultRows]) -> list[tuple[FeatureRows, IntArray]]:
+    """The sparse activations of each piece, with the row of each of its samples, -1 where it is elsewhere."""
     found = []
     for piece in pieces:
         numbers = np.full(piece.result.n_samples, -1)
         numbers[piece.result_rows] = piece.part_rows
         found.append((piece.result.features, numbers))
-    return in_order(found, schema.field("values").type.value_type.to_pandas_dtype())
+    return found
 
 
 def features_table(
-    samples: Sequence[Sample], recipe: Recipe, rows: FeatureRows, schema: pa.Schema, info: ModelInfo
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    rows: FeatureRows,
+    vectors: Vectors | None,
+    schema: pa.Schema,
+    info: ModelInfo,
 ) -> pa.Table:
-    """The sparse activations, ordered by sample, text, SAE and position."""
+    """The sparse activations, ordered by sample, text, SAE and position, and the vectors beside them."""
     offsets = pa.array(rows.offsets, pa.int32())
     columns = {
         "sample_id": pa.array([sample.sample_id for sample in samples]).take(rows.sample_row),
@@ -148,4 +155,7 @@ def features_table(
         "indices": pa.ListArray.from_arrays(offsets, pa.array(rows.indices)),
         "values": pa.ListArray.from_arrays(offsets, pa.array(rows.values)),
     }
+    if vectors is not None:
+        begins = pa.array(vectors.offsets, pa.int32(), mask=vectors.missing)
+        columns[RESIDUAL.name] = pa.ListArray.from_arrays(begins, pa.array(vectors.values))
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)

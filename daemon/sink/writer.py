@@ -163,20 +163,20 @@ class UnitWriter:
         remove_folder(self.staging)
 
     def _metrics_file(self) -> ParquetFile:
-        names = self.info.names
+        columns = self.info.names, self.recipe, self.info.log_probs
         return ParquetFile(
             self.staging / METRICS,
-            metrics_schema(names, self.recipe),
+            metrics_schema(*columns),
             group_bytes=METRICS_GROUP_BYTES,
-            options=metrics_options(names, self.recipe),
+            options=metrics_options(*columns),
         )
 
     def _features_file(self) -> ParquetFile:
         return ParquetFile(
             self.staging / FEATURES,
-            features_schema(self.layout.values),
+            features_schema(self.layout.values, self.layout.residuals),
             group_bytes=FEATURES_GROUP_BYTES,
-            options=features_options(self.layout.values),
+            options=features_options(self.layout.values, self.layout.residuals),
         )
 
     def _texts_file(self) -> ParquetFile:

@@ -22,6 +22,7 @@ from daemon.config import Config, SaeSection
 from daemon.devices import exact_device
 from daemon.errors import ConfigError
 from daemon.model.auto_class import auto_class
+from daemon.model.float64 import full_precision
 from daemon.model.hub import Hub, repository_of, serving
 from daemon.model.loading import resolve_device
 from daemon.model.location import fetch_weights, locate_model
@@ -86,6 +87,7 @@ class Oracle:
         model = plain_model(
             location.target, device, dtype, spread=asked_map(config.model.device_map) is not None
         )
+        self._model, self._dtype = model, dtype
         places = [place for each in self.dictionaries for place in (each.read, each.written)]
         try:
             self._plain = PlainHooks(model, dict.fromkeys(places), model.config.get_text_config().vocab_size)
@@ -104,6 +106,17 @@ class Oracle:
             self._layer(each, [values[tuple(text)] for text in of_one])
             for each, of_one in zip(self.dictionaries, texts, strict=True)
         ]
+
+    def log_probs(self, text: Sequence[int]) -> FloatArray:
+        """(length,) natural-log probability of each token from those before it; NaN for the first."""
+        tokens = torch.tensor([list(text)], device=self._plain.device)
+        with torch.inference_mode(), full_precision(self._dtype):
+            logits = to_array(self._model(input_ids=tokens, use_cache=False).logits[0])
+        found = np.full(len(text), np.nan)
+        for i in range(1, len(text)):
+            before = logits[i - 1]
+            found[i] = before[text[i]] - before.max() - np.log(np.exp(before - before.max()).sum())
+        return found
 
     def _layer(self, dictionary: PlainDictionary, values: Sequence[dict[str, Tensor]]) -> ReferenceLayer:
         xs, targets, feature_acts, reconstructions = [], [], [], []

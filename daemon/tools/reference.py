@@ -61,22 +61,41 @@ def reference_columns(
     layers: Sequence[ReferenceLayer],
     n_tokens: Sequence[int],
     encode_first: EncodeArray,
+    log_probs: Sequence[FloatArray] | None = None,
 ) -> dict[str, Value]:
     """Each of `daemon.analysis.columns.analysis_columns`, in that order; NaN where undefined.
 
-    `saes` names the SAE of each layer.
+    `saes` names the SAE of each layer. `log_probs` are those of each text's tokens that count and have one.
     """
     names = recipe.text_names
     columns: dict[str, Value] = {}
     for name, tokens in zip(names, n_tokens, strict=True):
         columns[token_count_name(name)] = int(tokens)
+    if log_probs is not None:
+        columns |= log_prob_columns(names, recipe.contrast, log_probs)
     for sae, layer in zip(saes, layers, strict=True):
         for text, name in enumerate(names):
             for metric, value in text_metrics(layer, text).items():
                 columns[layer_column_name(sae, name, metric)] = value
     if recipe.contrast is not None:
         columns |= contrast_columns(sample_id, names, recipe.contrast, settings, layers, encode_first)
-    return {column.name: columns[column.name] for column in analysis_columns(saes, recipe)}
+    wanted = analysis_columns(saes, recipe, log_probs=log_probs is not None)
+    return {column.name: columns[column.name] for column in wanted}
+
+
+def log_prob_columns(
+    names: Sequence[str], contrast: Contrast | None, log_probs: Sequence[FloatArray]
+) -> dict[str, float]:
+    """Mean and last of each text, and what the negative text's are above the positive one's."""
+    columns: dict[str, float] = {}
+    for name, values in zip(names, log_probs, strict=True):
+        columns[f"mean_log_prob_{name}"] = sum(values.tolist()) / len(values) if len(values) else math.nan
+        columns[f"last_log_prob_{name}"] = float(values[-1]) if len(values) else math.nan
+    if contrast is not None:
+        for metric in ("mean_log_prob", "last_log_prob"):
+            negative, positive = (columns[f"{metric}_{t}"] for t in (contrast.negative, contrast.positive))
+            columns[f"{metric}_diff"] = negative - positive
+    return columns
 
 
 def text_metrics(layer: ReferenceLayer, text: int) -> dict[str, Value]:

@@ -24,7 +24,7 @@ from daemon.analysis.columns import Column, analysis_columns, layer_column_name
 from daemon.batching.batcher import Batcher
 from daemon.config import Config
 from daemon.errors import ConfigError, FileError
-from daemon.model_info import SaeInfo
+from daemon.model_info import ModelInfo
 from daemon.model_wiring import Compute, load_compute, study_settings
 from daemon.observe.progress import Progress
 from daemon.recipes import Recipe
@@ -138,12 +138,12 @@ def verify(
         raise FileError("no_usable_record", f"{file or DEMO_SAMPLES}: none of its records can be used")
     with torch.inference_mode():
         with Progress() as progress:
-            reference = run_reference(config, oracle, compute.engine.info.saes, recipe, chosen, progress)
+            reference = run_reference(config, oracle, compute.engine.info, recipe, chosen, progress)
         reports = tuple(
             compare(
                 size,
                 recipe,
-                compute.engine.info.names,
+                compute.engine.info,
                 reference,
                 run_batched(compute, recipe, chosen, size),
                 strict=config.model.dtype in ABSOLUTE_TOLERANCE,
@@ -171,15 +171,15 @@ def load_oracle(config: Config) -> Oracle:
 def run_reference(
     config: Config,
     oracle: Oracle,
-    saes: Sequence[SaeInfo],
+    info: ModelInfo,
     recipe: Recipe,
     samples: Sequence[TokenizedSample],
     progress: Progress,
 ) -> Results:
-    """Each sample alone, text by text; `saes` tells the dictionaries' names and how they read texts."""
+    """Each sample alone, text by text; `info` tells the dictionaries' names and how they read texts."""
     settings = study_settings(config)
-    names = [sae.name for sae in saes]
-    columns: dict[str, list[Value]] = {column.name: [] for column in analysis_columns(names, recipe)}
+    saes = info.saes
+    columns: dict[str, list[Value]] = {column.name: [] for column in columns_of(info, recipe)}
     active: list[dict[tuple[int, int], frozenset[int]]] = []
     not_finite: set[int] = set()
     progress.add_total(len(samples))
@@ -196,10 +196,11 @@ def run_reference(
             sample_id=sample.sample.sample_id,
             recipe=recipe,
             settings=settings,
-            saes=names,
+            saes=info.names,
             layers=layers,
             n_tokens=[len(ids) for ids in sample.token_ids],
             encode_first=oracle.dictionaries[0].encode,
+            log_probs=counted_log_probs(oracle, sample) if info.log_probs else None,
         )
         for name, value in values.items():
             columns[name].append(value)
@@ -211,6 +212,19 @@ def run_reference(
             }
         )
     return Results(columns, active, frozenset(not_finite))
+
+
+def columns_of(info: ModelInfo, recipe: Recipe) -> tuple[Column, ...]:
+    return analysis_columns(info.names, recipe, log_probs=info.log_probs)
+
+
+def counted_log_probs(oracle: Oracle, sample: TokenizedSample) -> list[FloatArray]:
+    """Of each text the log-probabilities of the tokens that count, its first one left out."""
+    masks = sample.counted or [b"\1" * len(ids) for ids in sample.token_ids]
+    return [
+        oracle.log_probs(ids)[[at for at in range(1, len(ids)) if mask[at]]]
+        for ids, mask in zip(sample.token_ids, masks, strict=True)
+    ]
 
 
 def texts_read(sample: TokenizedSample, prepend_bos: bool) -> tuple[tuple[int, ...], ...]:
@@ -233,7 +247,7 @@ def run_batched(
     """Batches as the daemon forms them, of at most `batch_size` samples."""
     batcher = Batcher(UNLIMITED, batch_size, shares_prefixes=compute.engine.shares_prefixes)
     columns: dict[str, list[Value]] = {
-        column.name: [0] * len(samples) for column in analysis_columns(compute.engine.info.names, recipe)
+        column.name: [0] * len(samples) for column in columns_of(compute.engine.info, recipe)
     }
     active: list[dict[tuple[int, int], frozenset[int]]] = [{} for _ in samples]
     not_finite: set[int] = set()
@@ -254,7 +268,7 @@ def run_batched(
 def compare(
     batch_size: int,
     recipe: Recipe,
-    saes: Sequence[str],
+    info: ModelInfo,
     reference: Results,
     batched: Results,
     strict: bool,
@@ -273,7 +287,7 @@ def compare(
     flipped = np.array(flips) > 0
     differences = []
     set_flips = 0
-    for column in analysis_columns(saes, recipe):
+    for column in columns_of(info, recipe):
         expected = np.array(reference.columns[column.name], dtype=object)
         actual = np.array(batched.columns[column.name], dtype=object)
         keep = finite if strict else finite & ~flipped
@@ -282,7 +296,7 @@ def compare(
             if column.name.removeprefix("stability_") in contrast_texts(recipe):
                 set_flips += int(moved.sum())
             keep = keep & (strict | ~moved)
-        gap = axis_gap(column, saes, recipe, reference.columns)
+        gap = axis_gap(column, info.names, recipe, reference.columns)
         difference = column_difference(
             column, expected[keep], actual[keep], 1.0 if gap is None else gap[keep]
         )

@@ -29,6 +29,7 @@ from daemon.model.fused_layers import FusedDecoderLayer
 from daemon.model.loading import check_weights
 from daemon.model.placement import Placement, asked_map, free_memory, move_inputs
 from daemon.model.trie_engine import CannotPack, TrieEngine
+from daemon.model.unembedding import unembedding_of
 from daemon.model_info import compute_devices
 from daemon.native import eigen as native_eigen
 from daemon.native.rmsnorm_rope_attention import routines
@@ -99,6 +100,12 @@ def test_layers_on_the_disk_give_what_they_give_in_memory(dtype, tolerance, posi
     assert engine.info.device == "cpu,disk"
     assert not engine.concurrent  # the hooks of a layer serve one call at a time
     assert_same(engine.extract(read), packed(llama, saes, dtype, positions).extract(read), tolerance)
+
+
+def test_a_head_on_the_disk_predicts_what_it_predicts_in_memory(llama, saes):
+    engine = packed(llama, saes, device_map=spread("cpu", "disk"), log_probs=True)
+    got, expected = (one.extract(texts()).log_probs for one in (engine, packed(llama, saes, log_probs=True)))
+    np.testing.assert_allclose(got.values, expected.values, rtol=0, atol=1e-12)
 
 
 @pytest.mark.skipif(routines() is None, reason="needs the compiled code")
@@ -302,6 +309,21 @@ def test_a_batch_over_two_devices_gives_the_columns_of_one(positions, llama, sae
             np.testing.assert_array_equal(got.columns[name], column, name)
     np.testing.assert_array_equal(got.features.indices, expected.features.indices)
     np.testing.assert_allclose(got.features.values, expected.features.values, rtol=1e-9, atol=1e-12)
+
+
+def test_tokens_are_predicted_over_two_devices_as_on_one(llama, saes, two_devices):
+    hf, entries = over_two(llama, saes)
+    for module in (hf.model.model.norm, hf.model.lm_head):
+        move_inputs(module, torch.device("xpu:0"))
+    engine = TrieEngine(
+        hf,
+        entries,
+        [encoder_of(entry) for entry in entries],
+        "last",
+        unembedding=unembedding_of(hf.model),
+    )
+    expected = packed(llama, saes, log_probs=True).extract(texts()).log_probs
+    np.testing.assert_allclose(engine.extract(texts()).log_probs.values, expected.values, rtol=0, atol=1e-12)
 
 
 def test_places_inside_layers_over_two_devices_are_those_of_one(llama, tmp_path, two_devices):

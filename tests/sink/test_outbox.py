@@ -141,6 +141,7 @@ def test_the_manifest_describes_each_sae(outbox):
         "settings_sha256": "8" * 64,
         "prepend_bos": True,
         "revision": None,
+        "neuronpedia_id": None,
         "fvu": pytest.approx(4 * 0.5 / variance),
         "mean_l0": 6.0,
         "card": {"mean_l0": None, "fvu": None},

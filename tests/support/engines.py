@@ -15,6 +15,7 @@ from daemon.model.padded_engine import PaddedEngine
 from daemon.model.placement import DeviceMap
 from daemon.model.sae import LoadedSae, load_saes, move_saes
 from daemon.model.trie_engine import TrieEngine
+from daemon.model.unembedding import unembedding_of
 from daemon.records import Positions
 from tests.support import tiny
 
@@ -62,9 +63,17 @@ def packed(
     device: str = "cpu",
     compiles: bool = False,
     device_map: DeviceMap | None = None,
+    log_probs: bool = False,
 ) -> TrieEngine:
     hf, entries = loaded(model, saes, dtype, device, device_map)
-    return TrieEngine(hf, entries, [encoder_of(entry) for entry in entries], positions, compiles=compiles)
+    return TrieEngine(
+        hf,
+        entries,
+        [encoder_of(entry) for entry in entries],
+        positions,
+        compiles=compiles,
+        unembedding=unembedding_of(hf.model) if log_probs else None,
+    )
 
 
 def random_texts(lengths: list[int]) -> list[list[int]]:

@@ -152,6 +152,7 @@ def test_the_oracle_runs_no_engine_no_encoder_and_no_loader_of_the_daemon():
     }
     assert ours == {
         "daemon.model.auto_class.auto_class",
+        "daemon.model.float64.full_precision",
         "daemon.model.hub.Hub",  # which files are read
         "daemon.model.hub.repository_of",
         "daemon.model.hub.serving",
