@@ -73,7 +73,7 @@ def share_bars(shares: Sequence[tuple[str, float]], limit: float = 1.0) -> Marku
 
 
 def level(activation: float | None, most: float) -> int:
-    """Return how strongly a token is coloured: 0 where it is silent, else 1 to LEVELS, in shares of `most`."""
+    """Return how strongly a token is coloured: 0 where it is silent, else 1 to LEVELS, up to `most`."""
     if activation is None or not activation > 0 or not most > 0:
         return 0
     return min(max(math.ceil(activation / most * LEVELS), 1), LEVELS)

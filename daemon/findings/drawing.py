@@ -1,7 +1,7 @@
-"""Turns a figure of matplotlib into SVG that a page can hold: no style of its own, colours by class, no ids but its own.
+"""Turns a figure of matplotlib into SVG that a page can hold: no inline style, colours by class, own ids.
 
-Figures are drawn in stand-in colours, each of which becomes a class: so one drawing suits light, dark and print,
-and a Content-Security-Policy without inline styles.
+Figures are drawn in stand-in colours, each of which becomes a class: so one drawing suits light, dark and
+print, and a Content-Security-Policy without inline styles.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ INKS = ("page", "ink", "soft", "rule", "raw", "adjusted", "matched", "positive",
 PALETTE = tuple(f"kind-{number}" for number in range(1, 9))
 COLOURS = {name: f"#0a0b{number:02x}" for number, name in enumerate((*INKS, *PALETTE), 1)}
 CLASSES = {colour: name for name, colour in COLOURS.items()}
-LABEL_CHARACTERS = 26
+LABEL_CHARACTERS = 34
 
-SETTINGS: dict[str, Any] = {
+SETTINGS: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": COLOURS["soft"],
     "axes.facecolor": "none",
@@ -59,7 +59,8 @@ KEPT = ("stroke-width", "stroke-linecap", "stroke-linejoin", "stroke-dasharray",
 DECLARATION = re.compile(r'\s+style="([^"]*)"')
 NAMED_GROUP = re.compile(r'<g id="[^"]*">')
 REFERENCE = re.compile(r'(\bid="|url\(#|href="#)')
-NUMBER = re.compile(r"(?<![\w#])-?\d+\.\d{2,}")
+GEOMETRY = re.compile(r'\b(?:d|x|y|transform|width|height)="[^"]*"')  # not the text of a label
+NUMBER = re.compile(r"-?\d+\.\d{3,}")
 
 
 def label(text: str) -> str:
@@ -76,7 +77,7 @@ def drawn_alike() -> Iterator[None]:
 
 
 def svg(figure: Figure, name: str, alternative: str) -> Markup:
-    """Return the figure as inline SVG; `name` is the page's only figure of that name, `alternative` its text."""
+    """Return the figure as inline SVG. `name` is unique on the page, `alternative` has its numbers."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata=METADATA)
@@ -87,12 +88,16 @@ def svg(figure: Figure, name: str, alternative: str) -> Markup:
     body = DECLARATION.sub(_attributes, body.replace("xlink:href", "href"))
     body = NAMED_GROUP.sub("<g>", body)
     body = REFERENCE.sub(lambda found: found[1] + name + "-", body)
-    body = NUMBER.sub(lambda found: f"{float(found[0]):.1f}", body)
+    body = GEOMETRY.sub(lambda found: NUMBER.sub(rounded, found[0]), body)
     body = re.sub(r"\s*\n\s*", " ", body)
     return Markup(
         f'<svg class="figure" role="img" aria-label="{escape(escape_control(alternative))}"'
         f' viewBox="0 0 {width} {height}" width="{width}" height="{height}">{body}</svg>'
     )
+
+
+def rounded(found: re.Match[str]) -> str:
+    return f"{float(found[0]):.2f}"
 
 
 def _attributes(found: re.Match[str]) -> str:

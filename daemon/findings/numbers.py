@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from daemon.findings.results import Estimate
 
-DASH = "–"
-MINUS = "−"
+DASH = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LEAST_P = 1e-300  # below it a float holds no more than that it is small
 
@@ -55,9 +56,9 @@ def figure(number: float | None, digits: int = 3) -> str:
 
 
 def power_of_ten(number: float, decimals: int) -> str:
-    """Return `2.1×10⁻⁷`."""
+    """Return a number as mantissa and power of ten."""
     mantissa, _, exponent = f"{number:.{decimals}e}".partition("e")
-    return f"{mantissa}×10{str(int(exponent)).translate(SUPERSCRIPTS)}".replace("-", MINUS)
+    return f"{mantissa}{TIMES}10{str(int(exponent)).translate(SUPERSCRIPTS)}".replace("-", MINUS)
 
 
 def decimals_of(interval: Sequence[float]) -> int:
@@ -94,9 +95,16 @@ def percent(share: float | None, decimals: int | None = None) -> str:
     if share is None or not math.isfinite(share):
         return DASH
     number = share * 100
+    if decimals is None and 0 < number < 0.05:
+        return "< 0.1%"
     if decimals is None:
         decimals = 1 if 0 < abs(number) < 10 else 0
     return f"{fixed(number, decimals)}%"
+
+
+def target(share: float) -> str:
+    """Return a share that was chosen, as it was: `5%`."""
+    return f"{share * 100:g}%"
 
 
 def probability(p: float | None) -> str:

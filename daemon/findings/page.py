@@ -1,7 +1,7 @@
 """Renders a report as one HTML file, which needs no network, no server and no script to be read.
 
-The templates escape every value: texts, names and groups are written by others. The page's style and script are
-within it, and its Content-Security-Policy names their hashes: a browser runs and loads nothing else.
+The templates escape every value: texts, names and groups are written by others. The page's style and script
+are within it, and its Content-Security-Policy names their hashes: a browser runs and loads nothing else.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def visible(value: object) -> object:
     return value
 
 
-def short_name(text: str) -> str:
+def short_name(text: str, most: int = MOST_NAME) -> str:
     """Return a name, token or word, cut where it is long."""
-    return cut_short(escape_control(text[: MOST_NAME * 2]), MOST_NAME)
+    return cut_short(escape_control(text[: most + 1]), most)
 
 
 def safe_link(address: str | None) -> str | None:

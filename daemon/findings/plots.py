@@ -18,6 +18,7 @@ from daemon.findings.results import Estimate, ProbeResult, ShapeShares, SwapCont
 DPI = 72
 PANEL = 350  # units wide, of the small ones
 WIDE = 700
+FOUND = 480
 MARKERS = "osD^vPX*"
 
 
@@ -120,9 +121,9 @@ def how_many_found(
 ) -> Markup:
     """Draw how many features are found, how many hold, and how many each draw with swapped labels finds."""
     title = "Features found"
-    figure, axes = blank(WIDE, 190 if swapped is not None else 140)
+    figure, axes = blank(FOUND, 190 if swapped is not None else 140)
     axes.set_title(title, loc="left", fontweight="bold")
-    rows = [("found", found), ("still hold after control", holding)]
+    rows = [("found", found), ("still hold", holding)]
     for row, (_, counts) in enumerate(rows):
         left = 0
         for number, one in enumerate(counts):
@@ -135,7 +136,7 @@ def how_many_found(
     names = [title for title, _ in rows]
     words = [f"{title} {sum(counts)}" for title, counts in rows]
     if swapped is not None and len(swapped.found):
-        names.append(f"labels swapped, {len(swapped.found)} draws")
+        names.append("labels swapped")
         words.append(f"with swapped labels {numbers.fixed(float(swapped.found.mean()), 1)} on average")
         spread = 2 + np.linspace(-0.28, 0.28, len(swapped.found))
         axes.plot(swapped.found, spread, "o", color=COLOURS["raw"], markersize=3.5, markerfacecolor="none")
@@ -149,7 +150,7 @@ def how_many_found(
             size=11,
         )
     most = max(sum(found), int(swapped.found.max()) if swapped is not None and len(swapped.found) else 0, 1)
-    axes.set_xlim(-0.012 * most, most * 1.12)
+    axes.set_xlim(-0.012 * most, most * 1.16)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
@@ -185,11 +186,15 @@ def probes(name: str, results: Sequence[ProbeResult]) -> Markup:
     axes.grid(axis="x")
     axes.set_xlabel("% of pairs; dashed: chance")
     words = [
-        f"{label(one.name)}: all pairs {numbers.sentence_estimate(one.accuracy, sign=False, scale=100, unit='%')},"
-        f" equal length {numbers.sentence_estimate(one.matched, sign=False, scale=100, unit='%')}."
+        f"{label(one.name)}: {in_percent(one.accuracy)} of all pairs,"
+        f" {in_percent(one.matched)} of pairs of equal length."
         for one in results
     ]
     return svg(figure, name, f"{title}; chance is 50%. {' '.join(words)}")
+
+
+def in_percent(one: Estimate | None) -> str:
+    return numbers.sentence_estimate(one, sign=False, scale=100, unit="%")
 
 
 def scaled(one: Estimate, factor: float) -> Estimate:

@@ -82,18 +82,19 @@ def findings(report: Report) -> list[str]:
 def features(report: Report, features: PairedFeatures) -> list[str]:
     tested, found, holding = int(features.tested.sum()), features.n_found, features.n_holding
     one, other = report.run.positive, report.run.negative
-    rate = numbers.percent(report.target)
+    rate = numbers.target(report.target)
     equal = held_equal(report)
     if tested == 0:
         return [f"No feature fires in enough pairs to be tested between {one} and {other}."]
     if found == 0:
         return [
-            f"None of {numbers.counted(tested, 'tested feature')} is found to differ between {one} and {other}"
-            f" at a false discovery rate of {rate}."
+            f"None of {numbers.counted(tested, 'tested feature')} is found to differ between {one} and"
+            f" {other} at a false discovery rate of {rate}."
         ]
     first = (
         f"{numbers.count(found)} of {numbers.counted(tested, 'tested feature')}"
-        f" {'differs' if found == 1 else 'differ'} between {one} and {other} at a false discovery rate of {rate};"
+        f" {'differs' if found == 1 else 'differ'} between {one} and {other}"
+        f" at a false discovery rate of {rate};"
     )
     if holding == 0:
         return [f"{first} none still does at {equal}."]
@@ -116,11 +117,12 @@ def grouped(report: Report, findings: Sequence[GroupedFeatures]) -> str:
     holding = sum(n_found(one.verdict, ("holds",)) for one in findings)
     groups = numbers.counted(len({one.group for one in findings}), "group")
     where = f"between one of {groups} ({report.group_column}) and all others"
+    rate = f"at a false discovery rate of {numbers.target(report.target)}"
     if not found:
-        return f"No feature is found to differ {where} at a false discovery rate of {numbers.percent(report.target)}."
+        return f"No feature is found to differ {where} {rate}."
     return (
-        f"{numbers.counted(found, 'difference')} of features {where} {is_are(found)} found at a false discovery"
-        f" rate of {numbers.percent(report.target)}; {numbers.count(holding) if holding else 'none'}"
+        f"{numbers.counted(found, 'difference')} of features {where} {is_are(found)} found {rate};"
+        f" {numbers.count(holding) if holding else 'none'}"
         f" still {'stands' if holding == 1 else 'stand'} at {held_equal(report)}."
     )
 
@@ -182,13 +184,12 @@ def lengths(report: Report) -> list[str]:
     difference = mean[other] - mean[one]
     size = numbers.fixed(abs(difference), 2)
     if size == numbers.fixed(0, 2):
-        longer = f"{other} and {one} have the same number of tokens on average"
+        longer = f"On average {other} and {one} have the same number of tokens"
     else:
-        longer = f"{other} has {size} tokens {'more' if difference > 0 else 'fewer'} than {one} on average"
+        longer = f"On average {other} has {size} tokens {'more' if difference > 0 else 'fewer'} than {one}"
     equal = numbers.count(report.n_matched) if report.n_matched else "none"
-    return [
-        f"{longer}; {equal} of {numbers.counted(report.n_pairs, 'pair')} {is_are(report.n_matched)} of equal length."
-    ]
+    pairs = numbers.counted(report.n_pairs, "pair")
+    return [f"{longer}; {equal} of {pairs} {is_are(report.n_matched)} of equal length."]
 
 
 def is_are(number: int) -> str:
@@ -214,7 +215,8 @@ def probes(report: Report) -> list[str]:
         return [f"A linear probe on {only.name} {told} {share(only.accuracy)} of held-out pairs."]
     sentence = (
         f"A linear probe on length alone {told} {share(length.accuracy)} of held-out pairs,"
-        f" the best on features ({features.name}) in {share(features.accuracy)}: {compared(features, length)}."
+        f" the best on features ({features.name}) in {share(features.accuracy)}:"
+        f" {compared(features, length)}."
     )
     if features.matched is not None:
         chance = "clearly above chance" if features.matched.low > 0.5 else "not clearly above chance (50%)"

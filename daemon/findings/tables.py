@@ -158,7 +158,7 @@ def row_of(features: PairedFeatures | None, detail: FeatureDetail) -> FeatureRow
 
 
 def ghosts(features: PairedFeatures) -> IntArray:
-    """Return features that fire on negative texts only, at least `GHOST_FIRINGS` times, most frequent first."""
+    """Return features that fire on negative texts alone, `GHOST_FIRINGS` times or more, most first."""
     places = np.flatnonzero((features.rate_positive == 0) & (features.only_negative >= GHOST_FIRINGS))
     kept: IntArray = places[np.argsort(-features.only_negative[places], kind="stable")]
     return kept
@@ -193,7 +193,7 @@ def grouped_rows(grouped: GroupedFeatures) -> list[GroupedRow]:
 
 
 def prevalent(one: Prevalence) -> list[tuple[int, int, float, float]]:
-    """Return (dictionary, feature, share of samples, mean activation) of the most frequent features that fire."""
+    """Return (dictionary, feature, share of samples, mean activation) of the most frequent features."""
     order = np.argsort(-np.nan_to_num(one.rate), kind="stable")[:SHOWN_PREVALENT]
     return [
         (int(one.sae[i]), int(one.feature[i]), float(one.rate[i]), float(one.mean_active[i]))

@@ -52,7 +52,8 @@ def contrast(
     rng = np.random.default_rng(seed)
     run = summary(width, n_pairs)
     features = paired_features(rng, 3 * width, width)
-    shown = np.argsort(features.q, kind="stable")[:details]
+    place = np.array([("holds", "controls", "none", "few").index(one) for one in features.verdict])
+    shown = np.lexsort((features.q, place))[:details]
     return results.Report(
         run=run,
         target=0.05,
@@ -244,6 +245,7 @@ def paired_features(rng: np.random.Generator, n: int, width: int) -> results.Pai
     negative = np.clip(rate + effect * 0.4, 0, 1)
     ghost = rng.random(n) < 0.004
     rate = np.where(ghost, 0.0, rate)
+    negative = np.where(ghost, rng.integers(3, 19, n) / 1130, negative)
     deviation = rng.gamma(2, 0.5, n) + 0.05
     tested = rate + negative > 0.01
     found = tested & (np.abs(effect) > 0.1)
@@ -268,7 +270,7 @@ def paired_features(rng: np.random.Generator, n: int, width: int) -> results.Pai
         feature=np.arange(n) % width,
         tested=tested,
         only_positive=np.where(ghost, 0, rng.poisson(8, n)),
-        only_negative=rng.poisson(9, n),
+        only_negative=np.where(ghost, np.round(negative * 1130).astype(int), rng.poisson(9, n)),
         rate_positive=rate,
         rate_negative=negative,
         firing=firing,
