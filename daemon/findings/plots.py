@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ DPI = 72
 PANEL = 350  # units wide, of the small ones
 WIDE = 700
 FOUND = 480
+TOP, BOTTOM, RIGHT = 24, 40, 14  # units around the axes
 MARKERS = "osD^vPX*"
 
 
@@ -33,10 +34,20 @@ class Series:
     hollow: bool = False
 
 
-def blank(width: int, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width / DPI, height / DPI), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr, call-arg]
-    return figure, figure.subplots()
+def blank(width: int, height: float, left: float) -> tuple[Figure, Axes]:
+    """Return an empty figure whose axes leave room for a title, for labels and for `left` units of names.
+
+    The room is reckoned, not measured: measuring takes long, and is of another font than the reader's.
+    """
+    figure = Figure(figsize=(width / DPI, height / DPI))
+    inner_width, inner_height = width - left - RIGHT, height - TOP - BOTTOM
+    box = (left / width, BOTTOM / height, inner_width / width, inner_height / height)
+    return figure, figure.add_axes(box)
+
+
+def room(names: Iterable[str]) -> float:
+    """Return the width that the longest of these labels takes."""
+    return 12 + 6.4 * max((len(label(name)) for name in names), default=0)
 
 
 def forest(
@@ -44,7 +55,7 @@ def forest(
 ) -> Markup:
     """Draw one row for each name, with the estimates of each series below one another around 0."""
     step = 11 * len(series) + 10
-    figure, axes = blank(width, step * len(rows) + 62)
+    figure, axes = blank(width, step * len(rows) + 64, room(rows))
     axes.set_title(title, loc="left", fontweight="bold")
     axes.axvline(0, color=COLOURS["soft"], linewidth=0.8)
     for number, one in enumerate(series):
@@ -64,7 +75,7 @@ def over_layers(
     name: str, title: str, layers: Sequence[str], series: Sequence[Series], *, unit: str
 ) -> Markup:
     """Draw estimates over the dictionaries, in the order of their layers."""
-    figure, axes = blank(PANEL, 190)
+    figure, axes = blank(PANEL, 190, 62)
     axes.set_title(label(title), loc="left", fontweight="bold")
     axes.axhline(0, color=COLOURS["soft"], linewidth=0.8)
     for number, one in enumerate(series):
@@ -121,9 +132,9 @@ def how_many_found(
 ) -> Markup:
     """Draw how many features are found, how many hold, and how many each draw with swapped labels finds."""
     title = "Features found"
-    figure, axes = blank(FOUND, 190 if swapped is not None else 140)
-    axes.set_title(title, loc="left", fontweight="bold")
     rows = [("found", found), ("still hold", holding)]
+    figure, axes = blank(FOUND, 190 if swapped is not None else 140, room(["labels swapped"]))
+    axes.set_title(title, loc="left", fontweight="bold")
     for row, (_, counts) in enumerate(rows):
         left = 0
         for number, one in enumerate(counts):
@@ -167,7 +178,7 @@ def how_many_found(
 def probes(name: str, results: Sequence[ProbeResult]) -> Markup:
     """Draw how many held-out pairs each probe tells rightly, with the line of chance."""
     title = "Held-out pairs told rightly"
-    figure, axes = blank(WIDE, 34 * len(results) + 62)
+    figure, axes = blank(WIDE, 34 * len(results) + 64, room(one.name for one in results))
     axes.set_title(title, loc="left", fontweight="bold")
     for row, one in enumerate(results):
         if one.accuracy is not None:
@@ -205,7 +216,7 @@ def shapes(
     name: str, title: str, rows: Sequence[ShapeShares], classes: Sequence[str], text_of_row: Sequence[str]
 ) -> Markup:
     """Draw the shares of the classes of shape as stacked bars, one for each text and group."""
-    figure, axes = blank(PANEL, 17 * len(rows) + 62)
+    figure, axes = blank(PANEL, 17 * len(rows) + 64, room(text_of_row))
     axes.set_title(label(title), loc="left", fontweight="bold")
     words = []
     for row, one in enumerate(rows):
