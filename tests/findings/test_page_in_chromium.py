@@ -56,9 +56,10 @@ def files(report: Report, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """A file of each kind of report."""
     folder = tmp_path_factory.mktemp("pages")
     kinds = {
+        "small": reports.contrast(width=12, details=1, examples=1, metrics=1),
         "contrast": report,
-        "groups": reports.groups(width=60),
-        "prevalence": reports.prevalences(width=60),
+        "groups": reports.groups(width=16),
+        "prevalence": reports.prevalences(width=16),
     }
     for name, one in kinds.items():
         write_page(one, folder / f"{name}.html")
@@ -217,8 +218,10 @@ async def test_page_is_complete_without_a_script(tab_: Page, files: dict[str, Pa
     assert rows == min(int(report.features.tested.sum()), 500)
 
 
-@pytest.mark.parametrize("kind", ["contrast", "groups", "prevalence"])
-@pytest.mark.parametrize(("width", "dark"), SIZES)
+@pytest.mark.parametrize(
+    ("kind", "width", "dark"),
+    [*(("small", *size) for size in SIZES), ("groups", 1400, False), ("prevalence", 390, True)],
+)
 async def test_axe_finds_no_serious_fault(
     tab_: Page, files: dict[str, Path], axe: str, kind: str, width: int, dark: bool
 ) -> None:
