@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from daemon.errors import ConfigError
-from daemon.findings.results import IntArray
+from daemon.findings.results import FloatArray, IntArray
 from daemon.findings.study import FEATURES, ActivationRows, Study, misfit
 
 BUDGET_BYTES = 128 << 20  # of the activations of the blocks of one pass
@@ -36,7 +36,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class ActivationBlock:
+class StudyBlock:
     """The activations of features [first, last) of one dictionary, in some of the texts."""
 
     sae: int
@@ -123,11 +123,14 @@ class Span:
     last: int
 
 
-def plan_passes(counts: Counts, texts: Sequence[int], value_bytes: int, budget: int) -> list[list[Span]]:
+def plan_passes(
+    study: Study, counts: Counts, texts: Sequence[int], budget: int = BUDGET_BYTES
+) -> list[list[Span]]:
     """Spans of features for each pass, so that the activations of each pass fit the budget.
 
     One feature that alone does not fit is a pass of its own.
     """
+    value_bytes = value_type(study).itemsize
     passes: list[list[Span]] = [[]]
     room = budget
     for sae, found in enumerate(counts.per_feature):
@@ -155,13 +158,13 @@ def activation_blocks(
     *,
     budget: int = BUDGET_BYTES,
     on_rows: OnRows = lambda _: None,
-) -> Iterator[ActivationBlock]:
+) -> Iterator[StudyBlock]:
     """Every feature of every dictionary, block by block, in their order.
 
     What a block holds is let go once the next one is asked for.
     """
     chosen = [study.texts.index(text) for text in texts]
-    for spans in plan_passes(counts, chosen, value_type(study).itemsize, budget):
+    for spans in plan_passes(study, counts, chosen, budget):
         blocks = [Filling(study, counts, span, chosen) for span in spans]
         by_sae: dict[int, list[Filling]] = {}
         for block in blocks:
@@ -177,6 +180,68 @@ def activation_blocks(
         by_sae.clear()
         while blocks:
             yield blocks.pop(0).finished()
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureColumns:
+    """The activations of a few features of one dictionary, in every text."""
+
+    sae: int
+    features: IntArray  # (k,)
+    by_text: dict[str, sparse.csc_array]  # (n_samples, k)
+
+    def of(self, text: str, feature: int) -> tuple[IntArray, FloatArray]:
+        """The samples that fire a feature, and how much."""
+        columns, place = self.by_text[text], int(np.flatnonzero(self.features == feature)[0])
+        begin, end = columns.indptr[place : place + 2]
+        return columns.indices[begin:end].astype(np.int64), columns.data[begin:end].astype(np.float64)
+
+
+def feature_columns(
+    study: Study, counts: Counts, wanted: Sequence[tuple[int, int]], on_rows: OnRows = lambda _: None
+) -> dict[int, FeatureColumns]:
+    """By dictionary the activations of some of its features; `wanted` are (dictionary, feature)."""
+    features = {
+        sae: np.array(sorted({feature for owner, feature in wanted if owner == sae}), np.int64)
+        for sae in sorted({sae for sae, _ in wanted})
+    }
+    texts = range(len(study.texts))
+    pieces: dict[tuple[int, int], list[tuple[IntArray, sparse.coo_array]]] = {
+        (sae, text): [] for sae in features for text in texts
+    }
+    for rows in study.scan():
+        for sae, text, sample, acts in matrices(study, rows, texts):
+            if sae in features:
+                pooled, which = pool(study, sample, acts)
+                found = pooled[:, features[sae]].tocoo()
+                pieces[sae, text].append((which[found.coords[0]], found))
+        on_rows(len(rows.sample))
+    return {
+        sae: FeatureColumns(
+            sae,
+            which,
+            {
+                name: joined(study, pieces[sae, text], counts.positions[sae, text], len(which))
+                for text, name in enumerate(study.texts)
+            },
+        )
+        for sae, which in features.items()
+    }
+
+
+def joined(
+    study: Study,
+    pieces: Sequence[tuple[IntArray, sparse.coo_array]],
+    positions: npt.NDArray[np.int32],
+    k: int,
+) -> sparse.csc_array:
+    """(n_samples, k) of pieces with the sample of each activation."""
+    sample = np.concatenate([np.zeros(0, np.int64), *(which for which, _ in pieces)])
+    column = np.concatenate([np.zeros(0, np.int64), *(found.coords[1] for _, found in pieces)])
+    values = np.concatenate([np.zeros(0), *(found.data for _, found in pieces)])
+    if study.pools_positions:
+        values = values / positions[sample]
+    return sparse.coo_array((values, (sample, column)), shape=(study.n_samples, k)).tocsc()
 
 
 def value_type(study: Study) -> np.dtype[np.floating]:
@@ -215,7 +280,7 @@ class Filling:
         self._values[text][places] = columns.data[begin:end]
         self._next[text] += lengths
 
-    def finished(self) -> ActivationBlock:
+    def finished(self) -> StudyBlock:
         """The block, in which each sample comes once for each feature."""
         by_text = {}
         for text, starts in self._starts.items():
@@ -227,4 +292,4 @@ class Filling:
             if self._study.pools_positions:
                 found.sum_duplicates()
             by_text[self._study.texts[text]] = found
-        return ActivationBlock(self.span.sae, self.span.first, self.span.last, by_text)
+        return StudyBlock(self.span.sae, self.span.first, self.span.last, by_text)

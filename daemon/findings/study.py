@@ -25,7 +25,6 @@ METRICS, FEATURES, TEXTS = "metrics.parquet", "features.parquet", "texts.parquet
 BUFFER_BYTES = 1 << 20
 BATCH_VALUES = 1 << 20  # activations decoded at a time, about
 MOST_BATCH_ROWS = 1 << 16
-KEYS = ("text", "sae")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,8 @@ class ActivationRows:
     offsets: IntArray  # (R + 1,) where the activations of each row begin
     indices: npt.NDArray[np.uint32]  # (V,) features
     values: npt.NDArray[np.floating]  # (V,)
-    position: IntArray | None = None  # (R,) where it was asked for
+    position: IntArray  # (R,) -1 where the activations belong to no one position
+    token_id: IntArray  # (R,)
 
 
 class Study:
@@ -104,7 +104,7 @@ class Study:
         """Rows of features.parquet of all folders."""
         return sum(open_parquet(folder.file(FEATURES)).metadata.num_rows for folder in self.folders)
 
-    def scan(self, *, with_positions: bool = False) -> Iterator[ActivationRows]:
+    def scan(self) -> Iterator[ActivationRows]:
         """All rows of features.parquet, some thousands at a time.
 
         Raises ConfigError, naming the file, where one is damaged or does not fit its metrics.
@@ -112,20 +112,17 @@ class Study:
         for number, folder in enumerate(self.folders):
             path = folder.file(FEATURES)
             with open_parquet(path) as file, reading(path):
-                yield from self._scan(file, path, number, with_positions)
+                yield from self._scan(file, path, number)
 
-    def _scan(
-        self, file: pq.ParquetFile, path: Path, folder: int, with_positions: bool
-    ) -> Iterator[ActivationRows]:
+    def _scan(self, file: pq.ParquetFile, path: Path, folder: int) -> Iterator[ActivationRows]:
         names = set(file.schema_arrow.names)
-        key = "sae" if "sae" in names else "layer"  # earlier versions have no names of dictionaries
-        columns = ["record_index", "text", key, "indices", "values"] + ["position"] * with_positions
+        key, saes = dictionary_key(self, file.schema_arrow.names)
+        columns = ["record_index", "text", key, "position", "token_id", "indices", "values"]
         check_columns(path, names, columns)
-        saes: list[object] = [sae.prefix if key == "sae" else sae.layer for sae in self.saes]
         per_row = stored_values(file) / max(file.metadata.num_rows, 1)
         size = int(min(max(BATCH_VALUES / max(per_row, 1), 1), MOST_BATCH_ROWS))
         for batch in file.iter_batches(size, columns=columns):
-            sample = self._samples(path, folder, batch["record_index"].to_numpy())
+            sample = self.samples_of(path, folder, batch["record_index"].to_numpy())
             offsets, indices, values = lists_of(path, batch["indices"], batch["values"])
             yield ActivationRows(
                 sample,
@@ -134,10 +131,11 @@ class Study:
                 offsets,
                 indices,
                 values,
-                batch["position"].to_numpy().astype(np.int64) if with_positions else None,
+                batch["position"].to_numpy().astype(np.int64),
+                batch["token_id"].to_numpy().astype(np.int64),
             )
 
-    def _samples(self, path: Path, folder: int, record_index: npt.NDArray[np.int64]) -> IntArray:
+    def samples_of(self, path: Path, folder: int, record_index: npt.NDArray[np.int64]) -> IntArray:
         """Numbers of the samples with these record indices in a folder."""
         first, last = self.starts[folder : folder + 2]
         known = self.record_index[first:last]
@@ -146,6 +144,13 @@ class Study:
         if wrong.any():
             raise misfit(path, f"record_index {record_index[wrong][0]} is in no row of {METRICS}")
         return np.asarray(first + place, np.int64)
+
+
+def dictionary_key(study: Study, columns: Sequence[str]) -> tuple[str, list[object]]:
+    """The column that tells dictionaries apart, and its value for each: earlier versions have no names."""
+    if "sae" in columns:
+        return "sae", [sae.prefix for sae in study.saes]
+    return "layer", [sae.layer for sae in study.saes]
 
 
 def open_study(paths: Sequence[Path]) -> Study:
@@ -231,7 +236,8 @@ def codes_of(path: Path, column: str, values: pa.Array, known: Sequence[object])
         raise misfit(path, f"{column} {cut_short(repr(strange))}, which its manifest does not name")
     if not found:
         return np.zeros(0, np.int64)
-    return np.array([places[name] for name in found], np.int64)[encoded.indices.to_numpy()]
+    codes: IntArray = np.array([places[name] for name in found], np.int64)[encoded.indices.to_numpy()]
+    return codes
 
 
 def lists_of(
