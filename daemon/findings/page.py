@@ -1,0 +1,103 @@
+"""Renders a report as one HTML file, which needs no network, no server and no script to be read.
+
+The templates escape every value: texts, names and groups are written by others. The page's style and script
+are within it, and its Content-Security-Policy names their hashes: a browser runs and loads nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from daemon.escaping import cut_short, escape_control
+from daemon.findings import cells, figures, numbers, sentences, tables
+from daemon.findings.results import Report
+
+STATIC = Path(__file__).parent / "static"
+MOST_CHARACTERS = 2000  # of any one value
+MOST_NAME = 60  # of a name in a table
+MOST_TITLE = 160
+
+
+def page(report: Report) -> str:
+    """Return the whole page."""
+    template = environment().get_template("page.html")
+    style, script = (asset(name) for name in ("report.css", "report.js"))
+    return template.render(
+        report=report,
+        run=report.run,
+        figures=figures.draw(report),
+        style=Markup(style),  # the project's own files, whose hashes the policy names
+        script=Markup(script),
+        policy=policy(style, script),
+    )
+
+
+def write_page(report: Report, path: Path) -> None:
+    """Write the page; the file is there whole or not at all."""
+    text = page(report)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@functools.cache
+def asset(name: str) -> str:
+    return (STATIC / name).read_text(encoding="utf-8")
+
+
+def policy(style: str, script: str) -> str:
+    """Return the Content-Security-Policy: this style, this script, and nothing from anywhere."""
+    hashes = {
+        kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for kind, text in (("style", style), ("script", script))
+    }
+    return (
+        f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}';"
+        " img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+@functools.cache
+def environment() -> Environment:
+    """Return the templates' environment: every value is escaped, and a missing one is an error."""
+    environment = Environment(
+        loader=PackageLoader("daemon.findings"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+        finalize=visible,
+    )
+    environment.globals.update(cells=cells, numbers=numbers, sentences=sentences, tables=tables)
+    environment.filters["name"] = short_name
+    environment.filters["title"] = lambda text: cut_short(escape_control(text), MOST_TITLE)
+    environment.filters["link"] = safe_link
+    return environment
+
+
+def visible(value: object) -> object:
+    """Return a value fit for a page: control characters and those that turn the reading order as escapes."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return cut_short(escape_control(value[:MOST_CHARACTERS]), MOST_CHARACTERS)
+    return value
+
+
+def short_name(text: str, most: int = MOST_NAME) -> str:
+    """Return a name, token or word, cut where it is long."""
+    return cut_short(escape_control(text[: most + 1]), most)
+
+
+def safe_link(address: str | None) -> str | None:
+    """Return an address that a click may open, None where it is of another kind."""
+    return address if address is not None and address.startswith("https://") else None

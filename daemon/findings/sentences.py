@@ -1,0 +1,241 @@
+"""Says in sentences what was run, what holds and what does not. Every sentence has its numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from daemon.findings import numbers
+from daemon.findings.results import (
+    ColumnFinding,
+    Estimate,
+    GroupedColumn,
+    GroupedFeatures,
+    PairedFeatures,
+    ProbeResult,
+    Report,
+    SwapControl,
+    Verdict,
+)
+
+VERDICTS: dict[str, str] = {
+    "holds": "holds",
+    "controls": "lost to controls",
+    "none": "not found",
+    "few": "too few",
+}
+VERDICT_ORDER: dict[str, int] = {verdict: place for place, verdict in enumerate(VERDICTS)}
+
+
+def verdict(verdict: str) -> str:
+    return VERDICTS[str(verdict)]
+
+
+def listed(words: Iterable[str]) -> str:
+    """Return `a, b and c`."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def held_equal(report: Report) -> str:
+    """Return what the adjusted numbers hold equal: `equal length and log-probability`."""
+    names = ["length" if name == "tokens" else name for name in report.controls]
+    return f"equal {listed(names)}" if names else "equal length"
+
+
+def what_was_run(report: Report) -> str:
+    run = report.run
+    if report.n_pairs and run.positive and run.negative:
+        read = f"{numbers.counted(report.n_pairs, 'pair')} of texts ({run.negative} against {run.positive})"
+        if report.n_clusters < report.n_pairs:
+            read += f", of {numbers.counted(report.n_clusters, 'distinct prompt')},"
+    else:
+        read = numbers.counted(run.samples, "sample")
+    folders = f" from {numbers.counted(len(run.folders), 'folder')}" if len(run.folders) > 1 else ""
+    names = [one.name for one in run.dictionaries]
+    read_by = f"the sparse autoencoders {listed(names)}" if len(names) > 1 else "one sparse autoencoder"
+    if not names:
+        return f"{read}{folders} read by {run.model}."
+    return f"{read}{folders} read by {run.model} and {read_by}."
+
+
+def findings(report: Report) -> list[str]:
+    """Return the sentences of the first screen, the most important one first."""
+    sentences: list[str] = []
+    if report.features is not None:
+        sentences += features(report, report.features)
+        if report.swapped is not None and len(report.swapped.found):
+            sentences.append(swapped(report.swapped, report.features.n_found))
+    if report.grouped:
+        sentences.append(grouped(report, report.grouped))
+    sentences += columns(report)
+    sentences += lengths(report)
+    sentences += probes(report)
+    if not sentences and report.prevalence:
+        sentences.append("Nothing is compared: these samples have no contrast, and no group was asked for.")
+        sentences.append(
+            "The page says how often each feature fires, and which fire together. It tests nothing."
+        )
+    return sentences or ["These samples allow no finding; the notes below say why."]
+
+
+def features(report: Report, features: PairedFeatures) -> list[str]:
+    tested, found, holding = int(features.tested.sum()), features.n_found, features.n_holding
+    one, other = report.run.positive, report.run.negative
+    rate = numbers.target(report.target)
+    equal = held_equal(report)
+    if tested == 0:
+        return [f"No feature fires in enough pairs to be tested between {one} and {other}."]
+    if found == 0:
+        return [
+            f"None of {numbers.counted(tested, 'tested feature')} is found to differ between {one} and"
+            f" {other} at a false discovery rate of {rate}."
+        ]
+    first = (
+        f"{numbers.count(found)} of {numbers.counted(tested, 'tested feature')}"
+        f" {'differs' if found == 1 else 'differ'} between {one} and {other}"
+        f" at a false discovery rate of {rate};"
+    )
+    if holding == 0:
+        return [f"{first} none still does at {equal}."]
+    return [f"{first} {numbers.count(holding)} still {'does' if holding == 1 else 'do'} at {equal}."]
+
+
+def swapped(control: SwapControl, found: int) -> str:
+    mean, draws, most = float(control.found.mean()), len(control.found), int(control.found.max())
+    sentence = (
+        f"With the labels swapped at random within pairs, {numbers.fixed(mean, 1)} are found on average"
+        f" ({numbers.counted(draws, 'draw')}, at most {numbers.count(most)})."
+    )
+    if mean >= 1 and mean > control.target * max(found, 1):
+        sentence += " That is more than the target allows: read the count of features with distrust."
+    return sentence
+
+
+def grouped(report: Report, findings: Sequence[GroupedFeatures]) -> str:
+    found = sum(n_found(one.verdict) for one in findings)
+    holding = sum(n_found(one.verdict, ("holds",)) for one in findings)
+    groups = numbers.counted(len({one.group for one in findings}), "group")
+    where = f"between one of {groups} ({report.group_column}) and all others"
+    rate = f"at a false discovery rate of {numbers.target(report.target)}"
+    if not found:
+        return f"No feature is found to differ {where} {rate}."
+    return (
+        f"{numbers.counted(found, 'difference')} of features {where} {is_are(found)} found {rate};"
+        f" {numbers.count(holding) if holding else 'none'}"
+        f" still {'stands' if holding == 1 else 'stand'} at {held_equal(report)}."
+    )
+
+
+def n_found(verdicts: Iterable[str], of: Sequence[str] = ("holds", "controls")) -> int:
+    return sum(str(one) in of for one in verdicts)
+
+
+def columns(report: Report) -> list[str]:
+    """Return one sentence on the columns of the contrast, and one on those of the dictionaries."""
+    everywhere = [one for one in report.columns if one.group is None]
+    sentences = []
+    for of_dictionary, noun in ((False, "column"), (True, "column of the dictionaries")):
+        some = [one for one in everywhere if (one.sae is not None) == of_dictionary]
+        if some:
+            several = "columns" if not of_dictionary else "columns of the dictionaries"
+            sentences.append(verdicts_of(some, noun, several))
+    if report.grouped_columns:
+        some_verdicts = Counter(one.verdict for one in report.grouped_columns)
+        total = numbers.counted(
+            len(report.grouped_columns), "comparison of a column", "comparisons of columns"
+        )
+        sentences.append(f"Of {total} between groups, {counted_verdicts(some_verdicts)}.")
+    return sentences
+
+
+def verdicts_of(some: Sequence[ColumnFinding | GroupedColumn], noun: str, several: str) -> str:
+    counts = Counter(
+        one.difference.verdict if isinstance(one, ColumnFinding) else one.verdict for one in some
+    )
+    holding = [
+        one.column for one in some if isinstance(one, ColumnFinding) and one.difference.verdict == "holds"
+    ]
+    named = f" ({listed(holding)})" if 0 < len(holding) <= 4 else ""
+    return f"Of {numbers.counted(len(some), noun, several)}, {counted_verdicts(counts, named)}."
+
+
+def counted_verdicts(counts: Counter[Verdict], named: str = "") -> str:
+    holds = counts["holds"]
+    parts = [f"{numbers.count(holds) if holds else 'none'} {'holds' if holds == 1 else 'hold'}{named}"]
+    if counts["controls"]:
+        parts.append(f"{numbers.count(counts['controls'])} {were(counts['controls'])} lost to controls")
+    if counts["none"]:
+        parts.append(f"{numbers.count(counts['none'])} {were(counts['none'])} not found to differ")
+    if counts["few"]:
+        parts.append(f"{numbers.count(counts['few'])} had too few samples to test")
+    return listed(parts)
+
+
+def were(number: int) -> str:
+    return "was" if number == 1 else "were"
+
+
+def lengths(report: Report) -> list[str]:
+    mean = dict(report.mean_tokens)
+    one, other = report.run.positive, report.run.negative
+    if not report.n_pairs or one not in mean or other not in mean:
+        return []
+    difference = mean[other] - mean[one]
+    size = numbers.fixed(abs(difference), 2)
+    if size == numbers.fixed(0, 2):
+        longer = f"On average {other} and {one} have the same number of tokens"
+    else:
+        longer = f"On average {other} has {size} tokens {'more' if difference > 0 else 'fewer'} than {one}"
+    equal = numbers.count(report.n_matched) if report.n_matched else "none"
+    pairs = numbers.counted(report.n_pairs, "pair")
+    return [f"{longer}; {equal} of {pairs} {is_are(report.n_matched)} of equal length."]
+
+
+def is_are(number: int) -> str:
+    return "is" if number == 1 else "are"
+
+
+def best(results: Iterable[ProbeResult], starts: str) -> ProbeResult | None:
+    """Return the probe whose name begins so that tells most pairs."""
+    some = [one for one in results if one.name.startswith(starts) and one.accuracy is not None]
+    return max(some, key=lambda one: one.accuracy.value if one.accuracy else 0.0, default=None)
+
+
+def probes(report: Report) -> list[str]:
+    """Return the sentence that sets the best probe on features beside the one on length."""
+    length, features = best(report.probes, "length"), best(report.probes, "features")
+    negative, positive = report.run.negative, report.run.positive
+    if length is None and features is None:
+        return []
+    told = f"tells {negative} from {positive} in"
+    if length is None or features is None:
+        only = length or features
+        assert only is not None
+        return [f"A linear probe on {only.name} {told} {share(only.accuracy)} of held-out pairs."]
+    sentence = (
+        f"A linear probe on length alone {told} {share(length.accuracy)} of held-out pairs,"
+        f" the best on features ({features.name}) in {share(features.accuracy)}:"
+        f" {compared(features, length)}."
+    )
+    if features.matched is not None:
+        chance = "clearly above chance" if features.matched.low > 0.5 else "not clearly above chance (50%)"
+        sentence += f" Among pairs of equal length the latter tells {share(features.matched)}, {chance}."
+    return [sentence]
+
+
+def compared(one: ProbeResult, other: ProbeResult) -> str:
+    if one.accuracy is None or other.accuracy is None:
+        return "they can't be compared"
+    if one.accuracy.low > other.accuracy.high:
+        return "more than length tells"
+    if one.accuracy.high < other.accuracy.low:
+        return "less than length tells"
+    return "not clearly more than length tells"
+
+
+def share(one: Estimate | None) -> str:
+    """Return `71% (68 to 74)`."""
+    if one is None:
+        return numbers.DASH
+    return f"{one.value:.0%} ({one.low * 100:.0f} to {one.high * 100:.0f})"
