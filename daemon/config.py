@@ -177,7 +177,14 @@ class InboxSection(Section):
 class OutboxSection(Section):
     path: SettingPath = Path("outbox")
     values: Literal["float32", "float16"] = "float32"  # type of stored activations
+    texts: bool = True  # write texts.parquet: each text, where in it each token begins
     min_free_bytes: NonNegativeInt = 256 << 20  # of the disk; with less, no file is taken up
+
+
+class ReportSection(Section):
+    """The page of findings, which `lensd report` makes of an outbox at any time."""
+
+    each_file: bool = False  # report.html in every published folder; holds text, and is served with http
 
 
 class HttpSection(Section):
@@ -214,6 +221,7 @@ class Config(Section):
     executor: ExecutorSection = ExecutorSection()
     inbox: InboxSection = InboxSection()
     outbox: OutboxSection = OutboxSection()
+    report: ReportSection = ReportSection()
     http: HttpSection = HttpSection()
     log: LogSection = LogSection()
 

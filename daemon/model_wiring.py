@@ -96,7 +96,10 @@ def tokenizer_of(model: LoadedModel, config: Config, saes: Sequence[SaeInfo]) ->
 
 def read_rules(config: Config) -> ReadRules:
     return ReadRules(
-        config.analysis.tokens, config.batching.long_texts, skips_bos=config.analysis.positions != "last"
+        config.analysis.tokens,
+        config.batching.long_texts,
+        skips_bos=config.analysis.positions != "last",
+        keeps_texts=config.outbox.texts,
     )
 
 

@@ -15,6 +15,9 @@ STEP = re.compile(r"\.\w+|\[[^\[\]]+\]")
 PLACE = re.compile(rf"(?P<field>[^.\[\]]+)(?P<rest>(?:{STEP.pattern})*)")
 
 
+ROLES = ("system", "user", "assistant")  # of messages
+
+
 class Message(NamedTuple):
     """One turn of a conversation."""
 

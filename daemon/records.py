@@ -19,6 +19,7 @@ from daemon.recipes import Recipe, Text
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+Int32Array = npt.NDArray[np.int32]
 Positions = Literal["last", "all", "mean", "max"]  # of a text, that the SAEs read
 CountedTokens = Literal["all", "assistant", "user", "completion"]  # of a text, among which positions are
 LongTexts = Literal["reject", "keep_end", "keep_start"]  # of more tokens than may be
@@ -151,19 +152,34 @@ class KeptPart:
     recipe: Recipe
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TextToStore:
+    """One text of a sample, and where and whose its tokens are."""
+
+    content: str  # the whole text; a conversation as the chat template renders it
+    starts: Int32Array | None  # (n,) offset of each token in `content`, in code points; None where unknown
+    roles: bytes | None = None  # each token's role, 1 + its number in ROLES, or 0; None where none is known
+
+    @property
+    def nbytes(self) -> int:
+        """About what it weighs in memory, its token ids included."""
+        return len(self.content) + (0 if self.starts is None else 3 * self.starts.nbytes)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
     """A sample and the token ids of each of its texts, BOS included where an SAE expects it.
 
     `counted` has a byte for each token of each text, 1 where the token counts; None where all do.
     `bos_added` says whether each text's BOS was put before it, and is not its own; empty where all SAEs read
-    `token_ids`.
+    `token_ids`. `stored` describes the texts beside `token_ids`; empty where texts are not stored.
     """
 
     sample: Sample
     token_ids: tuple[tuple[int, ...], ...]
     counted: tuple[bytes, ...] | None = None
     bos_added: tuple[bool, ...] = ()
+    stored: tuple[TextToStore, ...] = ()
 
     @property
     def bare_ids(self) -> tuple[tuple[int, ...], ...]:
@@ -188,7 +204,7 @@ class TokenizedSample:
     def without_texts(self) -> TokenizedSample:
         sample = self.sample
         bare = Sample(sample.record_index, sample.sample_id, None, None, None, (), None, None)
-        return replace(self, sample=bare)
+        return replace(self, sample=bare, stored=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,8 +417,9 @@ class FinishedPart:
 
     @property
     def nbytes(self) -> int:
-        """About what its results weigh in memory: its share of the batches."""
-        return 1 + sum(piece.row_bytes * len(piece.result_rows) for piece in self.pieces)
+        """About what its results weigh in memory: its share of the batches, and its texts."""
+        texts = sum(text.nbytes for sample in self.part.samples for text in sample.stored)
+        return 1 + texts + sum(piece.row_bytes * len(piece.result_rows) for piece in self.pieces)
 
     def check_covered(self) -> None:
         """Raises AssertionError unless every sample of the part is covered exactly once."""
@@ -489,6 +506,8 @@ class Outcome:
     clipped: int = 0  # activations that the stored type does not hold
     departures: tuple[Departure, ...] = ()  # in what its SAEs are far from what is known of them
     stages: StageSeconds | None = None
+    report: str | None = None  # name of the page of findings in `folder`, where there is one
+    report_failed: str | None = None  # why there is none, where there was to be one
     reason: str | None = None
     message: str | None = None
 

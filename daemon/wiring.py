@@ -34,7 +34,8 @@ from daemon.ports import Executor, Observer
 from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import FORMAT as PARTS_FORMAT
-from daemon.sink.schema import stored_columns
+from daemon.sink.report import ReportMaker
+from daemon.sink.schema import Layout, stored_columns
 from daemon.source.folder import FolderSource
 from daemon.source.inbox import Inbox
 from daemon.source.inputs import InputNames
@@ -192,11 +193,15 @@ def read_limits(config: Config) -> ReadLimits:
     )
 
 
+def layout_of(config: Config) -> Layout:
+    return Layout(values=config.outbox.values, texts=config.outbox.texts)
+
+
 def results_key(config: Config, info: ModelInfo) -> str:
     """Stands for everything besides the input's content that changes results, or how they are stored."""
     identity = {
         "analysis": ANALYSIS_VERSION,
-        "stored": [PARTS_FORMAT, stored_columns(info.names, config.recipes, config.outbox.values)],
+        "stored": [PARTS_FORMAT, stored_columns(info.names, config.recipes, layout_of(config))],
         "config": config.results_fingerprint(),
         "model": [info.weights_sha256 or info.name, info.settings_sha256],
         "saes": [dataclasses.astuple(sae) for sae in info.saes],
@@ -263,9 +268,10 @@ def pipeline_of(
         FolderSink(
             folders.outbox,
             info=executor.info,
-            values=config.outbox.values,
+            layout=layout_of(config),
             settings=config.model_dump(mode="json"),
             pause=pause,
+            reports=ReportMaker() if config.report.each_file else None,
         ),
         tokenizer=now.tokenizer,
         batcher=Batcher(

@@ -75,6 +75,42 @@ def test_every_record_comes_out_with_every_column(tiny_toml, inbox):
     assert list(inbox.glob("*.json")) == []
 
 
+def test_features_fired_on_the_words_that_the_texts_say(tiny_toml, inbox):
+    records = [record | {"fact": "é 🧪"} for record in tiny.contrast_records(5)]
+    tiny.write_json(inbox / "study.json", records)
+    _, (outcome,) = drain(configured(tiny_toml, inbox, analysis__positions="all"))
+    texts = pq.read_table(outcome.folder / "texts.parquet").to_pylist()
+    assert [(row["record_index"], row["text"]) for row in texts] == [
+        (index, text) for index in range(5) for text in ("prompt", "fact", "hall")
+    ]
+    assert [row["content"] for row in texts[1::3]] == [f"{record['prompt']} é 🧪" for record in records]
+    by_text = {(row["record_index"], row["text"]): row for row in texts}
+    decode = tiny.byte_tokenizer().decode
+    for feature in pq.read_table(outcome.folder / "features.parquet").to_pylist():
+        row = by_text[feature["record_index"], feature["text"]]
+        place = feature["position"]
+        assert row["token_ids"][place] == feature["token_id"]
+        before = decode(row["token_ids"][:place], skip_special_tokens=True).rstrip("\ufffd")
+        assert row["content"][: row["token_starts"][place]] == before
+
+
+def test_an_outbox_without_texts_holds_none_and_is_other_work(tiny_toml, inbox):
+    units = []
+    for texts in (True, False, True):
+        tiny.write_json(inbox / "study.json", tiny.contrast_records(3))
+        _, (outcome,) = drain(configured(tiny_toml, inbox, outbox__texts=texts))
+        units.append(outcome.unit)
+        names = {path.name for path in outcome.folder.iterdir()}
+        assert ("texts.parquet" in names) == texts
+        listed = {file["name"] for file in manifest_of(outcome.folder)["files"]}
+        assert listed == names - {"manifest.json"}
+    assert outcome.kind == "duplicate"
+    assert units[0] == units[2] != units[1]
+    prompt = tiny.contrast_records(1)[0]["prompt"].encode()
+    without = next(path for path in outcome.folder.parent.iterdir() if path.name.endswith(units[1]))
+    assert not any(prompt in path.read_bytes() for path in without.iterdir())
+
+
 def test_results_do_not_depend_on_batch_size_or_company(tiny_toml, inbox):
     records = tiny.contrast_records(40)
     tables = []

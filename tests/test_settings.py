@@ -192,13 +192,14 @@ def test_what_needs_no_other_pipeline_holds_at_once_and_can_go_back(place):
 
 
 def test_a_changed_file_is_taken_up_without_being_told(place):
-    replace(place.settings, QUICK + "[texts]\nonly = '{fact}'\n[outbox]\nvalues = 'float16'\n")
+    replace(place.settings, QUICK + "[texts]\nonly = '{fact}'\n[outbox]\nvalues = 'float16'\ntexts = false\n")
     place.until(lambda: place.reloads("applied") == 1, "the reload")
     place.drop("study.json", tiny.contrast_records(3))
     folder = place.published("study")
     columns = pq.read_schema(folder / "metrics.parquet").names
     assert "n_tokens_only" in columns
     assert "n_tokens_prompt" not in columns
+    assert not (folder / "texts.parquet").exists()
     manifest = json.loads((folder / "manifest.json").read_bytes())
     assert manifest["rows"] == 3
     place.until(lambda: place.status()["totals"]["rows"] == 3, "the count, which follows the folder")

@@ -27,7 +27,8 @@ from daemon.records import (
 )
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import stored_extents
-from daemon.sink.schema import ValueType, features_schema, metrics_schema
+from daemon.sink.report import ReportMaker
+from daemon.sink.schema import Layout, features_schema, metrics_schema, texts_schema
 from daemon.sink.staging import Staging, Unit, abandon
 from daemon.sink.tables import stored_parts
 from daemon.sink.writer import UnitWriter
@@ -43,18 +44,22 @@ class FolderSink:
         outbox: Outbox,
         *,
         info: ModelInfo,
-        values: ValueType,
+        layout: Layout,
         settings: dict[str, Any],
         pause: Pause,
+        reports: ReportMaker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`settings` goes into manifests; `values` is the type of stored activations."""
+        """`settings` goes into manifests; `layout` says how results are stored.
+
+        With `reports` each folder gets its page of findings.
+        """
         self._outbox = outbox
         self._info = info
-        self._values: ValueType = values
+        self._layout = layout
         self._pause = pause
         self._guard = SyncGuard(outbox.check_lost)
-        self._staging = Staging(self._guard, info=info, settings=settings, clock=clock)
+        self._staging = Staging(self._guard, info=info, settings=settings, reports=reports, clock=clock)
         self._units: dict[str, Unit] = {}
         # A thread each, so that closing waits for what a cancelled stage left running.
         self._writer_thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
@@ -113,6 +118,7 @@ class FolderSink:
 
     def close(self) -> None:
         """Wait for what is being written, and end the threads. Safe to repeat."""
+        self._staging.interrupt()
         self._writer_thread.shutdown()
         self._publisher_thread.shutdown()
         self._staging.close()
@@ -141,7 +147,7 @@ class FolderSink:
                 file=file,
                 recipe=recipe,
                 info=self._info,
-                values=self._values,
+                layout=self._layout,
             )
         if isinstance(arrival, KeptPart):
             unit.writer.keep_part(file, arrival.extent, arrival.last)
@@ -155,8 +161,9 @@ class FolderSink:
             if not unit.failed and not unit.writer.has(item.part.part.number):
                 by_recipe.setdefault(item.part.part.recipe, []).append(item)
         for recipe, items in by_recipe.items():
-            schemas = metrics_schema(self._info.names, recipe), features_schema(self._values)
-            for item, stored in zip(items, stored_parts(items, *schemas, self._info), strict=True):
+            schemas = metrics_schema(self._info.names, recipe), features_schema(self._layout.values)
+            texts = texts_schema(chats=recipe.chats) if self._layout.texts else None
+            for item, stored in zip(items, stored_parts(items, *schemas, self._info, texts), strict=True):
                 self._units[item.part.part.file.unit].writer.write_part(item.part.part, stored)
 
     def _complete(self, units: Sequence[Unit]) -> None:

@@ -1,8 +1,9 @@
 """Finished parts on disk: the checkpoint from which work on a large file resumes.
 
 A part file is whole or absent (temporary name, sync, rename), so its existence is the record of progress
-and there is no other. It holds two Arrow streams, metrics and features; what else a part is made of is JSON
-in the metadata of the first. Knows nothing about who asks for a part and when. Functions block.
+and there is no other. It holds Arrow streams: metrics, features, and texts where these are stored. What
+else a part is made of is JSON in the metadata of the first. Knows nothing about who asks for a part and when.
+Functions block.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from daemon.records import LayerTotals, PartExtent, Reject, StageSeconds
 from daemon.sink.jsontext import fields_of
 
 PARTS_SUFFIX = ".parts"  # of the folders that hold them
-FORMAT = 2  # of part files; another one is not read
+FORMAT = 3  # of part files; another one is not read
 HEADER = b"lensd"
 OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 BUFFER_BYTES = 1 << 20
@@ -34,6 +35,7 @@ class StoredPart:
     extent: PartExtent
     metrics: pa.Table
     features: pa.Table
+    texts: pa.Table | None  # where they are stored
     rejects: tuple[Reject, ...]  # in record order
     layers: tuple[LayerTotals, ...]  # one per SAE
     seconds: StageSeconds
@@ -61,7 +63,7 @@ def write_part(folder: Path, part: StoredPart) -> None:
         durable.create(draft) as file,
         pa.BufferedOutputStream(pa.PythonFile(file, mode="w"), BUFFER_BYTES) as sink,
     ):
-        for table in (metrics, part.features):
+        for table in (metrics, part.features, *([] if part.texts is None else [part.texts])):
             with pa.ipc.new_stream(sink, table.schema, options=OPTIONS) as writer:
                 writer.write_table(table)
     durable.fsync_file(draft)
@@ -76,10 +78,15 @@ def read_part(folder: Path, number: int) -> StoredPart:
             metrics = stream.read_all().replace_schema_metadata()
         with pa.ipc.open_stream(source) as stream:
             features = stream.read_all()
+        texts = None
+        if header["has_texts"]:
+            with pa.ipc.open_stream(source) as stream:
+                texts = stream.read_all()
     return StoredPart(
         extent=PartExtent(**header["extent"]),
         metrics=metrics,
         features=features,
+        texts=texts,
         rejects=tuple(Reject(**reject) for reject in header["rejects"]),
         layers=tuple(layer_of(layer) for layer in header["layers"]),
         seconds=StageSeconds(**header["seconds"]),
@@ -113,6 +120,7 @@ def header_of(part: StoredPart) -> dict[str, Any]:
         "layers": [{**fields_of(layer), "total": layer.total.tolist()} for layer in part.layers],
         "seconds": fields_of(part.seconds),
         "clipped": part.clipped,
+        "has_texts": part.texts is not None,
     }
 
 

@@ -1,4 +1,4 @@
-"""The columns of both Parquet files and how they are encoded on disk.
+"""The columns of the Parquet files and how they are encoded on disk.
 
 Types and encodings are those that every reader of the last years knows: plain values and dictionaries under
 Zstandard. What that costs in bytes is in `daemon/README.md`. Every field carries its unit and meaning as
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -19,6 +20,14 @@ from daemon.recipes import Recipe
 ValueType = Literal["float32", "float16"]
 
 KIND_TYPES: dict[Kind, pa.DataType] = {"int": pa.int32(), "float": pa.float64(), "class": pa.string()}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How results are stored, and which of them."""
+
+    values: ValueType = "float32"  # type of activations
+    texts: bool = True  # whether `texts.parquet` is written
 
 
 def described(
@@ -72,11 +81,43 @@ def features_schema(values: ValueType) -> pa.Schema:
     )
 
 
+@functools.lru_cache
+def texts_schema(*, chats: bool) -> pa.Schema:
+    """Columns of `texts.parquet`: one row per (sample, text); `chats`: texts may be conversations."""
+    roles = described(
+        "token_roles",
+        pa.list_(pa.string()),
+        "",
+        "role of the message that each token is of, null of the template's own; null where none is known",
+        nullable=True,
+    )
+    return pa.schema(
+        [
+            *SAMPLE_FIELDS[:2],
+            described("text", pa.string(), "", "name of the text"),
+            described(
+                "content", pa.string(), "", "the whole text; a conversation as the template renders it"
+            ),
+            described("token_ids", pa.list_(pa.int32()), "", "tokens that the model read, BOS included"),
+            described(
+                "token_starts",
+                pa.list_(pa.int32()),
+                "code points",
+                "where each token begins in content, 0-based; null where that is not known",
+                nullable=True,
+            ),
+            *([roles] if chats else []),
+        ]
+    )
+
+
 def stored_columns(
-    saes: tuple[str, ...], recipes: Sequence[Recipe], values: ValueType
+    saes: tuple[str, ...], recipes: Sequence[Recipe], layout: Layout
 ) -> list[list[tuple[str, str]]]:
     """Names and types of all that is stored of files of these recipes: parts of others don't fit them."""
-    schemas = [*(metrics_schema(saes, recipe) for recipe in recipes), features_schema(values)]
+    schemas = [*(metrics_schema(saes, recipe) for recipe in recipes), features_schema(layout.values)]
+    if layout.texts:
+        schemas += [texts_schema(chats=recipe.chats) for recipe in recipes]
     return [[(field.name, str(field.type)) for field in schema] for schema in schemas]
 
 
@@ -101,3 +142,10 @@ def features_options(values: ValueType) -> dict[str, Any]:
     """How `features.parquet` is encoded: dictionaries for the keys, indices and values plain."""
     keys = [field.name for field in features_schema(values) if not pa.types.is_list(field.type)]
     return COMMON_OPTIONS | {"use_dictionary": keys}
+
+
+@functools.lru_cache
+def texts_options(*, chats: bool) -> dict[str, Any]:
+    """How `texts.parquet` is encoded: dictionaries for the keys, token ids and roles, the rest plain."""
+    repeats = ["sample_id", "record_index", "text", "token_ids.list.element"]
+    return COMMON_OPTIONS | {"use_dictionary": [*repeats, *(["token_roles.list.element"] if chats else [])]}

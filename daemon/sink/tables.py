@@ -20,12 +20,18 @@ from daemon.records import FeatureRows, FinishedPart, IntArray, ResultRows, Samp
 from daemon.sink.feature_rows import in_order
 from daemon.sink.parts import StoredPart
 from daemon.sink.schema import SAMPLE_FIELDS
+from daemon.sink.text_rows import texts_table
 
 
 def stored_parts(
-    parts: Sequence[FinishedPart], metrics: pa.Schema, features: pa.Schema, info: ModelInfo
+    parts: Sequence[FinishedPart],
+    metrics: pa.Schema,
+    features: pa.Schema,
+    info: ModelInfo,
+    texts: pa.Schema | None = None,
 ) -> list[StoredPart]:
-    """Parts of one recipe as they are stored; the schemas are `metrics_schema`'s and `features_schema`'s.
+    """Parts of one recipe as they are stored; the schemas are those of `daemon.sink.schema`, that of texts is
+    None where they are not stored.
 
     All tables are made as one and sliced: a table costs by its columns, and most parts of small files have
     one row. Raises AssertionError unless the pieces of each part cover its samples exactly once, KeyError
@@ -35,18 +41,24 @@ def stored_parts(
         part.check_covered()
     bounds = np.cumsum([0, *(len(part.part.samples) for part in parts)])
     if not bounds[-1]:  # all records were rejected
-        return [stored_part(part, metrics.empty_table(), features.empty_table(), clipped=0) for part in parts]
+        none = metrics.empty_table(), features.empty_table(), texts and texts.empty_table()
+        return [stored_part(part, *none, clipped=0) for part in parts]
     samples = [sample for part in parts for sample in part.part.part.samples]
     pieces = pieces_by_result(parts, bounds)
     rows, clipped = feature_rows(pieces, features)
     whole_metrics = metrics_table(samples, pieces, metrics)
-    whole_features = features_table(samples, parts[0].part.part.recipe, rows, features, info)
+    recipe = parts[0].part.part.recipe
+    whole_features = features_table(samples, recipe, rows, features, info)
+    whole_texts = None
+    if texts is not None:
+        whole_texts = texts_table([entry for part in parts for entry in part.part.samples], recipe, texts)
     row_bounds = np.searchsorted(rows.sample_row, bounds)
     return [
         stored_part(
             part,
             whole_metrics.slice(first, last - first),
             whole_features.slice(first_row, last_row - first_row),
+            whole_texts and texts_of(whole_texts, recipe, first, last),
             int(clipped[first_row:last_row].sum()),
         )
         for part, (first, last), (first_row, last_row) in zip(
@@ -55,11 +67,20 @@ def stored_parts(
     ]
 
 
-def stored_part(finished: FinishedPart, metrics: pa.Table, features: pa.Table, clipped: int) -> StoredPart:
+def texts_of(table: pa.Table, recipe: Recipe, first: int, last: int) -> pa.Table:
+    """The texts of a run of samples."""
+    each = len(recipe.templates)
+    return table.slice(first * each, (last - first) * each)
+
+
+def stored_part(
+    finished: FinishedPart, metrics: pa.Table, features: pa.Table, texts: pa.Table | None, clipped: int
+) -> StoredPart:
     return StoredPart(
         extent=finished.part.part.extent,
         metrics=metrics,
         features=features,
+        texts=texts,
         rejects=tuple(sorted(finished.rejects, key=lambda reject: reject.record_index)),
         layers=finished.layers,
         seconds=finished.seconds,

@@ -31,13 +31,23 @@ from daemon.sink.files import HashedFile
 from daemon.sink.jsontext import to_json
 from daemon.sink.parquet import ParquetFile
 from daemon.sink.parts import StoredPart, parts_of, read_part, write_part
-from daemon.sink.schema import ValueType, features_options, features_schema, metrics_options, metrics_schema
+from daemon.sink.schema import (
+    Layout,
+    features_options,
+    features_schema,
+    metrics_options,
+    metrics_schema,
+    texts_options,
+    texts_schema,
+)
 
 METRICS = "metrics.parquet"
 FEATURES = "features.parquet"
+TEXTS = "texts.parquet"
 REJECTS = "rejects.jsonl"
 METRICS_GROUP_BYTES = 8 << 20  # of a row group in memory
 FEATURES_GROUP_BYTES = 16 << 20
+TEXTS_GROUP_BYTES = 8 << 20
 
 
 class UnitWriter:
@@ -54,14 +64,14 @@ class UnitWriter:
         file: InputFile,
         recipe: Recipe,
         info: ModelInfo,
-        values: ValueType,
+        layout: Layout,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.staging = staging
         self.file = file
         self.recipe = recipe
         self.info = info
-        self.values: ValueType = values
+        self.layout = layout
         self._clock = clock
         self._extents: dict[int, PartExtent] = {}  # of what is stored
         self._only: StoredPart | None = None  # the part of a file that has one, kept in memory
@@ -120,30 +130,23 @@ class UnitWriter:
         layers = tuple(LayerTotals.zero(sae.d_out) for sae in self.info.saes)
         seconds, clipped = StageSeconds(), 0
         with contextlib.ExitStack() as files:
-            metrics = ParquetFile(
-                self.staging / METRICS,
-                metrics_schema(self.info.names, self.recipe),
-                group_bytes=METRICS_GROUP_BYTES,
-                options=metrics_options(self.info.names, self.recipe),
-            )
-            files.callback(metrics.discard)
-            features = ParquetFile(
-                self.staging / FEATURES,
-                features_schema(self.values),
-                group_bytes=FEATURES_GROUP_BYTES,
-                options=features_options(self.values),
-            )
-            files.callback(features.discard)
+            metrics = files.enter_context(self._metrics_file())
+            features = files.enter_context(self._features_file())
+            texts = files.enter_context(self._texts_file()) if self.layout.texts else None
             rejects = RejectsFile(self.staging / REJECTS)
             files.callback(rejects.discard)
             for part in self._stored_parts():
                 metrics.append(part.metrics)
                 features.append(part.features)
+                if texts is not None:
+                    assert part.texts is not None, "parts are of one layout"
+                    texts.append(part.texts)
                 rejects.append(part.rejects)
                 layers = tuple(sum_.plus(more) for sum_, more in zip(layers, part.layers, strict=True))
                 seconds += part.seconds
                 clipped += part.clipped
-            written = (metrics.close(), features.close(), *rejects.close())
+            tables = [metrics, features, *([] if texts is None else [texts])]
+            written = (*(table.close() for table in tables), *rejects.close())
         return UnitTotals(
             records=sum(extent.records for extent in self._extents.values()),
             rows=metrics.rows,
@@ -158,6 +161,31 @@ class UnitWriter:
     def abandon(self) -> None:
         """Remove the staging folder, whatever state it is in. Stored parts stay for another attempt."""
         remove_folder(self.staging)
+
+    def _metrics_file(self) -> ParquetFile:
+        names = self.info.names
+        return ParquetFile(
+            self.staging / METRICS,
+            metrics_schema(names, self.recipe),
+            group_bytes=METRICS_GROUP_BYTES,
+            options=metrics_options(names, self.recipe),
+        )
+
+    def _features_file(self) -> ParquetFile:
+        return ParquetFile(
+            self.staging / FEATURES,
+            features_schema(self.layout.values),
+            group_bytes=FEATURES_GROUP_BYTES,
+            options=features_options(self.layout.values),
+        )
+
+    def _texts_file(self) -> ParquetFile:
+        return ParquetFile(
+            self.staging / TEXTS,
+            texts_schema(chats=self.recipe.chats),
+            group_bytes=TEXTS_GROUP_BYTES,
+            options=texts_options(chats=self.recipe.chats),
+        )
 
     def _add(self, extent: PartExtent, last: bool) -> None:
         self._extents[extent.number] = extent

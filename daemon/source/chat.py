@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from daemon.errors import SampleError
 from daemon.escaping import cut_short, escape_control
@@ -18,12 +18,21 @@ from daemon.prefixes import shared_length
 from daemon.recipes import Conversation, Message
 from daemon.records import CountedTokens
 from daemon.source.counting import EncodedText, counts_none
+from daemon.source.message_places import MessagePlaces, Span
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # before what the assistant writes
 TODAY = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 DATE = datetime.date(2024, 7, 26)  # that templates are told, so that results do not depend on the day
 MOST_MESSAGES = 1000  # of a conversation whose messages are told apart by rendering it up to each
 STAND_INS = ("A", "B")  # contents that differ from their first letter on
+
+
+class RenderedChat(NamedTuple):
+    """A conversation as text."""
+
+    text: str
+    spans: tuple[Span, ...] | None  # where its messages are; None where that is unclear
+    marked: bytes | None  # a byte for each token, 1 where the template marks it as the assistant's
 
 
 class ChatTemplate:
@@ -34,6 +43,7 @@ class ChatTemplate:
         self._template = TODAY.sub(lambda found: repr(DATE.strftime(found[1] or found[2] or "")), template)
         self._is_dated = "strftime_now(" in self._template
         self._has_marks = GENERATION.search(template) is not None
+        self._places = MessagePlaces()
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate | None:
@@ -69,7 +79,7 @@ class ChatTemplate:
         wanted = [number for number, message in enumerate(messages) if message.role == tokens]
         if marked:
             mask = bytes(rendered["assistant_masks"])
-            if len(re.findall(b"\1+", mask)) == len(wanted):
+            if marks_each(mask, len(wanted)):
                 return EncodedText(ids, mask)
         of_completion = start is not None and tokens == "completion"
         if not of_completion and len(messages) > MOST_MESSAGES:
@@ -83,6 +93,20 @@ class ChatTemplate:
         for first, last in spans:
             counts[first + 1 : last + 1] = b"\1" * (last - first)
         return EncodedText(ids, bytes([counts[end] for _, end in rendered["offset_mapping"]]))
+
+    def rendered(self, chat: Conversation) -> RenderedChat:
+        """The text of which `encode` gives the tokens, and whose it is. Raises SampleError."""
+        text = self._text(chat.messages, answer=chat.awaits_answer)
+        return RenderedChat(text, self._places.of(chat, text, self._text), self._marked(chat))
+
+    def _marked(self, chat: Conversation) -> bytes | None:
+        """Which tokens the template's generation marks enclose; None where they don't tell."""
+        if not self._has_marks:
+            return None
+        tokens = self._rendered(chat.messages, answer=chat.awaits_answer, offsets=False, marks=True)
+        mask = bytes(tokens["assistant_masks"])
+        answers = sum(message.role == "assistant" for message in chat.messages)
+        return mask if marks_each(mask, answers) else None
 
     def _span(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
         """Where in the rendered text a message's content begins, and where the next message does.
@@ -126,6 +150,11 @@ class ChatTemplate:
                 "chat_refused",
                 f"is refused by the model's chat template ({reason}): write it as that expects",
             ) from None
+
+
+def marks_each(mask: bytes, answers: int) -> bool:
+    """Whether there is a run of marked tokens for each of so many messages."""
+    return len(re.findall(b"\1+", mask)) == answers
 
 
 def too_many(messages: int) -> SampleError:

@@ -7,11 +7,13 @@ straddles the border belongs to the completion.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
+
 from daemon.errors import SampleError
-from daemon.records import CountedTokens, LongTexts
+from daemon.records import CountedTokens, LongTexts, TextToStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class ReadRules:
     tokens: CountedTokens = "all"  # which of them count
     long_texts: LongTexts = "reject"  # what becomes of a text that has too many
     skips_bos: bool = False  # whether a BOS at a text's beginning is none of those that are read
+    keeps_texts: bool = False  # whether texts are stored, and where in them each token begins
 
 
 class EncodedText(NamedTuple):
@@ -29,13 +32,14 @@ class EncodedText(NamedTuple):
     ids: tuple[int, ...]
     counted: bytes | None = None
     bos_added: bool = False  # before it; else it begins with its own, or with none
+    stored: TextToStore | None = None  # the text itself, where texts are stored
 
     def after(self, prefix: tuple[int, ...]) -> EncodedText:
         """The same behind tokens that do not count, unless all do."""
         if not prefix:
             return self
         counted = self.counted and bytes(len(prefix)) + self.counted
-        return EncodedText((*prefix, *self.ids), counted, bos_added=True)
+        return self._replace(ids=(*prefix, *self.ids), counted=counted, bos_added=True)
 
     @property
     def bare(self) -> EncodedText:
@@ -52,8 +56,17 @@ class EncodedText(NamedTuple):
         first, rest = slice(0, head), slice(head, most)
         if keep == "keep_end":
             rest = slice(len(self.ids) - (most - head), None)
-        counted = self.counted and self.counted[first] + self.counted[rest]
-        return EncodedText(self.ids[first] + self.ids[rest], counted, self.bos_added)
+        return self._replace(
+            ids=self.ids[first] + self.ids[rest],
+            counted=self.counted and self.counted[first] + self.counted[rest],
+            stored=self.stored and cut_text(self.stored, first, rest),
+        )
+
+
+def cut_text(text: TextToStore, first: slice, rest: slice) -> TextToStore:
+    """The whole text still, and of its tokens those that stay."""
+    starts = None if text.starts is None else np.concatenate((text.starts[first], text.starts[rest]))
+    return replace(text, starts=starts, roles=text.roles and text.roles[first] + text.roles[rest])
 
 
 def completion_mask(ends: Sequence[int], start: int) -> bytes:

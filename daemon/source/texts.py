@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 from daemon.errors import SampleError
 from daemon.escaping import cut_short
 from daemon.prefixes import shared_length
-from daemon.recipes import Conversation, Message, Recipe, Text, path_of
+from daemon.recipes import ROLES, Conversation, Message, Recipe, Text, path_of
 from daemon.source.jsonvalues import as_text, json_type
 
-ROLES = ("system", "user", "assistant")
 MESSAGE_KEYS = ("role", "content", "name")  # a name is not rendered
 PART_KEYS = ("type", "text")
 SHAREGPT = ("from", "value")

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 from daemon.bos import bos_of
 from daemon.errors import ConfigError, SampleError
-from daemon.recipes import Conversation
+from daemon.recipes import Conversation, Text
 from daemon.records import Part, Reject, Sample, TokenizedPart, TokenizedSample
 from daemon.source.chat import ChatTemplate, no_template
 from daemon.source.counting import EncodedText, ReadRules, completion_mask, counts_none, masks
+from daemon.source.storing import Storing
 
 T = TypeVar("T")
 Start = int | None  # where in a text its completion begins
@@ -54,6 +55,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._backend.no_truncation()
         self._chat = ChatTemplate.of(tokenizer)
+        self._storing = Storing(self._backend, self._chat)
         self._max_text_tokens = max_text_tokens
         self._context = context
         self._rules = rules
@@ -103,28 +105,30 @@ class Tokenizer:
         become rejects.
         """
         began = time.perf_counter()
-        texts, encoded = self._read(parts)
-        seconds = (time.perf_counter() - began) / max(1, texts)
-        return [self._tokenized(part, encoded, seconds) for part in parts]
-
-    def _read(self, parts: Sequence[Part]) -> tuple[int, Iterator[Encoded]]:
-        """How many texts there are, and each of them as tokens, or why not."""
         texts = [text for part in parts for sample in part.samples for text in sample.texts]
+        encoded = self._read(parts, texts)
+        if self._rules.keeps_texts:
+            most = self._most if self._rules.long_texts == "reject" else None
+            encoded = self._storing.described(texts, encoded, len(self._prefix), most)
+        read = iter(encoded)
+        seconds = (time.perf_counter() - began) / max(1, len(texts))
+        return [self._tokenized(part, read, seconds) for part in parts]
+
+    def _read(self, parts: Sequence[Part], texts: Sequence[Text]) -> Sequence[Encoded]:
+        """Each of the texts, which are those of the parts, as tokens, or why not."""
         strings = [text for text in texts if isinstance(text, str)]
         if self._rules.tokens == "all":
-            read = iter(each(self._encode, strings))
+            encoded = each(self._encode, strings)
             if len(strings) == len(texts):
-                return len(texts), read
+                return encoded
         starts = [start for part in parts for sample in part.samples for start in starts_of(sample)]
         items = list(zip(texts, starts, strict=True))
         if self._rules.tokens != "all":
-            read = iter(self._counted([(text, start) for text, start in items if isinstance(text, str)]))
-        return len(texts), iter(
-            [
-                next(read) if isinstance(text, str) else self._conversation(text, start)
-                for text, start in items
-            ]
-        )
+            encoded = self._counted([(text, start) for text, start in items if isinstance(text, str)])
+        read = iter(encoded)
+        return [
+            next(read) if isinstance(text, str) else self._conversation(text, start) for text, start in items
+        ]
 
     def _counted(self, items: Sequence[tuple[str, Start]]) -> Sequence[Encoded]:
         """Texts that are no conversations, and which of their tokens count: not all do."""
@@ -172,7 +176,8 @@ class Tokenizer:
             reject = self._check(sample, token_ids, names) or self._check_counted(sample, shorter, names)
             if reject is None:
                 added = tuple([text.bos_added for text in shorter]) if self._both_ways else ()
-                kept.append(TokenizedSample(sample, token_ids, masks(shorter), added))
+                stored = tuple([text.stored for text in shorter if text.stored is not None])
+                kept.append(TokenizedSample(sample, token_ids, masks(shorter), added, stored))
                 cut += sum(len(long.ids) > len(short.ids) for long, short in zip(texts, shorter, strict=True))
             else:
                 rejects.append(reject)

@@ -146,7 +146,7 @@ def load_random(shape: ResultShape, config: Config) -> Compute:
     from daemon.model.loading import load_tokenizer
     from daemon.model.location import locate_model
     from daemon.model.smollm2 import default_cache_dir
-    from daemon.model_wiring import Compute
+    from daemon.model_wiring import Compute, read_rules
     from daemon.source.tokenizer import Tokenizer
 
     tokenizer = load_tokenizer(locate_model(config.model.name, default_cache_dir(), config.model.revision))
@@ -159,6 +159,7 @@ def load_random(shape: ResultShape, config: Config) -> Compute:
             max_text_tokens=config.batching.max_text_tokens,
             context=None,
             vocabulary=len(tokenizer),
+            rules=read_rules(config),
         ),
         max_batch_tokens=4096,
     )

@@ -122,6 +122,9 @@ def wrong_folder(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     features = pq.ParquetFile(folder / "features.parquet").read(columns=["record_index"])["record_index"]
     if set(pc.unique(features).to_pylist()) != set(metrics.to_pylist()):
         yield f"{name}: features.parquet is not about the records of metrics.parquet"
+    texts = pq.ParquetFile(folder / "texts.parquet").read(columns=["record_index"])["record_index"]
+    if pc.unique(texts).to_pylist() != metrics.to_pylist():
+        yield f"{name}: texts.parquet is not about the records of metrics.parquet"
 
 
 def wrong_file(path: Path, listed: dict[str, Any]) -> Iterator[str]:

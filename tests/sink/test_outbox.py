@@ -117,6 +117,7 @@ def test_a_published_folder_says_what_it_holds(outbox):
     assert {file["name"]: file["rows"] for file in content["files"]} == {
         "metrics.parquet": 4,
         "features.parquet": 24,
+        "texts.parquet": 12,
         "rejects.jsonl": 1,
     }
 

@@ -11,9 +11,18 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from daemon.recipes import CHAT_RECIPE
 from daemon.sink.outbox import output_folder_name
 from daemon.source.formats import without_suffix
-from tests.support.handmade import expected_features, expected_metrics, finish, make_part, open_writer, store
+from tests.support.handmade import (
+    expected_features,
+    expected_metrics,
+    expected_texts,
+    finish,
+    make_part,
+    open_writer,
+    store,
+)
 
 NAMES = ["a.jsonl", "b [1] * {x}=y.json.gz", "back\\slash?.json", "naïve 🧪 %20 #.jsonl", "rejects only.json"]
 
@@ -68,7 +77,41 @@ def test_polars_scans_the_outbox(outbox, samples):
     assert features.to_dicts() == expected_features(samples) * (len(NAMES) - 1)
 
 
-@pytest.mark.parametrize("file, expected", [("metrics", expected_metrics), ("features", expected_features)])
+def test_readers_see_the_texts_as_they_are(outbox, samples):
+    expected = expected_texts(samples) * (len(NAMES) - 1)
+    rows = duckdb.sql(f"SELECT * FROM '{outbox}/*/texts.parquet' ORDER BY filename, file_row_number")
+    assert rows.columns == list(expected[0])
+    assert rows.fetchall() == [tuple(row.values()) for row in expected]
+    assert pl.scan_parquet(outbox / "*/texts.parquet").collect().to_dicts() == expected
+
+
+def test_texts_join_the_features_on_the_token_that_they_fired_at(outbox, samples):
+    joined = duckdb.sql(
+        f"""SELECT f.token_id, t.token_ids, t.content
+        FROM '{outbox}/a-*/features.parquet' f JOIN '{outbox}/a-*/texts.parquet' t
+        USING (record_index, text)"""
+    )
+    assert len(joined.fetchall()) == len(expected_features(samples))
+
+
+def test_readers_see_the_roles_of_conversations(tmp_path):
+    for size in (3, 100):
+        part = make_part(0, 0, size, last=True, recipe=CHAT_RECIPE)
+        writer = open_writer(tmp_path / f"of-{size}", CHAT_RECIPE)
+        store(writer, finish(part))
+        writer.write()
+        path = tmp_path / f"of-{size}/texts.parquet"
+        roles = [row["token_roles"] for row in expected_texts(part.part.samples, CHAT_RECIPE)]
+        assert pl.read_parquet(path)["token_roles"].to_list() == roles
+        assert [row for (row,) in duckdb.sql(f"SELECT token_roles FROM '{path}'").fetchall()] == roles
+        frame = pd.read_parquet(path)["token_roles"]
+        assert [None if row is None else list(row) for row in frame] == roles
+
+
+@pytest.mark.parametrize(
+    "file, expected",
+    [("metrics", expected_metrics), ("features", expected_features), ("texts", expected_texts)],
+)
 def test_each_output_opens_by_its_path(outbox, samples, file, expected):
     paths = sorted(outbox.glob(f"*/{file}.parquet"))
     rows = [len(pq.read_table(path)) for path in paths]

@@ -5,9 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from daemon.analysis.columns import analysis_columns
-from daemon.recipes import CONTRAST_RECIPE, PLAIN_RECIPE
+from daemon.recipes import CHAT_RECIPE, CONTRAST_RECIPE, PLAIN_RECIPE
 from daemon.sink.parquet import SMALL_ROWS
-from daemon.sink.schema import features_schema, metrics_schema
+from daemon.sink.schema import Layout, features_schema, metrics_schema, stored_columns, texts_schema
 from tests.support.handmade import finish, make_part, open_writer, store
 
 
@@ -40,8 +40,25 @@ def test_features_are_the_columns_of_the_contract():
     assert features_schema("float16").field("values").type == pa.list_(pa.float16())
 
 
+def test_texts_are_the_columns_of_the_contract():
+    fields = {
+        "sample_id": pa.string(),
+        "record_index": pa.int64(),
+        "text": pa.string(),
+        "content": pa.string(),
+        "token_ids": pa.list_(pa.int32()),
+        "token_starts": pa.list_(pa.int32()),
+    }
+    assert {field.name: field.type for field in texts_schema(chats=False)} == fields
+    roles = {"token_roles": pa.list_(pa.string())}
+    assert {field.name: field.type for field in texts_schema(chats=True)} == fields | roles
+    nullable = {field.name for field in texts_schema(chats=True) if field.nullable}
+    assert nullable == {"token_starts", "token_roles"}
+
+
 def test_every_field_says_what_it_is():
-    for schema in (metrics_schema(("l7",), CONTRAST_RECIPE), features_schema("float32")):
+    schemas = metrics_schema(("l7",), CONTRAST_RECIPE), features_schema("float32"), texts_schema(chats=True)
+    for schema in schemas:
         assert all(field.metadata[b"description"] for field in schema)
     schema = metrics_schema(("l7",), CONTRAST_RECIPE)
     assert schema.field("axis_twist_diff").metadata == {
@@ -74,6 +91,26 @@ def test_only_encodings_that_every_reader_knows_are_used(tmp_path, rows, recipe,
     """Byte streams, deltas and pages of the second version are beyond readers of the last years."""
     for encodings in both(tmp_path / "unit", rows, values, recipe):
         assert set().union(*encodings.values()) <= {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY"}
+
+
+@pytest.mark.parametrize("rows", [1, SMALL_ROWS + 1])
+def test_texts_are_encoded_as_meant(tmp_path, rows):
+    writer = open_writer(tmp_path / "unit", CHAT_RECIPE)
+    store(writer, finish(make_part(0, 0, rows, last=True, recipe=CHAT_RECIPE)))
+    writer.write()
+    columns = encodings(tmp_path / "unit/texts.parquet")
+    assert set().union(*columns.values()) <= {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY"}
+    repeated = {name for name, kinds in columns.items() if "RLE_DICTIONARY" in kinds}
+    lists = {"token_ids.list.element", "token_roles.list.element"}
+    assert repeated == {"sample_id", "record_index", "text", *lists}
+
+
+def test_what_is_stored_of_texts_is_a_part_of_a_units_identity():
+    recipes = CONTRAST_RECIPE, CHAT_RECIPE
+    without = stored_columns(("l7",), recipes, Layout(texts=False))
+    assert stored_columns(("l7",), recipes, Layout())[: len(without)] == without
+    names = [[name for name, _ in columns] for columns in stored_columns(("l7",), recipes, Layout())]
+    assert ["token_roles" in columns for columns in names[len(without) :]] == [False, True]
 
 
 def both(folder, rows, values, recipe=CONTRAST_RECIPE) -> tuple[dict[str, set[str]], dict[str, set[str]]]:

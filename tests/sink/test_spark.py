@@ -10,14 +10,24 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from daemon.recipes import CHAT_RECIPE
 from daemon.sink.parquet import ParquetFile
 from daemon.sink.schema import features_options
-from tests.support.handmade import expected_features, expected_metrics, finish, make_part, open_writer, store
+from tests.support.handmade import (
+    expected_features,
+    expected_metrics,
+    expected_texts,
+    finish,
+    make_part,
+    open_writer,
+    store,
+)
 from tests.support.spark import ask, needs_spark
 
 pytestmark = [needs_spark, pytest.mark.slow]
 
 SIZES = (1, 64, 200)
+KINDS = ("metrics", "features", "texts")
 SCHEMA = pa.schema(
     [
         pa.field("name", pa.string(), nullable=False),
@@ -39,8 +49,9 @@ ENDS = {
     "values": [[], [-1.5, 3.25], [float(np.finfo(np.float32).max)] * 300],
 }
 EXPRESSIONS = {
-    **{f"{size} {kind}": f"of-{size}/{kind}.parquet" for size in SIZES for kind in ("metrics", "features")},
-    **{f"all {kind}": f"of-*/{kind}.parquet" for kind in ("metrics", "features")},
+    **{f"{size} {kind}": f"of-{size}/{kind}.parquet" for size in SIZES for kind in KINDS},
+    **{f"all {kind}": f"of-*/{kind}.parquet" for kind in KINDS},
+    "chats": "chats/texts.parquet",
     **{f"half {kind}": f"half-200/{kind}.parquet" for kind in ("metrics", "features")},
     "ends": "ends.parquet",
 }
@@ -54,6 +65,7 @@ def answers(tmp_path_factory) -> dict[str, dict[str, Any]]:
         write(outbox / f"of-{size}", size)
     write(outbox / "of-0", 3, rejected=(0, 1, 2))
     write(outbox / "half-200", 200, values="float16")
+    write_chats(outbox / "chats")
     write_ends(outbox / "ends.parquet")
     reads = [f"spark.read.parquet({glob!r})" for glob in EXPRESSIONS.values()]
     return dict(zip(EXPRESSIONS, ask(*reads, cwd=outbox), strict=True))
@@ -62,6 +74,12 @@ def answers(tmp_path_factory) -> dict[str, dict[str, Any]]:
 def write(folder: Path, size: int, *, rejected=(), **options: object) -> None:
     writer = open_writer(folder, **options)
     store(writer, finish(make_part(0, 0, size, rejected=rejected, last=True)))
+    writer.write()
+
+
+def write_chats(folder: Path) -> None:
+    writer = open_writer(folder, CHAT_RECIPE)
+    store(writer, finish(make_part(0, 0, 200, last=True, recipe=CHAT_RECIPE)))
     writer.write()
 
 
@@ -82,11 +100,20 @@ def test_it_reads_every_value_of_small_and_large_files(answers, size):
     assert features["rows"] == expected_features(samples)
     kinds = dict(features["columns"])
     assert (kinds["indices"], kinds["values"]) == ("array<bigint>", "array<float>")
+    texts = answers[f"{size} texts"]
+    assert texts["rows"] == expected_texts(samples)
+    assert dict(texts["columns"])["token_ids"] == dict(texts["columns"])["token_starts"] == "array<int>"
+
+
+def test_it_reads_the_roles_of_conversations(answers):
+    samples = make_part(0, 0, 200, recipe=CHAT_RECIPE).part.samples
+    assert answers["chats"]["rows"] == expected_texts(samples, CHAT_RECIPE)
 
 
 def test_it_reads_a_whole_outbox_at_one_go(answers):
     samples = [make_part(0, 0, size).part.samples for size in SIZES]
     assert len(answers["all metrics"]["rows"]) == sum(SIZES)
+    assert len(answers["all texts"]["rows"]) == 3 * sum(SIZES)
     assert len(answers["all features"]["rows"]) == sum(len(expected_features(of)) for of in samples)
 
 

@@ -10,18 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from daemon.recipes import PLAIN_RECIPE
+from daemon.recipes import CHAT_RECIPE, PLAIN_RECIPE, PREFERENCE_RECIPE
 from daemon.records import FinishedPart, Reject, ResultRows, TokenizedPart, UnitTotals
 from daemon.sink import parts as parts_module
 from daemon.sink import writer as writer_module
 from daemon.sink.parts import stored_extents
-from daemon.sink.schema import features_schema, metrics_schema
+from daemon.sink.schema import features_schema, metrics_schema, texts_schema
 from daemon.sink.tables import stored_parts
 from tests.support.handmade import (
     CONTRAST_RECIPE,
     INFO,
     expected_features,
     expected_metrics,
+    expected_texts,
     finish,
     finished_from,
     make_block,
@@ -63,6 +64,7 @@ def test_every_column_reads_back_as_the_blocks_said(tmp_path):
     samples = samples_of(parts)
     assert rows_of(tmp_path / "unit/metrics.parquet") == expected_metrics(samples)
     assert rows_of(tmp_path / "unit/features.parquet") == expected_features(samples)
+    assert rows_of(tmp_path / "unit/texts.parquet") == expected_texts(samples)
     assert (totals.records, totals.rows, totals.rejects) == (16, 14, 2)
 
 
@@ -73,6 +75,46 @@ def test_a_recipe_without_contrast_has_no_contrast_columns(tmp_path):
     assert rows == expected_metrics(part.part.samples, PLAIN_RECIPE)
     assert "l3_text_gini" in rows[0]
     assert not [name for name in rows[0] if name.endswith("_diff")]
+
+
+@pytest.mark.parametrize("recipe", [PLAIN_RECIPE, CHAT_RECIPE, PREFERENCE_RECIPE], ids=lambda one: one.name)
+def test_texts_of_conversations_have_roles(tmp_path, recipe):
+    part = make_part(0, 0, 80, last=True, recipe=recipe)
+    write(tmp_path / "unit", [finish(part)], recipe=recipe)
+    assert rows_of(tmp_path / "unit/texts.parquet") == expected_texts(part.part.samples, recipe)
+    names = pq.read_schema(tmp_path / "unit/texts.parquet").names
+    assert ("token_roles" in names) == recipe.chats
+
+
+def test_without_texts_no_file_holds_any(tmp_path):
+    parts = [finish(part) for part in parts_of_a_file()]
+    totals = write(tmp_path / "unit", parts, texts=False)
+    assert [file.name for file in totals.files] == ["metrics.parquet", "features.parquet", "rejects.jsonl"]
+    assert {path.name for path in (tmp_path / "unit").iterdir()} == {file.name for file in totals.files}
+    kept = open_writer(tmp_path / "again", texts=False)
+    store(kept, parts[0])
+    assert [part_texts(path) for path in sorted((tmp_path / "again.parts").iterdir())] == [None]
+    with pytest.raises(AssertionError, match="0 texts of 5 samples"):
+        bare = [without_texts(part) for part in parts_of_a_file()]
+        write(tmp_path / "bare", [finish(part) for part in bare])
+
+
+def part_texts(path: Path) -> pa.Table | None:
+    return parts_module.read_part(path.parent, int(path.name)).texts
+
+
+def without_texts(part: TokenizedPart) -> TokenizedPart:
+    samples = tuple(dataclasses.replace(sample, stored=()) for sample in part.samples)
+    return dataclasses.replace(part, samples=samples)
+
+
+def test_parts_weigh_what_their_texts_do():
+    part = finish(make_part(0, 0, 3))
+    bare = dataclasses.replace(part, part=without_texts(part.part))
+    texts = [text for sample in part.part.samples for text in sample.stored]
+    known = [text.starts for text in texts if text.starts is not None]
+    expected = sum(len(text.content) for text in texts) + 12 * sum(map(len, known))
+    assert part.nbytes - bare.nbytes == expected > 0
 
 
 def shared_batches(parts: list[TokenizedPart]) -> list[FinishedPart]:
@@ -206,6 +248,7 @@ def test_file_totals_are_those_of_the_bytes_on_disk(tmp_path):
     assert [(file.name, file.rows) for file in totals.files] == [
         ("metrics.parquet", 14),
         ("features.parquet", 84),
+        ("texts.parquet", 42),
         ("rejects.jsonl", 2),
     ]
     for file in totals.files:
@@ -298,6 +341,7 @@ def test_what_an_earlier_try_left_in_staging_is_replaced(tmp_path):
     assert sorted(path.name for path in (tmp_path / "unit").iterdir()) == [
         "features.parquet",
         "metrics.parquet",
+        "texts.parquet",
     ]
 
 
@@ -309,7 +353,8 @@ def test_samples_of_several_files_in_one_batch_come_out_as_each_alone(values):
     shared = [sample for part in parts for sample in part.part.samples]
     blocks = make_block(shared[:-1]), make_block(shared[-1:])
     blocks[0].features.values[:5] = 1e5  # clipped in float16
-    schemas = metrics_schema(INFO.names, CONTRAST_RECIPE), features_schema(values)
+    schemas = metrics_schema(INFO.names, CONTRAST_RECIPE), features_schema(values), INFO
+    texts = texts_schema(chats=False)
     finished, begin = [], 0
     for part in parts:
         n = len(part.samples)
@@ -322,11 +367,13 @@ def test_samples_of_several_files_in_one_batch_come_out_as_each_alone(values):
             ]
         begin += n
         finished.append(finished_from(part, pieces))
-    together = stored_parts(finished, *schemas, INFO)
+    together = stored_parts(finished, *schemas, texts)
     for part, tables in zip(finished, together, strict=True):
-        (alone,) = stored_parts([part], *schemas, INFO)
+        (alone,) = stored_parts([part], *schemas, texts)
         assert tables.metrics.equals(alone.metrics)
         assert tables.features.equals(alone.features)
+        assert tables.texts.equals(alone.texts)
+        assert len(tables.texts) == 3 * len(tables.metrics)
         assert tables.clipped == alone.clipped
         assert len(tables.metrics) == len(part.part.samples)
     assert sum(tables.clipped for tables in together) == (5 if values == "float16" else 0)

@@ -12,7 +12,7 @@ from daemon.errors import SampleError
 from daemon.recipes import BUILT_IN_RECIPES, CHAT_RECIPE, Conversation, Message
 from daemon.records import CountedTokens, Part, PartExtent, Sample
 from daemon.source.chat import ChatTemplate
-from daemon.source.counting import ReadRules
+from daemon.source.counting import EncodedText, ReadRules
 from daemon.source.tokenizer import Tokenizer
 from tests.support import tiny
 from tests.support.chats import CHATML, COUNTING, STRIPPED, TEMPLATES, chat_tokenizer
@@ -46,7 +46,7 @@ def test_ids_are_the_tokenizers_own(name, awaits_answer, roles):
     template = ChatTemplate.of(tokenizer)
     assert template is not None
     own = tokenizer.apply_chat_template(plain(chat), add_generation_prompt=awaits_answer)["input_ids"]
-    assert template.encode(chat, "all", None) == (tuple(own), None, False)
+    assert template.encode(chat, "all", None) == EncodedText(tuple(own))
     assert own.count(tiny.BOS) == (name in ("marked", "moved", "merged"))
 
 
@@ -86,7 +86,7 @@ def test_roles_are_right_token_by_token_or_the_record_is_refused(name, role: Cou
             template.encode(chat, role, None)
         assert refused.value.reason == "roles_unclear"
         return
-    ids, counted, _ = template.encode(chat, role, None)
+    ids, counted, *_ = template.encode(chat, role, None)
     text = tokenizer.apply_chat_template(plain(chat), tokenize=False)
     assert counted is not None and len(ids) == len(counted)
     assert [bool(one) for one in counted] == expected(name, role, text)
@@ -118,7 +118,7 @@ def test_a_completion_is_what_follows_the_prompt(name):
     template = ChatTemplate.of(tokenizer)
     assert template is not None
     chat = chat_of(("system", *ONE * 2))
-    ids, counted, _ = template.encode(chat, "completion", 4)
+    ids, counted, *_ = template.encode(chat, "completion", 4)
     prompt, *_ = template.encode(chat_of(("system", *ONE, "user"), awaits_answer=True), "completion", 0)
     assert counted == bytes(len(prompt)) + b"\1" * (len(ids) - len(prompt))
     assert ids[: len(prompt)] == prompt
@@ -133,7 +133,7 @@ def test_content_that_merges_with_what_stands_before_it_is_the_contents():
     template = ChatTemplate.of(merging)
     assert template is not None
     chat = Conversation((Message("user", "\nu"), Message("assistant", "a")))
-    ids, counted, _ = template.encode(chat, "user", None)
+    ids, counted, *_ = template.encode(chat, "user", None)
     doubled = merging.convert_tokens_to_ids("\n\n")
     assert counted is not None
     assert counted[ids.index(doubled)] == 1 and counted.index(1) == ids.index(doubled)

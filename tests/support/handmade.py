@@ -7,13 +7,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from daemon.analysis.columns import analysis_columns
 from daemon.analysis.geometry import SHAPE_CLASSES
 from daemon.model_info import ModelInfo, SaeInfo
-from daemon.recipes import CONTRAST_RECIPE, Recipe
+from daemon.recipes import CONTRAST_RECIPE, ROLES, Recipe
 from daemon.records import (
     BatchResult,
     Claim,
@@ -29,10 +30,11 @@ from daemon.records import (
     ResultRows,
     Sample,
     StageSeconds,
+    TextToStore,
     TokenizedPart,
     TokenizedSample,
 )
-from daemon.sink.schema import features_schema, metrics_schema
+from daemon.sink.schema import Layout, features_schema, metrics_schema, texts_schema
 from daemon.sink.tables import stored_parts
 from daemon.sink.writer import UnitWriter
 from daemon.source.formats import without_suffix
@@ -176,8 +178,42 @@ def make_part(
         samples=samples,
         rejects=tuple(make_reject(i) for i in records if i in rejected),
     )
-    ids = ((1, 2),) * len(recipe.templates)
-    return TokenizedPart(part, tuple(TokenizedSample(sample, ids) for sample in samples))
+    return TokenizedPart(part, tuple(tokenized(sample, recipe) for sample in samples))
+
+
+def tokenized(sample: Sample, recipe: Recipe) -> TokenizedSample:
+    """With texts of which every fourth has no known places, and every second conversation no known roles."""
+    rows = text_rows_of(sample, recipe)
+    stored = tuple(
+        TextToStore(
+            row["content"],
+            None if row["token_starts"] is None else np.array(row["token_starts"], np.int32),
+            row["token_roles"] and bytes(map((None, *ROLES).index, row["token_roles"])),
+        )
+        for row in rows
+    )
+    return TokenizedSample(sample, tuple(tuple(row["token_ids"]) for row in rows), stored=stored)
+
+
+def text_rows_of(sample: Sample, recipe: Recipe) -> list[dict[str, Any]]:
+    """The rows of texts.parquet of one sample, roles in all of them."""
+    rng = random.Random(7 + sample.record_index)
+    rows = []
+    for name in recipe.text_names:
+        n = rng.choice([1, 2, 5, 9])
+        roles = rng.choices([None, "system", "user", "assistant"], k=n)
+        rows.append(
+            {
+                "sample_id": sample.sample_id,
+                "record_index": sample.record_index,
+                "text": name,
+                "content": rng.choice(["", "naïve 🧪 ", "a\nb\0c ", "\u202e<script> "]) * n,
+                "token_ids": rng.choices(range(50_000), k=n),
+                "token_starts": None if rng.random() < 0.25 else sorted(rng.choices(range(99), k=n)),
+                "token_roles": roles if recipe.chats and rng.random() < 0.5 else None,
+            }
+        )
+    return rows
 
 
 def make_sample(index: int, recipe: Recipe) -> Sample:
@@ -233,14 +269,16 @@ def finished_from(part: TokenizedPart, pieces: Sequence[ResultRows]) -> Finished
 
 
 def open_writer(staging: Path | str, recipe: Recipe = CONTRAST_RECIPE, **options: object) -> UnitWriter:
-    settings = {"file": make_file(), "recipe": recipe, "info": INFO, "values": "float32"} | options
+    layout = Layout(**{name: options.pop(name) for name in ("values", "texts") if name in options})
+    settings = {"file": make_file(), "recipe": recipe, "info": INFO, "layout": layout} | options
     return UnitWriter(Path(staging), **settings)
 
 
 def store(writer: UnitWriter, finished: FinishedPart) -> None:
     """Store a part with its tables made alone."""
-    schemas = metrics_schema(INFO.names, writer.recipe), features_schema(writer.values)
-    (stored,) = stored_parts([finished], *schemas, writer.info)
+    schemas = metrics_schema(INFO.names, writer.recipe), features_schema(writer.layout.values)
+    texts = texts_schema(chats=writer.recipe.chats) if writer.layout.texts else None
+    (stored,) = stored_parts([finished], *schemas, writer.info, texts)
     writer.write_part(finished.part.part, stored)
 
 
@@ -253,6 +291,14 @@ def expected_metrics(samples: Sequence[Sample], recipe: Recipe = CONTRAST_RECIPE
         for name, value in columns_of(sample, recipe).items():
             row[name] = None if isinstance(value, float) and math.isnan(value) else value
         rows.append(row)
+    return rows
+
+
+def expected_texts(samples: Sequence[Sample], recipe: Recipe = CONTRAST_RECIPE) -> list[dict[str, object]]:
+    """The rows of texts.parquet, one sample at a time."""
+    rows = [row for sample in samples for row in text_rows_of(sample, recipe)]
+    if not recipe.chats:
+        rows = [{name: value for name, value in row.items() if name != "token_roles"} for row in rows]
     return rows
 
 
