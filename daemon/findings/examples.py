@@ -152,15 +152,14 @@ def show_text(name: str, row: TextRow | None, read: Readings | None, activation:
     middle = max(n - 1, 0) if peak is None else min(max(peak, 0), n - 1)
     first, last = max(middle - AROUND, 0), min(middle + AROUND + 1, n)
     ends = np.append(row.token_starts[1:], len(row.content))
+    pieces = [row.content[row.token_starts[token] : ends[token]] for token in range(first, last)]
     tokens = tuple(
-        ShownToken(
-            cut_short(row.content[row.token_starts[token] : ends[token]], MOST_CHARS),
-            activations.get(token),
-            token == peak,
-        )
-        for token in range(first, last)
+        ShownToken(cut_short(piece, MOST_CHARS), activations.get(token), token == peak)
+        for token, piece in enumerate(pieces, first)
     )
-    return ShownText(name, tokens, first > 0, last < n, activation, position)
+    starts_inside = n > 0 and row.token_starts[first] > 0
+    ends_inside = last < n or (bool(pieces) and len(pieces[-1]) > MOST_CHARS)  # of a text that was cut
+    return ShownText(name, tokens, bool(first > 0 or starts_inside), ends_inside, activation, position)
 
 
 def shift_of(row: TextRow, read: Readings | None) -> int | None:
