@@ -8,7 +8,8 @@ there are no words, and a reason. Importing it does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 WORDS = 10  # each way
 PIECE_BYTES = 16 << 20  # of the unembedding that are read at a time
+SCALES = ("logit_scale", "lm_head_multiplier")  # of logits, in configurations
+DIVISORS = ("logits_scaling",)
 SPACES = "\u0120\u2581"  # with which pieces of vocabularies begin where the token begins with a space
 
 
@@ -92,12 +95,14 @@ class ModelEnd:
             model = auto_class(config).from_config(config, trust_remote_code=False)
         self._folder = folder
         self._tensors = model_tensors(folder, "the model")
+        self._stored = stored_names(model, self._tensors)
         norm_name = final_norm_name(model)
         self._norm_weight, self._centres = self._norm(model.get_submodule(norm_name), norm_name)
         output = model.get_output_embeddings()
         tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
         module = model.get_input_embeddings() if tied or output is None else output
         self._unembedding = self._name_of(name_of_module(model, module) + ".weight")
+        self._scale = logit_scale(config.get_text_config())
         self._spell = Vocabulary(folder)
 
     def words(self, rows: Tensor) -> list[Words]:
@@ -105,7 +110,7 @@ class ModelEnd:
         import torch
 
         directions = rows - rows.mean(-1, keepdim=True) if self._centres else rows
-        directions = directions * self._norm_weight
+        directions = directions * self._norm_weight * self._scale
         logits = torch.cat([directions @ piece.T for piece in self._pieces(rows.shape[-1])], dim=-1)
         known = self._spell.known(logits.shape[-1])
         logits[:, torch.from_numpy(~known)] = torch.nan
@@ -157,16 +162,16 @@ class ModelEnd:
 
     def _name_of(self, parameter: str) -> str:
         """The name in the checkpoint, which may lack or have more of what comes before it."""
-        if parameter in self._tensors:
-            return parameter
+        inner = parameter.split(".", 1)[-1]
         alike = [
-            name
-            for name in self._tensors
-            if parameter.endswith(f".{name}") or name.endswith(f".{parameter.split('.', 1)[-1]}")
+            stored
+            for name, stored in self._stored.items()
+            if name == parameter or parameter.endswith(f".{name}") or name.endswith(f".{inner}")
         ]
-        if len(alike) != 1:
+        exact = self._stored.get(parameter)
+        if exact is None and len(alike) != 1:
             raise LensdError(f"the model's files have no {parameter}")
-        return alike[0]
+        return exact or alike[0]
 
     def _open(self, tensor: str) -> Any:
         from safetensors import safe_open
@@ -177,6 +182,22 @@ class ModelEnd:
         if not path.is_file():
             path = self._folder / read_object(self._folder / INDEX_NAME, "the model")["weight_map"][tensor]
         return safe_open(path, framework="pt")
+
+
+def stored_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:
+    """By the name that Transformers gives a tensor when it loads it, its name in the checkpoint."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    return {apply_renamings(name, rules): name for name in tensors}
+
+
+def logit_scale(config: Any) -> float:
+    """By how much a family multiplies its logits."""
+    factors = [getattr(config, name, None) or 1.0 for name in SCALES]
+    divisors = [getattr(config, name, None) or 1.0 for name in DIVISORS]
+    return float(math.prod(factors) / math.prod(divisors))
 
 
 def final_norm_name(model: Any) -> str:
