@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -19,6 +20,8 @@ DPI = 72
 PANEL = 350  # units wide, of the small ones
 WIDE = 700
 FOUND = 480
+TOP, BOTTOM, RIGHT = 24, 40, 14  # units around the axes
+NICE: Any = {"steps": [1, 2, 2.5, 5, 10], "min_n_ticks": 3}  # of the ticks of an axis
 MARKERS = "osD^vPX*"
 
 
@@ -33,10 +36,20 @@ class Series:
     hollow: bool = False
 
 
-def blank(width: int, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width / DPI, height / DPI), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr, call-arg]
-    return figure, figure.subplots()
+def blank(width: int, height: float, left: float) -> tuple[Figure, Axes]:
+    """Return an empty figure whose axes leave room for a title, for labels and for `left` units of names.
+
+    The room is reckoned, not measured: measuring takes long, and is of another font than the reader's.
+    """
+    figure = Figure(figsize=(width / DPI, height / DPI))
+    inner_width, inner_height = width - left - RIGHT, height - TOP - BOTTOM
+    box = (left / width, BOTTOM / height, inner_width / width, inner_height / height)
+    return figure, figure.add_axes(box)
+
+
+def room(names: Iterable[str]) -> float:
+    """Return the width that the longest of these labels takes."""
+    return 12 + 6.4 * max((len(label(name)) for name in names), default=0)
 
 
 def forest(
@@ -44,8 +57,8 @@ def forest(
 ) -> Markup:
     """Draw one row for each name, with the estimates of each series below one another around 0."""
     step = 11 * len(series) + 10
-    figure, axes = blank(width, step * len(rows) + 62)
-    axes.set_title(title, loc="left", fontweight="bold")
+    figure, axes = blank(width, step * len(rows) + 64, room(rows))
+    axes.set_title(label(title), loc="left", fontweight="bold")
     axes.axvline(0, color=COLOURS["soft"], linewidth=0.8)
     for number, one in enumerate(series):
         offset = (number - (len(series) - 1) / 2) * 0.72 / max(len(series), 1)
@@ -55,7 +68,7 @@ def forest(
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, **NICE))
     axes.set_xlabel(label_of_unit(unit))
     return svg(figure, name, described(title, unit, rows, series))
 
@@ -64,7 +77,7 @@ def over_layers(
     name: str, title: str, layers: Sequence[str], series: Sequence[Series], *, unit: str
 ) -> Markup:
     """Draw estimates over the dictionaries, in the order of their layers."""
-    figure, axes = blank(PANEL, 190)
+    figure, axes = blank(PANEL, 190, 62)
     axes.set_title(label(title), loc="left", fontweight="bold")
     axes.axhline(0, color=COLOURS["soft"], linewidth=0.8)
     for number, one in enumerate(series):
@@ -73,7 +86,7 @@ def over_layers(
     axes.set_xticks(range(len(layers)), [label(layer) for layer in layers])
     axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.grid(axis="y")
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(4, **NICE))
     axes.set_ylabel(label_of_unit(unit))
     axes.set_xlabel("dictionary")
     return svg(figure, name, described(title, unit, layers, series))
@@ -103,13 +116,13 @@ def described(title: str, unit: str, rows: Sequence[str], series: Sequence[Serie
     parts = []
     for row, name in enumerate(rows):
         values = [
-            f"{one.name} {value}, {interval}"
+            f"{label(one.name)} {value}, {interval}"
             for one in series
             for value, interval in [numbers.value_and_interval(one.estimates[row])]
             if interval
         ]
         parts.append(f"{label(name)}: {'; '.join(values) or 'not known'}.")
-    return f"{title}, in {unit}, with 95% intervals. {' '.join(parts)}"
+    return f"{label(title)}, in {unit}, with 95% intervals. {' '.join(parts)}"
 
 
 def how_many_found(
@@ -121,9 +134,9 @@ def how_many_found(
 ) -> Markup:
     """Draw how many features are found, how many hold, and how many each draw with swapped labels finds."""
     title = "Features found"
-    figure, axes = blank(FOUND, 190 if swapped is not None else 140)
-    axes.set_title(title, loc="left", fontweight="bold")
     rows = [("found", found), ("still hold", holding)]
+    figure, axes = blank(FOUND, 190 if swapped is not None else 140, room(["labels swapped"]))
+    axes.set_title(label(title), loc="left", fontweight="bold")
     for row, (_, counts) in enumerate(rows):
         left = 0
         for number, one in enumerate(counts):
@@ -155,7 +168,7 @@ def how_many_found(
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, **NICE))
     axes.set_xlabel("features")
     by = [
         f"{label(one)}: {numbers.count(all_)} found, {numbers.count(held)} hold"
@@ -167,8 +180,8 @@ def how_many_found(
 def probes(name: str, results: Sequence[ProbeResult]) -> Markup:
     """Draw how many held-out pairs each probe tells rightly, with the line of chance."""
     title = "Held-out pairs told rightly"
-    figure, axes = blank(WIDE, 34 * len(results) + 62)
-    axes.set_title(title, loc="left", fontweight="bold")
+    figure, axes = blank(WIDE, 34 * len(results) + 64, room(one.name for one in results))
+    axes.set_title(label(title), loc="left", fontweight="bold")
     for row, one in enumerate(results):
         if one.accuracy is not None:
             value = one.accuracy.value * 100
@@ -205,7 +218,7 @@ def shapes(
     name: str, title: str, rows: Sequence[ShapeShares], classes: Sequence[str], text_of_row: Sequence[str]
 ) -> Markup:
     """Draw the shares of the classes of shape as stacked bars, one for each text and group."""
-    figure, axes = blank(PANEL, 17 * len(rows) + 62)
+    figure, axes = blank(PANEL, 17 * len(rows) + 64, room(text_of_row))
     axes.set_title(label(title), loc="left", fontweight="bold")
     words = []
     for row, one in enumerate(rows):
@@ -220,13 +233,13 @@ def shapes(
             )
             left += share
         shares = ", ".join(
-            f"{kind} {numbers.percent(n / total if total else None)}" for kind, n in one.classes
+            f"{label(kind)} {numbers.percent(n / total if total else None)}" for kind, n in one.classes
         )
-        words.append(f"{text_of_row[row]}: {shares}.")
+        words.append(f"{label(text_of_row[row])}: {shares}.")
     axes.set_yticks(range(len(rows)), [label(text) for text in text_of_row])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 100)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("% of samples")
-    return svg(figure, name, f"{title}, shares of classes. {' '.join(words)}")
+    return svg(figure, name, f"{label(title)}, shares of classes. {' '.join(words)}")

@@ -23,6 +23,7 @@ from daemon.findings.results import (
 from daemon.findings.sentences import VERDICT_ORDER
 
 SHOWN_FEATURES = 500
+PRINTED_FEATURES = 100  # on paper, unless more are found
 SHOWN_GROUPED = 60  # features of one group and text
 SHOWN_GHOSTS = 40
 SHOWN_PREVALENT = 60
