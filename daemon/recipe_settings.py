@@ -79,6 +79,8 @@ def check_template(name: str, template: str) -> None:
                 raise ValueError(no_place(place))
     except ValueError as error:
         raise ValueError(f"template {name!r}: {error}") from None
+    if any("\ud800" <= char <= "\udfff" for char in template):  # JSON in the environment can hold one
+        raise ValueError(f"template {name!r} has an unpaired surrogate, which is no character: leave it out")
     if not places:
         raise ValueError(f"template {name!r} names no field: write e.g. {name} = '{{prompt}}'")
 

@@ -322,3 +322,10 @@ def test_an_unknown_key_is_named_before_what_it_leaves_unsaid(tmp_path, text, sa
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)
     assert said in str(caught.value)
+
+
+def test_a_template_with_half_a_character_is_refused():
+    """Only JSON in the environment can hold one."""
+    env = {"LENSD_TEXTS": '{"a": "\\ud800 {x}"}'}
+    with pytest.raises(ConfigError, match="template 'a' has an unpaired surrogate, which is no character"):
+        load_config(None, env)

@@ -146,6 +146,6 @@ def features_options(values: ValueType) -> dict[str, Any]:
 
 @functools.lru_cache
 def texts_options(*, chats: bool) -> dict[str, Any]:
-    """How `texts.parquet` is encoded: dictionaries for the keys, token ids and roles, the rest plain."""
-    repeats = ["sample_id", "record_index", "text", "token_ids.list.element"]
-    return COMMON_OPTIONS | {"use_dictionary": [*repeats, *(["token_roles.list.element"] if chats else [])]}
+    """How `texts.parquet` is encoded: dictionaries for the keys and for roles, the rest plain."""
+    keys = [field.name for field in texts_schema(chats=chats)][:3]
+    return COMMON_OPTIONS | {"use_dictionary": [*keys, *(["token_roles.list.element"] if chats else [])]}

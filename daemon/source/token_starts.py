@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from daemon import mmap_arrays
 from daemon.records import Int32Array
 
 PROBE = "Hello, world: 12 caf\u00e9s \u4f60\u597d"
@@ -79,7 +80,8 @@ def by_pieces(texts: Sequence[str], ids: Sequence[Ids], pieces: dict[int, bytes]
     lengths = [len(one) for one in ids]
     bounds = np.concatenate(([0], np.cumsum(lengths)))
     first_chars = chars[begins[bounds[:-1]]]
-    places = chars[begins[:-1]] - np.repeat(first_chars, lengths)
+    (places,) = mmap_arrays.zeros(((len(of_tokens),), np.int32))  # they outlive a batch
+    np.subtract(chars[begins[:-1]], np.repeat(first_chars, lengths), out=places)
     byte_bounds = begins[bounds].tolist()
     found: list[Int32Array | None] = []
     for number, (text, (first, last)) in enumerate(
@@ -106,6 +108,8 @@ def by_offsets(text: str, encoding: Any) -> Int32Array | None:
         if start == end or not text[start].isspace():
             while left_out and start > ended and text[start - 1] == " ":
                 start, left_out = start - 1, left_out - 1
+        if start == end > ended and text[ended:end].strip(" "):  # a space that is not the text's
+            start = ended
         starts.append(start)
         ended = max(ended, end)
     in_order = starts == sorted(starts) and all(0 <= start <= len(text) for start in starts)

@@ -147,6 +147,16 @@ def swap_rows(trial: Trial) -> None:
     shutil.copy(other / "metrics.parquet", many(trial) / "metrics.parquet")
 
 
+def swap_texts(trial: Trial) -> None:
+    """With a manifest that knows of it."""
+    folder, other = many(trial), next(trial.outbox.glob("packed-*"))
+    shutil.copy(other / "texts.parquet", folder / "texts.parquet")
+    manifest, its = (json.loads((one / "manifest.json").read_text()) for one in (folder, other))
+    (texts,) = [file for file in its["files"] if file["name"] == "texts.parquet"]
+    files = [texts if file["name"] == texts["name"] else file for file in manifest["files"]]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
+
+
 def publish_twice(trial: Trial) -> None:
     unit = many(trial).name.rpartition("-")[2]
     shutil.copytree(many(trial), trial.outbox / f"again-{unit}")
@@ -161,6 +171,7 @@ WRONGS: dict[str, tuple[Callable[[Trial], object], str]] = {
     "a record too many": (count_another_record, "10 rows + 3 rejects != 14 records"),
     "a bit flipped": (flip_a_bit, "features.parquet: sha256"),
     "rows of another file": (swap_rows, "is not each of 0..12 once"),
+    "texts of another file": (swap_texts, "texts.parquet is not about the records"),
     "a table is missing": (lambda trial: (many(trial) / "metrics.parquet").unlink(), "its manifest lists"),
     "no manifest": (lambda trial: (many(trial) / "manifest.json").unlink(), "not readable as results"),
     "published twice": (publish_twice, "2 folders"),
