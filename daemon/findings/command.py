@@ -66,7 +66,8 @@ def check_data(path: Path) -> None:
 
 def is_ours(path: Path) -> bool:
     try:
-        return DATA_KEY in (pq.read_schema(path).metadata or {})
+        with path.open("rb") as file:
+            return DATA_KEY in (pq.read_schema(file).metadata or {})
     except pa.ArrowException:
         return False
 
@@ -115,7 +116,8 @@ def write_data(table: pa.Table, path: Path) -> None:
     """Write a table; the file is there whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        pq.write_table(table, partial, compression="zstd")
+        with partial.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ them by `record_index`. Knows no statistics.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,8 @@ def reading(path: Path) -> Iterator[None]:
 def open_parquet(path: Path) -> pq.ParquetFile:
     """A file that is read piece by piece. Raises ConfigError where it is none."""
     with reading(path):
-        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        source = pa.OSFile(os.fsencode(path))  # a name need not be UTF-8
+        return pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
 
 
 def stored_values(file: pq.ParquetFile) -> int:

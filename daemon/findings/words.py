@@ -210,16 +210,27 @@ def final_norm_name(model: Any) -> str:
         children = dict(module.named_children())
         if any(isinstance(child, nn.ModuleList) and len(child) for child in children.values()):
             prefix = f"{owner}." if owner else ""
-            after = False
-            for name, child in children.items():
-                after = after or isinstance(child, nn.ModuleList)
-                if after and "norm" in type(child).__name__.lower() and not list(child.children()):
-                    found.append(prefix + name)
+            found = [prefix + name for name in last_norms(children)]
             break
     if len(found) != 1:
         raise LensdError(f"{type(model).__name__}: which norm is its last is not known")
     base = name_of_module(model, text)
     return f"{base}.{found[0]}" if base else found[0]
+
+
+def last_norms(children: Mapping[str, Any]) -> list[str]:
+    """The first norm that a decoder declares behind its layers; without one, those that it calls final."""
+    from torch import nn
+
+    names = list(children)
+    layers = next(place for place, name in enumerate(names) if isinstance(children[name], nn.ModuleList))
+    norms = [
+        name
+        for name, child in children.items()
+        if "norm" in type(child).__name__.lower() and not list(child.children())
+    ]
+    behind = [name for name in norms if name in names[layers:]]
+    return behind[:1] or [name for name in norms if "final" in name]
 
 
 def name_of_module(model: Any, wanted: Any) -> str:

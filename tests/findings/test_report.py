@@ -179,9 +179,9 @@ def test_a_page_takes_no_other_file_s_place(made, tmp_path, capsys, output, said
 def test_an_earlier_page_and_table_are_replaced(made, tmp_path):
     page, data = tmp_path / "page.html", tmp_path / "features.parquet"
     assert lensd(made.path, "-o", page, "--data", data, "--features", 1) == 0
-    page.write_text(page.read_text() + "<!-- earlier -->")
+    page.write_text(page.read_text() + "<!-- of before -->")
     assert lensd(made.path, "-o", page, "--data", data, "--features", 1) == 0
-    assert "earlier" not in page.read_text()
+    assert "of before" not in page.read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features.parquet", "outbox", "page.html"]
 
 

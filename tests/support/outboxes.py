@@ -33,7 +33,7 @@ class Made:
     def write(self, *, group_rows: int = 64) -> Path:
         """Write all files; `changes` of the manifest win."""
         self.path.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(self.metrics), self.path / "metrics.parquet")
+        self._store("metrics.parquet", pa.Table.from_pylist(self.metrics))
         schema = pa.schema(
             [
                 ("sample_id", pa.string()),
@@ -49,11 +49,15 @@ class Made:
             ]
         )
         table = pa.Table.from_pylist(self.features, schema)
-        pq.write_table(table, self.path / "features.parquet", row_group_size=group_rows)
+        self._store("features.parquet", table, row_group_size=group_rows)
         if self.texts:
-            pq.write_table(pa.Table.from_pylist(self.texts), self.path / "texts.parquet")
+            self._store("texts.parquet", pa.Table.from_pylist(self.texts))
         (self.path / "manifest.json").write_text(json.dumps(self.manifest | self.changes))
         return self.path
+
+    def _store(self, name: str, table: pa.Table, **options: int) -> None:
+        with (self.path / name).open("wb") as file:  # the folder's name need not be UTF-8
+            pq.write_table(table, file, **options)
 
 
 def make(
