@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     retry.add_argument("--list", action="store_true", help="show them and their reasons, move nothing")
     retry.add_argument("--config", type=path, metavar="FILE", help="TOML settings")
     retry.add_argument("--inbox", metavar="DIR", dest="inbox.path")
+    add_report(commands)
     add_catalog(commands)
     check = add_command(commands, "check-config", check_config, "validate settings, folders, model and SAEs")
     check.add_argument(
@@ -140,6 +141,25 @@ def parser() -> argparse.ArgumentParser:
             "--ray-address", metavar="A", dest="executor.address", help="ray: HOST:PORT of its head"
         )
     return root
+
+
+def add_report(commands: Any) -> None:
+    summary = "one HTML page of what published folders say, with their statistics"
+    report = commands.add_parser("report", help=summary, description=summary)
+    report.set_defaults(command=run_report)
+    report.add_argument(
+        "outboxes", nargs="+", type=path, metavar="OUTBOX", help="an outbox, or a folder published in one"
+    )
+    report.add_argument(
+        "-o", "--output", type=path, default=Path("report.html"), metavar="FILE", help="default report.html"
+    )
+    report.add_argument("--by", metavar="COLUMN", help="groups by this column or field (default: domain)")
+    report.add_argument(
+        "--features", type=positive, default=50, metavar="N", help="shown with examples (default 50)"
+    )
+    report.add_argument(
+        "--data", type=path, metavar="FILE", help="also write every feature's statistics, as Parquet"
+    )
 
 
 def add_catalog(commands: Any) -> None:
@@ -340,6 +360,19 @@ def show_status(args: argparse.Namespace) -> int:
     else:
         print_status(Console(), status)
     return DONE if healthy(status) else SOME_FAILED
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from daemon.findings.command import write_report
+    from daemon.findings.report import ReportOptions
+    from daemon.findings.sentences import findings
+
+    options = ReportOptions(by=args.by, features=args.features)
+    report = write_report(args.outboxes, options, args.output, args.data)
+    for sentence in findings(report):
+        say(sentence)
+    say(str(args.output))
+    return DONE
 
 
 def show_saes(args: argparse.Namespace) -> int:

@@ -1,0 +1,245 @@
+"""Finds published folders, reads their manifests, and tells which belong in one report.
+
+Knows what a manifest says, not what the tables hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from daemon.errors import ConfigError
+from daemon.escaping import cut_short
+from daemon.model_info import default_name
+
+MANIFEST = "manifest.json"
+SHOWN_NAMES = 3  # of the folders of a group
+ANALYSIS_DEFAULTS: dict[str, Any] = {  # of settings that change what columns and features hold
+    "tokens": "all",
+    "positions": "last",
+    "seed": 0,
+    "noise_sigma": 0.1,
+    "noise_draws": 8,
+    "stability_top_k": 10,
+    "entropy_top_k": 50,
+}
+
+
+class Entry(BaseModel):
+    """A part of a manifest. Keys that it does not name are left out: later versions add some."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class CardEntry(Entry):
+    mean_l0: float | None = None
+    fvu: float | None = None
+
+
+class SaeEntry(Entry):
+    """One dictionary as a manifest describes it. Earlier versions name fewer things."""
+
+    name: str = ""
+    hook: str
+    layer: int
+    source: str = ""
+    architecture: str = ""
+    hook_out: str | None = None
+    d_in: int = Field(gt=0)
+    d_sae: int = Field(gt=0)
+    d_out: int | None = None
+    weights_sha256: str | None = None
+    prepend_bos: bool | None = None
+    revision: str | None = None
+    neuronpedia_id: str | None = None
+    card: CardEntry = CardEntry()
+    fvu: float | None = None
+    mean_l0: float | None = None
+
+    @property
+    def prefix(self) -> str:
+        """With which its columns begin."""
+        return self.name or default_name(self.layer)
+
+
+class ContrastEntry(Entry):
+    reference: str
+    positive: str
+    negative: str
+
+
+class RecipeEntry(Entry):
+    name: str = ""
+    texts: dict[str, str] = Field(min_length=1)
+    contrast: ContrastEntry | None = None
+
+
+class ModelEntry(Entry):
+    name: str
+    architecture: str = ""
+    d_model: int
+    n_layers: int
+    dtype: str
+    device: str = ""
+    weights_sha256: str | None = None
+    settings_sha256: str = ""
+    revision: str | None = None
+
+
+class InputEntry(Entry):
+    name: str
+
+
+class Manifest(Entry):
+    """A published folder's `manifest.json`."""
+
+    unit: str
+    created: str
+    input: InputEntry
+    records: int = Field(ge=0)
+    rows: int = Field(ge=0)
+    rejects: int = Field(ge=0)
+    model: ModelEntry
+    saes: tuple[SaeEntry, ...] = Field(min_length=1)
+    analysis_version: int = 1
+    recipe: RecipeEntry
+    config: dict[str, Any] = {}
+    versions: dict[str, str | None] = {}
+
+    def setting(self, section: str, key: str) -> Any:
+        """A setting of the run; None where the manifest does not say."""
+        found = self.config.get(section)
+        return found.get(key) if isinstance(found, dict) else None
+
+    @property
+    def analysis(self) -> tuple[tuple[str, str], ...]:
+        """The settings that change what columns and features hold, as text."""
+        return tuple(
+            (key, str(default if (value := self.setting("analysis", key)) is None else value))
+            for key, default in ANALYSIS_DEFAULTS.items()
+        )
+
+    @property
+    def positions(self) -> str:
+        return dict(self.analysis)["positions"]
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """All that folders of one report share, by the name of what it is."""
+        model, recipe = self.model, self.recipe
+        return {
+            "the recipe": (tuple(recipe.texts.items()), recipe.contrast),
+            "the model": (
+                model.weights_sha256 or (model.name, model.revision),
+                model.settings_sha256,
+                model.dtype,
+            ),
+            "the dictionaries": tuple(
+                (sae.prefix, sae.weights_sha256, sae.prepend_bos, sae.d_sae) for sae in self.saes
+            ),
+            "the settings of the analysis": self.analysis,
+            "the version of the analysis": self.analysis_version,
+        }
+
+    @property
+    def described(self) -> str:
+        """What was run, in a few words."""
+        names = ", ".join(sae.prefix for sae in self.saes)
+        recipe = self.recipe.name or "-".join(self.recipe.texts)
+        return (
+            f"recipe {recipe}, {names} of {self.model.name} in {self.model.dtype},"
+            f" positions {self.positions}, analysis version {self.analysis_version}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedFolder:
+    """A folder of an outbox."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+
+def open_folders(paths: Sequence[Path]) -> tuple[PublishedFolder, ...]:
+    """The published folders that are named, or lie in an outbox that is named; each content once.
+
+    They come in the order named, of an outbox by name. Raises ConfigError where there are none, or where they
+    don't belong in one report.
+    """
+    found = [PublishedFolder(path, read_manifest(path)) for path in folders_of(paths)]
+    by_unit = {folder.manifest.unit: folder for folder in reversed(found)}  # the first of each
+    folders = [folder for folder in found if by_unit[folder.manifest.unit] is folder]
+    check_together(folders)
+    return tuple(folders)
+
+
+def folders_of(paths: Iterable[Path]) -> list[Path]:
+    """Paths of published folders, none twice. Hidden ones, such as `.staging`, hold no finished results."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(f"{path}: no such folder: give an outbox, or a folder in one")
+        if not path.is_dir():
+            raise ConfigError(f"{path}: a file: give an outbox, or a folder in one")
+        inside = [path] if (path / MANIFEST).is_file() else published_in(path)
+        if not inside:
+            raise ConfigError(
+                f"{path}: nothing is published there: give an outbox, or a folder that holds {MANIFEST}"
+            )
+        for folder in inside:
+            found.setdefault(Path(os.path.realpath(folder)), folder)
+    return list(found.values())
+
+
+def published_in(outbox: Path) -> list[Path]:
+    with os.scandir(outbox) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    return [outbox / name for name in names if (outbox / name / MANIFEST).is_file()]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ConfigError where it is no manifest of lensd's."""
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        said = f"{place}: {first['msg']}" if place else first["msg"]
+        raise ConfigError(
+            f"{path}: no manifest of lensd's, or damaged ({cut_short(said, 120)}): restore the folder,"
+            " or name the folders to be read"
+        ) from None
+
+
+def check_together(folders: Sequence[PublishedFolder]) -> None:
+    """Raises ConfigError where folders are of different runs: numbers of these can't be pooled."""
+    groups: dict[str, list[PublishedFolder]] = {}
+    for folder in folders:
+        groups.setdefault(repr(folder.manifest.setup), []).append(folder)
+    if len(groups) == 1:
+        return
+    setups = [group[0].manifest.setup for group in groups.values()]
+    differing = [key for key in setups[0] if len({repr(setup[key]) for setup in setups}) > 1]
+    listed = "; ".join(
+        f"({number}) {names_of(group)}: {group[0].manifest.described}"
+        for number, group in enumerate(groups.values(), 1)
+    )
+    raise ConfigError(
+        f"these {len(folders)} folders don't belong in one report, they differ in {' and '.join(differing)}:"
+        f" name the folders of one of these: {listed}"
+    )
+
+
+def names_of(folders: Sequence[PublishedFolder]) -> str:
+    shown = ", ".join(cut_short(str(folder.path), 100) for folder in folders[:SHOWN_NAMES])
+    more = len(folders) - SHOWN_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown
