@@ -5,21 +5,21 @@ Memory grows with the texts that are drawn, of which there is a bound, and not w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from scipy import sparse
 
+from daemon.escaping import cut_short
+from daemon.findings.details import NEURONPEDIA
 from daemon.findings.results import FloatArray, IntArray
 from daemon.findings.study import (
     FEATURES,
     METRICS,
-    TEXTS,
     Study,
-    check_columns,
     metrics_schema,
     misfit,
     open_parquet,
@@ -29,6 +29,8 @@ from daemon.findings.study import (
 MOST_TEXTS = 30_000
 MOST_ACTIVATIONS = 12_000_000
 SIDE = "side"  # of the contrast; of its reference there is none
+TOKENS = 1 << 24  # more than any vocabulary has
+TOP_TOKENS = 5  # of a feature
 BATCH_ROWS = 4096
 SEED = 0
 KEYS = ("sample_id", "record_index", "domain", "complexity")
@@ -36,7 +38,7 @@ KEYS = ("sample_id", "record_index", "domain", "complexity")
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The samples of a study that are shown: S of them, each with T texts. Text t of sample s is row s * T + t."""
+    """The samples of a study that are shown: S of them with T texts each. Text t of sample s is row s * T + t."""
 
     study: Study
     samples: IntArray  # (S,) ascending
@@ -81,8 +83,16 @@ def draw(study: Study, most_texts: int = MOST_TEXTS, most_activations: int = MOS
     return Drawn(study, np.sort(chosen))
 
 
-def activations_of(drawn: Drawn) -> sparse.csr_array:
-    """(n_rows, n_features) activations, those of one dictionary after those of the one before it.
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The activations of the texts that are drawn, the features of one dictionary after those of the other."""
+
+    by_text: sparse.csr_array  # (n_rows, n_features)
+    by_token: sparse.csr_array  # (n_features, tokens) sums
+
+
+def gather(drawn: Drawn) -> Gathered:
+    """Activations of one pass over features.parquet.
 
     A text with several positions has their mean, silent ones counted as 0. Raises ConfigError where a feature
     is beyond its dictionary.
@@ -91,7 +101,8 @@ def activations_of(drawn: Drawn) -> sparse.csr_array:
     widths = np.array([sae.d_sae for sae in study.saes])
     begins = np.cumsum(widths) - widths
     positions = np.zeros((drawn.n_rows, len(study.saes)), np.int32)
-    found: list[sparse.csr_array] = []
+    by_text = sparse.csr_array((drawn.n_rows, drawn.n_features), dtype=np.float32)
+    by_token = sparse.csr_array((drawn.n_features, TOKENS), dtype=np.float32)
     for rows in study.scan():
         chosen = np.flatnonzero(ranks[rows.sample] >= 0)
         row = ranks[rows.sample[chosen]] * drawn.n_texts + rows.text[chosen]
@@ -102,25 +113,20 @@ def activations_of(drawn: Drawn) -> sparse.csr_array:
         if (indices >= widths[sae]).any():
             path = study.folders[study.folder_of(int(rows.sample[chosen[0]]))].file(FEATURES)
             raise misfit(path, f"a feature above {widths.max() - 1}, which no dictionary has")
-        place = np.repeat(row, lengths[chosen]), begins[sae] + indices
+        column, values = begins[sae] + indices, rows.values[taken].astype(np.float32)
+        text = np.repeat(row, lengths[chosen])
+        token = np.repeat(rows.token_id[chosen], lengths[chosen])
+        known = token >= 0
         np.add.at(positions, (row, rows.sae[chosen]), 1)
-        shape = (drawn.n_rows, drawn.n_features)
-        found.append(sparse.csr_array((rows.values[taken].astype(np.float32), place), shape=shape))
-        if len(found) > 8:
-            found = [added(found)]
-    total = added(found)
-    of_value = np.repeat(np.arange(drawn.n_rows), np.diff(total.indptr))
-    which = np.searchsorted(begins, total.indices, side="right") - 1
-    total.data = total.data / positions[of_value, which].astype(np.float32)
-    total.eliminate_zeros()
-    return total
-
-
-def added(parts: Sequence[sparse.csr_array]) -> sparse.csr_array:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return sparse.csr_array(total)
+        by_text = by_text + sparse.csr_array((values, (text, column)), shape=by_text.shape)
+        by_token = by_token + sparse.csr_array(
+            (values[known], (column[known], token[known])), shape=by_token.shape
+        )
+    of_value = np.repeat(np.arange(drawn.n_rows), np.diff(by_text.indptr))
+    which = np.searchsorted(begins, by_text.indices, side="right") - 1
+    by_text.data = by_text.data / positions[of_value, which].astype(np.float32)
+    by_text.eliminate_zeros()
+    return Gathered(by_text, by_token)
 
 
 def names_of_features(drawn: Drawn) -> list[str]:
@@ -128,8 +134,13 @@ def names_of_features(drawn: Drawn) -> list[str]:
     return [f"{sae.prefix}/{feature}" for sae in drawn.study.saes for feature in range(sae.d_sae)]
 
 
-def text_table(drawn: Drawn, activations: sparse.csr_array, places: FloatArray) -> pa.Table:
-    """A row for each text of each sample: what it is, its numbers, the features that fire, where it lies."""
+def text_table(
+    drawn: Drawn, contents: Sequence[str | None], activations: sparse.csr_array, places: FloatArray
+) -> pa.Table:
+    """A row for each text of each sample: what it is, its numbers, the features that fire, where it lies.
+
+    Of a text without content its sample's id is shown.
+    """
     study = drawn.study
     contrast = study.manifest.recipe.contrast
     metrics = drawn_metrics(drawn)
@@ -156,7 +167,9 @@ def text_table(drawn: Drawn, activations: sparse.csr_array, places: FloatArray) 
     table = table.append_column("features", features)
     table = table.append_column("x", pa.array(places[:, 0].astype(np.float64)))
     table = table.append_column("y", pa.array(places[:, 1].astype(np.float64)))
-    return table.add_column(2, "content", contents_of(drawn, metrics["sample_id"].to_pylist()))
+    ids = table["sample_id"].to_pylist()
+    shown = [name if content is None else content for name, content in zip(ids, contents, strict=True)]
+    return table.add_column(2, "content", pa.array(shown, pa.string()))
 
 
 def drawn_metrics(drawn: Drawn) -> pa.Table:
@@ -190,7 +203,7 @@ def columns_of_text(columns: Sequence[str], study: Study, text: str) -> dict[str
 
 
 def without_text(name: str, study: Study, text: str) -> str | None:
-    """`name` without the text's part: l7_fact_gini, n_tokens_fact, stability_fact_std; None where it has none."""
+    """`name` without the text: of l7_fact_gini, n_tokens_fact or stability_fact_std. None where it has none."""
     for sae in study.saes:
         begin = f"{sae.prefix}_{text}_"
         if name.startswith(begin):
@@ -201,38 +214,13 @@ def without_text(name: str, study: Study, text: str) -> str | None:
     return None
 
 
-def contents_of(drawn: Drawn, sample_ids: Sequence[str]) -> pa.Array:
-    """Each text as texts.parquet has it; the sample's id where there is none."""
-    study, ranks = drawn.study, drawn.ranks
-    contents = [sample_ids[row // drawn.n_texts] for row in range(drawn.n_rows)]
-    texts = {name: place for place, name in enumerate(study.texts)}
-    for number, folder in enumerate(study.folders):
-        path = folder.file(TEXTS)
-        if not path.is_file():
-            continue
-        first, last = study.starts[number : number + 2]
-        mine = ranks[first:last]
-        place_of = dict(
-            zip(study.record_index[first:last][mine >= 0].tolist(), mine[mine >= 0].tolist(), strict=True)
-        )
-        columns = ["record_index", "text", "content"]
-        with open_parquet(path) as file, reading(path):
-            check_columns(path, file.schema_arrow.names, columns)
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                kept = batch.filter(pc.is_in(batch["record_index"], pa.array(list(place_of), pa.int64())))
-                for row in kept.to_pylist():
-                    if row["text"] in texts and row["content"] is not None:
-                        place = place_of[row["record_index"]] * drawn.n_texts + texts[row["text"]]
-                        contents[place] = row["content"]
-    return pa.array(contents, pa.string())
-
-
-def feature_table(drawn: Drawn, activations: sparse.csr_array) -> pa.Table:
-    """A row for each feature that fires on a text: how often, how much, and on which texts.
+def feature_table(drawn: Drawn, words: Mapping[int, str], gathered: Gathered) -> pa.Table:
+    """A row for each feature that fires on a text: how often, how much, on which texts and words.
 
     Of a contrast those come first whose rates differ most between the two texts, else the most frequent.
     """
     study = drawn.study
+    activations = gathered.by_text
     columns = activations.tocsc()
     counts = np.diff(columns.indptr)
     fires = np.flatnonzero(counts)
@@ -256,10 +244,12 @@ def feature_table(drawn: Drawn, activations: sparse.csr_array) -> pa.Table:
     if contrast := study.manifest.recipe.contrast:
         table["firing_difference"] = rates[contrast.negative] - rates[contrast.positive]
         order = -np.abs(table["firing_difference"])
+    if words:
+        table["tokens"] = [top_words(gathered.by_token, column, words) for column in fires.tolist()]
     links = [study.saes[s].neuronpedia_id for s in sae]
     if any(links):
         table["neuronpedia"] = [
-            None if link is None else f"https://www.neuronpedia.org/{link}/{f}"
+            None if link is None else f"{NEURONPEDIA}/{link}/{f}"
             for link, f in zip(links, feature, strict=True)
         ]
     made = pa.table(table)
@@ -273,6 +263,16 @@ def rates_in(rows: sparse.csr_array) -> FloatArray:
     return rates
 
 
-def described(row: dict[str, object], study: Study) -> str:
+def top_words(by_token: sparse.csr_array, feature: int, words: Mapping[int, str]) -> str:
+    """The tokens on which a feature is strongest in sum, strongest first."""
+    first, last = by_token.indptr[feature : feature + 2]
+    strongest = np.argsort(-by_token.data[first:last], kind="stable")
+    found = [words.get(token, "") for token in by_token.indices[first:last][strongest].tolist()]
+    return " | ".join(cut_short(word) for word in list(dict.fromkeys(filter(None, found)))[:TOP_TOKENS])
+
+
+def described(row: Mapping[str, Any], study: Study) -> str:
+    """One line for the list of features."""
     rates = ", ".join(f"{text} {row[f'rate_{text}']:.1%}" for text in study.texts)
-    return f"fires on {rates}; mean activation {row['mean_activation']:.3g}"
+    parts = [row.get("tokens"), f"fires on {rates}; mean activation {row['mean_activation']:.3g}"]
+    return "; ".join(filter(None, [*parts, row.get("neuronpedia")]))

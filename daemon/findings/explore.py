@@ -1,7 +1,7 @@
 """`lensd explore`: hands published folders to embedding-atlas, which shows them in a browser.
 
-Makes its tables in a temporary folder, starts its server on loopback, and removes both at the end. embedding-atlas
-is a program of its own here: this module imports nothing of it.
+Makes its tables in a temporary folder, starts its server on loopback, and ends both. embedding-atlas is a
+program of its own here: this module imports nothing of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 
 from daemon.errors import ConfigError, MachineError
 from daemon.escaping import cut_short
-from daemon.findings.atlas_tables import SIDE, Drawn, activations_of, draw, feature_table, text_table
+from daemon.findings.atlas_tables import SIDE, Drawn, draw, feature_table, gather, text_table
+from daemon.findings.atlas_texts import read_contents
 from daemon.findings.layout import equal_shares, principal_components, umap_layout
 from daemon.findings.study import TEXTS, open_study
 
@@ -38,8 +39,8 @@ FEATURES_TABLE = "features"
 def explore(paths: Sequence[Path], port: int | None, *, umap: bool, say: Callable[[str], None]) -> None:
     """Serve outboxes or published folders until Ctrl-C or SIGTERM; says the address.
 
-    Raises ConfigError where embedding-atlas is missing, folders can't be read together or the port is taken, and
-    MachineError where its server ends by itself.
+    Raises ConfigError where embedding-atlas is missing, folders can't be read together or the port is taken,
+    and MachineError where its server ends by itself.
     """
     require_embedding_atlas()
     study = open_study(paths)
@@ -74,12 +75,12 @@ def notes(drawn: Drawn) -> list[str]:
 
 def write_tables(drawn: Drawn, folder: Path, *, umap: bool = False) -> None:
     """Write the two tables, and how the page begins."""
-    activations = activations_of(drawn)
-    rows = equal_shares(activations, [sae.d_sae for sae in drawn.study.saes])
+    gathered, read = gather(drawn), read_contents(drawn.study, drawn.samples)
+    rows = equal_shares(gathered.by_text, [sae.d_sae for sae in drawn.study.saes])
     places = umap_layout(rows) if umap else principal_components(rows)
-    texts = text_table(drawn, activations, places)
+    texts = text_table(drawn, read.contents, gathered.by_text, places)
     pq.write_table(texts, folder / SAMPLES_FILE)
-    pq.write_table(feature_table(drawn, activations), folder / FEATURES_FILE)
+    pq.write_table(feature_table(drawn, read.words, gathered), folder / FEATURES_FILE)
     (folder / STATE_FILE).write_text(json.dumps(first_view(drawn, texts)))
 
 

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from scipy import sparse
 from scipy.sparse import linalg
 
@@ -58,11 +57,10 @@ def principal_components(rows: sparse.csr_array) -> FloatArray:
     return scores
 
 
-def umap_layout(rows: sparse.csr_array) -> npt.NDArray[np.floating]:
+def umap_layout(rows: sparse.csr_array) -> FloatArray:
     """(n, 2) by UMAP on cosine distances (McInnes, Healy and Melville 2018), as umap-learn has it."""
     import umap
 
     neighbours = min(15, max(rows.shape[0] - 1, 2))
     model = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=SEED)
-    placed: npt.NDArray[np.floating] = model.fit_transform(rows)
-    return placed
+    return np.asarray(model.fit_transform(rows), np.float64)
