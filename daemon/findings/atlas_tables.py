@@ -31,6 +31,13 @@ MOST_ACTIVATIONS = 12_000_000
 SIDE = "side"  # of the contrast; of its reference there is none
 TOKENS = 1 << 24  # more than any vocabulary has
 TOP_TOKENS = 5  # of a feature
+VERDICTS = {  # of results.Verdict
+    "holds": "differs, also at equal length",
+    "controls": "differs, but not at equal length",
+    "none": "no difference found",
+    "few": "too few texts to test",
+}
+FIRST = {"holds": 2, "controls": 1}
 BATCH_ROWS = 4096
 SEED = 0
 KEYS = ("sample_id", "record_index", "domain", "complexity")
@@ -38,7 +45,7 @@ KEYS = ("sample_id", "record_index", "domain", "complexity")
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The samples of a study that are shown: S of them with T texts each. Text t of sample s is row s * T + t."""
+    """The S samples of a study that are shown, with T texts each: text t of sample s is row s * T + t."""
 
     study: Study
     samples: IntArray  # (S,) ascending
@@ -85,7 +92,7 @@ def draw(study: Study, most_texts: int = MOST_TEXTS, most_activations: int = MOS
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The activations of the texts that are drawn, the features of one dictionary after those of the other."""
+    """Activations of the texts that are drawn, the features of one dictionary after those of another."""
 
     by_text: sparse.csr_array  # (n_rows, n_features)
     by_token: sparse.csr_array  # (n_features, tokens) sums
@@ -203,7 +210,7 @@ def columns_of_text(columns: Sequence[str], study: Study, text: str) -> dict[str
 
 
 def without_text(name: str, study: Study, text: str) -> str | None:
-    """`name` without the text: of l7_fact_gini, n_tokens_fact or stability_fact_std. None where it has none."""
+    """`name` without the text, as in l7_fact_gini or stability_fact_std; None where it has none."""
     for sae in study.saes:
         begin = f"{sae.prefix}_{text}_"
         if name.startswith(begin):
@@ -214,10 +221,14 @@ def without_text(name: str, study: Study, text: str) -> str | None:
     return None
 
 
-def feature_table(drawn: Drawn, words: Mapping[int, str], gathered: Gathered) -> pa.Table:
+def feature_table(
+    drawn: Drawn, words: Mapping[int, str], gathered: Gathered, verdicts: Sequence[str] | None = None
+) -> pa.Table:
     """A row for each feature that fires on a text: how often, how much, on which texts and words.
 
-    Of a contrast those come first whose rates differ most between the two texts, else the most frequent.
+    `verdicts` has one for each of all features, or is left out.
+
+    Of a contrast those come first that hold, then those whose rates differ most; else the most frequent.
     """
     study = drawn.study
     activations = gathered.by_text
@@ -244,6 +255,13 @@ def feature_table(drawn: Drawn, words: Mapping[int, str], gathered: Gathered) ->
     if contrast := study.manifest.recipe.contrast:
         table["firing_difference"] = rates[contrast.negative] - rates[contrast.positive]
         order = -np.abs(table["firing_difference"])
+    if verdicts is not None:
+        table["verdict"] = [verdicts[column] for column in fires.tolist()]
+        order = order - 2 * np.array([FIRST.get(verdict, 0) for verdict in table["verdict"]])
+    table["topics"] = [
+        [study.saes[s].prefix, *([] if verdicts is None else [VERDICTS[verdicts[column]]])]
+        for s, column in zip(sae, fires.tolist(), strict=True)
+    ]
     if words:
         table["tokens"] = [top_words(gathered.by_token, column, words) for column in fires.tolist()]
     links = [study.saes[s].neuronpedia_id for s in sae]
@@ -273,6 +291,7 @@ def top_words(by_token: sparse.csr_array, feature: int, words: Mapping[int, str]
 
 def described(row: Mapping[str, Any], study: Study) -> str:
     """One line for the list of features."""
+    verdict = VERDICTS.get(row.get("verdict", ""))
     rates = ", ".join(f"{text} {row[f'rate_{text}']:.1%}" for text in study.texts)
-    parts = [row.get("tokens"), f"fires on {rates}; mean activation {row['mean_activation']:.3g}"]
+    parts = [verdict, row.get("tokens"), f"fires on {rates}; mean activation {row['mean_activation']:.3g}"]
     return "; ".join(filter(None, [*parts, row.get("neuronpedia")]))

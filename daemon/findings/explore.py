@@ -20,15 +20,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from daemon.errors import ConfigError, MachineError
 from daemon.escaping import cut_short
+from daemon.findings import compare
+from daemon.findings.activations import count_activations
 from daemon.findings.atlas_tables import SIDE, Drawn, draw, feature_table, gather, text_table
 from daemon.findings.atlas_texts import read_contents
+from daemon.findings.grouping import group_samples
 from daemon.findings.layout import equal_shares, principal_components, umap_layout
-from daemon.findings.study import TEXTS, open_study
+from daemon.findings.paired_features import PairedSettings
+from daemon.findings.progress import ReportProgress
+from daemon.findings.study import TEXTS, Study, open_study
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0  # imports and reads the tables
@@ -80,8 +86,25 @@ def write_tables(drawn: Drawn, folder: Path, *, umap: bool = False) -> None:
     places = umap_layout(rows) if umap else principal_components(rows)
     texts = text_table(drawn, read.contents, gathered.by_text, places)
     pq.write_table(texts, folder / SAMPLES_FILE)
-    pq.write_table(feature_table(drawn, read.words, gathered), folder / FEATURES_FILE)
+    features = feature_table(drawn, read.words, gathered, verdicts_of(drawn.study))
+    pq.write_table(features, folder / FEATURES_FILE)
     (folder / STATE_FILE).write_text(json.dumps(first_view(drawn, texts)))
+
+
+def verdicts_of(study: Study) -> list[str] | None:
+    """What a report of all samples says of each feature of each dictionary; None without a contrast."""
+    contrast = study.manifest.recipe.contrast
+    if contrast is None:
+        return None
+    pairs, _ = compare.pairs_of(study, contrast, group_samples(study, None))
+    counts = count_activations(study)
+    with ReportProgress() as progress, np.errstate(divide="ignore", invalid="ignore"):
+        compared = compare.compare_features(study, contrast, pairs, counts, PairedSettings(), progress)
+    found = compared.features
+    begins = np.cumsum([0, *(sae.d_sae for sae in study.saes)])
+    verdicts = np.full(begins[-1], "few", object)
+    verdicts[begins[found.sae] + found.feature] = found.verdict
+    return [str(verdict) for verdict in verdicts]
 
 
 def first_view(drawn: Drawn, texts: pa.Table) -> dict[str, Any]:
@@ -93,9 +116,15 @@ def first_view(drawn: Drawn, texts: pa.Table) -> dict[str, Any]:
         "type": "features-list",
         "title": "Features",
         "data": {"features": "features"},
-        "metadata": {"table": FEATURES_TABLE, "feature": "feature", "description": "description"},
+        "metadata": {
+            "table": FEATURES_TABLE,
+            "feature": "feature",
+            "description": "description",
+            "topics": "topics",
+        },
         "sort": "frequency-descending",
     }
+    hidden = "FILE_NAME, __row_index__, topics, description"
     if SIDE in texts.column_names:
         features["data"]["predict"] = SIDE
         features["sort"] = "predictiveness-descending"
@@ -114,7 +143,7 @@ def first_view(drawn: Drawn, texts: pa.Table) -> dict[str, Any]:
         {
             "type": "instances",
             "title": "Feature table",
-            "query": f"SELECT * EXCLUDE (FILE_NAME, __row_index__) FROM {FEATURES_TABLE}",
+            "query": f"SELECT * EXCLUDE ({hidden}) FROM {FEATURES_TABLE}",
         },
     ]
     return {"charts": {str(number): chart for number, chart in enumerate(charts, 1)}}

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from daemon.errors import ConfigError
-from daemon.findings.atlas_tables import draw
+from daemon.findings.atlas_tables import draw, feature_table, gather
 from daemon.findings.explore import explore, free_port, write_tables
 from daemon.findings.layout import equal_shares, principal_components
 from daemon.findings.study import open_study
@@ -125,11 +125,23 @@ def test_each_feature_that_fires_is_a_row_with_its_rates_and_words(tmp_path: Pat
     assert one["firing_rate"] == pytest.approx(1 / 3)
     assert (one["rate_prompt"], one["rate_fact"], one["rate_fact_hall"]) == (0, 0, 1)
     assert one["mean_activation"] == pytest.approx((4 + 3 * 2) / 4)
-    assert one["neuronpedia"] is None
+    assert pd.isna(one["neuronpedia"])
+    assert set(features["verdict"]) == {"few"}  # of 4 pairs
+    assert one["topics"].tolist() == ["wide", "too few texts to test"]
     assert found.loc["l1/3", "neuronpedia"] == "https://www.neuronpedia.org/tiny/1-res/3"
     assert found.loc["l1/3", "tokens"] == "w3"
     assert "w3" in found.loc["l1/3", "description"]
     assert found.loc["wide/1", "tokens"].split(" | ")[1:] == ["w1", "w2", "w3"]
+
+
+def test_features_that_hold_come_first(tmp_path: Path) -> None:
+    study = open_study([publish(tmp_path, "a", 4)])
+    drawn = draw(study)
+    verdicts = ["none"] * 12
+    verdicts[1], verdicts[3] = "holds", "controls"
+    features = feature_table(drawn, {}, gather(drawn), verdicts)
+    assert features["feature"].to_pylist()[:3] == ["l1/1", "l1/3", "wide/1"]
+    assert features["description"][0].as_py().startswith("differs, also at equal length; fires on")
 
 
 def test_a_text_of_several_positions_has_their_mean(tmp_path: Path) -> None:
