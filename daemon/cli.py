@@ -184,9 +184,6 @@ def add_explore(commands: Any) -> None:
     explore.set_defaults(command=explore_outboxes)
     explore.add_argument("paths", nargs="+", type=path, metavar="OUTBOX", help="outbox, or a folder in one")
     explore.add_argument("--port", type=positive, metavar="N", help="on loopback (default: a free one)")
-    explore.add_argument(
-        "--umap", action="store_true", help="lay texts out by UMAP (default: principal components)"
-    )
 
 
 def add_verify(commands: Any) -> None:
@@ -362,7 +359,7 @@ def run_retry(args: argparse.Namespace) -> int:
 def explore_outboxes(args: argparse.Namespace) -> int:
     from daemon.findings.explore import explore
 
-    explore(args.paths, args.port, umap=args.umap, say=say)
+    explore(args.paths, args.port, say)
     return DONE
 
 

@@ -38,6 +38,7 @@ VERDICTS = {  # of results.Verdict
     "few": "too few texts to test",
 }
 FIRST = {"holds": 2, "controls": 1}
+FIRST_COLUMNS = ("feature", "verdict", "tokens", "firing_difference")
 BATCH_ROWS = 4096
 SEED = 0
 KEYS = ("sample_id", "record_index", "domain", "complexity")
@@ -272,6 +273,8 @@ def feature_table(
         ]
     made = pa.table(table)
     made = made.append_column("description", pa.array([described(row, study) for row in made.to_pylist()]))
+    first = [name for name in FIRST_COLUMNS if name in made.column_names]
+    made = made.select([*first, *(name for name in made.column_names if name not in first)])
     return made.take(pa.array(np.lexsort((fires, order))))
 
 

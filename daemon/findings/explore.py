@@ -31,7 +31,7 @@ from daemon.findings.activations import count_activations
 from daemon.findings.atlas_tables import SIDE, Drawn, draw, feature_table, gather, text_table
 from daemon.findings.atlas_texts import read_contents
 from daemon.findings.grouping import group_samples
-from daemon.findings.layout import equal_shares, principal_components, umap_layout
+from daemon.findings.layout import equal_shares, principal_components
 from daemon.findings.paired_features import PairedSettings
 from daemon.findings.progress import ReportProgress
 from daemon.findings.study import TEXTS, Study, open_study
@@ -42,7 +42,7 @@ SAMPLES_FILE, FEATURES_FILE, STATE_FILE, LOG_FILE = "samples.parquet", "features
 FEATURES_TABLE = "features"
 
 
-def explore(paths: Sequence[Path], port: int | None, *, umap: bool, say: Callable[[str], None]) -> None:
+def explore(paths: Sequence[Path], port: int | None, say: Callable[[str], None]) -> None:
     """Serve outboxes or published folders until Ctrl-C or SIGTERM; says the address.
 
     Raises ConfigError where embedding-atlas is missing, folders can't be read together or the port is taken,
@@ -56,7 +56,7 @@ def explore(paths: Sequence[Path], port: int | None, *, umap: bool, say: Callabl
         drawn = draw(study)
         for note in notes(drawn):
             say(note)
-        write_tables(drawn, folder, umap=umap)
+        write_tables(drawn, folder)
         with serving(folder, port) as server:
             say(f"http://{HOST}:{port}/")
             sys.stdout.flush()
@@ -79,11 +79,11 @@ def notes(drawn: Drawn) -> list[str]:
     return found
 
 
-def write_tables(drawn: Drawn, folder: Path, *, umap: bool = False) -> None:
+def write_tables(drawn: Drawn, folder: Path) -> None:
     """Write the two tables, and how the page begins."""
     gathered, read = gather(drawn), read_contents(drawn.study, drawn.samples)
     rows = equal_shares(gathered.by_text, [sae.d_sae for sae in drawn.study.saes])
-    places = umap_layout(rows) if umap else principal_components(rows)
+    places = principal_components(rows)
     texts = text_table(drawn, read.contents, gathered.by_text, places)
     pq.write_table(texts, folder / SAMPLES_FILE)
     features = feature_table(drawn, read.words, gathered, verdicts_of(drawn.study))

@@ -55,12 +55,3 @@ def principal_components(rows: sparse.csr_array) -> FloatArray:
         sign = np.sign(loading[np.abs(loading).argmax()])
         scores[:, place] = sign * project(loading)
     return scores
-
-
-def umap_layout(rows: sparse.csr_array) -> FloatArray:
-    """(n, 2) by UMAP on cosine distances (McInnes, Healy and Melville 2018), as umap-learn has it."""
-    import umap
-
-    neighbours = min(15, max(rows.shape[0] - 1, 2))
-    model = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=SEED)
-    return np.asarray(model.fit_transform(rows), np.float64)

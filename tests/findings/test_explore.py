@@ -208,7 +208,7 @@ def test_without_the_extra_one_line_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=re.escape('pip install "lensd[explore]"')):
-        explore([tmp_path], None, umap=False, say=print)
+        explore([tmp_path], None, print)
 
 
 def test_a_port_that_is_taken_is_said() -> None:
