@@ -114,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     retry.add_argument("--config", type=path, metavar="FILE", help="TOML settings")
     retry.add_argument("--inbox", metavar="DIR", dest="inbox.path")
     add_report(commands)
+    add_explore(commands)
     add_catalog(commands)
     check = add_command(commands, "check-config", check_config, "validate settings, folders, model and SAEs")
     check.add_argument(
@@ -175,6 +176,14 @@ def add_catalog(commands: Any) -> None:
     init.add_argument("--model", metavar="M", help="as `lensd saes` names it (default: the bundled one)")
     init.add_argument("--release", metavar="R", help="of dictionaries, as `lensd saes` names it")
     init.add_argument("-o", type=path, default=Path("lensd.toml"), metavar="FILE", dest="output")
+
+
+def add_explore(commands: Any) -> None:
+    summary = "an outbox in embedding-atlas, in a browser"
+    explore = commands.add_parser("explore", help=summary, description=summary)
+    explore.set_defaults(command=explore_outboxes)
+    explore.add_argument("paths", nargs="+", type=path, metavar="OUTBOX", help="outbox, or a folder in one")
+    explore.add_argument("--port", type=positive, metavar="N", help="on loopback (default: a free one)")
 
 
 def add_verify(commands: Any) -> None:
@@ -344,6 +353,13 @@ def run_retry(args: argparse.Namespace) -> int:
     for failed, target in done:
         say(f"{failed.name} -> {target}")
     say(f"{len(done)} put back into {inbox}")
+    return DONE
+
+
+def explore_outboxes(args: argparse.Namespace) -> int:
+    from daemon.findings.explore import explore
+
+    explore(args.paths, args.port, say)
     return DONE
 
 

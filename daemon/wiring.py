@@ -202,9 +202,7 @@ def read_limits(config: Config) -> ReadLimits:
 
 
 def layout_of(config: Config) -> Layout:
-    return Layout(
-        values=config.outbox.values, residuals=config.outbox.residuals, texts=config.outbox.texts
-    )
+    return Layout(values=config.outbox.values, residuals=config.outbox.residuals, texts=config.outbox.texts)
 
 
 def results_key(config: Config, info: ModelInfo) -> str:
