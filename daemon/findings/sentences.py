@@ -103,8 +103,12 @@ def features(report: Report, features: PairedFeatures) -> list[str]:
 
 def swapped(control: SwapControl, found: int) -> str:
     mean, draws, most = float(control.found.mean()), len(control.found), int(control.found.max())
+    labels = "With the labels swapped at random within pairs"
+    if not most:
+        return f"{labels}, none is found in {numbers.counted(draws, 'draw')}."
+    average = "fewer than 0.1" if mean < 0.05 else numbers.fixed(mean, 1)
     sentence = (
-        f"With the labels swapped at random within pairs, {numbers.fixed(mean, 1)} are found on average"
+        f"{labels}, {average} are found on average"
         f" ({numbers.counted(draws, 'draw')}, at most {numbers.count(most)})."
     )
     if mean >= 1 and mean > control.target * max(found, 1):
@@ -157,6 +161,8 @@ def verdicts_of(some: Sequence[ColumnFinding | GroupedColumn], noun: str, severa
         one.column for one in some if isinstance(one, ColumnFinding) and one.difference.verdict == "holds"
     ]
     named = f" ({listed(holding)})" if 0 < len(holding) <= 4 else ""
+    if len(some) == counts["none"] > 1:
+        return f"None of {numbers.counted(len(some), noun, several)} is found to differ."
     return f"Of {numbers.counted(len(some), noun, several)}, {counted_verdicts(counts, named)}."
 
 

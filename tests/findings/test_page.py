@@ -66,7 +66,7 @@ def report() -> Report:
 @pytest.fixture(scope="module")
 def small(report: Report) -> Report:
     """The same report with few figures, which take most of the time."""
-    return replace(report, columns=report.columns[:2], shapes=report.shapes[:2], probes=report.probes[:2])
+    return replace(report, columns=report.columns[:1], shapes=report.shapes[:2], probes=report.probes[:2])
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,8 @@ def test_policy_names_the_hashes_of_what_is_within(written: str) -> None:
     assert str(policy).startswith("default-src 'none';")
 
 
-def test_page_is_the_same_each_time(report: Report, written: str) -> None:
-    assert page(report) == written
+def test_page_is_the_same_each_time(small: Report) -> None:
+    assert page(small) == page(small)
 
 
 def test_ids_are_unique_and_every_reference_leads_somewhere(written: str) -> None:
@@ -327,10 +327,10 @@ def hostile(report: Report, text: str) -> Report:
         group_names=(text,),
         columns=tuple(
             replace(one, column=text, group=text if one.group else None, unit=text, orientation=text)
-            for one in report.columns[:2] + report.columns[5:6] + report.columns[38:40]
+            for one in report.columns[:1] + report.columns[5:6] + report.columns[14:15]
         ),
-        probes=tuple(replace(one, name=f"features {text}", reason=text) for one in report.probes),
-        shapes=tuple(replace(one, group=text, text=text) for one in report.shapes[:4]),
+        probes=tuple(replace(one, name=f"features {text}", reason=text) for one in report.probes[:2]),
+        shapes=tuple(replace(one, group=text, text=text) for one in report.shapes[:2]),
         details=(detail,),
         notes=(text,),
     )
@@ -350,8 +350,8 @@ def test_hostile_text_stays_text(report: Report, written: str, text: str) -> Non
     assert max(map(len, re.findall("w+", made))) <= pages.MOST_CHARACTERS
 
 
-def test_file_appears_whole(report: Report, written: str, tmp_path: Path) -> None:
+def test_file_appears_whole(small: Report, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    write_page(report, path)
-    assert path.read_text(encoding="utf-8") == written
+    write_page(small, path)
+    assert path.read_text(encoding="utf-8") == page(small)
     assert [one.name for one in tmp_path.iterdir()] == ["report.html"]

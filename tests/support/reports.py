@@ -46,9 +46,10 @@ def contrast(
     details: int = 4,
     draws: int = 20,
     examples: int = 4,
+    metrics: int = 3,
     seed: int = 0,
 ) -> results.Report:
-    """A report on pairs, read by three dictionaries of so many features each."""
+    """A report on pairs, read by three dictionaries of `width` features and `metrics` columns each."""
     rng = np.random.default_rng(seed)
     run = summary(width, n_pairs)
     features = paired_features(rng, 3 * width, width)
@@ -64,7 +65,7 @@ def contrast(
         n_matched=412,
         mean_tokens=(("prompt", 14.2), ("fact", 21.71), ("hall", 23.04)),
         controls=("tokens",),
-        columns=tuple(columns(rng, n_pairs)),
+        columns=tuple(columns(rng, n_pairs, METRICS[:metrics])),
         features=features,
         swapped=results.SwapControl(rng.poisson(0.2, draws), 0.05),
         grouped=(),
@@ -204,9 +205,9 @@ def around(rng: np.random.Generator, value: float, width: float) -> Estimate:
     return Estimate(value, value - width * rng.uniform(0.8, 1.1), value + width * rng.uniform(0.8, 1.1))
 
 
-def columns(rng: np.random.Generator, n_pairs: int) -> list[results.ColumnFinding]:
+def columns(rng: np.random.Generator, n_pairs: int, metrics: tuple[str, ...]) -> list[results.ColumnFinding]:
     findings = []
-    named = [(None, name) for name in OWN] + [(sae, name) for sae in ("l7", "l15", "l22") for name in METRICS]
+    named = [(None, name) for name in OWN] + [(sae, name) for sae in ("l7", "l15", "l22") for name in metrics]
     for group in (None, *DOMAINS):
         n = n_pairs if group is None else n_pairs // len(DOMAINS)
         for sae, name in named:
