@@ -122,7 +122,7 @@ class Shelf:
         return tuple(
             Example(
                 sample_id=self._ids[sample],
-                folder=self._study.folders[self._study.folder_of(sample)].path.name,
+                folder=self._study.folders[self._study.folder_of(sample)].name,
                 record_index=int(self._study.record_index[sample]),
                 group=group_of(shown.grouping, sample),
                 texts=tuple(

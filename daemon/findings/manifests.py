@@ -164,6 +164,17 @@ class PublishedFolder:
     path: Path
     manifest: Manifest
 
+    @property
+    def name(self) -> str:
+        """As it is shown; of one that is not published yet the name of its input."""
+        unpublished = self.path.name == self.manifest.unit
+        return self.manifest.input.name if unpublished else self.path.name
+
+    @property
+    def place(self) -> str:
+        """Where it is shown to be."""
+        return self.name if self.path.name == self.manifest.unit else str(self.path)
+
     def file(self, name: str) -> Path:
         return self.path / name
 

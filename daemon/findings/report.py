@@ -240,7 +240,7 @@ def summary(study: Study, counts: Counts, reasons: tuple[tuple[str, int], ...]) 
                 versions[name].append(version)
     return RunSummary(
         title=", ".join(names[:TITLE_NAMES]) + (f" and {more} more" if more > 0 else ""),
-        folders=tuple(str(folder.path) for folder in study.folders),
+        folders=tuple(folder.place for folder in study.folders),
         samples=study.n_samples,
         rejects=sum(one.rejects for one in manifests),
         reject_reasons=reasons,

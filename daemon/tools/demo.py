@@ -1,14 +1,17 @@
-"""`lensd demo`: the bundled 200 samples through the whole daemon, once."""
+"""`lensd demo`: the bundled 200 samples through the whole daemon, once, and the page of what they say."""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from daemon.config import Config
 from daemon.errors import LensdError, MachineError
+from daemon.escaping import escape_control
 from daemon.platform_calls import peak_bytes, usable_cores
 from daemon.records import Outcome
 from daemon.service import serve
@@ -49,4 +52,18 @@ def demo(config: Config) -> int:
             soft_wrap=True,
             highlight=False,
         )
+    show_report(console, outcome.folder)
     return 0
+
+
+def show_report(console: Console, folder: Path) -> None:
+    """Make the page of the samples' findings where there is none; print the first, and its path."""
+    from daemon.findings.command import REPORT, write_report
+    from daemon.findings.report import ReportOptions
+    from daemon.findings.sentences import findings
+
+    page = folder / REPORT
+    if not page.exists():
+        report = write_report([folder], ReportOptions(), page)
+        console.print(Text(escape_control(findings(report)[0])), soft_wrap=True)
+    console.print(Text(escape_control(str(page))), soft_wrap=True)

@@ -52,11 +52,16 @@ def report() -> Report:
 
 
 @pytest.fixture(scope="module")
-def files(report: Report, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def small() -> Report:
+    return reports.contrast(width=12, details=4, examples=1, metrics=1)
+
+
+@pytest.fixture(scope="module")
+def files(report: Report, small: Report, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A file of each kind of report."""
     folder = tmp_path_factory.mktemp("pages")
     kinds = {
-        "small": reports.contrast(width=12, details=1, examples=1, metrics=1),
+        "small": small,
         "contrast": report,
         "groups": reports.groups(width=16),
         "prevalence": reports.prevalences(width=16),
@@ -242,16 +247,16 @@ async def test_axe_finds_no_serious_fault(
     assert serious == []
 
 
-async def test_paper_has_every_section(tab_: Page, files: dict[str, Path], report: Report) -> None:
+async def test_paper_has_every_section(tab_: Page, files: dict[str, Path], small: Report) -> None:
     pypdf = pytest.importorskip("pypdf")
-    await tab_.goto(files["contrast"].as_uri())
+    await tab_.goto(files["small"].as_uri())
     printed = await tab_.tell("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
     pages = pypdf.PdfReader(io.BytesIO(base64.b64decode(printed["data"]))).pages
     text = " ".join(" ".join(page.extract_text() for page in pages).split())
     headings = await tab_.value("Array.from(document.querySelectorAll('h2'), (one) => one.textContent)")
     for heading in headings:
         assert heading in text
-    for detail in report.details:  # closed on a screen, open on paper
+    for detail in small.details:  # closed on a screen, open on paper
         for example in detail.examples:
             assert example.sample_id in text
     assert "Search" not in text
