@@ -75,6 +75,7 @@ def test_log_probs_are_those_of_plain_logits(family, tmp_path):
     for number, text in enumerate(texts()):
         expected = plain_log_probs(plain, text)[1:]
         np.testing.assert_allclose(of_text(extraction, number), expected, rtol=0, atol=1e-9)
+    assert not len(of_text(engine.extract([[tiny.BOS]]), 0))
 
 
 @pytest.fixture(scope="module")
