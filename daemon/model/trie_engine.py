@@ -219,10 +219,8 @@ class TrieEngine:
         try:
             end = [f"blocks.{model.n_layers - 1}.hook_resid_post" for _ in self._ahead]
             plain = PlainHooks(model.model, dict.fromkeys([*self._points, *end]), model.vocabulary)
-            places = [place_of(model.model, plain.tap(name)) for name in (*self._points, *end)]
-            places[len(self._points) :] = [
-                replace(place, ahead=True) for place in places[len(self._points) :]
-            ]
+            places = [place_of(model.model, plain.tap(name)) for name in self._points]
+            places += [replace(place_of(model.model, plain.tap(name)), ahead=True) for name in end]
             self._trunk = Trunk(model.model, places)
             read = [plain.read(text) for text in texts]
         except RUN_ERRORS as error:

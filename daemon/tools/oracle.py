@@ -111,10 +111,10 @@ class Oracle:
         """(length,) natural-log probability of each token from those before it; NaN for the first."""
         tokens = torch.tensor([list(text)], device=self._plain.device)
         with torch.inference_mode(), full_precision(self._dtype):
-            logits = to_array(self._model(input_ids=tokens, use_cache=False).logits[0])
+            logits = self._model(input_ids=tokens, use_cache=False).logits[0]
         found = np.full(len(text), np.nan)
         for i in range(1, len(text)):
-            before = logits[i - 1]
+            before = to_array(logits[i - 1])
             found[i] = before[text[i]] - before.max() - np.log(np.exp(before - before.max()).sum())
         return found
 
