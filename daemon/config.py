@@ -180,6 +180,12 @@ class OutboxSection(Section):
     min_free_bytes: NonNegativeInt = 256 << 20  # of the disk; with less, no file is taken up
 
 
+class ReportSection(Section):
+    """The page of findings, which `lensd report` makes of an outbox at any time."""
+
+    each_file: bool = False  # report.html in every published folder; holds text, and is served with http
+
+
 class HttpSection(Section):
     enabled: bool = True
     address: str = "127.0.0.1:9478"  # host:port
@@ -214,6 +220,7 @@ class Config(Section):
     executor: ExecutorSection = ExecutorSection()
     inbox: InboxSection = InboxSection()
     outbox: OutboxSection = OutboxSection()
+    report: ReportSection = ReportSection()
     http: HttpSection = HttpSection()
     log: LogSection = LogSection()
 

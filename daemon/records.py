@@ -489,6 +489,8 @@ class Outcome:
     clipped: int = 0  # activations that the stored type does not hold
     departures: tuple[Departure, ...] = ()  # in what its SAEs are far from what is known of them
     stages: StageSeconds | None = None
+    report: str | None = None  # name of the page of findings in `folder`, where there is one
+    report_failed: str | None = None  # why there is none, where there was to be one
     reason: str | None = None
     message: str | None = None
 

@@ -35,6 +35,7 @@ from daemon.observe.notify import Notify
 from daemon.observe.page import status_routes
 from daemon.observe.progress import Progress
 from daemon.observe.recorder import Recorder, Tally
+from daemon.observe.reports import report_routes
 from daemon.observe.snapshot import Snapshot
 from daemon.observe.threaded_server import threaded_server
 from daemon.pause import FOLDERS, FoldersLost, Pause
@@ -43,6 +44,7 @@ from daemon.ports import Executor
 from daemon.records import InboxLoad, Outcome
 from daemon.reload import Reload
 from daemon.settings import AT_ONCE, SettingsSource, is_in
+from daemon.sink.report import REPORT
 from daemon.source.inbox import Inbox
 from daemon.source.scan import count_waiting
 from daemon.supervisor import Supervisor
@@ -412,7 +414,12 @@ class Service:
             yield
             return
         address, registry, health = self.config.http.address, self.metrics.registry, self.health
-        routes = status_routes(lambda: self.board.status(health))
+        routes = [
+            *status_routes(lambda: self.board.status(health)),
+            *report_routes(
+                self.config.outbox.path, name=REPORT, enabled=lambda: self.reload.config.report.each_file
+            ),
+        ]
         async with threaded_server(lambda: serve_http(address, registry, health, routes)) as url:
             log.info("http.listening", url=url)
             yield

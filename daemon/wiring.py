@@ -34,6 +34,7 @@ from daemon.ports import Executor, Observer
 from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import FORMAT as PARTS_FORMAT
+from daemon.sink.report import ReportMaker
 from daemon.sink.schema import stored_columns
 from daemon.source.folder import FolderSource
 from daemon.source.inbox import Inbox
@@ -266,6 +267,7 @@ def pipeline_of(
             values=config.outbox.values,
             settings=config.model_dump(mode="json"),
             pause=pause,
+            reports=ReportMaker() if config.report.each_file else None,
         ),
         tokenizer=now.tokenizer,
         batcher=Batcher(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
 import json
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from daemon.settlement import Settlement
 from daemon.sink.folder import FolderSink
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import StoredPart
+from daemon.sink.report import ReportMaker
 from daemon.sink.writer import UnitWriter
 from daemon.source.folder import FolderSource
 from daemon.source.formats import without_suffix
@@ -33,13 +36,19 @@ BROKEN = FileError("malformed_json", "it ends in the middle: export it again")
 class Work:
     """An inbox and an outbox in a folder, and what claims from the one for the other."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, reports: ReportMaker | None = None) -> None:
         self.now = 100.0
         self.inbox = Inbox(folder / "inbox", settle_seconds=0.0, rescan_seconds=0.05, on_success="move")
         self.outbox = Outbox(folder / "outbox")
         pause = Pause(retry_seconds=0.0)
         self.sink = FolderSink(
-            self.outbox, info=INFO, values="float32", settings={}, pause=pause, clock=lambda: self.now
+            self.outbox,
+            info=INFO,
+            values="float32",
+            settings={},
+            pause=pause,
+            reports=reports,
+            clock=lambda: self.now,
         )
         self.source = FolderSource(
             self.inbox, recipes=BUILT_IN_RECIPES, limits=LIMITS, results_key="key", pause=pause
@@ -74,10 +83,10 @@ class Work:
 
 
 @contextlib.asynccontextmanager
-async def working(folder: Path) -> AsyncIterator[Work]:
+async def working(folder: Path, reports: ReportMaker | None = None) -> AsyncIterator[Work]:
     for name in ("inbox", "outbox"):
         (folder / name).mkdir(exist_ok=True)
-    work = Work(folder)
+    work = Work(folder, reports)
     await work.inbox.open()
     work.outbox.open()
     try:
@@ -109,6 +118,37 @@ async def test_a_file_is_committed_with_its_last_part_whatever_the_order(tmp_pat
         assert work.stored == []
         assert json.loads((outcome.folder / "manifest.json").read_text())["seconds"] == 1.5
         assert [path.name for path in (work.inbox.path / "done").iterdir()] == ["a.json"]
+
+
+SEES_THE_FOLDER = (
+    "import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]);"
+    " rows = json.loads((folder / 'manifest.json').read_text())['rows'];"
+    " pathlib.Path(sys.argv[3]).write_text(f'{rows} rows')"
+)
+
+
+async def test_a_page_of_findings_is_published_with_its_folder_and_named_in_the_manifest(tmp_path):
+    async with working(tmp_path, ReportMaker((sys.executable, "-c", SEES_THE_FOLDER))) as work:
+        (file,) = await work.files("a.json")
+        (outcome,) = await work.settle([part_of(file, 0, last=True)])
+        assert (outcome.report, outcome.report_failed) == ("report.html", None)
+        assert (outcome.folder / "report.html").read_text() == "3 rows"
+        listed = json.loads((outcome.folder / "manifest.json").read_text())["files"]
+        page = next(entry for entry in listed if entry["name"] == "report.html")
+        assert page["sha256"] == hashlib.sha256(b"3 rows").hexdigest()
+        assert {entry["name"] for entry in listed} | {"manifest.json"} == {
+            path.name for path in outcome.folder.iterdir()
+        }
+
+
+async def test_a_folder_whose_page_fails_is_published_without_it(tmp_path):
+    async with working(tmp_path, ReportMaker((sys.executable, "-c", "raise SystemExit('no words')"))) as work:
+        (file,) = await work.files("a.json")
+        (outcome,) = await work.settle([part_of(file, 0, last=True)])
+        assert (outcome.kind, outcome.report, outcome.report_failed) == ("committed", None, "no words")
+        assert not (outcome.folder / "report.html").exists()
+        listed = json.loads((outcome.folder / "manifest.json").read_text())["files"]
+        assert "report.html" not in {entry["name"] for entry in listed}
 
 
 async def test_a_part_that_an_earlier_attempt_stored_counts_and_another_of_it_does_not(tmp_path):

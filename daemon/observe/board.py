@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from daemon.escaping import escape_control
 from daemon.observe.formatting import counted, duration, period
 from daemon.observe.health import DRAINING, LOADING, PAUSED, Health
+from daemon.observe.reports import report_path
 from daemon.observe.status import (
     HEALTHY,
     Alert,
@@ -146,6 +147,7 @@ class StatusBoard:
                 message=escape_control(message) if (message := told(outcome)) else None,
                 unit=outcome.unit,
                 at=now,
+                report=report_path(outcome),
             )
             for outcome in outcomes[-FILES_SHOWN:]
         ]

@@ -102,6 +102,8 @@ class Recorder:
             self._count(outcome)
             self.workload.end(outcome.unit)
             log.info("file.settled", **outcome.log_fields())
+            if outcome.report_failed is not None:
+                log.warning("report.failed", file=outcome.name, message=outcome.report_failed)
             for sae, far in itertools.groupby(outcome.departures, lambda one: one.sae):
                 message = "; ".join(map(str, far))
                 log.warning(

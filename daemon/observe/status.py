@@ -121,6 +121,7 @@ class SettledFile:
     message: Text | None
     unit: Text | None
     at: Number
+    report: Text | None = None  # where its page of findings is, seen from the status page
 
 
 @dataclass(frozen=True, slots=True)

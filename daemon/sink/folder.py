@@ -27,6 +27,7 @@ from daemon.records import (
 )
 from daemon.sink.outbox import Outbox
 from daemon.sink.parts import stored_extents
+from daemon.sink.report import ReportMaker
 from daemon.sink.schema import ValueType, features_schema, metrics_schema
 from daemon.sink.staging import Staging, Unit, abandon
 from daemon.sink.tables import stored_parts
@@ -46,15 +47,19 @@ class FolderSink:
         values: ValueType,
         settings: dict[str, Any],
         pause: Pause,
+        reports: ReportMaker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`settings` goes into manifests; `values` is the type of stored activations."""
+        """`settings` goes into manifests; `values` is the type of stored activations.
+
+        With `reports` each folder gets its page of findings.
+        """
         self._outbox = outbox
         self._info = info
         self._values: ValueType = values
         self._pause = pause
         self._guard = SyncGuard(outbox.check_lost)
-        self._staging = Staging(self._guard, info=info, settings=settings, clock=clock)
+        self._staging = Staging(self._guard, info=info, settings=settings, reports=reports, clock=clock)
         self._units: dict[str, Unit] = {}
         # A thread each, so that closing waits for what a cancelled stage left running.
         self._writer_thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
@@ -113,6 +118,7 @@ class FolderSink:
 
     def close(self) -> None:
         """Wait for what is being written, and end the threads. Safe to repeat."""
+        self._staging.interrupt()
         self._writer_thread.shutdown()
         self._publisher_thread.shutdown()
         self._staging.close()

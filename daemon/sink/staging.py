@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 from daemon.fs.guard import SyncGuard
 from daemon.model_info import ModelInfo
 from daemon.records import FileFailed, InputFile, Outcome, UnitTotals
+from daemon.sink.jsontext import fields_of
 from daemon.sink.manifest import manifest
-from daemon.sink.outbox import Staged, complete, seal
+from daemon.sink.outbox import Staged, complete, complete_again, seal
+from daemon.sink.report import ReportFailed, ReportMaker
 from daemon.sink.writer import UnitWriter
 
 Item = TypeVar("Item")
@@ -36,6 +38,8 @@ class Unit:
     totals: UnitTotals | None = None  # once its files are written
     staged: Staged | None = None  # while its folder is there, whole
     seconds: float = 0.0  # first read to commit
+    report: str | None = None  # name of its page of findings
+    report_failed: str | None = None  # why it has none
 
     @property
     def writer(self) -> UnitWriter:
@@ -77,6 +81,8 @@ class Unit:
             readings=totals.layers[0].rows,
             clipped=totals.clipped,
             stages=totals.seconds,
+            report=self.report,
+            report_failed=self.report_failed,
         )
 
 
@@ -84,15 +90,27 @@ class Staging:
     """Makes the folders of complete units."""
 
     def __init__(
-        self, guard: SyncGuard, *, info: ModelInfo, settings: dict[str, Any], clock: Callable[[], float]
+        self,
+        guard: SyncGuard,
+        *,
+        info: ModelInfo,
+        settings: dict[str, Any],
+        reports: ReportMaker | None,
+        clock: Callable[[], float],
     ) -> None:
-        """`settings` goes into manifests."""
+        """`settings` goes into manifests; `reports` makes a page for each folder, where they are wanted."""
         self.info = info
+        self._reports = reports
         self.settings = settings
         self.clock = clock
         self._guard = guard
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="stage")
         self._syncs = ThreadPoolExecutor(SYNCS, thread_name_prefix="sync")
+
+    def interrupt(self) -> None:
+        """End pages that are being made: their folders do without them."""
+        if self._reports is not None:
+            self._reports.close()
 
     def close(self) -> None:
         """End the threads."""
@@ -138,7 +156,21 @@ class Staging:
         )
         staged = Staged(unit.file, unit.writer.staging, content)
         complete(staged)
+        if self._reports is not None:
+            self._add_report(unit, staged, self._reports)
         unit.staged = staged
+
+    def _add_report(self, unit: Unit, staged: Staged, reports: ReportMaker) -> None:
+        """Make the folder's page, and name it in the manifest, which the page was made from."""
+        unit.report = unit.report_failed = None
+        try:
+            page = reports.make(staged.folder)
+        except ReportFailed as error:
+            unit.report_failed = str(error)
+            return
+        staged.manifest["files"].append(fields_of(page))
+        complete_again(staged)
+        unit.report = page.name
 
 
 def abandon(units: Sequence[Unit]) -> None:
