@@ -1,0 +1,338 @@
+"""Every feature of every dictionary, compared between the two texts of a pair.
+
+Takes features in blocks, so that memory is bounded by a block; what is decided over all features together,
+false discovery rates and verdicts, is decided at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from daemon.findings.multiplicity import false_discovery_rates, simes
+from daemon.findings.paired_tests import SignFlipTests, sign_flip_tests
+from daemon.findings.rank_biserial import rank_biserials
+from daemon.findings.regression import Coefficients, Design, at_equal_length, fit
+from daemon.findings.resampling import Intervals, bootstrap_weights, mean_intervals
+from daemon.findings.results import BoolArray, FloatArray, IntArray, PairedFeatures, Pairs, SwapControl
+from daemon.findings.sparse import (
+    Columns,
+    as_columns,
+    fires,
+    stored,
+    sum_rows,
+    sums,
+    sums_of_powers,
+    take_rows,
+)
+from daemon.findings.verdicts import matched_agrees, verdicts
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureBlock:
+    """Consecutive features of one dictionary: the activations of both texts of every pair."""
+
+    sae: int  # index into the study's dictionaries
+    first: int  # index of the first feature in its dictionary
+    positive: Columns  # (n, k), 0 where the text does not fire the feature
+    negative: Columns  # (n, k)
+
+
+@dataclass(frozen=True, slots=True)
+class PairedSettings:
+    """What is fixed before the tests."""
+
+    target: float = 0.05  # false discovery rate
+    min_firing: int = 10  # of the 2n texts: with fewer a feature is not tested
+    min_informative: int = 6  # clusters that differ: with fewer no test can reach 0.05
+    min_group_pairs: int = 20  # pairs that a group needs to count
+    resamples: int = 1000
+    swaps: int = 20  # draws of swapped labels
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Subset:
+    """Some of the pairs, with what is needed to estimate a mean over them."""
+
+    rows: BoolArray  # (n,)
+    cluster: IntArray  # (n,) -1 outside
+    sizes: FloatArray  # (clusters,) pairs in each
+
+    @classmethod
+    def of(cls, rows: BoolArray, pairs: Pairs) -> _Subset:
+        cluster = np.where(rows, pairs.cluster, -1)
+        return cls(rows, cluster, np.bincount(pairs.cluster[rows], minlength=pairs.n_clusters).astype(float))
+
+
+@dataclass(frozen=True, slots=True)
+class _Study:
+    """What is the same for every block."""
+
+    pairs: Pairs
+    settings: PairedSettings
+    everything: _Subset
+    matched: _Subset
+    discovery: _Subset
+    held_out: _Subset
+    design: Design
+    flips: npt.NDArray[np.float64]  # (clusters, draws)
+    weights: npt.NDArray[np.float32]  # (clusters, resamples)
+
+    @classmethod
+    def of(cls, pairs: Pairs, settings: PairedSettings) -> _Study:
+        clusters = pairs.n_clusters
+        rng = np.random.default_rng([settings.seed, 1])
+        discovery = np.zeros(clusters, dtype=bool)
+        discovery[rng.permutation(clusters)[: (clusters + 1) // 2]] = True
+        in_discovery = discovery[pairs.cluster]
+        return cls(
+            pairs=pairs,
+            settings=settings,
+            everything=_Subset.of(np.ones(pairs.n, dtype=bool), pairs),
+            matched=_Subset.of(pairs.matched, pairs),
+            discovery=_Subset.of(in_discovery, pairs),
+            held_out=_Subset.of(~in_discovery, pairs),
+            design=at_equal_length(pairs),
+            flips=rng.choice([-1.0, 1.0], size=(clusters, settings.swaps)),
+            weights=bootstrap_weights(clusters, settings.resamples, settings.seed),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockResult:
+    """The features of one block; the order is that of the columns."""
+
+    sae: IntArray
+    feature: IntArray
+    only_positive: IntArray
+    only_negative: IntArray
+    rate_positive: FloatArray
+    rate_negative: FloatArray
+    firing: Intervals
+    firing_p: FloatArray
+    activation: Intervals
+    activation_p: FloatArray
+    rank_biserial: Intervals
+    d_z: FloatArray
+    adjusted: Coefficients
+    matched: Intervals
+    matched_p: FloatArray
+    matched_informative: IntArray
+    half_p: FloatArray
+    held_out: Intervals
+    groups_agreeing: FloatArray
+    groups_counted: IntArray
+    swapped_p: FloatArray  # (k, draws)
+
+
+def paired_features(
+    blocks: Iterable[FeatureBlock], pairs: Pairs, settings: PairedSettings | None = None
+) -> tuple[PairedFeatures, SwapControl]:
+    """Compare every feature between the two texts; also do so with labels swapped at random.
+
+    A feature is tested where at least `min_firing` of the texts fire it and `min_informative` clusters
+    differ; neither depends on which text is which, so the filter does not favour either answer (Bourgon et
+    al. 2010).
+    """
+    settings = settings or PairedSettings()
+    study = _Study.of(pairs, settings)
+    results = [_block(block, study) for block in blocks]
+    return _assemble(results, settings), _swap_control(results, settings)
+
+
+def _block(block: FeatureBlock, study: _Study) -> _BlockResult:
+    pairs, settings, n = study.pairs, study.settings, study.pairs.n
+    positive, negative = as_columns(block.positive), as_columns(block.negative)
+    fires_positive, fires_negative = fires(positive), fires(negative)
+    firing = as_columns(fires_negative - fires_positive)
+    difference = as_columns(negative - positive)
+    enough = stored(positive) + stored(negative) >= settings.min_firing
+    tests, ranked = sign_flip_tests(firing, difference, pairs.cluster, pairs.n_clusters)
+    firing_p, activation_p = _filtered(tests, settings, enough)
+    tested = ~np.isnan(simes(firing_p, activation_p))
+    totals = sum_rows(difference, pairs.cluster, pairs.n_clusters)
+    k = difference.shape[1]
+    only_negative = (sums_of_powers(firing, 2) + sums(firing)) / 2
+    only_positive = (sums_of_powers(firing, 2) - sums(firing)) / 2
+    mean = sums(difference) / n if n else np.full(k, np.nan)
+    groups_agreeing, groups_counted = _groups(difference, mean, study)
+    return _BlockResult(
+        sae=np.full(k, block.sae, dtype=np.int64),
+        feature=np.arange(block.first, block.first + k, dtype=np.int64),
+        only_positive=np.rint(only_positive).astype(np.int64),
+        only_negative=np.rint(only_negative).astype(np.int64),
+        rate_positive=_rate(fires_positive),
+        rate_negative=_rate(fires_negative),
+        firing=_where(tested, mean_intervals(tests.firing, study.everything.sizes, study.weights)),
+        firing_p=firing_p,
+        activation=_where(tested, mean_intervals(totals, study.everything.sizes, study.weights)),
+        activation_p=activation_p,
+        rank_biserial=_where(tested, rank_biserials(difference, ranked, pairs.cluster, pairs.n_clusters)),
+        d_z=d_z(difference),
+        adjusted=_where_coefficients(tested, fit(difference, study.design)),
+        matched=_where(tested, _subset_mean(difference, study.matched, study)),
+        matched_p=np.where(tested, _subset_p(positive, negative, study.matched, study), np.nan),
+        matched_informative=stored(take_rows(difference, study.matched.rows)),
+        half_p=_subset_p(positive, negative, study.discovery, study),
+        held_out=_where(tested, _subset_mean(difference, study.held_out, study)),
+        groups_agreeing=groups_agreeing,
+        groups_counted=groups_counted,
+        swapped_p=_swapped_p(tests, settings, enough, study.flips),
+    )
+
+
+def _rate(fired: Columns) -> FloatArray:
+    n, k = fired.shape
+    return stored(fired) / n if n else np.full(k, np.nan)
+
+
+def _where(tested: BoolArray, intervals: Intervals) -> Intervals:
+    """Blank the intervals of features that are not tested: too little is known of them."""
+    return Intervals(
+        intervals.value,
+        np.where(tested, intervals.low, np.nan),
+        np.where(tested, intervals.high, np.nan),
+    )
+
+
+def _where_coefficients(tested: BoolArray, fitted: Coefficients) -> Coefficients:
+    return Coefficients(
+        fitted.value,
+        np.where(tested, fitted.low, np.nan),
+        np.where(tested, fitted.high, np.nan),
+        np.where(tested, fitted.p, np.nan),
+    )
+
+
+def _filtered(
+    tests: SignFlipTests, settings: PairedSettings, enough: BoolArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return both p-values, NaN where the filter forbids the test."""
+    firing_p, activation_p = tests.p_values()
+    firing_informative, activation_informative = tests.informative()
+    least = settings.min_informative
+    return (
+        np.where(enough & (firing_informative >= least), firing_p, np.nan),
+        np.where(enough & (activation_informative >= least), activation_p, np.nan),
+    )
+
+
+def _swapped_p(
+    tests: SignFlipTests, settings: PairedSettings, enough: BoolArray, flips: FloatArray
+) -> FloatArray:
+    firing_p, activation_p = tests.p_values(flips)
+    firing_informative, activation_informative = tests.informative()
+    least = settings.min_informative
+    firing_p[~(enough & (firing_informative >= least))] = np.nan
+    activation_p[~(enough & (activation_informative >= least))] = np.nan
+    return simes(firing_p, activation_p)
+
+
+def d_z(differences: Columns) -> FloatArray:
+    """Return the mean of each column over its standard deviation (Cohen 1988); NaN where it has none."""
+    n = differences.shape[0]
+    if n < 2:
+        return np.full(differences.shape[1], np.nan)
+    mean = sums(differences) / n
+    squares = sums_of_powers(differences, 2)
+    variance = (squares - n * mean**2) / (n - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(variance > 1e-12 * squares / n, mean / np.sqrt(variance), np.nan)
+
+
+def _subset_mean(difference: Columns, subset: _Subset, study: _Study) -> Intervals:
+    totals = sum_rows(difference, subset.cluster, study.pairs.n_clusters)
+    return mean_intervals(totals, subset.sizes, study.weights)
+
+
+def _subset_p(positive: Columns, negative: Columns, subset: _Subset, study: _Study) -> FloatArray:
+    """Return p of both tests together among some of the pairs, under the same filter."""
+    inside = take_rows(positive, subset.rows), take_rows(negative, subset.rows)
+    cluster = study.pairs.cluster[subset.rows]
+    firing = as_columns(fires(inside[1]) - fires(inside[0]))
+    tests, _ = sign_flip_tests(firing, as_columns(inside[1] - inside[0]), cluster, study.pairs.n_clusters)
+    enough = stored(inside[0]) + stored(inside[1]) >= study.settings.min_firing
+    return simes(*_filtered(tests, study.settings, enough))
+
+
+def _groups(difference: Columns, mean: FloatArray, study: _Study) -> tuple[FloatArray, IntArray]:
+    """Return the share of groups with enough pairs whose mean has the sign of all, and how many there are."""
+    pairs, k = study.pairs, difference.shape[1]
+    sizes = np.bincount(pairs.group[pairs.group >= 0], minlength=len(pairs.group_names))
+    counted = np.flatnonzero(sizes >= study.settings.min_group_pairs)
+    if not len(counted):
+        return np.full(k, np.nan), np.zeros(k, dtype=np.int64)
+    totals = sum_rows(difference, pairs.group, len(sizes)).toarray()[counted]
+    agreeing = (np.sign(totals) == np.sign(mean)).mean(axis=0)
+    return np.where(mean != 0, agreeing, np.nan), np.full(k, len(counted), dtype=np.int64)
+
+
+def _assemble(results: list[_BlockResult], settings: PairedSettings) -> PairedFeatures:
+    def joined(name: str, part: str = "") -> npt.NDArray[np.float64]:
+        arrays = [getattr(result, name) for result in results]
+        return np.concatenate([getattr(array, part) if part else array for array in arrays] or [np.zeros(0)])
+
+    def joined_int(name: str) -> IntArray:
+        return joined(name).astype(np.int64)
+
+    p = simes(joined("firing_p"), joined("activation_p"))
+    q = false_discovery_rates(p)
+    sign = np.sign(joined("activation", "value"))
+    agrees = matched_agrees(
+        sign,
+        joined("matched", "value"),
+        joined("matched", "low"),
+        joined("matched", "high"),
+        joined_int("matched_informative"),
+    )
+    same_sign = np.sign(joined("adjusted", "value")) == sign
+    half_q = false_discovery_rates(joined("half_p"))
+    return PairedFeatures(
+        sae=joined_int("sae"),
+        feature=joined_int("feature"),
+        tested=~np.isnan(p),
+        only_positive=joined_int("only_positive"),
+        only_negative=joined_int("only_negative"),
+        rate_positive=joined("rate_positive"),
+        rate_negative=joined("rate_negative"),
+        firing=joined("firing", "value"),
+        firing_low=joined("firing", "low"),
+        firing_high=joined("firing", "high"),
+        firing_p=joined("firing_p"),
+        activation=joined("activation", "value"),
+        activation_low=joined("activation", "low"),
+        activation_high=joined("activation", "high"),
+        activation_p=joined("activation_p"),
+        rank_biserial=joined("rank_biserial", "value"),
+        rank_biserial_low=joined("rank_biserial", "low"),
+        rank_biserial_high=joined("rank_biserial", "high"),
+        d_z=joined("d_z"),
+        q=q,
+        q_dependent=false_discovery_rates(p, "by"),
+        adjusted=joined("adjusted", "value"),
+        adjusted_low=joined("adjusted", "low"),
+        adjusted_high=joined("adjusted", "high"),
+        adjusted_p=joined("adjusted", "p"),
+        matched=joined("matched", "value"),
+        matched_low=joined("matched", "low"),
+        matched_high=joined("matched", "high"),
+        matched_p=joined("matched_p"),
+        found_on_half=np.nan_to_num(half_q, nan=1.0) <= settings.target,
+        held_out=joined("held_out", "value"),
+        held_out_low=joined("held_out", "low"),
+        held_out_high=joined("held_out", "high"),
+        groups_agreeing=joined("groups_agreeing"),
+        groups_counted=joined_int("groups_counted"),
+        verdict=verdicts(p, q, joined("adjusted", "p"), same_sign, agrees, settings.target),
+    )
+
+
+def _swap_control(results: list[_BlockResult], settings: PairedSettings) -> SwapControl:
+    p = np.concatenate([result.swapped_p for result in results] or [np.zeros((0, settings.swaps))])
+    rates = np.column_stack([false_discovery_rates(draw) for draw in p.T]) if len(p) else p
+    found = (np.nan_to_num(rates, nan=1.0) <= settings.target).sum(axis=0)
+    return SwapControl(found=found.astype(np.int64), target=settings.target)
