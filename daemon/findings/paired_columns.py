@@ -14,8 +14,8 @@ from daemon.findings.rank_biserial import rank_biserials
 from daemon.findings.regression import Coefficients, at_equal_length, fit
 from daemon.findings.resampling import Intervals, bootstrap_weights, mean_intervals
 from daemon.findings.results import BoolArray, ControlledDifference, Estimate, FloatArray, Pairs
-from daemon.findings.sparse import column_of, sum_rows
-from daemon.findings.verdicts import matched_agrees, verdicts
+from daemon.findings.sparse import column_of, sum_rows, take_rows
+from daemon.findings.verdicts import as_verdict, matched_agrees, verdicts
 
 
 def paired_column(
@@ -41,7 +41,7 @@ def paired_column(
     p, informative = wilcoxon_only(column, chosen.cluster, clusters)
     testable = bool(informative[0] >= settings.min_informative)
     adjusted = fit(column, at_equal_length(chosen))
-    matched, matched_informative = column_of(column.toarray().ravel()[chosen.matched]), np.zeros(1)
+    matched = take_rows(column, chosen.matched)
     matched_p, matched_informative = wilcoxon_only(matched, chosen.cluster[chosen.matched], clusters)
     finding = ControlledDifference(
         n=chosen.n,
@@ -79,7 +79,7 @@ def fdr_columns(
     agrees = matched_agrees(sign, matched.value, matched.low, matched.high, n_matched)
     decided = verdicts(p, q, adjusted_p, np.sign(adjusted.value) == sign, agrees, settings.target)
     return [
-        replace(difference, q=_number(rate), verdict=str(verdict))
+        replace(difference, q=_number(rate), verdict=as_verdict(verdict))
         for difference, rate, verdict in zip(differences, q, decided, strict=True)
     ]
 

@@ -164,4 +164,5 @@ def _tied_p(ranks: FloatArray, total: FloatArray) -> FloatArray:
         mass = (np.append(mass, np.zeros(rank)) + np.append(np.zeros(rank), mass)) / 2
     at_most = np.cumsum(mass)
     smaller = np.rint((doubled.sum() - np.abs(2 * total)) / 2).astype(np.int64)
-    return np.minimum(1, 2 * at_most[smaller])
+    p: FloatArray = np.minimum(1, 2 * at_most[smaller])
+    return p

@@ -80,6 +80,7 @@ def share_with_interval(correct: FloatArray, cluster: IntArray) -> Estimate | No
 
 def _regressors(differences: Any) -> npt.NDArray[np.float32]:
     """Return dense (n, d), scaled to a mean square of 1, of at most MAX_WIDTH columns."""
+    x: npt.NDArray[np.float32]
     if scipy.sparse.issparse(differences):
         columns = differences.tocsc()
         count = np.diff(columns.indptr)
@@ -89,7 +90,9 @@ def _regressors(differences: Any) -> npt.NDArray[np.float32]:
         x = np.array(differences, dtype=np.float32).reshape(len(differences), -1)
         x = x[:, (x != 0).any(axis=0)]
     scale = float(np.sqrt(np.mean(x.astype(np.float64) ** 2))) if x.size else 0.0
-    return x / np.float32(scale) if np.isfinite(scale) and scale > 0 else x
+    if np.isfinite(scale) and scale > 0:
+        x /= np.float32(scale)
+    return x
 
 
 def _held_out_scores(x: npt.NDArray[np.float32], fold: IntArray) -> FloatArray:
