@@ -18,13 +18,23 @@ from scipy import special, stats
 from daemon.findings.multiplicity import false_discovery_rates, simes
 from daemon.findings.regression import Coefficients, Design, design, fit
 from daemon.findings.results import (
+    BoolArray,
     Estimate,
     FloatArray,
     GroupedColumn,
     GroupedFeatures,
     IntArray,
 )
-from daemon.findings.sparse import Columns, as_columns, column_numbers, column_of, fires, stored
+from daemon.findings.sparse import (
+    Columns,
+    as_columns,
+    column_numbers,
+    column_of,
+    fires,
+    ordered_by,
+    runs_of,
+    stored,
+)
 from daemon.findings.verdicts import as_verdict, verdicts
 
 MIN_PART = 9  # firing samples inside and outside, for the normal approximation of Mann-Whitney
@@ -92,8 +102,10 @@ def grouped_features(
     groups = [g for g, size in enumerate(sizes) if min(size, n - size) >= settings.min_group]
     parts: dict[int, list[_Part]] = {group: [] for group in groups}
     for block in blocks:
+        activations = as_columns(block.activations)
+        ordered = replace(block, activations=ordered_by(activations, activations.data))
         for group in groups:
-            parts[group].append(_part(block, samples, group, settings))
+            parts[group].append(_part(ordered, samples, group, settings))
     if not groups or not parts[groups[0]]:
         return ()
     p = [np.concatenate([part.p for part in parts[group]]) for group in groups]
@@ -162,7 +174,7 @@ def fdr_grouped_columns(
 
 
 def _part(block: ActivationBlock, samples: Samples, group: int, settings: GroupedSettings) -> _Part:
-    activations = as_columns(block.activations)
+    activations = block.activations
     n, k = activations.shape
     inside = samples.group == group
     n_inside = int(inside.sum())
@@ -192,7 +204,7 @@ def _part(block: ActivationBlock, samples: Samples, group: int, settings: Groupe
     )
 
 
-def _difference(inside: npt.NDArray[np.bool_], n_tokens: FloatArray | None, cluster: IntArray) -> Design:
+def _difference(inside: BoolArray, n_tokens: FloatArray | None, cluster: IntArray) -> Design:
     """Regress on belonging to the group, beside an intercept and the tokens."""
     controls = [np.ones(len(inside))]
     if n_tokens is not None and len(n_tokens):
@@ -227,27 +239,21 @@ def fisher_exact(inside: IntArray, n_inside: int, outside: IntArray, n_outside: 
     return np.minimum(p, 1)
 
 
-def mann_whitney_of_firing(activations: Columns, inside: npt.NDArray[np.bool_]) -> FloatArray:
-    """Return two-sided p (k,) of the stored activations inside against those outside; NaN where too few fire.
+def mann_whitney_of_firing(activations: Columns, inside: BoolArray) -> FloatArray:
+    """Return two-sided p (k,) of the activations inside against those outside; NaN where too few fire.
 
-    Normal approximation with ties and continuity corrected, as
+    The stored values are in their order. Normal approximation with ties and continuity corrected, as
     `scipy.stats.mannwhitneyu(method="asymptotic")`.
     """
-    k = activations.shape[1]
-    column = column_numbers(activations)
-    order = np.lexsort((activations.data, column))
-    values, sorted_column = activations.data[order], column[order]
-    starts_run = np.ones(len(order), dtype=bool)
-    starts_run[1:] = (np.diff(values) != 0) | (np.diff(sorted_column) != 0)
-    first = np.flatnonzero(starts_run)
-    length = np.diff(np.append(first, len(order))).astype(np.float64)
-    rank = np.repeat(first + (length + 1) / 2, length.astype(np.int64)) - activations.indptr[sorted_column]
-    is_inside = inside[activations.indices[order]].astype(np.float64)
-    n1 = np.bincount(sorted_column, is_inside, minlength=k)
-    n = stored(activations).astype(np.float64)
+    k, column = activations.shape[1], column_numbers(activations)
+    runs = runs_of(activations, activations.data)
+    rank = runs.mean_place - activations.indptr[column]
+    is_inside = inside[activations.indices].astype(np.float64)
+    n, n1 = stored(activations).astype(np.float64), np.bincount(column, is_inside, minlength=k)
     n2 = n - n1
-    u1 = np.bincount(sorted_column, rank * is_inside, minlength=k) - n1 * (n1 + 1) / 2
-    ties = np.bincount(sorted_column[first], length**3 - length, minlength=k)
+    u1 = np.bincount(column, rank * is_inside, minlength=k) - n1 * (n1 + 1) / 2
+    length = runs.length.astype(np.float64)
+    ties = np.bincount(column[runs.first], length**3 - length, minlength=k)
     with np.errstate(divide="ignore", invalid="ignore"):
         deviation = np.sqrt(n1 * n2 / 12 * ((n + 1) - ties / (n * (n - 1))))
         z = (np.maximum(u1, n1 * n2 - u1) - n1 * n2 / 2 - 0.5) / deviation

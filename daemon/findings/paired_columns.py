@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from daemon.findings.means import Intervals, mean_intervals
 from daemon.findings.multiplicity import false_discovery_rates
 from daemon.findings.paired_features import PairedSettings, d_z
-from daemon.findings.paired_tests import signed_ranks, wilcoxon_only
+from daemon.findings.paired_tests import by_size, signed_ranks, wilcoxon_only
 from daemon.findings.rank_biserial import rank_biserials
 from daemon.findings.regression import Coefficients, at_equal_length, fit
-from daemon.findings.resampling import Intervals, bootstrap_weights, mean_intervals
 from daemon.findings.results import BoolArray, ControlledDifference, Estimate, FloatArray, Pairs
-from daemon.findings.sparse import column_of, sum_rows, take_rows
+from daemon.findings.sparse import Columns, column_of, sum_rows, take_rows
 from daemon.findings.verdicts import as_verdict, matched_agrees, verdicts
 
 
@@ -36,7 +36,7 @@ def paired_column(
         group=pairs.group[defined],
         group_names=pairs.group_names,
     )
-    column = column_of(np.asarray(difference, dtype=np.float64)[defined])
+    column = by_size(column_of(np.asarray(difference, dtype=np.float64)[defined]))
     clusters = pairs.n_clusters  # those of all pairs, so that every column shares its resamples
     p, informative = wilcoxon_only(column, chosen.cluster, clusters)
     testable = bool(informative[0] >= settings.min_informative)
@@ -46,14 +46,14 @@ def paired_column(
     finding = ControlledDifference(
         n=chosen.n,
         n_clusters=len(np.unique(chosen.cluster)),
-        raw=_estimate(_mean(column, chosen, np.ones(chosen.n, dtype=bool), clusters, settings)),
+        raw=_estimate(_mean(column, chosen, np.ones(chosen.n, dtype=bool), clusters)),
         p=float(p[0]) if testable else None,
         q=None,
         rank_biserial=_estimate(rank_biserials(column, signed_ranks(column), chosen.cluster, clusters)),
         d_z=_number(d_z(column)[0]),
         adjusted=_estimate(adjusted),
         adjusted_p=_number(adjusted.p[0]),
-        matched=_estimate(_mean(column, chosen, chosen.matched, clusters, settings)),
+        matched=_estimate(_mean(column, chosen, chosen.matched, clusters)),
         matched_p=float(matched_p[0]) if matched_informative[0] >= settings.min_informative else None,
         n_matched=int(chosen.matched.sum()),
         verdict="few",
@@ -96,12 +96,10 @@ class _Ends:
         return cls(*np.array(rows, dtype=np.float64).T)
 
 
-def _mean(
-    column: object, pairs: Pairs, rows: BoolArray, clusters: int, settings: PairedSettings
-) -> Intervals:
+def _mean(column: Columns, pairs: Pairs, rows: BoolArray, clusters: int) -> Intervals:
     sizes = np.bincount(pairs.cluster[rows], minlength=clusters).astype(np.float64)
     totals = sum_rows(column, np.where(rows, pairs.cluster, -1), clusters)
-    return mean_intervals(totals, sizes, bootstrap_weights(clusters, settings.resamples, settings.seed))
+    return mean_intervals(totals, sizes)
 
 
 def _estimate(intervals: Intervals | Coefficients) -> Estimate | None:

@@ -7,26 +7,28 @@ false discovery rates and verdicts, is decided at the end.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
 
+from daemon.findings.means import Intervals, mean_intervals
 from daemon.findings.multiplicity import false_discovery_rates, simes
-from daemon.findings.paired_tests import SignFlipTests, sign_flip_tests
+from daemon.findings.paired_tests import SignFlipTests, by_size, sign_flip_tests
 from daemon.findings.rank_biserial import rank_biserials
 from daemon.findings.regression import Coefficients, Design, at_equal_length, fit
-from daemon.findings.resampling import Intervals, bootstrap_weights, mean_intervals
 from daemon.findings.results import BoolArray, FloatArray, IntArray, PairedFeatures, Pairs, SwapControl
 from daemon.findings.sparse import (
     Columns,
     as_columns,
     fires,
+    keep_rows,
     stored,
+    subtract,
     sum_rows,
     sums,
     sums_of_powers,
-    take_rows,
 )
 from daemon.findings.verdicts import matched_agrees, verdicts
 
@@ -49,23 +51,8 @@ class PairedSettings:
     min_firing: int = 10  # of the 2n texts: with fewer a feature is not tested
     min_informative: int = 6  # clusters that differ: with fewer no test can reach 0.05
     min_group_pairs: int = 20  # pairs that a group needs to count
-    resamples: int = 1000
     swaps: int = 20  # draws of swapped labels
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Subset:
-    """Some of the pairs, with what is needed to estimate a mean over them."""
-
-    rows: BoolArray  # (n,)
-    cluster: IntArray  # (n,) -1 outside
-    sizes: FloatArray  # (clusters,) pairs in each
-
-    @classmethod
-    def of(cls, rows: BoolArray, pairs: Pairs) -> _Subset:
-        cluster = np.where(rows, pairs.cluster, -1)
-        return cls(rows, cluster, np.bincount(pairs.cluster[rows], minlength=pairs.n_clusters).astype(float))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +61,9 @@ class _Study:
 
     pairs: Pairs
     settings: PairedSettings
-    everything: _Subset
-    matched: _Subset
-    discovery: _Subset
-    held_out: _Subset
+    discovery: BoolArray  # (n,) pairs of the half of the clusters on which features are found
     design: Design
-    flips: npt.NDArray[np.float64]  # (clusters, draws)
-    weights: npt.NDArray[np.float32]  # (clusters, resamples)
+    flips: FloatArray  # (clusters, draws)
 
     @classmethod
     def of(cls, pairs: Pairs, settings: PairedSettings) -> _Study:
@@ -88,18 +71,17 @@ class _Study:
         rng = np.random.default_rng([settings.seed, 1])
         discovery = np.zeros(clusters, dtype=bool)
         discovery[rng.permutation(clusters)[: (clusters + 1) // 2]] = True
-        in_discovery = discovery[pairs.cluster]
-        return cls(
-            pairs=pairs,
-            settings=settings,
-            everything=_Subset.of(np.ones(pairs.n, dtype=bool), pairs),
-            matched=_Subset.of(pairs.matched, pairs),
-            discovery=_Subset.of(in_discovery, pairs),
-            held_out=_Subset.of(~in_discovery, pairs),
-            design=at_equal_length(pairs),
-            flips=rng.choice([-1.0, 1.0], size=(clusters, settings.swaps)),
-            weights=bootstrap_weights(clusters, settings.resamples, settings.seed),
-        )
+        flips = rng.choice([-1.0, 1.0], size=(clusters, settings.swaps))
+        return cls(pairs, settings, discovery[pairs.cluster], at_equal_length(pairs), flips)
+
+
+@dataclass(frozen=True, slots=True)
+class _Subset:
+    """The features of one block among some of the pairs."""
+
+    mean: Intervals
+    p: FloatArray  # (k,) of both tests
+    informative: IntArray  # (k,) clusters that differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +101,9 @@ class _BlockResult:
     rank_biserial: Intervals
     d_z: FloatArray
     adjusted: Coefficients
-    matched: Intervals
-    matched_p: FloatArray
-    matched_informative: IntArray
-    half_p: FloatArray
-    held_out: Intervals
+    matched: _Subset
+    discovery: _Subset
+    held_out: _Subset
     groups_agreeing: FloatArray
     groups_counted: IntArray
     swapped_p: FloatArray  # (k, draws)
@@ -147,64 +127,67 @@ def paired_features(
 def _block(block: FeatureBlock, study: _Study) -> _BlockResult:
     pairs, settings, n = study.pairs, study.settings, study.pairs.n
     positive, negative = as_columns(block.positive), as_columns(block.negative)
-    fires_positive, fires_negative = fires(positive), fires(negative)
-    firing = as_columns(fires_negative - fires_positive)
-    difference = as_columns(negative - positive)
-    enough = stored(positive) + stored(negative) >= settings.min_firing
+    block = replace(block, positive=positive, negative=negative)
+    fired = stored(positive), stored(negative)
+    firing = subtract(fires(negative), fires(positive))
+    difference = by_size(subtract(negative, positive))
+    k = difference.shape[1]
+    enough = fired[0] + fired[1] >= settings.min_firing
     tests, ranked = sign_flip_tests(firing, difference, pairs.cluster, pairs.n_clusters)
     firing_p, activation_p = _filtered(tests, settings, enough)
     tested = ~np.isnan(simes(firing_p, activation_p))
+    sizes = np.bincount(pairs.cluster, minlength=pairs.n_clusters).astype(np.float64)
     totals = sum_rows(difference, pairs.cluster, pairs.n_clusters)
-    k = difference.shape[1]
-    only_negative = (sums_of_powers(firing, 2) + sums(firing)) / 2
-    only_positive = (sums_of_powers(firing, 2) - sums(firing)) / 2
-    mean = sums(difference) / n if n else np.full(k, np.nan)
-    groups_agreeing, groups_counted = _groups(difference, mean, study)
+    adjusted = fit(difference, study.design)
+    mean = mean_intervals(totals, sizes).where(tested)
+    groups_agreeing, groups_counted = _groups(difference, mean.value, study)
+
+    def among(rows: BoolArray) -> _Subset:
+        return _subset(block, firing, difference, rows, study)
+
     return _BlockResult(
         sae=np.full(k, block.sae, dtype=np.int64),
         feature=np.arange(block.first, block.first + k, dtype=np.int64),
-        only_positive=np.rint(only_positive).astype(np.int64),
-        only_negative=np.rint(only_negative).astype(np.int64),
-        rate_positive=_rate(fires_positive),
-        rate_negative=_rate(fires_negative),
-        firing=_where(tested, mean_intervals(tests.firing, study.everything.sizes, study.weights)),
+        only_positive=(stored(firing) - np.rint(sums(firing)).astype(np.int64)) // 2,
+        only_negative=(stored(firing) + np.rint(sums(firing)).astype(np.int64)) // 2,
+        rate_positive=fired[0] / n if n else np.full(k, np.nan),
+        rate_negative=fired[1] / n if n else np.full(k, np.nan),
+        firing=mean_intervals(tests.firing, sizes).where(tested),
         firing_p=firing_p,
-        activation=_where(tested, mean_intervals(totals, study.everything.sizes, study.weights)),
+        activation=mean,
         activation_p=activation_p,
-        rank_biserial=_where(tested, rank_biserials(difference, ranked, pairs.cluster, pairs.n_clusters)),
+        rank_biserial=rank_biserials(difference, ranked, pairs.cluster, pairs.n_clusters).where(tested),
         d_z=d_z(difference),
-        adjusted=_where_coefficients(tested, fit(difference, study.design)),
-        matched=_where(tested, _subset_mean(difference, study.matched, study)),
-        matched_p=np.where(tested, _subset_p(positive, negative, study.matched, study), np.nan),
-        matched_informative=stored(take_rows(difference, study.matched.rows)),
-        half_p=_subset_p(positive, negative, study.discovery, study),
-        held_out=_where(tested, _subset_mean(difference, study.held_out, study)),
+        adjusted=replace(
+            adjusted,
+            low=np.where(tested, adjusted.low, np.nan),
+            high=np.where(tested, adjusted.high, np.nan),
+            p=np.where(tested, adjusted.p, np.nan),
+        ),
+        matched=among(pairs.matched),
+        discovery=among(study.discovery),
+        held_out=among(~study.discovery),
         groups_agreeing=groups_agreeing,
         groups_counted=groups_counted,
         swapped_p=_swapped_p(tests, settings, enough, study.flips),
     )
 
 
-def _rate(fired: Columns) -> FloatArray:
-    n, k = fired.shape
-    return stored(fired) / n if n else np.full(k, np.nan)
-
-
-def _where(tested: BoolArray, intervals: Intervals) -> Intervals:
-    """Blank the intervals of features that are not tested: too little is known of them."""
-    return Intervals(
-        intervals.value,
-        np.where(tested, intervals.low, np.nan),
-        np.where(tested, intervals.high, np.nan),
-    )
-
-
-def _where_coefficients(tested: BoolArray, fitted: Coefficients) -> Coefficients:
-    return Coefficients(
-        fitted.value,
-        np.where(tested, fitted.low, np.nan),
-        np.where(tested, fitted.high, np.nan),
-        np.where(tested, fitted.p, np.nan),
+def _subset(
+    block: FeatureBlock, firing: Columns, difference: Columns, rows: BoolArray, study: _Study
+) -> _Subset:
+    """Estimate and test the features among some of the pairs, under the same filter."""
+    pairs, clusters = study.pairs, study.pairs.n_clusters
+    kept = keep_rows(difference, rows)
+    tests, _ = sign_flip_tests(keep_rows(firing, rows), kept, pairs.cluster, clusters)
+    fired = stored(keep_rows(block.positive, rows)) + stored(keep_rows(block.negative, rows))
+    totals = sum_rows(kept, pairs.cluster, clusters)
+    sizes = np.bincount(pairs.cluster[rows], minlength=clusters).astype(np.float64)
+    informative = stored(totals)
+    return _Subset(
+        mean=mean_intervals(totals, sizes).where(informative >= study.settings.min_informative),
+        p=simes(*_filtered(tests, study.settings, fired >= study.settings.min_firing)),
+        informative=informative,
     )
 
 
@@ -244,21 +227,6 @@ def d_z(differences: Columns) -> FloatArray:
         return np.where(variance > 1e-12 * squares / n, mean / np.sqrt(variance), np.nan)
 
 
-def _subset_mean(difference: Columns, subset: _Subset, study: _Study) -> Intervals:
-    totals = sum_rows(difference, subset.cluster, study.pairs.n_clusters)
-    return mean_intervals(totals, subset.sizes, study.weights)
-
-
-def _subset_p(positive: Columns, negative: Columns, subset: _Subset, study: _Study) -> FloatArray:
-    """Return p of both tests together among some of the pairs, under the same filter."""
-    inside = take_rows(positive, subset.rows), take_rows(negative, subset.rows)
-    cluster = study.pairs.cluster[subset.rows]
-    firing = as_columns(fires(inside[1]) - fires(inside[0]))
-    tests, _ = sign_flip_tests(firing, as_columns(inside[1] - inside[0]), cluster, study.pairs.n_clusters)
-    enough = stored(inside[0]) + stored(inside[1]) >= study.settings.min_firing
-    return simes(*_filtered(tests, study.settings, enough))
-
-
 def _groups(difference: Columns, mean: FloatArray, study: _Study) -> tuple[FloatArray, IntArray]:
     """Return the share of groups with enough pairs whose mean has the sign of all, and how many there are."""
     pairs, k = study.pairs, difference.shape[1]
@@ -272,25 +240,25 @@ def _groups(difference: Columns, mean: FloatArray, study: _Study) -> tuple[Float
 
 
 def _assemble(results: list[_BlockResult], settings: PairedSettings) -> PairedFeatures:
-    def joined(name: str, part: str = "") -> npt.NDArray[np.float64]:
-        arrays = [getattr(result, name) for result in results]
-        return np.concatenate([getattr(array, part) if part else array for array in arrays] or [np.zeros(0)])
+    def joined(*path: str) -> npt.NDArray[np.float64]:
+        arrays: list[npt.NDArray[np.float64]] = [attrgetter(".".join(path))(result) for result in results]
+        return np.concatenate(arrays or [np.zeros(0)])
 
-    def joined_int(name: str) -> IntArray:
-        return joined(name).astype(np.int64)
+    def joined_int(*path: str) -> IntArray:
+        return joined(*path).astype(np.int64)
 
     p = simes(joined("firing_p"), joined("activation_p"))
     q = false_discovery_rates(p)
     sign = np.sign(joined("activation", "value"))
     agrees = matched_agrees(
         sign,
-        joined("matched", "value"),
-        joined("matched", "low"),
-        joined("matched", "high"),
-        joined_int("matched_informative"),
+        joined("matched", "mean", "value"),
+        joined("matched", "mean", "low"),
+        joined("matched", "mean", "high"),
+        joined_int("matched", "informative"),
     )
     same_sign = np.sign(joined("adjusted", "value")) == sign
-    half_q = false_discovery_rates(joined("half_p"))
+    half_q = false_discovery_rates(joined("discovery", "p"))
     return PairedFeatures(
         sae=joined_int("sae"),
         feature=joined_int("feature"),
@@ -317,14 +285,14 @@ def _assemble(results: list[_BlockResult], settings: PairedSettings) -> PairedFe
         adjusted_low=joined("adjusted", "low"),
         adjusted_high=joined("adjusted", "high"),
         adjusted_p=joined("adjusted", "p"),
-        matched=joined("matched", "value"),
-        matched_low=joined("matched", "low"),
-        matched_high=joined("matched", "high"),
-        matched_p=joined("matched_p"),
+        matched=joined("matched", "mean", "value"),
+        matched_low=joined("matched", "mean", "low"),
+        matched_high=joined("matched", "mean", "high"),
+        matched_p=joined("matched", "p"),
         found_on_half=np.nan_to_num(half_q, nan=1.0) <= settings.target,
-        held_out=joined("held_out", "value"),
-        held_out_low=joined("held_out", "low"),
-        held_out_high=joined("held_out", "high"),
+        held_out=joined("held_out", "mean", "value"),
+        held_out_low=joined("held_out", "mean", "low"),
+        held_out_high=joined("held_out", "mean", "high"),
         groups_agreeing=joined("groups_agreeing"),
         groups_counted=joined_int("groups_counted"),
         verdict=verdicts(p, q, joined("adjusted", "p"), same_sign, agrees, settings.target),

@@ -21,7 +21,10 @@ from scipy import special
 from daemon.findings.results import BoolArray, FloatArray, IntArray
 from daemon.findings.sparse import (
     Columns,
+    Runs,
     column_numbers,
+    ordered_by,
+    runs_of,
     signs,
     stored,
     sum_rows,
@@ -38,25 +41,23 @@ class RankedColumns:
     """Differences by rank of size; arrays have one entry for each of k columns."""
 
     ranks: Columns  # (n, k) rank of |difference| among those that are not zero, with the difference's sign
+    runs: Runs  # of equal sizes
     tied: BoolArray  # (k,) whether two sizes are equal
 
 
+def by_size(differences: Columns) -> Columns:
+    """Return the same columns with the stored values in the order of their sizes, as ranking needs them."""
+    return ordered_by(differences, np.abs(differences.data))
+
+
 def signed_ranks(differences: Columns) -> RankedColumns:
-    """Rank the sizes of each column's stored values; equal sizes share the mean of their ranks."""
+    """Rank the sizes of each column's values, which are `by_size`; equal sizes share their mean rank."""
+    runs = runs_of(differences, np.abs(differences.data))
     column = column_numbers(differences)
-    size = np.abs(differences.data)
-    order = np.lexsort((size, column))
-    starts_run = np.ones(len(order), dtype=bool)
-    starts_run[1:] = (np.diff(size[order]) != 0) | (np.diff(column[order]) != 0)
-    run = np.cumsum(starts_run) - 1
-    first = np.flatnonzero(starts_run)
-    length = np.diff(np.append(first, len(order)))
-    middle = first + (length + 1) / 2
-    ranks = np.empty(len(order))
-    ranks[order] = middle[run] - differences.indptr[column]
+    ranks = (runs.mean_place - differences.indptr[column]) * np.sign(differences.data)
     tied = np.zeros(differences.shape[1], dtype=bool)
-    tied[column[order][first[length > 1]]] = True
-    return RankedColumns(with_values(differences, ranks * np.sign(differences.data)), tied)
+    tied[column[runs.first[runs.length > 1]]] = True
+    return RankedColumns(with_values(differences, ranks), runs, tied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class SignFlipTests:
 def sign_flip_tests(
     firing: Columns, differences: Columns, cluster: IntArray, n_clusters: int
 ) -> tuple[SignFlipTests, RankedColumns]:
-    """Prepare both tests of features whose differences are (n, k); also return the ranks of the pairs."""
+    """Prepare both tests of differences (n, k) that are `by_size`; also return the ranks of the pairs."""
     ranked = signed_ranks(differences)
     tests = SignFlipTests(
         firing=sum_rows(firing, cluster, n_clusters),
@@ -123,7 +124,7 @@ def sign_flip_tests(
 
 
 def wilcoxon_only(differences: Columns, cluster: IntArray, n_clusters: int) -> tuple[FloatArray, IntArray]:
-    """Return p (k,) of the magnitude alone, and how many clusters are informative (k,)."""
+    """Return p (k,) of magnitude alone and the number of informative clusters (k,), of values `by_size`."""
     tests, _ = sign_flip_tests(signs(differences), differences, cluster, n_clusters)
     return tests.p_values()[1], stored(tests.ranks)
 

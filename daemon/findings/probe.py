@@ -7,7 +7,8 @@ half.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,13 @@ import scipy.linalg
 import scipy.sparse
 from scipy import special
 
-from daemon.findings.results import BoolArray, Estimate, FloatArray, IntArray, Pairs, ProbeResult
+from daemon.findings.results import Estimate, FloatArray, IntArray, Pairs, ProbeResult
+
+Float32Array: TypeAlias = npt.NDArray[np.float32]
 
 FOLDS = 5
 MIN_CLUSTERS = 20
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of a singular value
+PENALTIES = (1e-2, 1e-1, 1.0)  # times the mean squared singular value
 MAX_WIDTH = 4096  # of more regressors, those that most pairs have
 
 
@@ -44,7 +47,7 @@ def probe_pairs(differences: Any, pairs: Pairs, name: str, seed: int = 0) -> Pro
         return ProbeResult(name, None, None, n, matched, reason)
     fold = np.random.default_rng([seed, 2]).permutation(pairs.n_clusters)[pairs.cluster] % FOLDS
     score = _held_out_scores(x, fold)
-    correct = np.where(score == 0, 0.5, score > 0).astype(np.float64)
+    correct = _told(score)
     return ProbeResult(
         name=name,
         accuracy=share_with_interval(correct, pairs.cluster),
@@ -78,68 +81,84 @@ def share_with_interval(correct: FloatArray, cluster: IntArray) -> Estimate | No
     return Estimate(share, max(0.0, float(middle - reach)), min(1.0, float(middle + reach)))
 
 
-def _regressors(differences: Any) -> npt.NDArray[np.float32]:
-    """Return dense (n, d), scaled to a mean square of 1, of at most MAX_WIDTH columns."""
-    x: npt.NDArray[np.float32]
+def _regressors(differences: Any) -> Float32Array:
+    """Return dense (n, d) of at most MAX_WIDTH columns.
+
+    Dense columns are scaled to a mean square of 1, which knows no label; activations have one unit already.
+    """
     if scipy.sparse.issparse(differences):
         columns = differences.tocsc()
         count = np.diff(columns.indptr)
         widest = np.sort(np.argsort(-count, kind="stable")[:MAX_WIDTH])
-        x = columns[:, widest[count[widest] > 0]].astype(np.float32).toarray()
-    else:
-        x = np.array(differences, dtype=np.float32).reshape(len(differences), -1)
-        x = x[:, (x != 0).any(axis=0)]
-    scale = float(np.sqrt(np.mean(x.astype(np.float64) ** 2))) if x.size else 0.0
-    if np.isfinite(scale) and scale > 0:
-        x /= np.float32(scale)
-    return x
+        sparse: Float32Array = columns[:, widest[count[widest] > 0]].astype(np.float32).toarray()
+        return sparse
+    x = np.asarray(differences, dtype=np.float64).reshape(len(differences), -1)[:, :MAX_WIDTH]
+    scale = np.sqrt((x**2).mean(axis=0))
+    scaled: Float32Array = (x[:, scale != 0] / scale[scale != 0]).astype(np.float32)
+    return scaled
 
 
-def _held_out_scores(x: npt.NDArray[np.float32], fold: IntArray) -> FloatArray:
+def _held_out_scores(x: Float32Array, fold: IntArray) -> FloatArray:
     """Return the value of each pair's difference under the probe trained without its fold."""
     score = np.zeros(len(x))
     if x.shape[1] == 0:
         return score
-    solve = _primal if x.shape[1] <= len(x) else _dual
+    fits = _Primal.of(x, fold) if x.shape[1] <= len(x) else _Dual(x, fold, x @ x.T)
     for held_out in range(FOLDS):
         inner = (held_out + 1) % FOLDS
-        chosen = _best_penalty(x, fold, held_out, inner, solve)
-        test = fold == held_out
-        score[test] = solve(x, fold != held_out, test, (chosen,))[0]
+        scores = [fits.score((held_out, inner), inner, penalty) for penalty in PENALTIES]
+        right = [float(_told(values).mean()) for values in scores]
+        # Of penalties that do equally well the largest.
+        best = max(range(len(PENALTIES)), key=lambda at: (right[at], PENALTIES[at]))
+        score[fold == held_out] = fits.score((held_out,), held_out, PENALTIES[best])
     return score
 
 
-def _best_penalty(x: npt.NDArray[np.float32], fold: IntArray, held_out: int, inner: int, solve: Any) -> float:
-    """Return the penalty that tells most pairs of the inner fold rightly; of equals the largest."""
-    train, validate = (fold != held_out) & (fold != inner), fold == inner
-    scores = solve(x, train, validate, PENALTIES)
-    right = [float(np.where(score == 0, 0.5, score > 0).mean()) for score in scores]
-    best = max(range(len(PENALTIES)), key=lambda at: (right[at], PENALTIES[at]))
-    return PENALTIES[best]
+def _told(score: FloatArray) -> FloatArray:
+    return np.where(score == 0, 0.5, score > 0).astype(np.float64)
 
 
-def _primal(
-    x: npt.NDArray[np.float32], train: BoolArray, test: BoolArray, penalties: tuple[float, ...]
-) -> list[FloatArray]:
-    """Solve (X'X + penalty) w = X'1 by Cholesky."""
-    rows = x[train]
-    gram, target = rows.T @ rows, rows.sum(axis=0)
-    return [x[test] @ _solve(gram, target, penalty) for penalty in penalties]
+@dataclass(frozen=True, slots=True)
+class _Primal:
+    """Solves (X'X + penalty) w = X'1, from one Gram matrix for each fold."""
+
+    x: Float32Array
+    fold: IntArray
+    grams: tuple[Float32Array, ...]
+
+    @classmethod
+    def of(cls, x: Float32Array, fold: IntArray) -> _Primal:
+        parts = (x[fold == each] for each in range(FOLDS))
+        return cls(x, fold, tuple(part.T @ part for part in parts))
+
+    def score(self, without: tuple[int, ...], tested: int, penalty: float) -> FloatArray:
+        """Return the values of the tested fold's pairs, trained on all folds but `without`."""
+        gram = np.asarray(sum(self.grams[each] for each in range(FOLDS) if each not in without))
+        target = self.x[~np.isin(self.fold, without)].sum(axis=0)
+        values: FloatArray = (self.x[self.fold == tested] @ _solve(gram, target, penalty)).astype(np.float64)
+        return values
 
 
-def _dual(
-    x: npt.NDArray[np.float32], train: BoolArray, test: BoolArray, penalties: tuple[float, ...]
-) -> list[FloatArray]:
-    """Solve (XX' + penalty) a = 1, w = X'a: the same probe, from a matrix of pairs."""
-    rows = x[train]
-    kernel, ones = rows @ rows.T, np.ones(len(rows), dtype=np.float32)
-    across = x[test] @ rows.T
-    return [across @ _solve(kernel, ones, penalty) for penalty in penalties]
+@dataclass(frozen=True, slots=True)
+class _Dual:
+    """Solves (XX' + penalty) a = 1, w = X'a: the same probe, from a matrix of pairs."""
+
+    x: Float32Array
+    fold: IntArray
+    kernel: Float32Array  # (n, n)
+
+    def score(self, without: tuple[int, ...], tested: int, penalty: float) -> FloatArray:
+        """Return the values of the tested fold's pairs, trained on all folds but `without`."""
+        train, test = np.flatnonzero(~np.isin(self.fold, without)), np.flatnonzero(self.fold == tested)
+        weights = _solve(self.kernel[np.ix_(train, train)], np.ones(len(train), np.float32), penalty)
+        values: FloatArray = (self.kernel[np.ix_(test, train)] @ weights).astype(np.float64)
+        return values
 
 
-def _solve(matrix: npt.NDArray[np.float32], target: npt.NDArray[Any], penalty: float) -> npt.NDArray[Any]:
-    penalised = matrix.copy()
+def _solve(matrix: Float32Array, target: Float32Array, penalty: float) -> Float32Array:
+    """Solve by Cholesky, overwriting the matrix."""
     scale = max(float(np.trace(matrix)) / len(matrix), 1e-6)
-    penalised[np.diag_indices(len(matrix))] += np.float32(penalty * scale)
-    solved: npt.NDArray[Any] = scipy.linalg.solve(penalised, target, assume_a="pos", overwrite_a=True)
+    matrix[np.diag_indices(len(matrix))] += np.float32(penalty * scale)
+    factor = scipy.linalg.cho_factor(matrix, overwrite_a=True, check_finite=False)
+    solved: Float32Array = scipy.linalg.cho_solve(factor, target, check_finite=False)
     return solved

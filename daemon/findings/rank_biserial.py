@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
+from daemon.findings.means import CONFIDENCE, Intervals
 from daemon.findings.paired_tests import RankedColumns
-from daemon.findings.resampling import CONFIDENCE, Intervals
 from daemon.findings.results import FloatArray, IntArray
 from daemon.findings.sparse import (
     Columns,
@@ -50,35 +50,28 @@ def rank_biserials(
 
 def projections(differences: Columns, ranked: RankedColumns) -> Columns:
     """Return for each difference the mean sign of its sum with every other of its column."""
-    column = column_numbers(differences)
+    column, runs, run = column_numbers(differences), ranked.runs, ranked.runs.run
     sign = np.sign(differences.data)
-    rank = np.abs(ranked.ranks.data)
-    order = np.lexsort((rank, column))
-    column, sign, rank = column[order], sign[order], rank[order]
-    count = stored(differences)
     before = np.concatenate([[0.0], np.cumsum(sign)])
-    starts_run = np.ones(len(order), dtype=bool)
-    starts_run[1:] = (np.diff(rank) != 0) | (np.diff(column) != 0)
-    run = np.cumsum(starts_run) - 1
-    first = np.flatnonzero(starts_run)
-    end = np.append(first[1:], len(order))
-    smaller = (first - differences.indptr[column[first]])[run]  # sizes below, whose sum takes this one's sign
+    end = runs.first + runs.length
+    smaller = runs.first[run] - differences.indptr[column]  # sizes below, whose sum takes this one's sign
     larger = before[differences.indptr[1:][column]] - before[end[run]]  # signs of sizes above
-    alike = ((end - first)[run] + sign * (before[end] - before[first])[run]) / 2  # same size and same sign
-    values = np.empty(len(order))
-    values[order] = (sign * (smaller + alike) + larger) / count[column]
-    return with_values(differences, values)
+    alike = (runs.length[run] + sign * (before[end] - before[runs.first])[run]) / 2  # same size, same sign
+    return with_values(differences, (sign * (smaller + alike) + larger) / stored(differences)[column])
 
 
 def _score_intervals(value: FloatArray, variance: FloatArray, clusters: FloatArray) -> Intervals:
-    """Wilson's score interval (1927) of the share (1 + value) / 2, at the size that explains its variance."""
+    """Wilson's score interval (1927) of the share (1 + value) / 2, at the size that explains its variance.
+
+    With Student's t for few clusters.
+    """
     share = (1 + value) / 2
-    z = special.ndtri((1 + CONFIDENCE) / 2)
+    z = special.stdtrit(np.maximum(clusters - 1, 1), (1 + CONFIDENCE) / 2)
     with np.errstate(divide="ignore", invalid="ignore"):
         explained = share * (1 - share) / (variance / 4)
     # All signs alike leave no variance: then the size is the number of clusters.
     size = np.where(np.isfinite(explained), explained, clusters)
-    size = np.clip(size, 1, 4 * clusters)
+    size = np.clip(size, 1, 4 * np.maximum(clusters, 1))
     middle = (share + z**2 / (2 * size)) / (1 + z**2 / size)
     reach = z / (1 + z**2 / size) * np.sqrt(share * (1 - share) / size + z**2 / (4 * size**2))
     enough = clusters >= 2

@@ -5,13 +5,13 @@ Knows nothing about texts: features are columns of a `scipy.sparse` matrix in CS
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import scipy.sparse
 
-from daemon.findings.results import FloatArray, IntArray
+from daemon.findings.results import BoolArray, FloatArray, IntArray
 
 # scipy has no types; a name says which form is meant.
 Columns: TypeAlias = Any  # (rows, features) in CSC form
@@ -19,7 +19,10 @@ Columns: TypeAlias = Any  # (rows, features) in CSC form
 
 def as_columns(matrix: Any) -> Columns:
     """Return float64 CSC columns with sorted rows, duplicates summed and stored zeros dropped."""
-    columns = scipy.sparse.csc_matrix(matrix, dtype=np.float64, copy=True)
+    return _canonical(scipy.sparse.csc_matrix(matrix, dtype=np.float64, copy=True))
+
+
+def _canonical(columns: Columns) -> Columns:
     columns.sum_duplicates()
     columns.eliminate_zeros()
     return columns
@@ -67,17 +70,66 @@ def fires(columns: Columns) -> Columns:
     return with_values(columns, np.ones(columns.nnz))
 
 
+def subtract(columns: Columns, others: Columns) -> Columns:
+    """Return columns - others, without the zeros that come of it."""
+    return _canonical((columns - others).tocsc())
+
+
 def sum_rows(columns: Columns, group: IntArray, n_groups: int) -> Columns:
     """Return (n_groups, k): the rows of each group summed; rows of a negative group are left out."""
     if len(group) == n_groups and np.array_equal(group, np.arange(n_groups)):
         return columns
     kept = np.flatnonzero(group >= 0)
-    indicator = scipy.sparse.csr_matrix(
+    indicator = scipy.sparse.csc_matrix(
         (np.ones(len(kept)), (group[kept], kept)), shape=(n_groups, columns.shape[0])
     )
-    return as_columns(indicator @ columns)
+    return _canonical(indicator @ columns)
 
 
-def take_rows(columns: Columns, rows: npt.NDArray[Any]) -> Columns:
-    """Return the rows that an index or a mask names."""
-    return columns.tocsr()[rows].tocsc()
+def ordered_by(columns: Columns, key: FloatArray) -> Columns:
+    """Return the same columns, their stored values in the order of `key` (nnz,) and not of rows."""
+    order = np.empty(columns.nnz, dtype=np.int64)
+    for start, end in zip(columns.indptr[:-1], columns.indptr[1:], strict=True):
+        order[start:end] = start + np.argsort(key[start:end], kind="stable")
+    return scipy.sparse.csc_matrix(
+        (columns.data[order], columns.indices[order], columns.indptr), shape=columns.shape
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Equal neighbours among the stored values of each column, in the order in which they are stored."""
+
+    run: IntArray  # (nnz,) the run that a value is in
+    first: IntArray  # (runs,) place of its first value
+    length: IntArray  # (runs,)
+
+    @property
+    def mean_place(self) -> FloatArray:
+        """(nnz,) mean place of a value's run, counted from 1."""
+        middle: FloatArray = (self.first + (self.length + 1) / 2)[self.run]
+        return middle
+
+
+def runs_of(columns: Columns, key: FloatArray) -> Runs:
+    """Find the runs of equal `key` (nnz,) in each column."""
+    starts = np.ones(columns.nnz, dtype=bool)
+    starts[1:] = np.diff(key) != 0
+    beginning = columns.indptr[:-1]
+    starts[beginning[beginning < columns.nnz]] = True
+    first = np.flatnonzero(starts)
+    return Runs(np.cumsum(starts) - 1, first, np.diff(np.append(first, columns.nnz)))
+
+
+def keep_rows(columns: Columns, rows: BoolArray) -> Columns:
+    """Return columns of the same shape in which all other rows are zero."""
+    kept = rows[columns.indices]
+    ends = np.concatenate([[0], np.cumsum(kept)])[columns.indptr]
+    return scipy.sparse.csc_matrix((columns.data[kept], columns.indices[kept], ends), shape=columns.shape)
+
+
+def take_rows(columns: Columns, rows: BoolArray) -> Columns:
+    """Return only these rows."""
+    kept = keep_rows(columns, rows)
+    place = (np.cumsum(rows) - 1)[kept.indices]
+    return scipy.sparse.csc_matrix((kept.data, place, kept.indptr), shape=(int(rows.sum()), columns.shape[1]))
