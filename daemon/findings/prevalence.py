@@ -12,6 +12,7 @@ from daemon.findings.sparse import Columns, as_columns, fires, stored, sums
 
 MIN_TOGETHER = 10  # samples that fire both, for a couple to be listed
 MOST_FREQUENT = 0.5  # a feature that fires on more samples goes with everything
+ROWS_AT_ONCE = 4096  # bounds the memory
 MANY_FEATURES = 4096  # of a dictionary, that are looked at for couples: the most frequent
 
 
@@ -56,8 +57,11 @@ def co_occurrence(activations: Columns, sae: int, first: int, couples: int = 20)
     candidates = np.sort(candidates[np.argsort(-count[candidates], kind="stable")][:MANY_FEATURES])
     if len(candidates) < 2 or couples < 1:
         return []
-    dense = fires(activations)[:, candidates].astype(np.float32).toarray()
-    both = dense.T @ dense  # whole numbers, exact below 2^24
+    rows = fires(activations)[:, candidates].astype(np.float32).tocsr()
+    both = np.zeros((len(candidates), len(candidates)), dtype=np.float32)  # whole numbers, exact below 2^24
+    for start in range(0, n, ROWS_AT_ONCE):
+        dense = rows[start : start + ROWS_AT_ONCE].toarray()
+        both += dense.T @ dense
     size = count[candidates].astype(np.float32)
     jaccard = both / (size[:, None] + size - both)
     jaccard[both < MIN_TOGETHER] = 0

@@ -24,6 +24,8 @@ FOLDS = 5
 MIN_CLUSTERS = 20
 PENALTIES = (1e-2, 1e-1, 1.0)  # times the mean squared singular value
 MAX_WIDTH = 4096  # of more regressors, those that most pairs have
+MAX_ENTRIES = 2**26  # of pairs times regressors, 256 MiB: with more pairs fewer regressors are kept
+MIN_WIDTH = 256
 
 
 def probe_pairs(differences: Any, pairs: Pairs, name: str, seed: int = 0) -> ProbeResult:
@@ -89,7 +91,8 @@ def _regressors(differences: Any) -> Float32Array:
     if scipy.sparse.issparse(differences):
         columns = differences.tocsc()
         count = np.diff(columns.indptr)
-        widest = np.sort(np.argsort(-count, kind="stable")[:MAX_WIDTH])
+        width = min(MAX_WIDTH, max(MIN_WIDTH, MAX_ENTRIES // max(columns.shape[0], 1)))
+        widest = np.sort(np.argsort(-count, kind="stable")[:width])
         sparse: Float32Array = columns[:, widest[count[widest] > 0]].astype(np.float32).toarray()
         return sparse
     x = np.asarray(differences, dtype=np.float64).reshape(len(differences), -1)[:, :MAX_WIDTH]

@@ -18,7 +18,8 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 # holds: found at the false discovery rate, and still there, with its sign, at equal length (and probability).
-# controls: found, but the controls take it away. none: not found. few: too few pairs to test.
+# controls: found, but not shown to be there once length (and probability) are held equal.
+# none: not found. few: too few pairs to test.
 Verdict = Literal["holds", "controls", "none", "few"]
 
 
@@ -117,7 +118,7 @@ class PairedFeatures:
     rank_biserial_high: FloatArray
     d_z: FloatArray
 
-    q: FloatArray  # (F,) the smaller of the false discovery rates of firing and activation, over all tests
+    q: FloatArray  # (F,) false discovery rate over all features, firing and activation tested together (Simes)
     q_dependent: FloatArray  # (F,) the same by Benjamini-Yekutieli
     adjusted: FloatArray  # (F,) mean difference at equal length (and probability)
     adjusted_low: FloatArray
@@ -126,7 +127,7 @@ class PairedFeatures:
     matched: FloatArray  # (F,) mean difference among pairs of equal length
     matched_low: FloatArray
     matched_high: FloatArray
-    matched_p: FloatArray
+    matched_p: FloatArray  # of both tests
     found_on_half: BoolArray  # (F,) at the false discovery rate, on half of the clusters
     held_out: FloatArray  # (F,) mean difference on the other half
     held_out_low: FloatArray
@@ -173,7 +174,7 @@ class GroupedFeatures:
     activation: FloatArray  # mean inside - mean outside
     activation_low: FloatArray
     activation_high: FloatArray
-    activation_p: FloatArray  # Mann-Whitney
+    activation_p: FloatArray  # Mann-Whitney, among the samples that fire
     q: FloatArray  # over all features, tests and groups
     adjusted: FloatArray  # difference at equal length
     adjusted_low: FloatArray
