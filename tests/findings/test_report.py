@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from daemon.cli import main
+from daemon.findings import command
 from daemon.findings.activations import count_activations
 from daemon.findings.health import health_of, reject_reasons
 from daemon.findings.progress import ReportProgress
@@ -33,6 +34,14 @@ def made(tmp_path):
     made = make(tmp_path / "outbox" / f"a-{'1' * 12}", PAIRS, seed=4)
     made.write()
     return made
+
+
+@pytest.fixture
+def plain_page(monkeypatch):
+    """Pages without figures, which take the most time."""
+    monkeypatch.setattr(
+        command, "write_page", lambda report, path: path.write_bytes(b"<title>" + command.MARK)
+    )
 
 
 def report_of(path, **options):
@@ -176,7 +185,7 @@ def test_a_page_takes_no_other_file_s_place(made, tmp_path, capsys, output, said
     assert (tmp_path / "mine.html").read_text() == "<title>mine</title>"
 
 
-def test_an_earlier_page_and_table_are_replaced(made, tmp_path):
+def test_an_earlier_page_and_table_are_replaced(made, plain_page, tmp_path):
     page, data = tmp_path / "page.html", tmp_path / "features.parquet"
     assert lensd(made.path, "-o", page, "--data", data, "--features", 1) == 0
     page.write_text(page.read_text() + "<!-- of before -->")
@@ -192,7 +201,7 @@ def test_a_table_takes_no_other_file_s_place(made, tmp_path, capsys):
     assert pq.read_table(made.path / "metrics.parquet").num_rows == PAIRS
 
 
-def test_a_page_may_lie_in_the_folder_itself(made):
+def test_a_page_may_lie_in_the_folder_itself(made, plain_page):
     assert lensd(made.path, "-o", made.path / "report.html", "--features", 1) == 0
     assert open_study([made.path.parent]).n_samples == PAIRS
 
