@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
 
-from daemon.analysis.columns import CONTRAST_METRICS, LAYER_COLUMNS, layer_column_name, token_count_name
+from daemon.analysis.columns import (
+    CONTRAST_METRICS,
+    LAYER_COLUMNS,
+    LOG_PROB_COLUMNS,
+    layer_column_name,
+    token_count_name,
+)
 from daemon.findings.activations import Counts, StudyBlock, activation_blocks, plan_passes
 from daemon.findings.clusters import clusters_of
 from daemon.findings.grouping import Grouping
@@ -49,6 +55,7 @@ class ColumnSource:
     meaning: str
     orientation: str
     values: FloatArray  # (n,) differences
+    of_log_prob: bool = False  # so that log-probability is no control of it
 
 
 def pairs_of(study: Study, contrast: ContrastEntry, grouping: Grouping) -> tuple[Pairs, str]:
@@ -83,6 +90,11 @@ def column_sources(study: Study, contrast: ContrastEntry) -> Iterator[ColumnSour
             meaning = metric.meaning.format(text="the text")
             orientation = apart if metric.sign > 0 else reverse
             yield ColumnSource(metric.name, None, metric.unit, meaning, orientation, study.numbers(name))
+    for tokens in LOG_PROB_COLUMNS:
+        name = f"{tokens.name}_diff"
+        if name in study.columns:
+            meaning = f"{tokens.meaning}; controlled for length alone"
+            yield ColumnSource(tokens.name, None, tokens.unit, meaning, apart, study.numbers(name), True)
     for sae in study.saes:
         for column in LAYER_COLUMNS:
             names = [
@@ -113,7 +125,9 @@ def compare_columns(
     groups = enough if len(pairs.group_names) > 1 else []
     whole: list[ColumnFinding] = []
     parts: list[ColumnFinding] = []
+    of_length = replace(pairs, d_log_prob=None)
     for source in column_sources(study, contrast):
+        compared = of_length if source.of_log_prob else pairs
         for group in (None, *groups):
             inside = source.values if group is None else np.where(pairs.group == group, source.values, np.nan)
             found = ColumnFinding(
@@ -123,7 +137,7 @@ def compare_columns(
                 source.meaning,
                 source.orientation,
                 None if group is None else pairs.group_names[group],
-                paired_column(inside, pairs, settings),
+                paired_column(inside, compared, settings),
             )
             (whole if group is None else parts).append(found)
     return (*judged(whole, settings), *judged(parts, settings))
