@@ -37,7 +37,7 @@ def paired_column(
         group_names=pairs.group_names,
     )
     column = by_size(column_of(np.asarray(difference, dtype=np.float64)[defined]))
-    clusters = pairs.n_clusters  # those of all pairs, so that every column shares its resamples
+    clusters = pairs.n_clusters  # those of all pairs
     p, informative = wilcoxon_only(column, chosen.cluster, clusters)
     testable = bool(informative[0] >= settings.min_informative)
     adjusted = fit(column, at_equal_length(chosen))

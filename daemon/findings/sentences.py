@@ -68,7 +68,9 @@ def findings(report: Report) -> list[str]:
             sentences.append(swapped(report.swapped, report.features.n_found))
     if report.grouped:
         sentences.append(grouped(report, report.grouped))
-    sentences += columns(report)
+    of_columns = columns(report)
+    leads = features_found(report) == 0 and any_holds(report.columns)
+    sentences = [*of_columns, *sentences] if leads else [*sentences, *of_columns]
     sentences += lengths(report)
     sentences += probes(report)
     if not sentences and report.prevalence:
@@ -77,6 +79,14 @@ def findings(report: Report) -> list[str]:
             "The page says how often each feature fires, and which fire together. It tests nothing."
         )
     return sentences or ["These samples allow no finding; the notes below say why."]
+
+
+def features_found(report: Report) -> int:
+    return 0 if report.features is None else report.features.n_found
+
+
+def any_holds(columns: Sequence[ColumnFinding]) -> bool:
+    return any(one.group is None and one.difference.verdict == "holds" for one in columns)
 
 
 def features(report: Report, features: PairedFeatures) -> list[str]:
@@ -158,17 +168,26 @@ def verdicts_of(some: Sequence[ColumnFinding | GroupedColumn], noun: str, severa
         one.difference.verdict if isinstance(one, ColumnFinding) else one.verdict for one in some
     )
     holding = [
-        one.column for one in some if isinstance(one, ColumnFinding) and one.difference.verdict == "holds"
+        effect(one) for one in some if isinstance(one, ColumnFinding) and one.difference.verdict == "holds"
     ]
-    named = f" ({listed(holding)})" if 0 < len(holding) <= 4 else ""
+    named = f": {listed(holding)}" if 0 < len(holding) <= 4 else ""
     if len(some) == counts["none"] > 1:
         return f"None of {numbers.counted(len(some), noun, several)} is found to differ."
     return f"Of {numbers.counted(len(some), noun, several)}, {counted_verdicts(counts, named)}."
 
 
+def effect(one: ColumnFinding) -> str:
+    """Return `entropy (hall - fact +0.12 nat, +0.05 to +0.19)`."""
+    value, interval = numbers.value_and_interval(one.difference.raw)
+    unit = "" if one.unit == "1" else f" {one.unit}"
+    return f"{one.column} ({one.orientation}: {value}{unit}, {interval})" if interval else one.column
+
+
 def counted_verdicts(counts: Counter[Verdict], named: str = "") -> str:
     holds = counts["holds"]
     parts = [f"{numbers.count(holds) if holds else 'none'} {'holds' if holds == 1 else 'hold'}{named}"]
+    if named:
+        parts[0] += ";"
     if counts["controls"]:
         parts.append(f"{numbers.count(counts['controls'])} {were(counts['controls'])} lost to controls")
     if counts["none"]:
@@ -202,15 +221,21 @@ def is_are(number: int) -> str:
     return "is" if number == 1 else "are"
 
 
-def best(results: Iterable[ProbeResult], starts: str) -> ProbeResult | None:
-    """Return the probe whose name begins so that tells most pairs."""
-    some = [one for one in results if one.name.startswith(starts) and one.accuracy is not None]
-    return max(some, key=lambda one: one.accuracy.value if one.accuracy else 0.0, default=None)
+def of_kind(results: Iterable[ProbeResult], kind: str) -> list[ProbeResult]:
+    """Return the probes on `length`, on `features` of some dictionary or on the `residual` that one reads."""
+    return [one for one in results if one.name.partition(" ")[0] == kind and one.accuracy is not None]
+
+
+def best(results: Iterable[ProbeResult]) -> ProbeResult | None:
+    """Return the probe that tells most pairs."""
+    return max(results, key=lambda one: one.accuracy.value if one.accuracy else 0.0, default=None)
 
 
 def probes(report: Report) -> list[str]:
     """Return the sentence that sets the best probe on features beside the one on length."""
-    length, features = best(report.probes, "length"), best(report.probes, "features")
+    length = best([one for one in of_kind(report.probes, "length") if one.name == "length"])
+    several = of_kind(report.probes, "features")
+    features, residual = best(several), best(of_kind(report.probes, "residual"))
     negative, positive = report.run.negative, report.run.positive
     if length is None and features is None:
         return []
@@ -221,12 +246,14 @@ def probes(report: Report) -> list[str]:
         return [f"A linear probe on {only.name} {told} {share(only.accuracy)} of held-out pairs."]
     sentence = (
         f"A linear probe on length alone {told} {share(length.accuracy)} of held-out pairs,"
-        f" the best on features ({features.name}) in {share(features.accuracy)}:"
-        f" {compared(features, length)}."
+        f" {f'the best of {len(several)} on features' if len(several) > 1 else 'one on features'}"
+        f" ({features.name}) in {share(features.accuracy)}: {compared(features, length)}."
     )
     if features.matched is not None:
         chance = "clearly above chance" if features.matched.low > 0.5 else "not clearly above chance (50%)"
         sentence += f" Among pairs of equal length the latter tells {share(features.matched)}, {chance}."
+    if residual is not None:
+        sentence += f" What the dictionaries read tells at most {share(residual.accuracy)} ({residual.name})."
     return [sentence]
 
 
