@@ -23,7 +23,7 @@ Float32Array: TypeAlias = npt.NDArray[np.float32]
 FOLDS = 5
 MIN_CLUSTERS = 20
 PENALTIES = (1e-2, 1e-1, 1.0)  # times the mean squared singular value
-MAX_WIDTH = 4096  # of more regressors, those that most pairs have
+MAX_WIDTH = 2048  # where there are more pairs and more regressors: those regressors that most pairs have
 MAX_ENTRIES = 2**26  # of pairs times regressors, 256 MiB: with more pairs fewer regressors are kept
 MIN_WIDTH = 256
 
@@ -84,18 +84,19 @@ def share_with_interval(correct: FloatArray, cluster: IntArray) -> Estimate | No
 
 
 def _regressors(differences: Any) -> Float32Array:
-    """Return dense (n, d) of at most MAX_WIDTH columns.
+    """Return dense (n, d); of sparse columns, which may be very many, the most frequent.
 
     Dense columns are scaled to a mean square of 1, which knows no label; activations have one unit already.
     """
     if scipy.sparse.issparse(differences):
         columns = differences.tocsc()
         count = np.diff(columns.indptr)
-        width = min(MAX_WIDTH, max(MIN_WIDTH, MAX_ENTRIES // max(columns.shape[0], 1)))
+        width = max(MIN_WIDTH, MAX_ENTRIES // columns.shape[0])
+        width = width if columns.shape[0] <= MAX_WIDTH else min(width, MAX_WIDTH)
         widest = np.sort(np.argsort(-count, kind="stable")[:width])
         sparse: Float32Array = columns[:, widest[count[widest] > 0]].astype(np.float32).toarray()
         return sparse
-    x = np.asarray(differences, dtype=np.float64).reshape(len(differences), -1)[:, :MAX_WIDTH]
+    x = np.asarray(differences, dtype=np.float64).reshape(len(differences), -1)
     scale = np.sqrt((x**2).mean(axis=0))
     scaled: Float32Array = (x[:, scale != 0] / scale[scale != 0]).astype(np.float32)
     return scaled
@@ -128,16 +129,20 @@ class _Primal:
     x: Float32Array
     fold: IntArray
     grams: tuple[Float32Array, ...]
+    targets: tuple[Float32Array, ...]
 
     @classmethod
     def of(cls, x: Float32Array, fold: IntArray) -> _Primal:
-        parts = (x[fold == each] for each in range(FOLDS))
-        return cls(x, fold, tuple(part.T @ part for part in parts))
+        parts = [x[fold == each] for each in range(FOLDS)]
+        return cls(x, fold, tuple(p.T @ p for p in parts), tuple(p.sum(axis=0) for p in parts))
 
     def score(self, without: tuple[int, ...], tested: int, penalty: float) -> FloatArray:
         """Return the values of the tested fold's pairs, trained on all folds but `without`."""
-        gram = np.asarray(sum(self.grams[each] for each in range(FOLDS) if each not in without))
-        target = self.x[~np.isin(self.fold, without)].sum(axis=0)
+        trained = [each for each in range(FOLDS) if each not in without]
+        gram = self.grams[trained[0]].copy()
+        for each in trained[1:]:
+            gram += self.grams[each]
+        target = np.sum([self.targets[each] for each in trained], axis=0)
         values: FloatArray = (self.x[self.fold == tested] @ _solve(gram, target, penalty)).astype(np.float64)
         return values
 
@@ -162,6 +167,7 @@ def _solve(matrix: Float32Array, target: Float32Array, penalty: float) -> Float3
     """Solve by Cholesky, overwriting the matrix."""
     scale = max(float(np.trace(matrix)) / len(matrix), 1e-6)
     matrix[np.diag_indices(len(matrix))] += np.float32(penalty * scale)
-    factor = scipy.linalg.cho_factor(matrix, overwrite_a=True, check_finite=False)
+    # Transposed, which a symmetric matrix does not mind, so that LAPACK need not copy it.
+    factor = scipy.linalg.cho_factor(matrix.T, overwrite_a=True, check_finite=False)
     solved: Float32Array = scipy.linalg.cho_solve(factor, target, check_finite=False)
     return solved

@@ -118,7 +118,7 @@ class PairedFeatures:
     rank_biserial_high: FloatArray
     d_z: FloatArray
 
-    q: FloatArray  # (F,) false discovery rate over all features, firing and activation tested together (Simes)
+    q: FloatArray  # (F,) false discovery rate over all features, of both tests together (Simes)
     q_dependent: FloatArray  # (F,) the same by Benjamini-Yekutieli
     adjusted: FloatArray  # (F,) mean difference at equal length (and probability)
     adjusted_low: FloatArray

@@ -83,7 +83,9 @@ def sum_rows(columns: Columns, group: IntArray, n_groups: int) -> Columns:
     indicator = scipy.sparse.csc_matrix(
         (np.ones(len(kept)), (group[kept], kept)), shape=(n_groups, columns.shape[0])
     )
-    return _canonical(indicator @ columns)
+    totals = indicator @ columns
+    totals.eliminate_zeros()
+    return totals
 
 
 def ordered_by(columns: Columns, key: FloatArray) -> Columns:

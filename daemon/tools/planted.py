@@ -207,7 +207,7 @@ class Tally:
     holds_power: list[float]
     length_found: list[float]
     length_holds: list[float]
-    length_flagged: list[float]  # of those found, the share called "controls"
+    length_flagged: list[float]  # of those found, where any are, the share called "controls"
     swapped: list[float]
     covered: npt.NDArray[np.int64]  # (effects, rarity, kinds)
     intervals: npt.NDArray[np.int64]
@@ -228,7 +228,8 @@ class Tally:
         self.holds_power.append(_share(holds & people.planted, people.planted))
         self.length_found.append(_share(raw & of_length, of_length))
         self.length_holds.append(_share(holds & of_length, of_length))
-        self.length_flagged.append(_share(raw & of_length & ~holds, raw & of_length))
+        if (raw & of_length).any():
+            self.length_flagged.append(_share(raw & of_length & ~holds, raw & of_length))
         self.swapped.append(float(swapped.found.mean()))
         kind = np.where(people.planted, 1, np.where(of_length, 2, 0))
         rate = (found.rate_positive + found.rate_negative) / 2
@@ -279,6 +280,9 @@ def lines(tally: Tally) -> Iterator[str]:
         "features found with labels swapped": (tally.swapped, "near 0"),
     }
     for name, (values, bar) in bars.items():
+        if not values:
+            yield f"| {name} | - | - | {bar} |"
+            continue
         error = np.std(values) / np.sqrt(max(len(values) - 1, 1))
         yield f"| {name} | {np.mean(values):.4f} | {error:.4f} | {bar} |"
     yield ""
