@@ -41,6 +41,7 @@ def draw(report: Report) -> Figures:
     has_matched = any(one.difference.matched is not None for one in report.columns)
     kinds = ("raw", "adjusted", "matched") if has_matched else ("raw", "adjusted")
     classes = classes_of(report.shapes)
+    known = [one for one in report.probes if one.accuracy is not None]
     with drawn_alike():
         return Figures(
             found=found(report),
@@ -59,9 +60,7 @@ def draw(report: Report) -> Figures:
             layers_by_group=tuple(layers_by_group(report, groups)),
             shapes=tuple(shapes(report.shapes, classes)),
             shape_classes=classes,
-            probes=plots.probes("probes", report.probes)
-            if any(one.accuracy for one in report.probes)
-            else None,
+            probes=plots.probes("probes", known) if known else None,
             drawn_groups=groups,
             has_matched=has_matched,
         )
