@@ -42,10 +42,25 @@ def run(parts, folder: Path, records: list[object], ways: list[bool], **flags: o
     return {
         "metrics": pq.read_table(published / "metrics.parquet").to_pylist(),
         "features": pq.read_table(published / "features.parquet").to_pylist(),
+        "texts": pq.read_table(published / "texts.parquet").to_pylist(),
         "rejects": [json.loads(line) for line in rejects.read_text().splitlines()]
         if rejects.is_file()
         else [],
     }
+
+
+def test_a_token_that_is_read_without_the_bos_that_was_added_is_one_further_in_its_text(parts, tmp_path):
+    records = [{"text": "ab"}, {"text": "<bos>cd"}]
+    found = run(parts, tmp_path, records, [True, False], analysis__positions="all")
+    ids = [row["token_ids"] for row in found["texts"]]
+    assert [row["content"] for row in found["texts"]] == ["ab", "<bos>cd"]
+    assert [row["token_starts"] for row in found["texts"]] == [[0, 0, 1], [0, 5, 6]]
+    assert {(row["sae"], row["record_index"]) for row in found["features"]} == {
+        (sae, record) for sae in ("bos", "bare") for record in (0, 1)
+    }
+    for row in found["features"]:
+        further = int(row["sae"] == "bare" and row["record_index"] == 0)
+        assert ids[row["record_index"]][row["position"] + further] == row["token_id"]
 
 
 def chat(name: str, asked: str) -> dict[str, object]:
