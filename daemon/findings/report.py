@@ -116,7 +116,7 @@ def with_pairs(
     wanted = top_paired(found.features, options.features)
     notes = [note] * bool(note)
     if pairs.n > compare.PROBED_PAIRS:
-        notes.append(f"Probes were made of {compare.PROBED_PAIRS:,} pairs drawn at random, about.")
+        notes.append(f"Probes are of up to {compare.PROBED_PAIRS:,} pairs, whole clusters drawn at random.")
     return replace(
         report,
         n_pairs=pairs.n,
