@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from daemon.cli import main
-from daemon.findings import command, compare
+from daemon.findings import command, compare, sentences
 from daemon.findings.activations import count_activations
 from daemon.findings.grouping import Grouping
 from daemon.findings.health import health_of, reject_reasons
@@ -122,7 +122,10 @@ def test_log_probabilities_are_a_control_where_they_are_there(made):
     made.write()
     report = report_of(made.path)
     assert report.controls == ("tokens", "log-probability")
-    assert [probe.name for probe in report.probes][1] == "length and log-probability"
+    assert [probe.name for probe in report.probes][:2] == ["length", "log-probability and length"]
+    assert report.features is not None
+    (said,) = [one for one in sentences.findings(report) if one.startswith("A linear probe on length alone")]
+    assert f" {report.probes[0].accuracy.value:.0%} " in said
 
 
 def test_probes_of_many_pairs_take_whole_clusters(made, monkeypatch):
