@@ -249,7 +249,7 @@ def probe_controls(pairs: Pairs) -> Iterator[ProbeResult]:
     yield probe_pairs(chosen.d_tokens[:, None], chosen, "length")
     if chosen.d_log_prob is not None:
         both = np.column_stack([standardised(chosen.d_tokens), standardised(chosen.d_log_prob)])
-        yield probe_pairs(both, chosen, "length and log-probability")
+        yield probe_pairs(both, chosen, "log-probability and length")
 
 
 def standardised(values: FloatArray) -> FloatArray:

@@ -93,6 +93,7 @@ class ModelEntry(Entry):
 
 class InputEntry(Entry):
     name: str
+    sha256: str | None = None
 
 
 class Manifest(Entry):
@@ -110,6 +111,11 @@ class Manifest(Entry):
     recipe: RecipeEntry
     config: dict[str, Any] = {}
     versions: dict[str, str | None] = {}
+
+    @property
+    def content(self) -> str:
+        """The same for the same input."""
+        return self.input.sha256 or self.unit
 
     def setting(self, section: str, key: str) -> Any:
         """A setting of the run; None where the manifest does not say."""
@@ -180,16 +186,19 @@ class PublishedFolder:
 
 
 def open_folders(paths: Sequence[Path]) -> tuple[PublishedFolder, ...]:
-    """The published folders that are named, or lie in an outbox that is named; each content once.
+    """The published folders that are named, or lie in an outbox that is named; each input once.
 
-    They come in the order named, of an outbox by name. Raises ConfigError where there are none, or where they
-    don't belong in one report.
+    They come in the order named, of an outbox by name. Of one input read twice the newest counts. Raises
+    ConfigError where there are none, or where they don't belong in one report.
     """
     found = [PublishedFolder(path, read_manifest(path)) for path in folders_of(paths)]
-    by_unit = {folder.manifest.unit: folder for folder in reversed(found)}  # the first of each
-    folders = [folder for folder in found if by_unit[folder.manifest.unit] is folder]
-    check_together(folders)
-    return tuple(folders)
+    check_together(found)
+    newest: dict[str, PublishedFolder] = {}
+    for folder in found:
+        before = newest.setdefault(folder.manifest.content, folder)
+        if folder.manifest.created > before.manifest.created:
+            newest[folder.manifest.content] = folder
+    return tuple(folder for folder in found if newest[folder.manifest.content] is folder)
 
 
 def folders_of(paths: Iterable[Path]) -> list[Path]:

@@ -116,7 +116,7 @@ def with_pairs(
     wanted = top_paired(found.features, options.features)
     notes = [note] * bool(note)
     if pairs.n > compare.PROBED_PAIRS:
-        notes.append(f"Probes were made of {compare.PROBED_PAIRS:,} pairs drawn at random, about.")
+        notes.append(f"Probes are of up to {compare.PROBED_PAIRS:,} pairs, whole clusters drawn at random.")
     return replace(
         report,
         n_pairs=pairs.n,
@@ -154,6 +154,9 @@ def without_pairs(
         common = (prevalence(blocks_of(study, counts, text, progress), text),)
     wanted: Wanted = top_grouped(grouped, options.features) or top_prevalent(common, options.features)
     shown = Shown((text,), cluster, grouping)
+    notes = [note] * bool(note)
+    if len(study.texts) > 1:
+        notes.append(f"Of the texts {', '.join(study.texts)} the page is about {text}: none are compared.")
     return replace(
         report,
         n_clusters=int(cluster.max()) + 1,
@@ -162,7 +165,7 @@ def without_pairs(
         controls=("tokens",) if grouped else (),
         prevalence=common,
         details=details_of(study, counts, wanted, shown, progress),
-        notes=(*report.notes, *[note] * bool(note)),
+        notes=(*report.notes, *notes),
     )
 
 

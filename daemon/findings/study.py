@@ -49,9 +49,10 @@ class Study:
         """Raises ConfigError for a folder whose metrics can't be read."""
         self.folders = tuple(folders)
         tables = [read_metrics(folder, ("record_index",)) for folder in folders]
-        numbers = [table["record_index"].to_numpy().astype(np.int64) for table in tables]
-        for folder, found in zip(folders, numbers, strict=True):
-            check_rows(folder, found)
+        numbers = [
+            record_indices(folder, table["record_index"])
+            for folder, table in zip(folders, tables, strict=True)
+        ]
         self.record_index: IntArray = np.concatenate(numbers)
         self.starts: IntArray = np.cumsum([0, *map(len, numbers)])
         shared = [set(metrics_schema(folder).names) for folder in folders]
@@ -83,12 +84,15 @@ class Study:
         """Columns of metrics.parquet, a row for each sample. Raises KeyError for one that a folder lacks."""
         if missing := set(names) - self.columns:
             raise KeyError(f"metrics.parquet has no column {sorted(missing)}")
-        return pa.concat_tables([read_metrics(folder, names) for folder in self.folders])
+        tables = [read_metrics(folder, names) for folder in self.folders]
+        with reading(self.folders[0].file(METRICS)):
+            return pa.concat_tables(tables, promote_options="permissive")
 
     def numbers(self, name: str) -> FloatArray:
         """(n_samples,) one column as numbers, NaN where it is null."""
         column = self.metrics([name])[name]
-        return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
+        with reading(self.folders[0].file(METRICS)):
+            return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
 
     def folder_of(self, sample: int) -> int:
         return int(np.searchsorted(self.starts, sample, side="right")) - 1
@@ -120,6 +124,7 @@ class Study:
         key, saes = dictionary_key(self, file.schema_arrow.names)
         columns = ["record_index", "text", key, "position", "token_id", "indices", "values"]
         check_columns(path, names, columns)
+        check_lists(path, file.schema_arrow)
         per_row = stored_values(file) / max(file.metadata.num_rows, 1)
         size = int(min(max(BATCH_VALUES / max(per_row, 1), 1), MOST_BATCH_ROWS))
         for batch in file.iter_batches(size, columns=columns):
@@ -214,14 +219,27 @@ def check_columns(path: Path, has: Sequence[str] | set[str], needs: Sequence[str
         raise misfit(path, f"has no column {missing[0]}")
 
 
-def check_rows(folder: PublishedFolder, record_index: IntArray) -> None:
+def check_lists(path: Path, schema: pa.Schema) -> None:
+    """Raises ConfigError unless features are lists of whole numbers, and activations lists of others."""
+    for name, is_right in (("indices", pa.types.is_integer), ("values", pa.types.is_floating)):
+        kind = schema.field(name).type
+        if not pa.types.is_list(kind) or not is_right(kind.value_type):
+            raise misfit(path, f"its column {name} is of type {kind}")
+
+
+def record_indices(folder: PublishedFolder, column: pa.ChunkedArray) -> IntArray:
+    """(n,) which are whole, ascending, and as many as the manifest says. Raises ConfigError."""
     path = folder.file(METRICS)
-    if len(record_index) != folder.manifest.rows:
-        raise misfit(path, f"has {len(record_index)} rows, its manifest says {folder.manifest.rows}")
-    if not len(record_index):
+    if not pa.types.is_integer(column.type) or column.null_count:
+        raise misfit(path, "its record_index is no whole number")
+    found: IntArray = column.to_numpy().astype(np.int64)
+    if len(found) != folder.manifest.rows:
+        raise misfit(path, f"has {len(found)} rows, its manifest says {folder.manifest.rows}")
+    if not len(found):
         raise misfit(path, "has no rows")
-    if (np.diff(record_index) <= 0).any():
+    if (np.diff(found) <= 0).any():
         raise misfit(path, "its record_index does not ascend")
+    return found
 
 
 def misfit(path: Path, said: str) -> ConfigError:

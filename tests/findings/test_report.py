@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,9 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from daemon.cli import main
-from daemon.findings import command
+from daemon.findings import command, compare, sentences
 from daemon.findings.activations import count_activations
+from daemon.findings.grouping import Grouping
 from daemon.findings.health import health_of, reject_reasons
+from daemon.findings.manifests import ContrastEntry
 from daemon.findings.progress import ReportProgress
 from daemon.findings.report import ReportOptions, make_report
 from daemon.findings.study import open_study
@@ -27,6 +30,7 @@ from tests.support import tiny
 from tests.support.outboxes import SAES, make
 
 PAIRS = 60
+CONTRAST = ContrastEntry(reference="prompt", positive="fact", negative="hall")
 
 
 @pytest.fixture
@@ -64,7 +68,9 @@ def dense(made, text, sae):
 def test_the_page_and_the_table_hold_every_feature(made, tmp_path, capsys):
     page, data = tmp_path / "page.html", tmp_path / "features.parquet"
     assert lensd(tmp_path / "outbox", "-o", page, "--data", data, "--features", 3) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(page)
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == str(page)
+    assert said.err == ""
     assert f"a-{'1' * 12}.jsonl" in page.read_text()
     frame = pd.read_parquet(data)
     assert len(frame) == sum(width for _, _, width in SAES)
@@ -116,7 +122,22 @@ def test_log_probabilities_are_a_control_where_they_are_there(made):
     made.write()
     report = report_of(made.path)
     assert report.controls == ("tokens", "log-probability")
-    assert [probe.name for probe in report.probes][1] == "length and log-probability"
+    assert [probe.name for probe in report.probes][:2] == ["length", "log-probability and length"]
+    assert report.features is not None
+    (said,) = [one for one in sentences.findings(report) if one.startswith("A linear probe on length alone")]
+    assert f" {report.probes[0].accuracy.value:.0%} " in said
+
+
+def test_probes_of_many_pairs_take_whole_clusters(made, monkeypatch):
+    monkeypatch.setattr(compare, "PROBED_PAIRS", 45)
+    report = report_of(made.path)
+    assert {probe.n for probe in report.probes} == {44}  # clusters are of two
+    assert "Probes are of up to 45 pairs, whole clusters drawn at random." in report.notes
+    pairs, _ = compare.pairs_of(open_study([made.path]), CONTRAST, Grouping(None, (), np.full(PAIRS, -1)))
+    rows, chosen = compare.probed_pairs(pairs)
+    assert set(pairs.cluster[rows]).isdisjoint(pairs.cluster[~rows])
+    np.testing.assert_array_equal(chosen.d_tokens, pairs.d_tokens[rows])
+    assert chosen.n_clusters == 22
 
 
 def test_stored_residuals_are_probed(made):
@@ -204,6 +225,15 @@ def test_a_table_takes_no_other_file_s_place(made, tmp_path, capsys):
 def test_a_page_may_lie_in_the_folder_itself(made, plain_page):
     assert lensd(made.path, "-o", made.path / "report.html", "--features", 1) == 0
     assert open_study([made.path.parent]).n_samples == PAIRS
+
+
+def test_a_folder_that_is_not_published_yet_goes_by_the_name_of_its_input(made, tmp_path):
+    folder = tmp_path / "outbox" / ".staging" / made.manifest["unit"]
+    folder.parent.mkdir()
+    shutil.copytree(made.path, folder)
+    report = report_of(folder)
+    assert report.run.folders == (f"a-{'1' * 12}.jsonl",)
+    assert {one.folder for detail in report.details for one in detail.examples} == set(report.run.folders)
 
 
 def test_errors_are_one_line(made, tmp_path, capsys):

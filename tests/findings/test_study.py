@@ -126,6 +126,15 @@ def test_an_outbox_a_folder_and_the_same_twice_are_read_once(tmp_path):
     assert study.n_samples == 22
 
 
+def test_of_an_input_that_was_read_twice_the_newest_counts(tmp_path):
+    first, second = folders(tmp_path)
+    second.manifest["input"] = first.manifest["input"]
+    second.manifest["created"] = "2026-02-03T04:05:07+00:00"
+    first.write()
+    second.write()
+    assert [folder.path for folder in open_study([tmp_path]).folders] == [second.path]
+
+
 @pytest.mark.parametrize(
     ("change", "differs"),
     [
@@ -276,6 +285,30 @@ def fewer(made):
     made.write()
 
 
+def index_of_text(made):
+    rewrite(made, "metrics.parquet")(
+        lambda table: table.set_column(1, "record_index", table["record_index"].cast(pa.string()))
+    )
+
+
+def index_null(made):
+    made.metrics[3]["record_index"] = None
+    made.write()
+
+
+def indices_of_text(made):
+    def change(table):
+        place = table.schema.get_field_index("indices")
+        return table.set_column(place, "indices", table["indices"].cast(pa.list_(pa.string())))
+
+    rewrite(made)(change)
+
+
+def feature_index_null(made):
+    made.features[3] = made.features[3] | {"record_index": None}
+    made.write()
+
+
 def not_json(made):
     (made.path / "manifest.json").write_text("{")
 
@@ -292,7 +325,8 @@ def no_rows(made):
 
 DAMAGES = (
     missing, cut_off, flipped, foreign, other_text, other_sae, beyond, infinite, unequal, lost_row, twice,
-    stranger, null_key, unordered, fewer, not_json, of_a_web_page, no_rows,
+    stranger, null_key, unordered, fewer, not_json, of_a_web_page, no_rows, index_of_text, index_null,
+    indices_of_text, feature_index_null,
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass, field
@@ -144,7 +145,11 @@ def manifest_of(path: Path, n: int, recipe: Recipe, positions: str) -> dict[str,
     return {
         "unit": path.name[-12:],
         "created": "2026-02-03T04:05:06+00:00",
-        "input": {"name": f"{path.name}.jsonl", "sha256": "0" * 64, "bytes": 1},
+        "input": {
+            "name": f"{path.name}.jsonl",
+            "sha256": hashlib.sha256(path.name.encode("utf-8", "surrogateescape")).hexdigest(),
+            "bytes": 1,
+        },
         "records": n,
         "rows": n,
         "rejects": 0,
