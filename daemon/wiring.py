@@ -255,6 +255,10 @@ async def open_folders(config: Config, pause: Pause) -> AsyncIterator[Folders]:
         await inbox.close()
 
 
+def report_maker() -> ReportMaker:
+    return ReportMaker(plot_cache=default_cache_dir() / "matplotlib")
+
+
 def pipeline_of(
     config: Config,
     now: Computing,
@@ -280,7 +284,7 @@ def pipeline_of(
             layout=layout_of(config),
             settings=config.model_dump(mode="json"),
             pause=pause,
-            reports=ReportMaker() if config.report.each_file else None,
+            reports=report_maker() if config.report.each_file else None,
         ),
         tokenizer=now.tokenizer,
         batcher=Batcher(

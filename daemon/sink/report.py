@@ -31,8 +31,17 @@ class ReportFailed(Exception):
 class ReportMaker:
     """Makes reports, several at a time; `close` ends those that are being made."""
 
-    def __init__(self, command: Sequence[str] = COMMAND, limit_seconds: float = LIMIT_SECONDS) -> None:
+    def __init__(
+        self,
+        command: Sequence[str] = COMMAND,
+        limit_seconds: float = LIMIT_SECONDS,
+        plot_cache: Path | None = None,
+    ) -> None:
+        """`plot_cache` is where the library that plots keeps its fonts, unless the environment says where."""
         self._command = tuple(command)
+        self._environment = dict(os.environ)
+        if plot_cache is not None:
+            self._environment.setdefault("MPLCONFIGDIR", os.fspath(plot_cache))
         self._limit_seconds = limit_seconds
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -69,6 +78,7 @@ class ReportMaker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
+                env=self._environment,
                 start_new_session=True,  # Ctrl-C is the daemon's, which finishes its files
             )
             self._running.add(process)

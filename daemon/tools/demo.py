@@ -22,8 +22,15 @@ from daemon.tools.samples import DEMO_SAMPLES, private_inbox
 def demo(config: Config) -> int:
     """Process the samples into the outbox and show what came out. Returns the exit code.
 
-    Run again, it shows what is already there: the same content is not computed twice.
+    Stores what the page can say more with: log-probabilities, and what the dictionaries read. Run again, it
+    shows what is already there: the same content is not computed twice.
     """
+    config = config.model_copy(
+        update={
+            "analysis": config.analysis.model_copy(update={"log_probs": True}),
+            "outbox": config.outbox.model_copy(update={"residuals": True}),
+        }
+    )
     console = Console(file=sys.stdout)
     outcomes: list[Outcome] = []
     with private_inbox(config, [DEMO_SAMPLES], config.outbox.path) as settings:

@@ -202,6 +202,21 @@ async def test_it_shows_what_the_outbox_holds_without_a_reload(place, page):
     assert page.complaints == []
 
 
+async def test_it_links_to_the_findings_of_each_file(place, page):
+    place.flags = {"report.each_file": True}
+    place.start()
+    await page.goto(place.url)
+    place.drop("study.json", tiny.contrast_records(20))
+    await page.until("document.querySelector('#files a.report') !== null")
+    (manifest,) = place.manifests()
+    assert {file["name"] for file in manifest["files"]} >= {"metrics.parquet", "report.html"}
+    link = await page.value("document.querySelector('#files a.report').href")
+    await page.goto(link)
+    assert "20 pairs" in await page.text("body")
+    assert page.complaints == []
+    assert {url for url in page.requests if not url.startswith(f"{place.url}/")} == set()
+
+
 async def test_only_the_daemon_is_asked_for_anything(place, page):
     place.start()
     await page.goto(place.url)
