@@ -10,7 +10,6 @@ import orjson
 from daemon.analysis.sae_fit import MIN_READINGS, far
 from daemon.errors import ConfigError
 from daemon.findings.activations import Counts
-from daemon.findings.manifests import SaeEntry
 from daemon.findings.results import DictionaryHealth
 from daemon.findings.study import Study
 from daemon.model_info import Fit
@@ -18,8 +17,8 @@ from daemon.model_info import Fit
 REJECTS = "rejects.jsonl"
 MOST_REASONS = 1000  # different ones that are told apart
 
-# Of the bundled dictionaries by hash: the lowest and highest mean L0 of the demo's four domains, as files of
-# their own, and the highest FVU.
+# Of the bundled dictionaries by hash, at last tokens: the lowest and highest mean L0 of the demo's four
+# domains, as files of their own, and the highest FVU.
 DEMO_RANGES: dict[str, tuple[float, float, float]] = {
     "fc1826cc61e6212a0e1e3350e27885f56df858fd3a2b793b724574c5f852f37e": (65.4, 181.1, 0.1784),
     "2e69db4dd2e504d73d7c26b4345a1669c00a6040e77762bbc15255f02405338f": (64.1, 108.5, 0.2138),
@@ -38,6 +37,7 @@ def dictionary(study: Study, counts: Counts, number: int) -> DictionaryHealth:
     rows = [folder.manifest.rows for folder in study.folders]
     fit = Fit(weighted([one.mean_l0 for one in entries], rows), weighted([one.fvu for one in entries], rows))
     card = Fit(entry.card.mean_l0, entry.card.fvu)
+    of_demo = DEMO_RANGES.get(entry.weights_sha256 or "") if study.manifest.positions == "last" else None
     return DictionaryHealth(
         name=entry.prefix,
         hook=entry.hook,
@@ -50,7 +50,7 @@ def dictionary(study: Study, counts: Counts, number: int) -> DictionaryHealth:
         card_l0=card.l0,
         card_fvu=card.fvu,
         dead=counts.dead(number),
-        warnings=warnings_of(entry, fit, card, sum(rows)),
+        warnings=warnings_of(fit, card, sum(rows), of_demo),
         neuronpedia_id=entry.neuronpedia_id,
     )
 
@@ -63,7 +63,9 @@ def weighted(values: Sequence[float | None], weights: Sequence[int]) -> float | 
     return sum(value * weight for value, weight in zip(known, weights, strict=True)) / sum(weights)
 
 
-def warnings_of(sae: SaeEntry, fit: Fit, card: Fit, rows: int) -> tuple[str, ...]:
+def warnings_of(
+    fit: Fit, card: Fit, rows: int, of_demo: tuple[float, float, float] | None
+) -> tuple[str, ...]:
     if rows < MIN_READINGS:
         return ()
     found = [
@@ -71,8 +73,8 @@ def warnings_of(sae: SaeEntry, fit: Fit, card: Fit, rows: int) -> tuple[str, ...
         " far from it. It may read another layer, model or scale than it was trained on."
         for kind, value, expected in far(fit, card)
     ]
-    if (known := DEMO_RANGES.get(sae.weights_sha256 or "")) is not None and not found:
-        low, high, most = known
+    if of_demo is not None and not found:
+        low, high, most = of_demo
         if fit.l0 is not None and not low <= fit.l0 <= high:
             found.append(
                 f"Mean L0 is {fit.l0:.3g}; on the demo's samples it is {low:.3g} to {high:.3g}:"

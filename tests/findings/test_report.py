@@ -299,6 +299,9 @@ def test_the_bundled_dictionaries_are_held_against_the_demo(tmp_path):
     }
     (low, _) = health(made)
     assert [warning.split(";")[0] for warning in low.warnings] == ["Mean L0 is 40", "FVU is 0.3"]
+    made.manifest["config"]["analysis"]["positions"] = "mean"  # of which the demo says nothing
+    assert health(made)[0].warnings == ()
+    made.manifest["config"]["analysis"]["positions"] = "last"
     made.manifest["saes"][0] |= {"mean_l0": 112.3, "fvu": 0.112}
     assert health(made)[0].warnings == ()
 
