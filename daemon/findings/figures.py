@@ -37,7 +37,7 @@ class Figures:
 def draw(report: Report) -> Figures:
     everywhere = [one for one in report.columns if one.group is None]
     own = [one for one in everywhere if one.sae is None]
-    groups = report.group_names[:DRAWN_GROUPS]
+    groups = compared_groups(report)[:DRAWN_GROUPS]
     has_matched = any(one.difference.matched is not None for one in report.columns)
     kinds = ("raw", "adjusted", "matched") if has_matched else ("raw", "adjusted")
     classes = classes_of(report.shapes)
@@ -64,6 +64,12 @@ def draw(report: Report) -> Figures:
             drawn_groups=groups,
             has_matched=has_matched,
         )
+
+
+def compared_groups(report: Report) -> tuple[str, ...]:
+    """Return the groups that have pairs enough to be compared."""
+    compared = {one.group for one in report.columns}
+    return tuple(group for group in report.group_names if group in compared)
 
 
 def drawable(findings: Iterable[ColumnFinding]) -> bool:
@@ -117,7 +123,7 @@ def layers(report: Report, everywhere: Sequence[ColumnFinding], kinds: Sequence[
 
 def by_group(report: Report, own: Sequence[ColumnFinding]) -> Iterable[Markup]:
     """Draw each column of the contrast over all pairs and in each group."""
-    shown = report.group_names[:40]
+    shown = compared_groups(report)[:40]
     for number, column in enumerate(own):
         of = {one.group: one for one in report.columns if one.column == column.column and one.sae is None}
         rows = [column, *(of.get(group) for group in shown)]

@@ -50,6 +50,7 @@ def paired_column(
         p=float(p[0]) if testable else None,
         q=None,
         rank_biserial=_estimate(rank_biserials(column, signed_ranks(column), chosen.cluster, clusters)),
+        deviation=float(np.std(difference[defined], ddof=1)) if chosen.n > 1 else None,
         d_z=_number(d_z(column)[0]),
         adjusted=_estimate(adjusted),
         adjusted_p=_number(adjusted.p[0]),

@@ -67,6 +67,7 @@ class ControlledDifference:
     p: float | None  # of the paired test
     q: float | None  # its false discovery rate over all that were tested together
     rank_biserial: Estimate | None  # matched pairs, -1 to 1
+    deviation: float | None  # standard deviation of the differences; 0 where all are equal
     d_z: float | None  # mean over standard deviation
     adjusted: Estimate | None  # at equal length (and log-probability), by regression
     adjusted_p: float | None

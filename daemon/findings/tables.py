@@ -98,7 +98,7 @@ def in_deviations(
     difference: ControlledDifference,
 ) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
     """Return raw, adjusted and matched differences in standard deviations of the raw one."""
-    width = spread(difference.raw, difference.d_z)
+    width = difference.deviation or math.nan
     raw, adjusted, matched = (
         standardised(one, width) for one in (difference.raw, difference.adjusted, difference.matched)
     )

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from daemon.findings import figures, tables
 from daemon.findings import page as pages
 from daemon.findings.page import page, write_page
-from daemon.findings.results import Report
+from daemon.findings.results import Estimate, Report
 from tests.support import reports
 
 VOID = {"meta", "link", "br", "input"}
@@ -233,6 +234,20 @@ def test_number_that_is_not_there_is_a_dash(small: Report) -> None:
     (cells,) = {row for row in Outline(text).texts("tr") if row.startswith(column.column) and "1,130" in row}
     assert cells.count(DASH) == 6
     assert "nan" not in re.sub(r"<(style|script)>.*?</\1>", "", text, flags=re.DOTALL).lower().split()
+
+
+def test_group_without_a_comparison_is_named_and_not_drawn(small: Report) -> None:
+    left_out = small.group_names[0]
+    columns = tuple(one for one in small.columns if one.group != left_out)
+    text = page(replace(small, columns=columns))
+    assert f"With too few pairs to be compared: <bdi>{left_out}</bdi>." in text
+    assert figures.compared_groups(replace(small, columns=columns)) == small.group_names[1:]
+
+
+def test_mean_of_zero_is_drawn_in_deviations(small: Report) -> None:
+    difference = replace(small.columns[0].difference, raw=Estimate(0.0, -1.0, 1.0), d_z=0.0, deviation=2.0)
+    assert tables.in_deviations(difference)[0] == Estimate(0.0, -0.5, 0.5)
+    assert tables.in_deviations(replace(difference, deviation=0.0)) == (None, None, None)
 
 
 def test_figures_keep_the_numbers_of_their_axes(written: str) -> None:

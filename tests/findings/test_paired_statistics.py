@@ -230,6 +230,7 @@ def test_column_equals_plain_computation(clustered: bool) -> None:
         np.testing.assert_allclose([estimate.value, estimate.low, estimate.high], expected, **CLOSE)
     assert finding.rank_biserial is not None
     np.testing.assert_allclose(finding.rank_biserial.value, plain_rank_biserial(series), **CLOSE)
+    np.testing.assert_allclose(finding.deviation, series.std(), **CLOSE)
     np.testing.assert_allclose(finding.d_z, series.mean() / series.std(), **CLOSE)
 
 

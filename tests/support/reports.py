@@ -225,6 +225,7 @@ def columns(rng: np.random.Generator, n_pairs: int, metrics: tuple[str, ...]) ->
                 p=float(rng.uniform(1e-9, 0.04)) if found else float(rng.uniform(0.05, 1)),
                 q=float(rng.uniform(1e-8, 0.05)) if found else float(rng.uniform(0.05, 1)),
                 rank_biserial=around(rng, effect, error),
+                deviation=deviation,
                 d_z=effect,
                 adjusted=adjusted,
                 adjusted_p=float(rng.uniform()),
