@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from daemon.analysis.columns import CONTRAST_METRICS, LAYER_COLUMNS, LOG_PROB_COLUMNS, analysis_columns
-from daemon.cli import parser
+from daemon.arguments import parser
 from daemon.config import Config, load_config
 from daemon.model.catalog import read_catalog
 from daemon.recipes import BUILT_IN_RECIPES, Recipe

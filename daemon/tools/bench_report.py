@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 
-from daemon.errors import ConfigError
 from daemon.tools.bench import BenchReport
 from daemon.tools.bench_worker import AUTO
 from daemon.tools.report import plain_table
@@ -67,14 +66,12 @@ def recommendations(report: BenchReport) -> list[str]:
 
 
 def plot(report: BenchReport, path: Path) -> None:
-    """Speed and peak memory by samples per batch. Raises ConfigError without matplotlib."""
-    try:
-        import matplotlib
+    """Draw speed and peak memory by samples per batch."""
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'lensd[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     sizes = [v for v in report.variants if v.name.startswith("lensd ") and v.name != AUTO]
     labels = [v.name.split()[1] for v in sizes] + ["auto"]
     shown = [*sizes, report.variant(AUTO)]

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from daemon.model_wiring import Compute
 
 Kind = Literal["local", "ray"]
-DRAWN = 32_768  # rows of random features
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from ray.scripts.scripts import cli as ray_command
 
-from daemon.cli import parser
+from daemon.arguments import parser
 from daemon.config import ExecutorSection, load_config
 from daemon.executor.worker import Build
 from daemon.observe.metrics import Metrics

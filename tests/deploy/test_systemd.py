@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.cli import parser
+from daemon.arguments import parser
 from daemon.config import load_config
 from daemon.observe.health import HEARTBEAT_STALE_SECONDS
 from daemon.supervisor import EXTEND_SECONDS, LOOK_SECONDS
