@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+VECTORS = 64  # numbers: a multiple of what torch works on at a time, on any processor
 
 
 def vector_angle(a: Tensor, b: Tensor) -> Tensor:
     """a, b: (N, d) -> (N,) float64 in [0, 180]; NaN where either is the zero vector."""
     apart, together = _diagonals(a, b)
-    return torch.rad2deg(2 * torch.atan2(apart, together))
+    return torch.rad2deg(2 * arc_tangent(apart, together))
 
 
 def line_angle(a: Tensor, b: Tensor) -> Tensor:
@@ -23,7 +26,14 @@ def line_angle(a: Tensor, b: Tensor) -> Tensor:
     a, b: (N, d) -> (N,) float64 in [0, 90]; NaN where either is the zero vector.
     """
     apart, together = _diagonals(a, b)
-    return torch.rad2deg(2 * torch.atan2(torch.minimum(apart, together), torch.maximum(apart, together)))
+    return torch.rad2deg(2 * arc_tangent(torch.minimum(apart, together), torch.maximum(apart, together)))
+
+
+def arc_tangent(y: Tensor, x: Tensor) -> Tensor:
+    """atan2(y, x) (N,), whose bits don't depend on N: torch takes what fills no vector by another function."""
+    n = len(y)
+    y, x = (F.pad(one, (0, -n % VECTORS)) for one in (y, x))
+    return torch.atan2(y, x)[:n]
 
 
 def _diagonals(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,9 @@ matrix squares the condition of S, so float32 resolves b/a and c/a only down to 
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
@@ -22,6 +25,7 @@ from torch.nn import functional as F
 
 from daemon.analysis.angles import line_angle
 from daemon.analysis.eigen import eigen, kernels
+from daemon.analysis.row_sums import combined, row_sum
 from daemon.analysis.sparse import SparseActs
 from daemon.native.eigen import routine, table_eigen
 
@@ -30,8 +34,9 @@ SHAPE_CLASSES = ("None", "Spherical", "Oblate", "Prolate", "Triaxial")
 MAX_GATHERED = 1 << 19  # numbers in the rows gathered for a chunk: 4 MiB, which caches hold
 GATHERED_SHARE = 32  # of an accelerator's memory, in bytes: 1 / 32 of it
 MAX_TABLE_BYTES = 128 << 20  # of all inner products of one dictionary
-WIDTH_SLACK = 1.25  # the widest row of a chunk has at most this many times the features of its narrowest,
-WIDTH_FLOOR = 16  # unless it has no more than this
+WIDTH_FLOOR = 16  # features: the narrowest chunk's
+WIDTH_SLACK = 1.25  # each wider one has about this many times the width of the one before,
+WIDTH_STEP = 8  # in multiples of this
 RELATIVE_EPSILON = 1e-12  # an eigenvalue below this share of the largest is rounding: 0
 POINT_EPSILON = 1e-24  # a squared length below this share of sum w_i ||r_i||^2 is rounding: 0
 CANCELLED = 1e-2  # a spread below this share of that loses digits in the difference of inner products
@@ -82,7 +87,7 @@ def weighted(acts: SparseActs) -> SparseActs:
     """The same features with weights of sum 1 as their values, in float64."""
     magnitudes = acts.values.double()
     # a row that has no sum, or an infinite one, weighs nothing
-    weights = (magnitudes / magnitudes.sum(-1, keepdim=True)).nan_to_num(nan=0.0)
+    weights = (magnitudes / row_sum(magnitudes).unsqueeze(1)).nan_to_num(nan=0.0)
     return SparseActs(acts.indices, weights, acts.counts)
 
 
@@ -97,22 +102,28 @@ def geometry(acts: SparseActs, decoder: DecoderRows) -> Geometry:
 
 
 def row_chunks(ascending: list[int], d_in: int, max_gathered: int) -> Iterator[tuple[slice, int]]:
-    """Runs of rows of similar width, and each run's width; one empty run if there are no rows.
+    """Runs of rows of one width, and that width; one empty run if there are no rows.
 
-    A run of several rows gathers at most `max_gathered` numbers, d_in for each feature.
+    The width is a function of a row's own features, so that its products are those of any other batch. A run
+    of several rows gathers at most `max_gathered` numbers, d_in for each feature.
     """
+    widths = [chunk_width(count) for count in ascending]
     start = 0
-    for stop in range(1, len(ascending) + 1):
-        at_end = stop == len(ascending)
-        width = max(1, ascending[stop - 1])
-        following = width if at_end else max(1, ascending[stop])
-        too_wide = following > max(WIDTH_FLOOR, WIDTH_SLACK * ascending[start])
-        too_large = (stop + 1 - start) * following * d_in > max_gathered
-        if at_end or too_wide or too_large:
+    for stop, (width, following) in enumerate(itertools.pairwise([*widths, 0]), 1):
+        if width != following or (stop + 1 - start) * width * d_in > max_gathered:
             yield slice(start, stop), width
             start = stop
     if not ascending:
         yield slice(0, 0), 1
+
+
+@functools.cache
+def chunk_width(count: int) -> int:
+    """The least width of a chunk that holds so many features."""
+    width = WIDTH_FLOOR
+    while width < count:
+        width = math.ceil(width * WIDTH_SLACK / WIDTH_STEP) * WIDTH_STEP
+    return width
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +138,13 @@ class Solved:
 
 def _by_rows(rows: SparseActs, decoder: DecoderRows) -> Solved:
     """By the decoder rows themselves, in chunks that bound the gathered rows; `rows` by ascending count."""
-    chunks = row_chunks(rows.counts.tolist(), decoder.W_dec.shape[1], decoder.max_gathered)
+    ascending = rows.counts.tolist()
+    widest = chunk_width(ascending[-1] if ascending else 1)
+    rows = SparseActs(_padded(rows.indices, widest), _padded(rows.values, widest), rows.counts)
+    chunks = row_chunks(ascending, decoder.W_dec.shape[1], decoder.max_gathered)
     pieces = [_gathered(rows.select(chunk, width), decoder.W_dec) for chunk, width in chunks]
-    width = rows.indices.shape[1]
     return Solved(
-        eigenvalues=torch.cat([_padded(piece.eigenvalues, width) for piece in pieces]),
+        eigenvalues=torch.cat([_padded(piece.eigenvalues, widest) for piece in pieces]),
         axis=torch.cat([piece.axis for piece in pieces]),
         centroid=torch.cat([piece.centroid for piece in pieces]),
         moment=torch.cat([piece.moment for piece in pieces]),
@@ -145,11 +158,11 @@ def _gathered(rows: SparseActs, W_dec: Tensor) -> Solved:
         spread, centroid, moment = ours.centred(W_dec, indices, weights, counts)  # S
     else:
         decoders = W_dec[indices].double()
-        moment = (weights * torch.linalg.vector_norm(decoders, dim=-1).square()).sum(-1)
-        centroid = (weights.unsqueeze(1) @ decoders).squeeze(1)
+        moment = row_sum(weights * torch.linalg.vector_norm(decoders, dim=-1).square())
+        centroid = combined(weights, decoders)
         spread = decoders.sub_(centroid.unsqueeze(1)).mul_(weights.sqrt().unsqueeze(-1))
     eigenvalues, principal = eigen(spread @ spread.mT, counts)
-    return Solved(eigenvalues, (principal.unsqueeze(1) @ spread).squeeze(1), centroid, moment)
+    return Solved(eigenvalues, combined(principal, spread), centroid, moment)
 
 
 def _by_table(rows: SparseActs, decoder: DecoderRows, inner: Tensor) -> Solved | None:
@@ -164,16 +177,18 @@ def _by_table(rows: SparseActs, decoder: DecoderRows, inner: Tensor) -> Solved |
     eigenvalues, principal, moment, square = found
     centroid = weighted_sum(indices, weights, counts, decoder.exact)
     scaled = weights.sqrt() * principal
-    axis = weighted_sum(indices, scaled, counts, decoder.exact) - scaled.sum(-1, keepdim=True) * centroid
+    axis = weighted_sum(indices, scaled, counts, decoder.exact) - row_sum(scaled).unsqueeze(1) * centroid
     small = ((moment - square <= CANCELLED * moment) & (counts > 1)).nonzero().squeeze(1)
     if len(small):
         again = _by_rows(rows.select(small), decoder)
-        eigenvalues[small], moment[small] = again.eigenvalues, again.moment
+        eigenvalues[small] = again.eigenvalues[:, : rows.width]
+        moment[small] = again.moment
         axis[small], centroid[small] = again.axis, again.centroid
     return Solved(eigenvalues, axis, centroid, moment)
 
 
 def _padded(values: Tensor, width: int) -> Tensor:
+    """The same with zeros up to `width`, or without those beyond."""
     return F.pad(values, (0, width - values.shape[1]))
 
 
@@ -186,14 +201,14 @@ def _shape(solved: Solved, counts: Tensor) -> Geometry:
     centroid = _where(length.square() > POINT_EPSILON * solved.moment, solved.centroid)  # off the origin
     relative = _where(has_shape, eigenvalues / eigenvalues[:, :1])  # (rows, >= 3), l / l1
     elongation, sphericity = relative[:, 1].sqrt(), relative[:, 2].sqrt()
-    total = relative.sum(-1)
+    total = row_sum(relative)
     return Geometry(
         centroid=centroid,
         axis=axis,
         sphericity=sphericity,
         elongation=elongation,
-        dimensionality=_where(has_shape, total.square() / relative.square().sum(-1)),
-        eigenvalue_entropy=_where(has_shape, torch.special.entr(relative / total.unsqueeze(1)).sum(-1)),
+        dimensionality=_where(has_shape, total.square() / row_sum(relative.square())),
+        eigenvalue_entropy=_where(has_shape, row_sum(torch.special.entr(relative / total.unsqueeze(1)))),
         misalignment=_where(has_shape, line_angle(centroid, axis)),
         shape_class=_shape_class(has_shape, elongation, sphericity),
     )

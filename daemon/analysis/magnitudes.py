@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from daemon.analysis.row_sums import row_norm, row_sum
+
 
 def l2_norm(values: Tensor) -> Tensor:
     """||f||, in the units of the activations."""
-    norm: Tensor = torch.linalg.vector_norm(values.double(), dim=-1)
-    return norm
+    return row_norm(values.double())
 
 
 def gini(values: Tensor, counts: Tensor) -> Tensor:
@@ -26,8 +27,7 @@ def gini(values: Tensor, counts: Tensor) -> Tensor:
     ascending = values.double().sort(dim=-1).values  # the padding comes first
     n = counts.double()
     rank = torch.arange(1, width + 1, device=values.device) - (width - n).unsqueeze(1)
-    weighted = (rank * ascending).sum(-1)
-    coefficient = 2 * weighted / (n * ascending.sum(-1)) - (n + 1) / n
+    coefficient = 2 * row_sum(rank * ascending) / (n * row_sum(ascending)) - (n + 1) / n
     # rounding takes equal magnitudes a hair below zero
     return torch.where(counts > 0, coefficient.clamp(min=0), 0)
 
@@ -35,5 +35,5 @@ def gini(values: Tensor, counts: Tensor) -> Tensor:
 def top_k_entropy(values: Tensor, counts: Tensor, top_k: int) -> Tensor:
     """Shannon entropy, in nats, of the `top_k` largest magnitudes normalised to sum 1. 0 where n = 0."""
     largest = values.double().topk(min(top_k, values.shape[1]), dim=-1).values
-    entropy = torch.special.entr(largest / largest.sum(-1, keepdim=True)).sum(-1)
+    entropy = row_sum(torch.special.entr(largest / row_sum(largest).unsqueeze(1)))
     return torch.where(counts > 0, entropy, 0)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from daemon.analysis.row_sums import row_norm, row_sum
+
 
 @dataclass(frozen=True, slots=True)
 class SparseActs:
@@ -68,9 +70,8 @@ def shared_cosine(a: SparseActs, b: SparseActs, limit: int) -> Tensor:
     keys_b, values_b = _restrict(b, limit)
     slots = torch.searchsorted(keys_b, keys_a).clamp(max=b.width - 1)
     common = keys_b.gather(1, slots) == keys_a  # empty slots may meet: their values are 0
-    dot = (values_a * values_b.gather(1, slots)).where(common, 0).sum(-1)
-    norms = torch.linalg.vector_norm(values_a, dim=-1) * torch.linalg.vector_norm(values_b, dim=-1)
-    cosine: Tensor = dot / norms
+    dot = row_sum((values_a * values_b.gather(1, slots)).where(common, 0))
+    cosine = dot / (row_norm(values_a) * row_norm(values_b))
     return cosine.clamp(max=1)  # rounding
 
 

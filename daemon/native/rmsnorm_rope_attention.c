@@ -155,11 +155,11 @@ INLINE void score(float *const *queries, const float *tile, int64_t d_head, vect
     for (int r = 0; r < 2 * ROWS; r++) *scores[r] = sums[r];
 }
 
-/* Masks the scores of a query with the keys of some tiles and makes them shares times their sum; returns 1 / sum. */
-INLINE float soften(const Attention *a, int32_t i, const int32_t *tiles, int64_t n_tiles, vector *scores) {
+/* Masks the scores of a query with the keys of some tiles and makes them shares, not yet divided by their sum. */
+INLINE void soften(const Attention *a, int32_t i, const int32_t *tiles, int64_t n_tiles, vector *scores) {
     whole lane;
     for (int k = 0; k < WIDTH; k++) lane[k] = k;
-    vector largest = all(-INFINITY), sum = {0};
+    vector largest = all(-INFINITY);
     for (int64_t t = 0; t < n_tiles; t++) {
         int32_t first = tiles[t] * WIDTH;
         whole end = *(const loose_whole *)(a->end + first);
@@ -169,11 +169,17 @@ INLINE float soften(const Attention *a, int32_t i, const int32_t *tiles, int64_t
         largest = choose(scores[t] > largest, scores[t], largest);
     }
     vector top = all(largest_of(largest));
-    for (int64_t t = 0; t < n_tiles; t++) {
-        scores[t] = exponential(scores[t] - top);
-        sum += scores[t];
-    }
-    return 1 / sum_of(sum);
+    for (int64_t t = 0; t < n_tiles; t++) scores[t] = exponential(scores[t] - top);
+}
+
+/* over[r] = 1 / the sum of shares[r]. One key after the other, as their values are summed: a query's keys come in the
+ * order of the text, and the shares of others are 0, so that its sums are the same bits whatever else is in the trie. */
+INLINE void invert_sums(const vector *const *shares, int64_t n_tiles, float *over) {
+    float sums[2 * ROWS] = {0};
+    for (int64_t t = 0; t < n_tiles; t++)
+        for (int k = 0; k < WIDTH; k++)
+            for (int r = 0; r < 2 * ROWS; r++) sums[r] += ((const float *)(shares[r] + t))[k];
+    for (int r = 0; r < 2 * ROWS; r++) over[r] = 1 / sums[r];
 }
 
 /* out[r] (`spanned` vectors) = over[r] * sum over keys of shares[r] times their values. */
@@ -220,7 +226,8 @@ INLINE void attend(const Attention *a, int64_t block, int64_t key_head, const in
             for (int r = 0; r < 2 * ROWS; r++) of_row[r] = scores + r * n_tiles + t;
             score(queries, keys + tiles[t] * a->d_head * WIDTH, a->d_head, of_row);
         }
-        for (int r = 0; r < 2 * ROWS; r++) over[r] = soften(a, node[r], tiles, n_tiles, scores + r * n_tiles);
+        for (int r = 0; r < 2 * ROWS; r++) soften(a, node[r], tiles, n_tiles, scores + r * n_tiles);
+        invert_sums(shares, n_tiles, over);
         for (int r = 0; r < 2 * ROWS; r += ROWS)
             for (int64_t at = 0; at < a->d_head; at += SPAN * WIDTH) {
                 float *to[ROWS];
