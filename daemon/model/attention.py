@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from daemon.devices import on_mps, to_device
 from daemon.model.trie import AttentionBlock, Trie, attention_blocks
-from daemon.native.rmsnorm_rope_attention import Nodes
+from daemon.native.rmsnorm_rope_attention import Heads, Nodes, routines
 
 IMPLEMENTATION = "lensd_packed"  # the name by which Hugging Face modules find `trie_attention`
 QUERY_BLOCK = 64  # queries that share a set of keys
@@ -38,6 +38,28 @@ class Call:
     window: int | None  # of the keys that a query may attend to, it sees the last so many
     scale: float  # of the scores
     softcap: float | None
+
+    @property
+    def heads(self) -> Heads:
+        """How the layer attends, as compiled code is told."""
+        _, heads, _, d_head = self.query.shape
+        return Heads(heads, self.key.shape[1], d_head, self.scale, self.window, self.softcap)
+
+    @property
+    def fits_compiled(self) -> bool:
+        """Whether compiled code can attend: on a CPU, with heads of one width, in no more than float32."""
+        return (
+            self.query.device.type == "cpu"
+            and self.query.dtype != torch.float64
+            and self.query.shape[3] == self.key.shape[3] == self.value.shape[3]
+            and self.value.shape[1] == self.key.shape[1]
+            and self.heads.fit
+        )
+
+    def qkv(self) -> Tensor:
+        """(n, (heads + 2 key heads) x d_head) float32."""
+        together = torch.cat([self.query, self.key, self.value], dim=1)[0]
+        return together.transpose(0, 1).flatten(1).float().contiguous()
 
 
 class Plan(Protocol):
@@ -75,6 +97,9 @@ class BlockPlan:
 
     def attend(self, call: Call) -> Tensor:
         query, key, value = call.query, call.key, call.value
+        if (found := routines()) is not None and call.fits_compiled:
+            attended = call.heads.attended(found, self.nodes(call.window), call.qkv())
+            return attended.to(query.dtype).view(1, len(attended), query.shape[1], -1)
         result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         for block in self.blocks(call.window):
             ours = query[:, :, block.queries]

@@ -25,7 +25,7 @@ from daemon.model.onednn import (
     row_chunks,
 )
 from daemon.model.trunk import Trunk
-from daemon.native.rmsnorm_rope_attention import Heads, Routines, add_norm, routines
+from daemon.native.rmsnorm_rope_attention import Heads, InputNorm, Routines, add_norm, routines
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # of a layer, and of those
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -46,7 +46,9 @@ class FusedDecoderLayer(nn.Module):
         # without bias: the compiled code divides by the norm, then adds the bias
         self._qkv = linear(torch.cat([q.weight, k.weight, v.weight]) * before.weight, None)
         self._out = linear(attention.o_proj.weight, attention.o_proj.bias)
-        self._epsilon = epsilon(between)
+        biases = [q.bias, k.bias, v.bias]
+        self._bias = None if biases[0] is None else torch.cat(biases)
+        self._epsilons = epsilon(before), epsilon(between)
         self._mlp = GatedMlp(
             linear(mlp.gate_proj.weight * between.weight, mlp.gate_proj.bias),
             linear(mlp.up_proj.weight * between.weight, mlp.up_proj.bias),
@@ -78,11 +80,12 @@ class FusedDecoderLayer(nn.Module):
         x = hidden_states[0].contiguous()  # (n, d_model)
         cos, sin = (table[0].contiguous() for table in position_embeddings)
         nodes = plan.nodes(self._heads.window)
-        attended = self._heads.attended(self._found, nodes, x, self._qkv, cos, sin)
+        norm = InputNorm(x, self._epsilons[0], self._bias)
+        attended = self._heads.attended_after_norm(self._found, nodes, self._qkv(x), norm, cos, sin)
         results = []
         for rows in row_chunks(len(x)):  # so that what passes between products stays in the caches
             added = self._out(attended[rows])
-            normed = add_norm(self._found, added, x[rows], self._epsilon)
+            normed = add_norm(self._found, added, x[rows], self._epsilons[1])
             results.append(self._mlp(normed, added))
         result = results[0] if len(results) == 1 else torch.cat(results)
         return result[None]
@@ -178,16 +181,7 @@ def heads_of(layer: Any, asked: Call, cos: Tensor) -> Heads | None:
         or asked.softcap is not None
     ):
         return None
-    biases = [attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias]
-    heads = Heads(
-        heads=n_heads,
-        key_heads=key_heads,
-        d_head=d_head,
-        scale=asked.scale,
-        window=asked.window,
-        bias=None if biases[0] is None else torch.cat(biases),
-        epsilon=epsilon(layer.input_layernorm),
-    )
+    heads = asked.heads
     return heads if heads.fit else None
 
 

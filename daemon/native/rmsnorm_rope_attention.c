@@ -34,17 +34,18 @@ typedef struct {
     const int32_t *depth;
     int32_t window;     /* a query attends to less than so many tokens before it; 0 for all */
     int32_t odd;        /* whether a value is not finite: then a share of 0 must skip it */
+    float softcap;      /* scores s become softcap tanh(s / softcap); 0 for none */
 } Attention;
 
 /* The result of the products, and the hidden states that they read. */
 typedef struct {
     const float *qkv; /* (n, heads + 2 key heads, d_head) */
-    const float *x;   /* (n, d_model), before the norm: the result is still to be divided by it */
+    const float *x;   /* (n, d_model), before the norm: the result is still to be divided by it; NULL: it is not */
     int64_t d_model;
     float epsilon;           /* of the norm */
     float scale;             /* of scores */
     const float *bias;       /* (heads + 2 key heads, d_head) or NULL: added after the norm */
-    const float *cos, *sin;  /* (n, d_head) */
+    const float *cos, *sin;  /* (n, d_head), or NULL: heads are turned already */
 } Given;
 
 INLINE vector all(float value) { return (vector){0} + value; }
@@ -105,6 +106,10 @@ CLONES void lensd_add_norm(float *x, const float *y, float *normed, int64_t d, f
 INLINE void turned(const float *restrict from, const float *restrict bias, float over, const float *restrict cos,
                    const float *restrict sin, float scale, int64_t d_head, float *restrict to, const int step) {
     int64_t half = d_head / 2;
+    if (!cos) {
+        for (int64_t j = 0; j < d_head; j++) to[j * step] = from[j] * scale;
+        return;
+    }
     for (int64_t j = 0; j < half; j++) {
         float low = from[j] * over, high = from[j + half] * over;
         if (bias) {
@@ -122,8 +127,9 @@ CLONES void lensd_turn(Attention *a, const Given *given, int64_t from, int64_t t
     const float *bias = given->bias;
     whole odd = {0};
     for (int64_t i = from; i < to; i++) {
-        float over = over_norm(given->x + i * given->d_model, given->d_model, given->epsilon);
-        const float *row = given->qkv + i * stride, *cos = given->cos + i * d_head, *sin = given->sin + i * d_head;
+        float over = given->x ? over_norm(given->x + i * given->d_model, given->d_model, given->epsilon) : 1;
+        const float *row = given->qkv + i * stride, *cos = given->cos ? given->cos + i * d_head : NULL;
+        const float *sin = given->cos ? given->sin + i * d_head : NULL;
         for (int64_t head = 0; head < a->heads; head++)
             turned(row + head * d_head, bias ? bias + head * d_head : NULL, over, cos, sin, given->scale, d_head,
                    a->queries + (i * a->heads + head) * d_head, 1);
@@ -155,6 +161,14 @@ INLINE void score(float *const *queries, const float *tile, int64_t d_head, vect
     for (int r = 0; r < 2 * ROWS; r++) *scores[r] = sums[r];
 }
 
+/* cap tanh(x / cap). */
+INLINE vector capped(vector x, float cap) {
+    vector size = choose(x < 0, -x, x) / cap;
+    vector shrunk = exponential(-2 * size);
+    vector bounded = cap * ((1 - shrunk) / (1 + shrunk));
+    return choose(x < 0, -bounded, bounded);
+}
+
 /* Masks the scores of a query with the keys of some tiles and makes them shares, not yet divided by their sum. */
 INLINE void soften(const Attention *a, int32_t i, const int32_t *tiles, int64_t n_tiles, vector *scores) {
     whole lane;
@@ -165,6 +179,7 @@ INLINE void soften(const Attention *a, int32_t i, const int32_t *tiles, int64_t 
         whole end = *(const loose_whole *)(a->end + first);
         whole sees = (lane + first <= i) & (end > i);
         if (a->window) sees &= a->depth[i] - *(const loose_whole *)(a->depth + first) < a->window;
+        if (a->softcap != 0) scores[t] = capped(scores[t], a->softcap);
         scores[t] = choose(sees, scores[t], all(-INFINITY));
         largest = choose(scores[t] > largest, scores[t], largest);
     }

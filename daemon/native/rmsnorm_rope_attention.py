@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,6 @@ from daemon.native.library import library
 from daemon.native.threads import in_ranges
 
 WIDTH, BLOCK = 8, 16  # numbers in a vector, and queries of a block, as in the C source
-
-Project = Callable[[Tensor], Tensor]
 
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -31,6 +28,7 @@ class Attention(ctypes.Structure):
         *[(name, POINTER) for name in ("queries", "keys", "values", "end", "depth")],
         ("window", ctypes.c_int32),
         ("odd", ctypes.c_int32),
+        ("softcap", NUMBER),
     ]
 
 
@@ -88,29 +86,56 @@ class Heads:
     heads: int
     key_heads: int
     d_head: int
-    scale: float
+    scale: float  # of scores
     window: int | None  # a query sees this many of the last tokens
-    bias: Tensor | None  # (heads + 2 key heads) x d_head of queries, keys and values
-    epsilon: float  # of the norm before them
+    softcap: float | None = None  # c: scores s become c tanh(s / c)
 
     @property
     def fit(self) -> bool:
         """Whether the C source handles such heads."""
         return self.d_head % WIDTH == 0 and self.heads % self.key_heads == 0
 
-    def attended(
-        self, found: Routines, nodes: Nodes, x: Tensor, project: Project, cos: Tensor, sin: Tensor
-    ) -> Tensor:
-        """The attention's result of each head (n, heads x d_head).
+    @property
+    def width(self) -> int:
+        """Numbers in a token's queries, keys and values."""
+        return (self.heads + 2 * self.key_heads) * self.d_head
 
-        x: (n, d_model) hidden states; `project` makes their queries, keys and values: (n, (heads + 2 key
-        heads) x d_head). cos and sin: (n, d_head). Raises MemoryError.
+    def attended(self, found: Routines, nodes: Nodes, qkv: Tensor) -> Tensor:
+        """The attention's result of each head (n, heads x d_head) float32.
+
+        qkv: (n, (heads + 2 key heads) x d_head) queries, keys and values, in float32 and turned by their
+        positions. Raises MemoryError.
         """
-        n, width = len(x), self.key_heads * self.d_head
-        assert cos.shape == sin.shape == (n, self.d_head)  # C reads them by address
+        return self._attended(found, nodes, qkv, Given(scale=self.scale))
+
+    def attended_after_norm(
+        self,
+        found: Routines,
+        nodes: Nodes,
+        qkv: Tensor,
+        norm: InputNorm,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        """The same of what is still to be divided by the norm, and turned by cos and sin (n, d_head)."""
+        assert cos.shape == sin.shape == (len(qkv), self.d_head)  # C reads them by address
+        given = Given(
+            x=norm.x.data_ptr(),
+            d_model=norm.x.shape[1],
+            epsilon=norm.epsilon,
+            scale=self.scale,
+            bias=None if norm.bias is None else norm.bias.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+        )
+        return self._attended(found, nodes, qkv, given)
+
+    def _attended(self, found: Routines, nodes: Nodes, qkv: Tensor, given: Given) -> Tensor:
+        n, width = len(qkv), self.key_heads * self.d_head
+        assert qkv.shape == (n, self.width) and qkv.is_contiguous() and qkv.dtype == torch.float32
         tiles = -(-n // WIDTH)
-        queries, values = x.new_empty(n, self.heads * self.d_head), x.new_empty(n, width)
-        keys = x.new_empty(tiles * WIDTH * width)
+        queries, values = qkv.new_empty(n, self.heads * self.d_head), qkv.new_empty(n, width)
+        keys = qkv.new_empty(tiles * WIDTH * width)
         attention = Attention(
             n=n,
             heads=self.heads,
@@ -122,24 +147,23 @@ class Heads:
             end=nodes.end.data_ptr(),
             depth=nodes.depth.data_ptr(),
             window=self.window or 0,
+            softcap=self.softcap or 0,
         )
+        given.qkv = qkv.data_ptr()
         at = ctypes.addressof(attention)
-        qkv = project(x)
-        assert qkv.shape == (n, self.heads * self.d_head + 2 * width)
-        given = Given(
-            qkv=qkv.data_ptr(),
-            x=x.data_ptr(),
-            d_model=x.shape[1],
-            epsilon=self.epsilon,
-            scale=self.scale,
-            bias=None if self.bias is None else self.bias.data_ptr(),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
-        )
         in_ranges(functools.partial(found.turn, at, ctypes.addressof(given)), n, BLOCK)
         if any(in_ranges(functools.partial(found.attend, at), -(-n // BLOCK), 1)):
             raise MemoryError(f"attention over {n} tokens")
         return queries
+
+
+@dataclass(frozen=True, slots=True)
+class InputNorm:
+    """The norm before a layer's attention, which products have not yet been divided by."""
+
+    x: Tensor  # (n, d_model) float32, before the norm
+    epsilon: float
+    bias: Tensor | None  # (heads + 2 key heads) x d_head, added after the norm
 
 
 def add_norm(found: Routines, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
