@@ -77,6 +77,9 @@ class ModelInfo:
     settings_sha256: str = ""  # of its configuration, its tokenizer and, of a hub's, its commit
     revision: str | None = None  # the commit of a hub's
     log_probs: bool = False  # whether it predicts the tokens of texts
+    bits: str = (
+        ""  # "invariant" where results are the same bits in any batch, else what was not, or not tried
+    )
 
     @property
     def known_fits(self) -> tuple[Fit, ...]:

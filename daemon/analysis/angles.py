@@ -30,7 +30,7 @@ def line_angle(a: Tensor, b: Tensor) -> Tensor:
 
 
 def arc_tangent(y: Tensor, x: Tensor) -> Tensor:
-    """atan2(y, x) (N,), whose bits don't depend on N: torch takes what fills no vector by another function."""
+    """atan2(y, x) (N,) in bits that don't depend on N: what fills no vector torch takes by another function."""
     n = len(y)
     y, x = (F.pad(one, (0, -n % VECTORS)) for one in (y, x))
     return torch.atan2(y, x)[:n]

@@ -28,7 +28,7 @@ def row_norm(values: Tensor) -> Tensor:
 
 
 def combined(weights: Tensor, rows: Tensor) -> Tensor:
-    """weights (N, width) and rows (N, width, d) float64 -> sum_i weights_i rows_i (N, d), from left to right."""
+    """weights (N, width), rows (N, width, d) float64 -> sum_i weights_i rows_i (N, d), from left to right."""
     n, width, d = rows.shape
     if rows.device.type == "cuda":
         return (weights.unsqueeze(1) @ rows).squeeze(1)

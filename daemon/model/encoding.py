@@ -6,7 +6,7 @@ projected once, not once per sample. Knows nothing about models, texts or sample
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import structlog
@@ -16,8 +16,9 @@ from torch import Tensor
 from daemon.analysis.geometry import DecoderRows, weighted_sum
 from daemon.analysis.sparse import SparseActs, from_dense, joined
 from daemon.devices import on_mps, to_device, to_exact
-from daemon.model.onednn import ROW_STEP, OneDnnLinear, Product, packs, product, split_product
+from daemon.model.onednn import ChunkedLinear, OneDnnLinear, Product, packs, product, split_product
 from daemon.model.overflow import NORMALISING, Bounds
+from daemon.model.row_sizes import ROW_STEP
 from daemon.model.sae import LoadedSae
 from daemon.model.saeformat import TRANSCODERS
 
@@ -48,6 +49,11 @@ class Encoder(Protocol):
     @property
     def affine(self) -> bool:
         """Whether the decoding of a mean is the mean of decodings."""
+        ...
+
+    @property
+    def linears(self) -> Sequence[ChunkedLinear]:
+        """Its products that multiply by chunks of rows."""
         ...
 
     @property
@@ -151,6 +157,8 @@ class PlainEncoder(NoiseOnX):
     SAELens keeps what it normalised by on the module, so one thread at a time may use it.
     """
 
+    linears: Sequence[ChunkedLinear] = ()
+
     def __init__(self, entry: LoadedSae, decoder: DecoderRows) -> None:
         self.decoder = decoder
         self.bounds = Bounds.of(entry.sae)
@@ -227,6 +235,11 @@ class FusedEncoder:
         if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
             self._written = sae.W_dec / sae.W_dec.norm(dim=-1, keepdim=True)
 
+    @property
+    def linears(self) -> Sequence[ChunkedLinear]:
+        products = (self._product, self._project, self._skip)
+        return [one for one in products if isinstance(one, ChunkedLinear)]
+
     def pre_acts(self, x: Tensor) -> Tensor:
         return self._product(to_device(x, self._device))
 
@@ -272,6 +285,10 @@ class NormalisingEncoder(NoiseOnX):
         )
         self._undone = entry.info.architecture not in TRANSCODERS  # their output is of another place
 
+    @property
+    def linears(self) -> Sequence[ChunkedLinear]:
+        return self._inner.linears
+
     def activate(self, pre_acts: Tensor) -> Tensor:
         normalised, _, _ = self._statistics(pre_acts)
         return to_exact(self._inner.activate(self._inner.pre_acts(normalised)))
@@ -309,7 +326,7 @@ def constant_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def row_pieces(n: int, d_sae: int, device: torch.device) -> list[slice]:
-    """Rows in pieces whose dense activations are of bounded size; oneDNN wants multiples of ROW_STEP."""
+    """Rows in pieces whose dense activations are of bounded size."""
     numbers = PIECE_NUMBERS.get(device.type, PIECE_NUMBERS["cuda"])
     rows = max(1, numbers // d_sae // ROW_STEP) * ROW_STEP
     return [slice(start, start + rows) for start in range(0, max(1, n), rows)]

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from daemon.model.attention import BlockPlan, Call, Plan, attending, current
 from daemon.model.onednn import (
     FUSED_ACTIVATIONS,
+    ChunkedLinear,
     GatedMlp,
-    OneDnnLinear,
-    TorchLinear,
     agrees,
     linear,
-    row_chunks,
 )
+from daemon.model.row_sizes import RowSizes
 from daemon.model.trunk import Trunk
 from daemon.native.rmsnorm_rope_attention import Heads, InputNorm, Routines, add_norm, routines
+from daemon.native.threads import one_thread_each
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # of a layer, and of those
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -39,6 +39,7 @@ class FusedDecoderLayer(nn.Module):
     def __init__(self, layer: Any, found: Routines, heads: Heads) -> None:
         """Does the work of a Hugging Face layer that attends by these `heads`."""
         super().__init__()
+        self.sizes = RowSizes()
         attention, mlp = layer.self_attn, layer.mlp
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         before, between = layer.input_layernorm, layer.post_attention_layernorm
@@ -57,21 +58,18 @@ class FusedDecoderLayer(nn.Module):
         )
 
     @property
-    def products(self) -> tuple[OneDnnLinear | TorchLinear, OneDnnLinear | TorchLinear, GatedMlp]:
+    def products(self) -> tuple[ChunkedLinear, ChunkedLinear, GatedMlp]:
         """The modules that multiply."""
         return self._qkv, self._out, self._mlp
 
-    def multiply(self, rows: int) -> None:
-        """Run the products on so many rows of zeros, as `forward` does."""
-        qkv, out, mlp = self.products
-        qkv(torch.zeros(rows, qkv.shape[1]))
-        added = out(torch.zeros(rows, out.shape[1]))
-        mlp(added, added)
+    def use(self, sizes: RowSizes) -> None:
+        """Multiply rows by chunks of these sizes."""
+        self.sizes = self._qkv.sizes = sizes
 
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **others: object
     ) -> Tensor:
-        """hidden_states: (1, n, d_model) -> the same; n is a multiple of ROW_STEP.
+        """hidden_states: (1, n, d_model) -> the same; n splits into chunks of `sizes`.
 
         position_embeddings: cosines and sines (1, n, d_head), both halves of which are alike.
         """
@@ -82,11 +80,15 @@ class FusedDecoderLayer(nn.Module):
         nodes = plan.nodes(self._heads.window)
         norm = InputNorm(x, self._epsilons[0], self._bias)
         attended = self._heads.attended_after_norm(self._found, nodes, self._qkv(x), norm, cos, sin)
-        results = []
-        for rows in row_chunks(len(x)):  # so that what passes between products stays in the caches
-            added = self._out(attended[rows])
+
+        def after_attention(rows: slice) -> Tensor:
+            added = self._out.multiply(attended[rows])
             normed = add_norm(self._found, added, x[rows], self._epsilons[1])
-            results.append(self._mlp(normed, added))
+            result: Tensor = self._mlp(normed, added)
+            return result
+
+        # in chunks, so that what passes between products stays in the caches
+        results = one_thread_each(after_attention, self.sizes.chunks(len(x), torch.get_num_threads()))
         result = results[0] if len(results) == 1 else torch.cat(results)
         return result[None]
 

@@ -6,7 +6,6 @@ Replaces the linear layers of a module. Knows nothing about attention or batches
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-TYPICAL_ROWS = 512  # of a product; the packed layout is chosen for about that many
-ROW_STEP = 16  # the numbers of rows that products run with are multiples of it
+from daemon.model.row_sizes import MOST_ROWS, RowSizes
+
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of a replacement to what it replaces
 
 # How oneDNN calls the activation of a gated MLP: name and algorithm.
@@ -24,37 +23,6 @@ FUSED_ACTIVATIONS = {"SiLU": ("swish", ""), "SiLUActivation": ("swish", ""), "GE
 SUMMANDS = 3  # bfloat16 numbers of 8 bits each that hold the 24 of a float32
 
 Product = Callable[[Tensor], Tensor]
-
-
-def padded_rows(rows: int) -> int:
-    """The least multiple of ROW_STEP from `rows` up."""
-    return -(-rows // ROW_STEP) * ROW_STEP
-
-
-def row_chunks(rows: int) -> list[slice]:
-    """Rows in chunks of about TYPICAL_ROWS for each thread, each a multiple of ROW_STEP if all rows are.
-
-    oneDNN makes a kernel of half a MiB for each number of rows it meets; few numbers make few kernels.
-    """
-    steps = -(-rows // ROW_STEP)
-    n = max(1, round(rows / (TYPICAL_ROWS * torch.get_num_threads())))
-    bounds = [steps * i // n * ROW_STEP for i in range(n)]
-    return [slice(*chunk) for chunk in itertools.pairwise([*bounds, rows])]
-
-
-def chunk_sizes(threads: int) -> range:
-    """The numbers of rows that chunks may have, where all rows are a multiple of ROW_STEP."""
-    return range(ROW_STEP, TYPICAL_ROWS * threads * 3 // 2, ROW_STEP)
-
-
-def by_chunks(function: Product, x: Tensor) -> Tensor:
-    """function(x) for x (n, in), chunk by chunk; `function` gets multiples of ROW_STEP only."""
-    n = len(x)
-    more = padded_rows(n) - n
-    x = F.pad(x, (0, 0, 0, more)) if more else x
-    results = [function(x[rows]) for rows in row_chunks(len(x))]
-    result = results[0] if len(results) == 1 else torch.cat(results)
-    return result[:n]
 
 
 def packs(weight: Tensor) -> bool:
@@ -84,15 +52,15 @@ def works(dtype: torch.dtype) -> bool:
 
 def pack(weight: Tensor) -> Tensor:
     """weight: (out, in), of any strides, in the layout of oneDNN."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, MOST_ROWS)
     return packed
 
 
 def product(weight: Tensor, bias: Tensor | None) -> Product:
     """x (N, in) -> x @ weight.T + bias (N, out), for weights (out, in) that stay as they are."""
-    if not packs(weight):
-        return lambda x: F.linear(x, weight, bias)
-    return OneDnnLinear(weight, bias)
+    if packs(weight):
+        return OneDnnLinear(weight, bias)
+    return TorchLinear(weight, bias) if weight.device.type == "cpu" else lambda x: F.linear(x, weight, bias)
 
 
 def split_product(weight: Tensor, bias: Tensor | None) -> Product:
@@ -120,51 +88,80 @@ def summands_of(weight: Tensor) -> list[Tensor]:
     return summands
 
 
-class OneDnnLinear(nn.Module):
-    """A linear layer by packed weights."""
+class ChunkedLinear(nn.Module):
+    """A linear layer on a CPU, which multiplies rows by chunks of certain sizes."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight: (out, in)."""
+    def __init__(self, bias: Tensor | None) -> None:
         super().__init__()
-        self.packed = weight if weight.is_mkldnn else pack(weight)
         self.bias = bias
+        self.sizes = RowSizes()
 
     @property
     def shape(self) -> torch.Size:
         """(out, in)."""
-        return self.packed.shape
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (n, in) -> (n, out), n one of `sizes`."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
-        rows = by_chunks(self._multiply, x.flatten(0, -2))
+        rows = self.sizes.multiply(self.multiply, x.flatten(0, -2))
         return rows.view(*x.shape[:-1], rows.shape[1])
 
-    def _multiply(self, x: Tensor) -> Tensor:
+
+class OneDnnLinear(ChunkedLinear):
+    """By packed weights."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: (out, in)."""
+        super().__init__(bias)
+        self.packed = weight if weight.is_mkldnn else pack(weight)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.packed.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.packed.dtype
+
+    def multiply(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return result
 
 
-class TorchLinear(nn.Module):
-    """A linear layer by torch's own product."""
+class TorchLinear(ChunkedLinear):
+    """By torch's own product."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight: (out, in); copies it, so that a mapped weight file can be let go."""
-        super().__init__()
-        self.weight, self.bias = weight.clone(), bias
+        """weight: (out, in)."""
+        super().__init__(bias)
+        self.weight = weight
 
     @property
     def shape(self) -> torch.Size:
-        """(out, in)."""
         return self.weight.shape
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in) -> (..., out)."""
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def multiply(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> OneDnnLinear | TorchLinear:
-    """The faster of the two. weight: (out, in)."""
-    return OneDnnLinear(weight, bias) if packs(weight) else TorchLinear(weight, bias)
+def linear(weight: Tensor, bias: Tensor | None) -> ChunkedLinear:
+    """The faster of the two, with weights of its own, so that a mapped weight file can be let go.
+
+    weight: (out, in).
+    """
+    return OneDnnLinear(weight, bias) if packs(weight) else TorchLinear(weight.clone(), bias)
 
 
 class GatedMlp(nn.Module):
@@ -172,9 +169,9 @@ class GatedMlp(nn.Module):
 
     def __init__(
         self,
-        gate: OneDnnLinear | TorchLinear,
-        up: OneDnnLinear | TorchLinear,
-        down: OneDnnLinear | TorchLinear,
+        gate: ChunkedLinear,
+        up: ChunkedLinear,
+        down: ChunkedLinear,
         act: nn.Module,
     ) -> None:
         """All three products of one kind; the activation is one of FUSED_ACTIVATIONS."""
@@ -187,13 +184,13 @@ class GatedMlp(nn.Module):
         return self.gate.shape
 
     def forward(self, x: Tensor, plus: Tensor) -> Tensor:
-        """x, plus: (n, d_model), n one of `chunk_sizes`."""
+        """x, plus: (n, d_model), n one of the products' sizes."""
         gate, up, down = self.gate, self.up, self.down
         if not (
             isinstance(gate, OneDnnLinear) and isinstance(up, OneDnnLinear) and isinstance(down, OneDnnLinear)
         ):
-            added: Tensor = down(self.act(gate(x)).mul_(up(x))).add_(plus)
-            return added
+            gated = self.act(gate.multiply(x)).mul_(up.multiply(x))
+            return down.multiply(gated).add_(plus)
         multiply = torch.ops.mkldnn._linear_pointwise
         act, algorithm = FUSED_ACTIVATIONS[type(self.act).__name__]
         gated = multiply(x, gate.packed, gate.bias, act, [], algorithm)
@@ -203,7 +200,7 @@ class GatedMlp(nn.Module):
 
 
 def pack_linears(layers: Iterable[nn.Module]) -> int:
-    """Replace the linear layers in `layers` where oneDNN has a product for them; returns how many."""
+    """Replace the linear layers in `layers` by ones that multiply by chunks, on a CPU; returns how many."""
     replaced = 0
     for layer in layers:
         for module in list(layer.modules()):
@@ -214,15 +211,17 @@ def pack_linears(layers: Iterable[nn.Module]) -> int:
     return replaced
 
 
-def packed_linear(module: nn.Module) -> OneDnnLinear | None:
-    """The packed form of a linear layer, or of Hugging Face's transposed one."""
+def packed_linear(module: nn.Module) -> ChunkedLinear | None:
+    """The form of a linear layer, or of Hugging Face's transposed one, that multiplies by chunks: on a CPU."""
     if type(module) is nn.Linear:
         weight, bias = module.weight, module.bias
     elif isinstance(module, Conv1D):
         weight, bias = module.weight.T, module.bias  # (in, out) there
     else:
         return None
-    return OneDnnLinear(weight, bias) if packs(weight) else None
+    if weight.device.type != "cpu":
+        return None
+    return OneDnnLinear(weight, bias) if packs(weight) else TorchLinear(weight, bias)
 
 
 def agrees(expected: Tensor, got: Tensor) -> bool:

@@ -7,7 +7,7 @@ about analysis, files or samples.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -29,30 +29,23 @@ from daemon.model.compiled_layers import FlexPlan, can_compile, compile_layers, 
 from daemon.model.cuda_streams import Launch
 from daemon.model.encoding import Encoder, FusedEncoder, NormalisingEncoder
 from daemon.model.extraction import Counted, Extraction, Started
-from daemon.model.fused_layers import FusedDecoderLayer, fuse_layers
+from daemon.model.fused_layers import fuse_layers
 from daemon.model.hook_points import check_widths, hook_points_of
+from daemon.model.invariance import INVARIANT, differing_place, settle_encoders, settle_products
 from daemon.model.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
 from daemon.model.log_probs import Predictions, with_log_probs
-from daemon.model.onednn import (
-    TYPICAL_ROWS,
-    chunk_sizes,
-    faster,
-    pack_linears,
-    packs,
-    padded_rows,
-    works,
-)
+from daemon.model.onednn import pack_linears
 from daemon.model.placement import is_hooked, lighten_hooks
 from daemon.model.plain_hooks import PlainHooks
 from daemon.model.plain_trace import Unreachable
 from daemon.model.positions import SaeStage, comparable_cards
 from daemon.model.probe import Difference, packed_texts
+from daemon.model.row_sizes import RowSizes
 from daemon.model.sae import LoadedSae
 from daemon.model.trie import Trie, build_trie
 from daemon.model.trunk import Trunk, UnknownModel, leave_files, place_of
 from daemon.model.unembedding import Unembedding
 from daemon.model_info import ModelInfo, compute_devices
-from daemon.native.threads import side_by_side
 from daemon.records import Positions
 
 RUN_ERRORS = (
@@ -66,8 +59,6 @@ RUN_ERRORS = (
     ValueError,
 )
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # that attention over a trie knows
-PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: a second does for all of a small model's
-PREPARE_NUMBERS = 1 << 22  # in the result of an encoder's product, up to which its kernel is made ahead
 
 AHEAD = "last_hidden_state"  # what the last layer gives, that tokens are predicted from
 
@@ -119,6 +110,7 @@ class TrieEngine:
         self._points = tuple(dict.fromkeys([*self._read, *self._written]))
         self._concurrent = model.devices == "cpu" and keeps_nothing(model.model, encoders)
         self._compiled = False  # whether attention is one kernel
+        self._sizes = RowSizes() if model.devices == "cpu" else None  # None: of any number of rows
         texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
         plain = self._plain(model, texts)
         check_widths(self._stage.saes, points, {name: plain[name].shape[1] for name in self._points})
@@ -126,12 +118,13 @@ class TrieEngine:
         if compiles:
             self._compile(texts, plain)
         self._trunk.drop_idle()
-        if self._rows is not int:  # weights are packed, and elsewhere
+        if self._packed:  # weights are elsewhere
             self._trunk.leave_files()
             if unembedding is not None:
                 leave_files(unembedding.head)
-        if self._concurrent and faster(torch.float32) and works(torch.float32):
-            prepare(self._trunk.layers, saes, encoders)
+        self._sizes = settle_products(self._trunk.layers)
+        encoders_agree = settle_encoders(encoders)
+        self._info = replace(self._info, bits=self._bits(texts, encoders_agree))
 
     @property
     def info(self) -> ModelInfo:
@@ -161,7 +154,7 @@ class TrieEngine:
         """Read texts, and predict the tokens of the first `n_predicted`, where they are to be predicted."""
         with Launch(self._info.device) as forward:
             trie = build_trie(texts)
-            run = trie.filled(self._rows(len(trie)))
+            run = self._filled(trie)
             path = trie.path, trie.offsets, trie.tokens[trie.path], counted
             readings = self._stage.choose(*path)
             keep = to_device(readings.keep, self._device)
@@ -239,7 +232,7 @@ class TrieEngine:
             model.model.config._attn_implementation = IMPLEMENTATION
             if config is not model.model.config:
                 config._attn_implementation = IMPLEMENTATION
-            self._rows = self._pack(texts)
+            self._packed = self._pack(texts)
             plan = self._probe(texts, plain)
         except RUN_ERRORS as error:
             raise CannotPack(reason_of(error)) from error
@@ -247,16 +240,36 @@ class TrieEngine:
         if slides and self._trunk.layers and not plan.slides:
             raise CannotPack("a sliding window that the attention is not told of")
 
-    def _pack(self, texts: Sequence[Sequence[int]]) -> Callable[[int], int]:
-        """Give the layers a faster form, where there is one; returns how many rows to run for n nodes."""
+    def _pack(self, texts: Sequence[Sequence[int]]) -> bool:
+        """Give the layers a faster form, where there is one; returns whether that has weights of its own."""
         if self._spread:
             lighten_hooks(self._trunk.layers)
-        trie = build_trie(texts)
+        trie = self._filled(build_trie(texts))
         plan, keep = self._plan(trie), to_device(trie.path, self._device)
         fused = 0 if self._several else fuse_layers(self._trunk, plan, lambda: self._run(trie, plan, keep))
         packed = pack_linears(self._trunk.layers)
         self._trunk.watch()
-        return padded_rows if packed or fused else int
+        return bool(packed or fused)
+
+    def _filled(self, trie: Trie) -> Trie:
+        """The trie with as many more nodes as products on a CPU want."""
+        return trie if self._sizes is None else trie.filled(self._sizes.padded(len(trie)))
+
+    def _bits(self, texts: Sequence[Sequence[int]], encoders_agree: bool) -> str:
+        """Whether a text's values are the same bits in any company; or what was not, or not tried."""
+        if self._device != "cpu" or self._several:
+            return f"not tried on {self._info.device}"
+        if (place := differing_place(texts, self._values)) is not None:
+            return f"not invariant: {[*self._points, *self._ahead][place]}"
+        if self._sizes is not None and not self._sizes.invariant:
+            return "not invariant: products of the model"
+        return INVARIANT if encoders_agree else "not invariant: products of a dictionary"
+
+    def _values(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Per place its values at each token of the texts (tokens, d)."""
+        trie = build_trie(texts)
+        run = self._filled(trie)
+        return list(self._run(run, self._plan(run), to_device(trie.path, self._device)).values())
 
     def _compile(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
         """Compile the layers, and on an accelerator the attention; restore them where that does not work."""
@@ -279,7 +292,7 @@ class TrieEngine:
 
     def _probe(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> Plan:
         """Run texts as a trie; returns their plan. Raises CannotPack where values differ from `plain`."""
-        trie = build_trie(texts)
+        trie = self._filled(build_trie(texts))
         plan = self._plan(trie)
         got = self._run(trie, plan, to_device(trie.path, self._device))
         for hook_name, values in got.items():
@@ -288,36 +301,6 @@ class TrieEngine:
             if not difference.within(self._dtype):
                 raise CannotPack(f"{hook_name}: packed and plain runs differ by {difference}")
         return plan
-
-
-def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Sequence[Encoder]) -> None:
-    """Have oneDNN make its kernels for the numbers of rows that fused layers and encoders meet in a piece.
-
-    Kernels made while batches run would stay in the heap and fragment it. oneDNN makes a kernel only by
-    multiplying, which takes long for a large model: then some are left for later.
-    """
-    deadline = time.perf_counter() + PREPARE_SECONDS
-    fused = {
-        tuple(product.shape for product in layer.products): layer
-        for layer in layers
-        if isinstance(layer, FusedDecoderLayer)
-    }
-    dictionaries = {
-        (entry.info.d_sae, entry.info.d_in): encoder
-        for entry, encoder in zip(saes, encoders, strict=True)
-        if packs(entry.W_dec)
-    }
-
-    def multiply(rows: int) -> None:
-        if time.perf_counter() > deadline:
-            return
-        for layer in fused.values():
-            layer.multiply(rows)
-        for (d_sae, d_in), encoder in dictionaries.items():
-            if rows * d_sae <= PREPARE_NUMBERS:
-                encoder.pre_acts(torch.zeros(rows, d_in))
-
-    side_by_side(multiply, sorted(chunk_sizes(threads=1), key=lambda rows: abs(rows - TYPICAL_ROWS)))
 
 
 def keeps_nothing(model: nn.Module, encoders: Sequence[Encoder]) -> bool:

@@ -49,6 +49,19 @@ def side_by_side(function: Callable[[T], R], pieces: Iterable[T]) -> list[R]:
         torch.set_num_threads(threads)
 
 
+def one_thread_each(function: Callable[[T], R], pieces: Iterable[T]) -> list[R]:
+    """`side_by_side`, where a single piece has one thread too."""
+    work = list(pieces)
+    threads = torch.get_num_threads()
+    if threads == 1 or len(work) != 1:
+        return side_by_side(function, work)
+    torch.set_num_threads(1)
+    try:
+        return [function(work[0])]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def in_ranges(function: Callable[[int, int], R], n: int, step: int) -> list[R]:
     """[function(first, last)] of ranges of n, cut at multiples of `step`, on the threads that torch uses."""
     threads = torch.get_num_threads()
