@@ -30,7 +30,7 @@ def line_angle(a: Tensor, b: Tensor) -> Tensor:
 
 
 def arc_tangent(y: Tensor, x: Tensor) -> Tensor:
-    """atan2(y, x) (N,) in bits that don't depend on N: what fills no vector torch takes by another function."""
+    """atan2(y, x) (N,), the same bits for any N: torch has another function for what fills no vector."""
     n = len(y)
     y, x = (F.pad(one, (0, -n % VECTORS)) for one in (y, x))
     return torch.atan2(y, x)[:n]

@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from daemon.analysis.column_inputs import TokenLogProbs
 from daemon.devices import to_device, to_numpy
 from daemon.model.extraction import Counted, Extraction, PredictedTokens, Started
 from daemon.model.unembedding import Unembedding
+from daemon.native.threads import one_thread_each
 from daemon.records import FloatArray, IntArray
 
-LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27, "mps": 1 << 26}  # numbers that are held at a time
+LOGITS = {"cuda": 1 << 27, "mps": 1 << 26}  # numbers that are held at a time
+CPU_ROWS = 128  # of a product with the head, there
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +69,23 @@ class Predictions:
 
 def token_log_probs(unembedding: Unembedding, hidden: Tensor, rows: IntArray, tokens: IntArray) -> Tensor:
     """(W,) of tokens (W,), each predicted from a row of hidden (P, d_model); `rows` (W,) ascend."""
-    numbers = LOGITS.get(hidden.device.type, LOGITS["cpu"])
-    step = max(1, numbers // len(unembedding.weight))
-    found = [hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
+    on_cpu = hidden.device.type == "cpu"
+    step = CPU_ROWS if on_cpu else max(1, LOGITS[hidden.device.type] // len(unembedding.weight))
+
+    def of_step(start: int) -> Tensor:
+        given = hidden[start : start + step]
+        if on_cpu:  # always as many rows, on one thread: the same bits in any company
+            given = F.pad(given, (0, 0, 0, step - len(given)))
+        logits = unembedding.logits(given)
+        own = slice(*np.searchsorted(rows, (start, start + step)).tolist())
+        row, token = (to_device(numbers, logits.device) for numbers in (rows[own] - start, tokens[own]))
+        return (logits[row, token] - logits.logsumexp(-1)[row]).clamp(max=0).to(hidden.device)
+
     with torch.inference_mode():
-        for start in range(0, len(hidden), step):
-            logits = unembedding.logits(hidden[start : start + step])
-            own = slice(*np.searchsorted(rows, (start, start + step)).tolist())
-            row, token = (to_device(numbers, logits.device) for numbers in (rows[own] - start, tokens[own]))
-            found.append((logits[row, token] - logits.logsumexp(-1)[row]).clamp(max=0).to(hidden.device))
-    return torch.cat(found)
+        starts = range(0, len(hidden), step)
+        found = one_thread_each(of_step, starts) if on_cpu else [of_step(start) for start in starts]
+    nothing = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return torch.cat([nothing, *found])
 
 
 Begin = Callable[[Sequence[Sequence[int]], Counted, int], Started]  # with how many texts to predict

@@ -212,7 +212,7 @@ def pack_linears(layers: Iterable[nn.Module]) -> int:
 
 
 def packed_linear(module: nn.Module) -> ChunkedLinear | None:
-    """The form of a linear layer, or of Hugging Face's transposed one, that multiplies by chunks: on a CPU."""
+    """A linear layer on a CPU, or Hugging Face's transposed one, in the form that multiplies by chunks."""
     if type(module) is nn.Linear:
         weight, bias = module.weight, module.bias
     elif isinstance(module, Conv1D):

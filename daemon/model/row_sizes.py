@@ -1,4 +1,4 @@
-"""The numbers of rows that matrix products run with, so that a row's result never depends on how many there are.
+"""The numbers of rows that matrix products run with: those with which a row's result is always the same bits.
 
 A library chooses its kernel by the number of rows, and another kernel may add in another order. Which numbers
 give the same bits is tried on random rows. Knows no library, no model and no texts.
@@ -45,7 +45,7 @@ class RowSizes:
         return max(-(-rows // self.step) * self.step, least_chunks * self.least)
 
     def chunks(self, rows: int, threads: int = 1) -> list[slice]:
-        """So many rows, a number that `padded` gives, in chunks of these sizes: several for several threads."""
+        """Rows, as many as `padded` gives, in chunks of these sizes; several for several threads."""
         n = max(1, -(-rows // self.most))
         if threads > 1:
             n = max(1, min(-(-n // threads) * threads, rows // self.least))
@@ -81,8 +81,8 @@ class TriedProduct:
     ) -> TriedProduct:
         """A product by weights (out, in) of its own, which `make` is given, whose sums are nearly 0.
 
-        The order of a float32 sum changes its last bits; a result that is rounded to fewer bits shows them only
-        where all that comes before cancels out.
+        The order of a float32 sum changes its last bits. A result that is rounded to fewer bits shows them
+        only where all that comes before cancels out.
         """
         n_out, width = shape
         half = (width - 1) // 2
@@ -126,7 +126,7 @@ def row_sizes(products: Sequence[TriedProduct], seconds: float = TRY_SECONDS) ->
 
 
 def longest_run(kinds: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> tuple[int, int]:
-    """The least and the most of the descending `sizes` in the longest run of one kind; of equals the first."""
+    """Return the least and the most of the descending `sizes` in the longest run of one kind."""
     best = (0, 0)
     start = 0
     for stop in range(1, len(sizes) + 1):
