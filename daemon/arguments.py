@@ -111,6 +111,11 @@ def add_verify(commands: Any) -> None:
     verify.add_argument(
         "file", nargs="?", type=input_file, metavar="FILE", help="input file (default: the demo's)"
     )
+    verify.add_argument(
+        "--bits",
+        action="store_true",
+        help="compare batches of many sizes and orders with one another instead, bit for bit",
+    )
     verify.add_argument("--samples", type=positive, metavar="N", help="only the first N samples")
     verify.add_argument(
         "--batch-sizes",

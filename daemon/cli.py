@@ -144,7 +144,14 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     config = configure(args)
-    from daemon.tools.report import print_verification
+    from daemon.tools.report import print_bits, print_verification
+
+    if args.bits:
+        from daemon.tools.bits import verify_bits
+
+        found = verify_bits(config, args.file, samples=args.samples)
+        show(args, found, print_bits)
+        return DONE if found.passed else SOME_FAILED
     from daemon.tools.verify import verify
 
     verification = verify(config, args.file, samples=args.samples, batch_sizes=args.batch_sizes)

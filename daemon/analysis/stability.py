@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from daemon.analysis.row_sums import row_norm, row_sum
 from daemon.devices import on_mps, to_device, to_exact
 from daemon.records import IntArray
 
@@ -81,7 +82,8 @@ def stability(noise: Noise, x: Tensor, draws: Tensor, top_k: int) -> tuple[Tenso
     pieces = [slice(start, start + rows) for start in range(0, max(1, n), rows)]
     sets = torch.cat([_sets(noise, pre_acts[piece], draws[piece], top_k) for piece in pieces])
     jaccard = _similarity(sets).where(noise.defined(x, draws).unsqueeze(1), torch.nan)
-    return jaccard.mean(-1), jaccard.std(-1, correction=0)
+    mean = row_sum(jaccard) / k
+    return mean, row_norm(jaccard - mean.unsqueeze(1)) / k**0.5
 
 
 def strongest(feature_acts: Tensor, top_k: int) -> Tensor:

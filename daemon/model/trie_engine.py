@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -36,7 +37,7 @@ from daemon.model.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
 from daemon.model.log_probs import Predictions, with_log_probs
 from daemon.model.onednn import pack_linears
 from daemon.model.placement import is_hooked, lighten_hooks
-from daemon.model.plain_hooks import PlainHooks
+from daemon.model.plain_hooks import PlainHooks, hook_tensor
 from daemon.model.plain_trace import Unreachable
 from daemon.model.positions import SaeStage, comparable_cards
 from daemon.model.probe import Difference, packed_texts
@@ -183,6 +184,22 @@ class TrieEngine:
         """
         values = self._run(trie, self._plan(trie), keep, ahead)
         return *sides(values, self._read, self._written), [values[point] for point in self._ahead]
+
+    def layer_outputs(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """What each layer that runs gives, at each token of the texts (tokens, d_model)."""
+        trie = build_trie(texts)
+        run = self._filled(trie)
+        given: list[Tensor] = []
+
+        def note(values: Tensor | None) -> None:
+            if values is not None:
+                given.append(values)
+
+        with ExitStack() as hooks:
+            for layer in self._trunk.layers:
+                hooks.callback(hook_tensor(layer, "out", note).remove)
+            self._run(run, self._plan(run), to_device(trie.path, self._device))
+        return [values.flatten(0, -2)[to_device(trie.path, values.device)] for values in given]
 
     def _plan(self, trie: Trie) -> Plan:
         if self._several:

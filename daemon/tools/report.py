@@ -20,6 +20,7 @@ from daemon.escaping import escape_control
 from daemon.model_info import default_name
 
 if TYPE_CHECKING:
+    from daemon.tools.bits import BitsReport
     from daemon.tools.verify import Verification
 
 
@@ -93,6 +94,33 @@ def print_published(console: Console, folder: Path) -> None:
         size = f"{file['rows']} rows, {file['bytes'] / 1024:.0f} KiB"
         console.print(Text(escape_control(f"{folder / file['name']}  {size}")), soft_wrap=True)
     console.print(Text(escape_control(str(folder / "manifest.json"))), soft_wrap=True)
+
+
+def print_bits(console: Console, found: BitsReport) -> None:
+    """Every way to batch with what differs from one batch, the layers that differ, and the verdict."""
+    table = plain_table(
+        f"{found.model} in {found.dtype}, {found.samples} samples: what differs in bits from one batch",
+        "batches",
+        right=("threads", f"of {found.cells:,} cells", f"of {found.feature_rows:,} feature rows"),
+    )
+    for one in found.groupings:
+        differs = one.cells or one.feature_rows
+        counts = str(one.threads), f"{one.cells:,}", f"{one.feature_rows:,}"
+        table.add_row(one.name, *counts, style="red" if differs else None)
+    console.print(table)
+    for one in found.groupings:
+        if one.columns:
+            worst = sorted(one.columns.items(), key=lambda column: -column[1])[:8]
+            names = ", ".join(f"{name} ({count})" for name, count in worst)
+            console.print(f"{one.name}, {one.threads} threads: {names}", soft_wrap=True, highlight=False)
+    differing = [one for one in found.layers if one.tokens]
+    if differing:
+        line = f"the first layer that differs: {differing[0].layer}, at {differing[0].tokens:,} tokens"
+        console.print(line, highlight=False)
+    elif found.layers:
+        line = f"all {len(found.layers)} layers give each token the same bits in company and alone"
+        console.print(line, highlight=False)
+    console.print("[green]the same bits[/green]" if found.passed else "[red]differs[/red]")
 
 
 def print_verification(console: Console, verification: Verification) -> None:

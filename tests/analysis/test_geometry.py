@@ -227,9 +227,10 @@ def test_chunks_cover_the_rows_and_bound_the_workspace(counts, d_in):
     assert [row for rows, _ in chunks for row in range(len(ascending))[rows]] == list(range(len(ascending)))
     for rows, width in chunks:
         chunk = ascending[rows]
-        assert width == max([1, *chunk])
+        assert all(width == module.chunk_width(count) >= count for count in chunk)
         assert len(chunk) <= 1 or len(chunk) * width * d_in <= module.MAX_GATHERED
-        assert not chunk or width <= max(module.WIDTH_FLOOR, module.WIDTH_SLACK * chunk[0])
+        slack = module.WIDTH_SLACK * max([1, *chunk]) + module.WIDTH_STEP
+        assert not chunk or width <= max(module.WIDTH_FLOOR, slack)
 
 
 def test_an_overflowed_row_has_no_shape_and_spoils_no_other():

@@ -7,7 +7,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from daemon.model import fused_layers, onednn
 from daemon.model.fused_layers import FusedDecoderLayer
-from daemon.model.onednn import ROW_STEP, OneDnnLinear, padded_rows, row_chunks, works
+from daemon.model.onednn import OneDnnLinear, works
+from daemon.model.row_sizes import ROW_STEP, RowSizes
 from daemon.model.trie import build_trie
 from daemon.native.rmsnorm_rope_attention import routines
 from tests.support import tiny
@@ -56,15 +57,15 @@ def test_products_of_onednn_see_few_numbers_of_rows(products, llama, sae, monkey
         pytest.skip("makes no kernels by the number of rows")
     engine = packed(llama, [sae], torch.float32)
     met: set[int] = set()
-    multiply = OneDnnLinear._multiply
-    monkeypatch.setattr(OneDnnLinear, "_multiply", lambda self, x: met.add(len(x)) or multiply(self, x))
+    multiply = OneDnnLinear.multiply
+    monkeypatch.setattr(OneDnnLinear, "multiply", lambda self, x: met.add(len(x)) or multiply(self, x))
     for layer in layers_of(engine):
         layer.products[2].register_forward_pre_hook(lambda module, args: met.add(len(args[0])))
     texts = random_texts([50 + n % 40 for n in range(60)])
     engine.extract(texts)
-    rows = padded_rows(len(build_trie(texts)))
-    of_encoder = padded_rows(len(texts))
-    assert met == {chunk.stop - chunk.start for n in (rows, of_encoder) for chunk in row_chunks(n)}
+    sizes, threads = RowSizes(), torch.get_num_threads()
+    numbers = [sizes.padded(n) for n in (len(build_trie(texts)), len(texts))]
+    assert met == {chunk.stop - chunk.start for n in numbers for chunk in sizes.chunks(n, threads)}
     assert all(rows % ROW_STEP == 0 for rows in met)
 
 

@@ -5,17 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from daemon.model import onednn
-from daemon.model.onednn import (
-    ROW_STEP,
-    TYPICAL_ROWS,
-    chunk_sizes,
-    padded_rows,
-    product,
-    row_chunks,
-    split_product,
-    summands_of,
-)
-from tests.support.torch_threads import torch_threads
+from daemon.model.onednn import product, split_product, summands_of
 
 
 @pytest.fixture(autouse=True)
@@ -48,21 +38,3 @@ def test_a_split_product_has_float32_weights():
     error = (split_product(weight, bias)(x) - exact).abs().mean()
     assert error <= 2e-5 * exact.abs().mean()
     assert error <= 0.1 * (x.bfloat16() @ weight.bfloat16().T + bias - exact).abs().mean()
-
-
-def test_chunks_of_rows_are_all_rows_in_pieces_of_about_the_same_size():
-    for rows in [0, 1, 16, 500, *range(512, 5000, 16)]:
-        pieces = row_chunks(rows)
-        assert [row for piece in pieces for row in range(rows)[piece]] == list(range(rows))
-        sizes = [piece.stop - piece.start for piece in pieces[:-1]]
-        assert all(size % ROW_STEP == 0 for size in sizes)
-        assert len(pieces) == 1 or max(sizes) - min(sizes) <= ROW_STEP
-        assert all(size <= 1.5 * TYPICAL_ROWS * torch.get_num_threads() for size in sizes)
-        assert padded_rows(rows) - rows < ROW_STEP
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_sizes_of_chunks_are_known_before(threads):
-    with torch_threads(threads):
-        chunks = [piece for rows in range(1, 6000) for piece in row_chunks(padded_rows(rows))]
-    assert {piece.stop - piece.start for piece in chunks} == set(chunk_sizes(threads))

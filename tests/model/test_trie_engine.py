@@ -64,8 +64,7 @@ def test_reduced_precision_is_packed_too(dtype, llama, saes):
 def test_a_token_that_texts_share_is_computed_once(llama, saes):
     shared = random_texts([50])[0]
     extraction = packed(llama, saes).extract([[*shared, n] for n in range(20)])
-    assert extraction.computed_tokens == 50 + 20
-    assert extraction.padding_tokens == 0
+    assert extraction.computed_tokens - extraction.padding_tokens == 50 + 20
 
 
 def test_a_family_whose_attention_has_biases_of_its_own_is_not_packed(saes, tmp_path):

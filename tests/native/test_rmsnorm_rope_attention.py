@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from daemon.model.trie import Trie, build_trie
-from daemon.native.rmsnorm_rope_attention import BLOCK, WIDTH, Heads, Nodes, add_norm, routines
+from daemon.native.rmsnorm_rope_attention import BLOCK, WIDTH, Heads, InputNorm, Nodes, add_norm, routines
 from tests.support.effort import examples
 from tests.support.torch_threads import torch_threads
 
@@ -29,30 +29,44 @@ def case(heads: Heads, n: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     return 10 * x, 3 * qkv, angle.cos(), angle.sin()
 
 
-def attended(heads: Heads, packed: Trie, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    nodes = Nodes.of(torch.from_numpy(packed.end), torch.from_numpy(packed.depth))
+def nodes_of(packed: Trie) -> Nodes:
+    return Nodes.of(torch.from_numpy(packed.end), torch.from_numpy(packed.depth))
+
+
+def attended(
+    heads: Heads, packed: Trie, given: tuple[torch.Tensor, ...], bias: torch.Tensor | None = None
+) -> torch.Tensor:
     x, qkv, cos, sin = given
-    return heads.attended(FOUND, nodes, x, lambda _: qkv, cos, sin)
+    return heads.attended_after_norm(FOUND, nodes_of(packed), qkv, InputNorm(x, EPSILON, bias), cos, sin)
 
 
-def slowly(heads: Heads, packed: Trie, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def slowly(
+    heads: Heads, packed: Trie, given: tuple[torch.Tensor, ...], bias: torch.Tensor | None = None
+) -> torch.Tensor:
     x, qkv, cos, sin = (tensor.double() for tensor in given)
-    qkv = qkv / (x.square().mean(1, keepdim=True) + heads.epsilon).sqrt()
-    if heads.bias is not None:
-        qkv = qkv + heads.bias.double()
+    qkv = qkv / (x.square().mean(1, keepdim=True) + EPSILON).sqrt()
+    if bias is not None:
+        qkv = qkv + bias.double()
     qkv = qkv.view(len(x), -1, heads.d_head)
     turned = qkv * cos.unsqueeze(1) + torch.cat(
         [-qkv[..., heads.d_head // 2 :], qkv[..., : heads.d_head // 2]], dim=-1
     ) * sin.unsqueeze(1)
-    result = torch.full((len(x), heads.heads, heads.d_head), torch.nan, dtype=torch.float64)
+    return one_at_a_time(heads, packed, turned, qkv)
+
+
+def one_at_a_time(heads: Heads, packed: Trie, turned: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+    """`turned` (n, all heads, d_head) has queries and keys, `qkv` the values."""
+    result = torch.full((len(qkv), heads.heads, heads.d_head), torch.nan, dtype=torch.float64)
     for start, stop in zip(packed.offsets, packed.offsets[1:], strict=False):
         path = torch.from_numpy(packed.path[start:stop])
         for position, node in enumerate(path):
             seen = path[max(0, position + 1 - (heads.window or len(path))) : position + 1]
             for head in range(heads.heads):
                 key_head = heads.heads + head // (heads.heads // heads.key_heads)
-                shares = (heads.scale * turned[seen, key_head] @ turned[node, head]).softmax(0)
-                result[node, head] = shares @ qkv[seen, key_head + heads.key_heads]
+                scores = heads.scale * turned[seen, key_head] @ turned[node, head]
+                if heads.softcap is not None:
+                    scores = heads.softcap * (scores / heads.softcap).tanh()
+                result[node, head] = scores.softmax(0) @ qkv[seen, key_head + heads.key_heads]
     return result.flatten(1)
 
 
@@ -76,14 +90,39 @@ def texts_of(lengths: list[int], shared: int) -> list[list[int]]:
 def test_attention_is_what_one_query_at_a_time_gives(lengths, shared, shape, vectors, window, biased):
     d_head = vectors * WIDTH
     bias = torch.linspace(-1, 1, (shape[0] + 2 * shape[1]) * d_head) if biased else None
-    heads = Heads(*shape, d_head, d_head**-0.5, window, bias, EPSILON)
+    heads = Heads(*shape, d_head, d_head**-0.5, window)
     packed = build_trie(texts_of(lengths, shared))
     given = case(heads, len(packed))
-    assert_close(attended(heads, packed, given).double(), slowly(heads, packed, given), rtol=2e-5, atol=2e-5)
+    got, expected = (way(heads, packed, given, bias) for way in (attended, slowly))
+    assert_close(got.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0, 50.0])
+@pytest.mark.parametrize("window", [None, 9])
+def test_heads_that_are_turned_already_attend_as_they_are(softcap, window):
+    heads = Heads(6, 2, 2 * WIDTH, 0.3, window, softcap)
+    packed = build_trie(texts_of([70, 5, 41, 33], 20))
+    _, qkv, _, _ = case(heads, len(packed))
+    by_head = qkv.double().view(len(qkv), -1, heads.d_head)
+    got = heads.attended(FOUND, nodes_of(packed), qkv)
+    expected = one_at_a_time(heads, packed, by_head, by_head).flatten(1)
+    assert_close(got.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_text_attends_in_the_same_bits_whatever_is_beside_it():
+    heads = Heads(2, 1, 2 * WIDTH, 0.3, None)
+    texts = texts_of([70, 5, 41, 33, 64, 1], 20)
+    together = build_trie(texts)
+    _, qkv, _, _ = case(heads, len(together))
+    result = heads.attended(FOUND, nodes_of(together), qkv)
+    for start, stop, text in zip(together.offsets, together.offsets[1:], texts, strict=False):
+        path = together.path[start:stop]
+        alone = heads.attended(FOUND, nodes_of(build_trie([text])), qkv[path])
+        assert torch.equal(result[path], alone)
 
 
 def test_threads_share_the_work_and_change_no_bit():
-    heads = Heads(6, 2, 4 * WIDTH, 0.1, None, None, EPSILON)
+    heads = Heads(6, 2, 4 * WIDTH, 0.1, None)
     packed = build_trie(texts_of([300, 5, 170, 64], 33))
     given = case(heads, len(packed))
     results = []
@@ -94,7 +133,7 @@ def test_threads_share_the_work_and_change_no_bit():
 
 
 def test_what_is_not_a_number_stays_so_and_reaches_only_those_who_attend_to_it():
-    heads = Heads(2, 1, 2 * WIDTH, 0.1, None, None, EPSILON)
+    heads = Heads(2, 1, 2 * WIDTH, 0.1, None)
     packed = build_trie(texts_of([40, 40], 10))
     given = case(heads, len(packed))
     given[0][15] = torch.nan  # in the first text
@@ -106,7 +145,7 @@ def test_what_is_not_a_number_stays_so_and_reaches_only_those_who_attend_to_it()
 
 
 def test_large_scores_do_not_overflow():
-    heads = Heads(2, 1, WIDTH, 30.0, None, None, EPSILON)
+    heads = Heads(2, 1, WIDTH, 30.0, None)
     packed = build_trie(texts_of([50], 0))
     given = case(heads, len(packed))
     assert_close(attended(heads, packed, given).double(), slowly(heads, packed, given), rtol=1e-3, atol=1e-3)
@@ -126,5 +165,5 @@ def test_add_norm_adds_and_norms(rows, threads):
 
 
 def test_heads_that_fill_no_vector_are_left_to_torch():
-    assert not Heads(2, 1, WIDTH // 2, 1.0, None, None, EPSILON).fit
-    assert Heads(2, 1, WIDTH, 1.0, None, None, EPSILON).fit
+    assert not Heads(2, 1, WIDTH // 2, 1.0, None).fit
+    assert Heads(2, 1, WIDTH, 1.0, None).fit
