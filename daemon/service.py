@@ -252,6 +252,7 @@ class Service:
                 dtype=info.dtype,
                 device=info.device,
                 engine=info.engine,
+                bits=info.bits,
                 max_batch_tokens=now.max_batch_tokens,
                 saes=[sae.where for sae in info.saes],
                 seconds=round(time.monotonic() - began, 1),

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from daemon.analysis.columns import ANALYSIS_VERSION, LAYER_COLUMNS, analysis_co
 from daemon.config import Config, load_config
 from daemon.errors import ConfigError, MachineError
 from daemon.executor.runner import BatchRunner, BegunBatch
+from daemon.native.rmsnorm_rope_attention import routines
 from daemon.observe.recorder import Tally
 from daemon.recipes import CONTRAST_RECIPE
 from daemon.records import Batch, BatchResult, Outcome
@@ -111,9 +113,12 @@ def test_an_outbox_without_texts_holds_none_and_is_other_work(tiny_toml, inbox):
     assert not any(prompt in path.read_bytes() for path in without.iterdir())
 
 
-def test_results_do_not_depend_on_batch_size_or_company(tiny_toml, inbox):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_results_do_not_depend_on_batch_size_or_company(dtype, tiny_toml, inbox):
+    """In float64 but for rounding; else to the last bit."""
     records = tiny.contrast_records(40)
-    tables = []
+    tables: list[pa.Table] = []
+    features: list[pa.Table] = []
     for number, flags in enumerate(
         ({"batching__max_batch_samples": 1}, {"batching__max_batch_tokens": 100_000})
     ):
@@ -122,13 +127,17 @@ def test_results_do_not_depend_on_batch_size_or_company(tiny_toml, inbox):
         tiny.write_json(folder / "inbox" / "a.json", records)
         if number:
             tiny.write_json(folder / "inbox" / "other.json", tiny.contrast_records(13)[3:])
-        _, outcomes = drain(configured(tiny_toml, folder / "inbox", model__dtype="float64", **flags))
+        _, outcomes = drain(configured(tiny_toml, folder / "inbox", model__dtype=dtype, **flags))
         folder = next(outcome.folder for outcome in outcomes if outcome.name == "a.json")
         tables.append(pq.read_table(folder / "metrics.parquet"))
+        features.append(pq.read_table(folder / "features.parquet"))
+    if dtype != "float64" and routines() is not None:
+        assert tables[0].equals(tables[1])
+        assert features[0].equals(features[1])
     for name in tables[0].column_names:
         first, second = (table[name].to_pylist() for table in tables)
         if isinstance(first[0], float):
-            assert first == pytest.approx(second, abs=1e-9), name
+            assert first == pytest.approx(second, abs=1e-9 if dtype == "float64" else 1e-3), name
         else:
             assert first == second, name
 

@@ -257,7 +257,7 @@ class Crew:
         worker.begin(self._cluster.worker())
         node = await worker.place()
         ready: Ready = await worker.call("load", partial(self._load, worker.load.number == 0))
-        model = dataclasses.replace(ready.info, device="")  # whatever device it is on
+        model = dataclasses.replace(ready.info, device="", bits="")  # whatever device it is on
         self._model = self._model or model
         if model != self._model:
             raise MachineError(f"{node} loaded another model or dictionary than the first worker")

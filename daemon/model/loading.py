@@ -277,6 +277,7 @@ def model_info(
     cards: Sequence[Fit],
     *,
     log_probs: bool = False,
+    bits: str = "",
 ) -> ModelInfo:
     """The description of a loaded model."""
     return ModelInfo(
@@ -293,6 +294,7 @@ def model_info(
         saes=tuple(saes),
         cards=tuple(cards),
         log_probs=log_probs,
+        bits=bits,
     )
 
 

@@ -73,6 +73,7 @@ class PaddedEngine:
             "padded",
             comparable_cards(saes, positions),
             log_probs=unembedding is not None,
+            bits="not tried in padded batches",
         )
         self._name, self._dtype, self._device = model.location.name, model.dtype, model.device
         self._read = [read for read, _ in points]
