@@ -111,7 +111,8 @@ class TrieEngine:
         self._points = tuple(dict.fromkeys([*self._read, *self._written]))
         self._concurrent = model.devices == "cpu" and keeps_nothing(model.model, encoders)
         self._compiled = False  # whether attention is one kernel
-        self._sizes = RowSizes() if model.devices == "cpu" else None  # None: of any number of rows
+        on_cpu = compute_devices(model.devices) == ("cpu",)
+        self._sizes = RowSizes() if on_cpu else None  # None: products have any number of rows
         texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
         plain = self._plain(model, texts)
         check_widths(self._stage.saes, points, {name: plain[name].shape[1] for name in self._points})

@@ -93,7 +93,7 @@ def assert_same(one, other, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("positions", ["last", "all", "mean"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-14)], ids=str)
 def test_layers_on_the_disk_give_what_they_give_in_memory(dtype, tolerance, positions, llama, saes):
     read = [text for text in texts() if len(text) > 1]
     engine = packed(llama, saes, dtype, positions, device_map=spread("cpu", "disk"))

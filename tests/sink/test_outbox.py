@@ -104,6 +104,7 @@ def test_a_published_folder_says_what_it_holds(outbox):
         "weights_sha256": None,
         "settings_sha256": "7" * 64,
         "revision": None,
+        "bits": "",
     }
     assert content["recipe"]["texts"]["fact"] == "{prompt} {fact}"
     assert content["recipe"]["contrast"] == {"reference": "prompt", "positive": "fact", "negative": "hall"}
