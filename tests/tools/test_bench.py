@@ -12,7 +12,7 @@ from rich.console import Console
 from daemon.config import load_config
 from daemon.errors import ConfigError
 from daemon.model.trie import build_trie
-from daemon.tools.bench import AUTO, BARE, BenchReport, VariantReport, bench
+from daemon.tools.bench import AUTO, BARE, BenchReport, VariantReport, bench, chosen
 from daemon.tools.bench_report import plot, print_bench, recommendations
 from daemon.tools.bench_worker import RATE, BaselineWorker, LensdWorker, Measured, Workload
 from daemon.tools.limit import ProductRate, Products, Work
@@ -134,14 +134,11 @@ def test_bench_measures_every_variant_beside_the_others(positions, made, tmp_pat
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
-def test_an_unknown_baseline_is_named_with_those_there_are(made, tmp_path):
-    toml = tmp_path / "lensd.toml"
-    toml.write_text(made.toml())
-    file = tiny.write_json(tmp_path / "some.json", tiny.contrast_records(2))
-    config = load_config(toml, {}, {"batching.max_batch_tokens": 64})
+def test_an_unknown_baseline_is_named_with_those_there_are():
+    there_are = ["sequential", "original", "idiomatic 32"]
+    assert chosen(there_are, ["original"]) == ["sequential", "original"]
     with pytest.raises(ConfigError, match=r"--baselines: no 'vllm' here: sequential, original, idiomatic"):
-        bench(config, [file], baselines=["original", "vllm"])
+        chosen(there_are, ["original", "vllm"])
 
 
 def variant(name: str, rate: float, gib: float) -> VariantReport:
