@@ -25,7 +25,8 @@ from daemon.model.attention_check import attention_is_replaceable
 from daemon.model.buffers import keep_memory, lasting
 from daemon.model.compiled_layers import can_compile
 from daemon.model.device_check import check_device
-from daemon.model.encoding import encoder_of
+from daemon.model.dictionary_stamps import DictionaryStamps
+from daemon.model.encoding import Encoder, FusedEncoder, NormalisingEncoder, encoder_of
 from daemon.model.engine import Engine
 from daemon.model.failures import explained
 from daemon.model.hub import Hub
@@ -36,6 +37,7 @@ from daemon.model.placement import asked_map
 from daemon.model.sae import LoadedSae, last_layer_read, load_saes, move_saes
 from daemon.model.sae_names import check_columns
 from daemon.model.smollm2 import default_cache_dir
+from daemon.model.stamps import Stamps
 from daemon.model.trie_engine import CannotPack, TrieEngine
 from daemon.model.unembedding import Unembedding, UnknownEnd, unembedding_of
 from daemon.model_info import SaeInfo, compute_devices
@@ -115,13 +117,36 @@ def load_parts(config: Config, hub: Hub | None = None) -> tuple[LoadedModel, tup
         d_model=model.d_model,
         n_layers=model.n_layers,
         device=exact_device(model.device) if model.placement is None else "cpu",
-        dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
+        dtype=sae_dtype(model),
         bos_habit=lambda: puts_bos(model.tokenizer),
+        stamps=dictionary_stamps(model),
     )
     names = [entry.info.name for entry in saes]
     check_columns(names, config.recipes, log_probs=config.analysis.log_probs)
     accept_together(model, saes, log_probs=config.analysis.log_probs)
     return model, saes
+
+
+def sae_dtype(model: LoadedModel) -> torch.dtype:
+    return torch.float64 if model.dtype == torch.float64 else torch.float32
+
+
+def dictionary_stamps(model: LoadedModel) -> DictionaryStamps | None:
+    """The stamps of a model's dictionaries; None where these are not encoded on the host alone."""
+    if model.devices != "cpu":
+        return None
+    return DictionaryStamps(Stamps(default_cache_dir() / "dictionaries"), sae_dtype(model), model.dtype)
+
+
+def encoders_of(model: LoadedModel, saes: Sequence[LoadedSae]) -> list[Encoder]:
+    """The encoder of each dictionary; remembers those that agreed with SAELens's."""
+    device = model.device if model.placement is None else None  # else that of each dictionary
+    encoders = [encoder_of(entry, model.dtype, device) for entry in saes]
+    if (stamps := dictionary_stamps(model)) is not None:
+        for entry, encoder in zip(saes, encoders, strict=True):
+            if entry.origin is not None and isinstance(encoder, FusedEncoder | NormalisingEncoder):
+                stamps.remember(entry.sae, entry.origin)
+    return encoders
 
 
 def load_bare_model(config: Config, hub: Hub) -> LoadedModel:
@@ -168,8 +193,7 @@ def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
 def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
     hub = Hub()
     model, saes = load_parts(config, hub)
-    device = model.device if model.placement is None else None  # else that of each dictionary
-    encoders = [encoder_of(entry, model.dtype, device) for entry in saes]
+    encoders = encoders_of(model, saes)
     positions, log_probs = config.analysis.positions, config.analysis.log_probs
     end = end_of(model, log_probs=log_probs)
     if (last_layer_read(saes) >= 0 or log_probs) and not attention_is_replaceable(model):

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,8 @@ from torch import Tensor
 from daemon.errors import ConfigError
 from daemon.model.cards import card_of, neuronpedia_id_of
 from daemon.model.completeness import check_finite
+from daemon.model.dictionary import Dictionary, Facts
+from daemon.model.dictionary_stamps import WEIGHTS_NAME, DictionaryStamps, Origin, found_of
 from daemon.model.failures import loading, quiet_libraries
 from daemon.model.folding import fold_normalisation
 from daemon.model.hub import Hub, repository_of, serving
@@ -33,7 +35,6 @@ HOOK_NAME = re.compile(r"blocks\.(\d+)\.\S+")
 RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 # Places whose raw values, less their mean, are what TransformerLens gives with centred writing weights.
 CENTRED = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
-WEIGHTS_NAME = "sae_weights.safetensors"
 CROSS_LAYER_LOADERS = {"mntss_clt_layer_transcoder"}  # of SAELens
 
 log = structlog.get_logger()
@@ -61,10 +62,12 @@ class LoadedSae:
     """A dictionary on the device with what its model must give it."""
 
     info: SaeInfo
-    sae: Any  # sae_lens.SAE; the library's generics say nothing useful here
+    sae: Any  # sae_lens.SAE, or the `Dictionary` that a stamp vouches for
     center_residual: bool  # it was trained on weights processed by TransformerLens
     card: Fit = field(default_factory=Fit)  # what its makers measured
     reconstructs: bool = True  # else its decoder's sum is no reconstruction, and has no error
+    vouched: bool = False  # whether a stamp says that its fast encoder agreed with SAELens's
+    origin: Origin | None = None  # what a stamp is made of, once it did
 
     @property
     def hook_names(self) -> tuple[str, ...]:
@@ -114,15 +117,17 @@ def load_saes(
     dtype: torch.dtype,
     bos_habit: Callable[[], bool],
     hub: Hub | None = None,
+    stamps: DictionaryStamps | None = None,
 ) -> tuple[LoadedSae, ...]:
     """Every dictionary, in order of layer, checked against the model's shape.
 
-    `bos_habit` tells whether the model's tokenizer puts BOS before a text: so do those that say nothing.
-    Raises ConfigError, naming the dictionary, where one can't be loaded or does not fit.
+    `bos_habit` tells whether the model's tokenizer puts BOS before a text: so do those that say nothing. Those
+    that `stamps` vouch for come without SAELens. Raises ConfigError, naming the dictionary, where one can't be loaded or does not fit.
     """
     hub = hub or Hub()
     loaded = [
-        load_sae(source, device=device, dtype=dtype, bos_habit=bos_habit, hub=hub) for source in sources
+        load_sae(source, device=device, dtype=dtype, bos_habit=bos_habit, hub=hub, stamps=stamps)
+        for source in sources
     ]
     for entry in loaded:
         info = entry.info
@@ -156,43 +161,34 @@ def load_sae(
     dtype: torch.dtype,
     bos_habit: Callable[[], bool] = lambda: False,
     hub: Hub | None = None,
+    stamps: DictionaryStamps | None = None,
 ) -> LoadedSae:
     """One dictionary from a SAELens folder or release; without `bos_habit`, for a tokenizer that puts no BOS.
 
     Raises ConfigError, or MachineError where the hub fails.
     """
-    name = name_of(source)
-    revision = None
-    folded = False
-    if source.path is not None:
-        sae = load_from_folder(source.path, device, dtype)
-        with loading(f"SAE {source.path}"):
-            folded = fold_normalisation(sae, source.path, f"SAE {source.path}")
+    hub = hub or Hub()
+    if stamps is not None and (known := stamps.find(source, hub)) is not None:
+        found = Found(known.dictionary, known.facts, known.revision)
     else:
-        sae, revision = load_from_hub(source, device, dtype, hub or Hub())
-    sae.requires_grad_(False)
-    sae.turn_off_forward_pass_hook_z_reshaping()  # engines give the heads side by side already
-    check_supported(sae, name)
-    hook_name, hook_name_out = hooks_of(sae, name)
+        found = from_saelens(source, device, dtype, hub)
+    name, facts = name_of(source), found.facts
     info = SaeInfo(
-        hook_name=hook_name,
-        hook_name_out=hook_name_out,
-        layer=layer_of(hook_name),
-        d_in=sae.cfg.d_in,
-        d_sae=sae.cfg.d_sae,
-        d_out=getattr(sae.cfg, "d_out", sae.cfg.d_in),
-        architecture=sae.cfg.architecture(),
+        hook_name=facts.hook_name,
+        hook_name_out=facts.hook_name_out,
+        layer=layer_of(facts.hook_name),
+        d_in=facts.d_in,
+        d_sae=facts.d_sae,
+        d_out=facts.d_out,
+        architecture=facts.architecture,
         source=name,
-        weights_sha256=tensors_sha256(sae)
-        if source.path is None or folded
-        else sha256_of(source.path / WEIGHTS_NAME),
-        settings_sha256=settings_sha256(sae.cfg.to_dict()),
-        prepend_bos=prepends_bos(source, sae.cfg.metadata.prepend_bos, name, bos_habit),
-        revision=revision,
-        neuronpedia_id=neuronpedia_id_of(sae, source.release, source.id),
+        weights_sha256=facts.weights_sha256,
+        settings_sha256=facts.settings_sha256,
+        prepend_bos=prepends_bos(source, facts.prepend_bos, name, bos_habit),
+        revision=found.revision,
+        neuronpedia_id=facts.neuronpedia_id,
     )
-    reconstructs = source.path is not None or not is_cross_layer(source)
-    if not reconstructs:
+    if not facts.reconstructs:
         log.warning(
             "sae.not_for_reconstruction",
             sae=name,
@@ -200,11 +196,67 @@ def load_sae(
         )
     return LoadedSae(
         info=info,
-        sae=sae,
-        center_residual=reads_centred(sae, (hook_name, hook_name_out), name),
-        card=card_of(sae, source.release, source.id),
-        reconstructs=reconstructs,
+        sae=found.sae,
+        center_residual=facts.center_residual,
+        card=facts.card,
+        reconstructs=facts.reconstructs,
+        vouched=found.vouched,
+        origin=found.origin,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A dictionary, and what is known of it."""
+
+    sae: Any
+    facts: Facts
+    revision: str | None
+    origin: Origin | None = None  # where SAELens loaded it, and no warning was logged
+
+    @property
+    def vouched(self) -> bool:
+        return isinstance(self.sae, Dictionary)
+
+
+def from_saelens(source: SaeSource, device: str, dtype: torch.dtype, hub: Hub) -> Found:
+    """Have SAELens load a dictionary, and check it. Raises ConfigError or MachineError."""
+    name = name_of(source)
+    read = read_folder(source.path, device, dtype) if source.path else read_hub(source, device, dtype, hub)
+    sae = read.sae
+    sae.requires_grad_(False)
+    sae.turn_off_forward_pass_hook_z_reshaping()  # engines give the heads side by side already
+    check_supported(sae, name)
+    hook_name, hook_name_out = hooks_of(sae, name)
+    facts = Facts(
+        hook_name=hook_name,
+        hook_name_out=hook_name_out,
+        d_in=sae.cfg.d_in,
+        d_sae=sae.cfg.d_sae,
+        d_out=getattr(sae.cfg, "d_out", sae.cfg.d_in),
+        architecture=sae.cfg.architecture(),
+        weights_sha256=tensors_sha256(sae) if read.weights_sha256 is None else read.weights_sha256,
+        settings_sha256=settings_sha256(sae.cfg.to_dict()),
+        prepend_bos=None if (said := sae.cfg.metadata.prepend_bos) is None else bool(said),
+        neuronpedia_id=neuronpedia_id_of(sae, source.release, source.id),
+        center_residual=reads_centred(sae, (hook_name, hook_name_out), name),
+        reconstructs=source.path is not None or not is_cross_layer(source),
+        card=card_of(sae, source.release, source.id),
+    )
+    origin = None if read.warned else Origin(source, facts, read.files, read.found)
+    return Found(sae, facts, read.revision, origin)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A dictionary as SAELens read it."""
+
+    sae: Any
+    warned: bool  # whether its settings were worth a warning
+    files: tuple[Path, ...]  # safetensors that it was read from
+    weights_sha256: str | None = None  # of a single file; None for a hash of the tensors
+    revision: str | None = None
+    found: Mapping[str, Any] = field(default_factory=dict)  # of a hub's: see `Origin`
 
 
 def name_of(source: SaeSource) -> str:
@@ -286,7 +338,7 @@ def last_layer_read(saes: Sequence[LoadedSae]) -> int:
     return max(layer_of(hook) - hook.endswith("hook_resid_pre") for hook in hooks)
 
 
-def load_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
+def read_folder(path: Path, device: str, dtype: torch.dtype) -> Read:
     from sae_lens import SAE
 
     what = f"SAE {path}"
@@ -312,8 +364,11 @@ def load_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
             )
         if "scaling_factor" in shapes and is_neutral(path / WEIGHTS_NAME, "scaling_factor"):
             del shapes["scaling_factor"]
-        check_dictionary(cfg, shapes, what)
-        return SAE.load_from_disk(path, device=device, dtype=str(dtype).removeprefix("torch."))
+        warned = check_dictionary(cfg, shapes, what)
+        sae = SAE.load_from_disk(path, device=device, dtype=str(dtype).removeprefix("torch."))
+        folded = fold_normalisation(sae, path, what)
+        weights = None if folded else sha256_of(path / WEIGHTS_NAME)
+        return Read(sae, warned, (path / WEIGHTS_NAME,), weights)
 
 
 def is_neutral(path: Path, name: str) -> bool:
@@ -325,8 +380,8 @@ def is_neutral(path: Path, name: str) -> bool:
     return torch.allclose(tensor, torch.ones_like(tensor))
 
 
-def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype, hub: Hub) -> tuple[Any, str]:
-    """A dictionary of a release, and the commit of its repository."""
+def read_hub(source: SaeSource, device: str, dtype: torch.dtype, hub: Hub) -> Read:
+    """A dictionary of a release."""
     from sae_lens import SAE
     from sae_lens.loading.pretrained_sae_loaders import (
         NAMED_PRETRAINED_SAE_LOADERS,
@@ -339,16 +394,22 @@ def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype, hub: Hub) 
         check_known(source, what)
         load = NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(source.release)]
         snapshot = hub.snapshot(repository_of(source.release or ""), source.revision)
-        with serving(snapshot):
+        warned: list[bool] = []
+        with serving(snapshot) as served:
             sae = SAE.from_pretrained(
                 release=source.release,
                 sae_id=source.id,
                 device=device,
                 dtype=str(dtype).removeprefix("torch."),
-                converter=judged(load, what),
+                converter=judged(load, what, warned),
             )
         snapshot.remember()
-        return sae, snapshot.commit
+        files = tuple(snapshot.file(name) for name in served if name.endswith(".safetensors"))
+        try:
+            found = found_of(snapshot, sorted(set(served)))
+        except ValueError:  # the cache names its files otherwise
+            files, found = (), {}
+        return Read(sae, any(warned), files, revision=snapshot.commit, found=found)
 
 
 def check_known(source: SaeSource, what: str) -> None:
