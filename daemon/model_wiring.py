@@ -31,7 +31,8 @@ from daemon.model.engine import Engine
 from daemon.model.failures import explained
 from daemon.model.hub import Hub
 from daemon.model.loading import LoadedModel, check_weights, load_model, resolve_device
-from daemon.model.location import locate_model
+from daemon.model.location import ModelLocation, locate_model
+from daemon.model.model_stamps import ModelStamps
 from daemon.model.padded_engine import PaddedEngine
 from daemon.model.placement import asked_map
 from daemon.model.sae import LoadedSae, last_layer_read, load_saes, move_saes
@@ -107,10 +108,18 @@ def read_rules(config: Config) -> ReadRules:
     )
 
 
-def load_parts(config: Config, hub: Hub | None = None) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
+def load_parts(
+    config: Config, hub: Hub | None = None, location: ModelLocation | None = None
+) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
     """The model and its dictionaries, their weights accepted. Raises ConfigError or MachineError."""
     hub = hub or Hub()
-    model = load_bare_model(config, hub)
+    model = load_bare_model(config, hub, location)
+    saes = load_dictionaries(config, model, hub)
+    accept_together(model, saes, log_probs=config.analysis.log_probs)
+    return model, saes
+
+
+def load_dictionaries(config: Config, model: LoadedModel, hub: Hub) -> tuple[LoadedSae, ...]:
     saes = load_saes(
         config.sae,
         hub=hub,
@@ -123,8 +132,7 @@ def load_parts(config: Config, hub: Hub | None = None) -> tuple[LoadedModel, tup
     )
     names = [entry.info.name for entry in saes]
     check_columns(names, config.recipes, log_probs=config.analysis.log_probs)
-    accept_together(model, saes, log_probs=config.analysis.log_probs)
-    return model, saes
+    return saes
 
 
 def sae_dtype(model: LoadedModel) -> torch.dtype:
@@ -149,11 +157,49 @@ def encoders_of(model: LoadedModel, saes: Sequence[LoadedSae]) -> list[Encoder]:
     return encoders
 
 
-def load_bare_model(config: Config, hub: Hub) -> LoadedModel:
+def load_bare_model(config: Config, hub: Hub, location: ModelLocation | None = None) -> LoadedModel:
     dtype = getattr(torch, config.model.dtype)
     device = resolve_device(config.model.device, dtype)
-    location = locate_model(config.model.name, default_cache_dir(), config.model.revision, hub)
+    location = location or located(config, hub)
     return load_model(location, device=device, dtype=dtype, device_map=asked_map(config.model.device_map))
+
+
+def located(config: Config, hub: Hub) -> ModelLocation:
+    return locate_model(config.model.name, default_cache_dir(), config.model.revision, hub)
+
+
+def model_stamps(config: Config) -> ModelStamps | None:
+    """The stamps of models; None where the configuration needs Transformers' own modules."""
+    model = config.model
+    if (
+        model.dtype != "float32"
+        or resolve_device(model.device, torch.float32) != "cpu"
+        or asked_map(model.device_map) is not None
+        or config.analysis.log_probs
+    ):
+        return None
+    saes = [[str(sae.path), sae.release, sae.id, sae.revision] for sae in config.sae]
+    return ModelStamps(Stamps(default_cache_dir() / "vouched-models"), {"name": model.name, "saes": saes})
+
+
+def vouched_engine(
+    config: Config, hub: Hub, location: ModelLocation, stamps: ModelStamps
+) -> tuple[Engine, LoadedModel] | None:
+    """The engine of a model that a stamp vouches for; None without a stamp that holds.
+
+    Raises ConfigError or MachineError where the dictionaries can't be loaded.
+    """
+    known = stamps.find(location)
+    if known is None:
+        return None
+    model = known.model
+    saes = load_dictionaries(config, model, hub)
+    encoders = encoders_of(model, saes)
+    try:
+        return TrieEngine(model, saes, encoders, config.analysis.positions, probed=known.probed), model
+    except CannotPack as error:
+        log.info("model.loaded_again", model=location.name, reason=str(error))
+        return None
 
 
 def accept_together(model: LoadedModel, saes: Sequence[LoadedSae], *, log_probs: bool = False) -> None:
@@ -192,7 +238,10 @@ def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
 
 def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
     hub = Hub()
-    model, saes = load_parts(config, hub)
+    location, stamps = located(config, hub), model_stamps(config)
+    if stamps is not None and (vouched := vouched_engine(config, hub, location, stamps)) is not None:
+        return vouched
+    model, saes = load_parts(config, hub, location)
     encoders = encoders_of(model, saes)
     positions, log_probs = config.analysis.positions, config.analysis.log_probs
     end = end_of(model, log_probs=log_probs)
@@ -203,7 +252,10 @@ def try_engines(config: Config) -> tuple[Engine, LoadedModel]:
         compiles = config.model.compile == "auto" and can_compile(model.device)
         if compiles:  # and finds it again at the next start
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_cache_dir() / "inductor"))
-        return TrieEngine(model, saes, encoders, positions, compiles=compiles, unembedding=end), model
+        engine = TrieEngine(model, saes, encoders, positions, compiles=compiles, unembedding=end)
+        if stamps is not None:
+            engine.remember(model, stamps)
+        return engine, model
     except CannotPack as error:
         log.warning("engine.padded", model=model.location.name, reason=str(error))
         changed = error.model_changed

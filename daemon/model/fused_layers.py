@@ -55,6 +55,16 @@ class FusedDecoderLayer(nn.Module):
         )
 
     @property
+    def heads(self) -> Heads:
+        """How it attends."""
+        return self._heads
+
+    @property
+    def mlp_epsilon(self) -> float:
+        """The number that the norm before the MLP adds to the mean square."""
+        return self._epsilon
+
+    @property
     def products(self) -> tuple[OneDnnLinear | TorchLinear, OneDnnLinear | TorchLinear, GatedMlp]:
         """The modules that multiply."""
         return self._qkv, self._out, self._mlp

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 TYPICAL_ROWS = 512  # of a product; the packed layout is chosen for about that many
 ROW_STEP = 16  # the numbers of rows that products run with are multiples of it
@@ -216,6 +215,8 @@ def pack_linears(layers: Iterable[nn.Module]) -> int:
 
 def packed_linear(module: nn.Module) -> OneDnnLinear | None:
     """The packed form of a linear layer, or of Hugging Face's transposed one."""
+    from transformers.pytorch_utils import Conv1D
+
     if type(module) is nn.Linear:
         weight, bias = module.weight, module.bias
     elif isinstance(module, Conv1D):

@@ -7,7 +7,7 @@ about analysis, files or samples.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -29,10 +29,12 @@ from daemon.model.compiled_layers import FlexPlan, can_compile, compile_layers, 
 from daemon.model.cuda_streams import Launch
 from daemon.model.encoding import Encoder, FusedEncoder, NormalisingEncoder
 from daemon.model.extraction import Counted, Extraction, Started
+from daemon.model.fused_decoder import FusedDecoder
 from daemon.model.fused_layers import FusedDecoderLayer, fuse_layers
 from daemon.model.hook_points import check_widths, hook_points_of
 from daemon.model.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
 from daemon.model.log_probs import Predictions, with_log_probs
+from daemon.model.model_stamps import ModelStamps, Probed, Runs
 from daemon.model.onednn import (
     TYPICAL_ROWS,
     chunk_sizes,
@@ -94,10 +96,12 @@ class TrieEngine:
         *,
         compiles: bool = False,
         unembedding: Unembedding | None = None,
+        probed: Probed | None = None,
     ) -> None:
         """Changes the model: its attention and its linear layers, which it compiles if asked to.
 
-        With `unembedding`, the model's own, it predicts tokens too. Raises CannotPack.
+        With `unembedding`, the model's own, it predicts tokens too. A model that comes with `probed` values is
+        fused already, and must give them. Raises CannotPack.
         """
         self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices, model.bos)
         self._unembedding = unembedding
@@ -119,10 +123,14 @@ class TrieEngine:
         self._points = tuple(dict.fromkeys([*self._read, *self._written]))
         self._concurrent = model.devices == "cpu" and keeps_nothing(model.model, encoders)
         self._compiled = False  # whether attention is one kernel
+        self._probed: Probed | None = None  # until it is remembered
         texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
-        plain = self._plain(model, texts)
+        plain = self._plain(model, texts) if probed is None else self._known(model, probed)
         check_widths(self._stage.saes, points, {name: plain[name].shape[1] for name in self._points})
-        self._adopt(model, texts, plain)
+        if probed is None:
+            self._adopt(model, texts, plain)
+        else:
+            self._probe(texts, plain)
         if compiles:
             self._compile(texts, plain)
         self._trunk.drop_idle()
@@ -211,7 +219,7 @@ class TrieEngine:
             values = self._trunk.run(tokens, depth, self._no_mask, keep, ahead)
         return dict(zip((*self._points, *self._ahead), values, strict=True))
 
-    def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> Mapping[str, Tensor]:
         """The values of each text run by itself: per hook point (tokens, d).
 
         Finds where the trunk is to read them. Raises CannotPack where no plain module has them.
@@ -225,10 +233,37 @@ class TrieEngine:
             read = [plain.read(text) for text in texts]
         except RUN_ERRORS as error:
             raise CannotPack(reason_of(error), model_changed=False) from error
-        names = zip((*self._points, *self._ahead), (*self._points, *end), strict=True)
-        return {name: torch.cat([values[point] for values in read]) for name, point in names}
+        names = (*self._points, *self._ahead)
+        of_point = zip(names, (*self._points, *end), strict=True)
+        values = {name: torch.cat([one[point] for one in read]) for name, point in of_point}
+        self._probed = Probed(dict(zip(names, places, strict=True)), values)
+        return values
 
-    def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
+    def _known(self, model: LoadedModel, probed: Probed) -> Mapping[str, Tensor]:
+        """The same of a model whose plain values are known. Raises CannotPack where others are needed."""
+        if set(probed.places) != set(self._points):
+            raise CannotPack("other hook points than are known")
+        self._trunk = Trunk(model.model, [probed.places[name] for name in self._points])
+        self._rows = padded_rows
+        return probed.values
+
+    def remember(self, model: LoadedModel, stamps: ModelStamps) -> None:
+        """Have the model's plain values, which are let go of here, remembered for the next start."""
+        probed, self._probed = self._probed, None
+        if probed is None:
+            return
+        trie = build_trie([text[: model.context] for text in packed_texts(model.vocabulary)])
+        plan, keep = self._plan(trie), torch.from_numpy(trie.path)
+
+        def run(decoder: FusedDecoder) -> Iterator[Tensor]:
+            tokens, depth = (torch.from_numpy(row).unsqueeze(0) for row in (trie.tokens, trie.depth))
+            with torch.inference_mode(), attending(plan):
+                for hidden in decoder.hidden_states(tokens, depth):
+                    yield hidden.flatten(0, 1).index_select(0, keep)
+
+        stamps.remember(model, self._trunk.layers, probed, Runs(self._run(trie, plan, keep), run))
+
+    def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]], plain: Mapping[str, Tensor]) -> None:
         """Give the model attention over a trie and packed weights, and compare its values with `plain`."""
         config = model.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -258,7 +293,7 @@ class TrieEngine:
         self._trunk.watch()
         return padded_rows if packed or fused else int
 
-    def _compile(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
+    def _compile(self, texts: Sequence[Sequence[int]], plain: Mapping[str, Tensor]) -> None:
         """Compile the layers, and on an accelerator the attention; restore them where that does not work."""
         began = time.perf_counter()
         layers = [
@@ -277,7 +312,7 @@ class TrieEngine:
             return
         log.info("engine.compiled", seconds=round(time.perf_counter() - began, 1))
 
-    def _probe(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> Plan:
+    def _probe(self, texts: Sequence[Sequence[int]], plain: Mapping[str, Tensor]) -> Plan:
         """Run texts as a trie; returns their plan. Raises CannotPack where values differ from `plain`."""
         trie = build_trie(texts)
         plan = self._plan(trie)
