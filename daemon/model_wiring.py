@@ -20,6 +20,7 @@ from daemon.config import Config
 from daemon.devices import exact_device
 from daemon.errors import ConfigError
 from daemon.executor.autotune import auto_batch_tokens
+from daemon.executor.preparing import Pieces
 from daemon.executor.runner import BatchRunner
 from daemon.model.attention_check import attention_is_replaceable
 from daemon.model.buffers import keep_memory, lasting
@@ -57,6 +58,7 @@ class Compute:
     runner: BatchRunner
     tokenizer: Tokenizer
     max_batch_tokens: int
+    preparations: Pieces = ()  # that make later batches faster
 
 
 def load_compute(config: Config) -> Compute:
@@ -83,6 +85,7 @@ def load_compute(config: Config) -> Compute:
         runner=runner,
         tokenizer=tokenizer_of(model, config, engine.info.saes),
         max_batch_tokens=max_batch_tokens,
+        preparations=engine.preparations if isinstance(engine, TrieEngine) else (),
     )
 
 

@@ -54,7 +54,6 @@ from daemon.model.trie import Trie, build_trie
 from daemon.model.trunk import Trunk, UnknownModel, leave_files, place_of
 from daemon.model.unembedding import Unembedding
 from daemon.model_info import ModelInfo, compute_devices
-from daemon.native.threads import side_by_side
 from daemon.records import Positions
 
 RUN_ERRORS = (
@@ -68,7 +67,6 @@ RUN_ERRORS = (
     ValueError,
 )
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # that attention over a trie knows
-PREPARE_SECONDS = 5.0  # in which kernels may be made ahead: a second does for all of a small model's
 PREPARE_NUMBERS = 1 << 22  # in the result of an encoder's product, up to which its kernel is made ahead
 
 AHEAD = "last_hidden_state"  # what the last layer gives, that tokens are predicted from
@@ -138,12 +136,18 @@ class TrieEngine:
             self._trunk.leave_files()
             if unembedding is not None:
                 leave_files(unembedding.head)
+        self._preparations: tuple[Callable[[], None], ...] = ()
         if self._concurrent and faster(torch.float32) and works(torch.float32):
-            prepare(self._trunk.layers, saes, encoders)
+            self._preparations = preparations(self._trunk.layers, saes, encoders)
 
     @property
     def info(self) -> ModelInfo:
         return self._info
+
+    @property
+    def preparations(self) -> tuple[Callable[[], None], ...]:
+        """Short pieces of work that have oneDNN make the kernels of later batches: see `preparations`."""
+        return self._preparations
 
     @property
     def shares_prefixes(self) -> bool:
@@ -325,13 +329,15 @@ class TrieEngine:
         return plan
 
 
-def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Sequence[Encoder]) -> None:
+def preparations(
+    layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Sequence[Encoder]
+) -> tuple[Callable[[], None], ...]:
     """Have oneDNN make its kernels for the numbers of rows that fused layers and encoders meet in a piece.
 
-    Kernels made while batches run would stay in the heap and fragment it. oneDNN makes a kernel only by
-    multiplying, which takes long for a large model: then some are left for later.
+    Kernels made while batches run would stay in the heap and fragment it: run these within `lasting`, the first
+    ones first. oneDNN makes a kernel only by multiplying, which takes long for a large model: `Preparing` knows
+    when to stop.
     """
-    deadline = time.perf_counter() + PREPARE_SECONDS
     fused = {
         tuple(product.shape for product in layer.products): layer
         for layer in layers
@@ -344,15 +350,14 @@ def prepare(layers: Iterable[nn.Module], saes: Sequence[LoadedSae], encoders: Se
     }
 
     def multiply(rows: int) -> None:
-        if time.perf_counter() > deadline:
-            return
         for layer in fused.values():
             layer.multiply(rows)
         for (d_sae, d_in), encoder in dictionaries.items():
             if rows * d_sae <= PREPARE_NUMBERS:
                 encoder.pre_acts(torch.zeros(rows, d_in))
 
-    side_by_side(multiply, sorted(chunk_sizes(threads=1), key=lambda rows: abs(rows - TYPICAL_ROWS)))
+    sizes = sorted(chunk_sizes(threads=1), key=lambda rows: abs(rows - TYPICAL_ROWS))
+    return tuple(partial(multiply, rows) for rows in sizes)
 
 
 def keeps_nothing(model: nn.Module, encoders: Sequence[Encoder]) -> bool:
