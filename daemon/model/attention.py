@@ -219,4 +219,5 @@ def leave_uncompiled() -> None:
     """Have the compiler of torch, which takes a second to import, keep out of `trie_attention`."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(trie_attention))
+    disable: Callable[..., object] = torch.compiler.disable
+    AttentionInterface.register(IMPLEMENTATION, disable(trie_attention))

@@ -1,20 +1,46 @@
 """A dictionary's tensors and the few settings by which it encodes, under the names that SAELens has for them.
 
-Stands in the place of SAELens's own object where a stamp vouches for the dictionary. Knows no file.
+Stands in the place of SAELens's own object where a stamp vouches for the dictionary. Reads no file.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from daemon.model_info import Fit
 
+WEIGHTS_NAME = "sae_weights.safetensors"
+HOOK_NAME = re.compile(r"blocks\.(\d+)\.\S+")
 TENSORS = ("W_enc", "W_dec", "b_dec", "b_enc", "threshold", "b_gate", "b_mag", "r_mag", "W_skip")
+
+
+class SaeSource(Protocol):
+    """Where a dictionary comes from; `daemon.config.SaeSection` is one."""
+
+    @property
+    def release(self) -> str | None: ...
+    @property
+    def id(self) -> str | None: ...
+    @property
+    def path(self) -> Path | None: ...
+    @property
+    def name(self) -> str | None: ...  # that it is given
+    @property
+    def prepend_bos(self) -> bool | None: ...  # in place of what its metadata says
+    @property
+    def revision(self) -> str | None: ...
+
+
+def name_of(source: SaeSource) -> str:
+    """As messages name it."""
+    return source.path.name if source.path is not None else f"{source.release}/{source.id}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,44 +10,30 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 import torch
 from torch import Tensor
 
-from daemon.model.dictionary import Dictionary, Facts, Metadata, Settings
+from daemon.model.dictionary import WEIGHTS_NAME, Dictionary, Facts, Metadata, SaeSource, Settings
 from daemon.model.folding import FACTOR_NAME, WHITENING_NAME
 from daemon.model.hub import Hub, Snapshot
 from daemon.model.smollm2 import sha256_of
 from daemon.model.stamps import Stamps
 from daemon.model_info import Fit
 
-WEIGHTS_NAME = "sae_weights.safetensors"
 BESIDE = ("cfg.json", FACTOR_NAME, WHITENING_NAME)  # other files of a folder that say what a dictionary is
 SHA256_CHARACTERS = 64
 
 log = structlog.get_logger()
 
 
-class Source(Protocol):
-    """Where a dictionary comes from: see `daemon.model.sae.SaeSource`."""
-
-    @property
-    def release(self) -> str | None: ...
-    @property
-    def id(self) -> str | None: ...
-    @property
-    def path(self) -> Path | None: ...
-    @property
-    def revision(self) -> str | None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a loaded dictionary came from, and what is known of it: what a stamp is made of."""
 
-    source: Source
+    source: SaeSource
     facts: Facts
     weights: tuple[Path, ...]  # safetensors files that may hold its tensors as they are
     found: Mapping[str, Any]  # of a hub's: its repository, its commit and the hashes of its files
@@ -70,7 +56,7 @@ class DictionaryStamps:
     dtype: torch.dtype
     model_dtype: torch.dtype
 
-    def find(self, source: Source, hub: Hub) -> Vouched | None:
+    def find(self, source: SaeSource, hub: Hub) -> Vouched | None:
         """The dictionary without SAELens; None where no stamp vouches for it as it is now."""
         try:
             subject = self._subject(source)
@@ -115,7 +101,7 @@ class DictionaryStamps:
             self.stamps.write(self._subject(origin.source), content)
             return
 
-    def _subject(self, source: Source) -> dict[str, Any]:
+    def _subject(self, source: SaeSource) -> dict[str, Any]:
         """What a stamp of a dictionary is for. Raises OSError where the folder's files can't be read."""
         subject = {"dtype": str(self.dtype), "model_dtype": str(self.model_dtype)}
         if source.path is None:

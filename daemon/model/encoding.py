@@ -86,7 +86,8 @@ def encoder_of(
 ) -> Encoder:
     """The fastest encoder of a dictionary that agrees with the dictionary's own, else that one.
 
-    Of a dictionary that a stamp vouches for, the encoder that agreed when the stamp was written. `model_dtype` is what the residuals are before they are the dictionary's. The product runs on `device`:
+    Of a dictionary that a stamp vouches for, the encoder that agreed when the stamp was written.
+    `model_dtype` is what the residuals are before they are the dictionary's. The product runs on `device`:
     the dictionary's own, or MPS for a dictionary on the host.
     """
     decoder = DecoderRows.of(entry.W_dec)

@@ -65,7 +65,8 @@ class FusedDecoder(nn.Module):
     def __init__(self, shape: DecoderShape, embedding: Tensor, layers: Sequence[nn.Module]) -> None:
         """embedding: (vocabulary, d_model)."""
         super().__init__()
-        self.embed_tokens = nn.Embedding.from_pretrained(embedding)
+        vocabulary, d_model = embedding.shape
+        self.embed_tokens = nn.Embedding(vocabulary, d_model, _weight=embedding)
         self.layers = nn.ModuleList(layers)
         self.config = Config(len(layers))
         self._inv_freq = torch.tensor(shape.inv_freq, dtype=torch.float32)
@@ -75,7 +76,7 @@ class FusedDecoder(nn.Module):
     def base_model(self) -> FusedDecoder:
         return self
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **others: object) -> Tensor:

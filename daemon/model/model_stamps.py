@@ -46,7 +46,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """A model's values on texts of random tokens, as plain modules gave them, and where an engine has them."""
+    """A model's values on random texts, as plain modules gave them, and where an engine has them."""
 
     places: Mapping[str, Place]  # by hook point
     values: Mapping[str, Tensor]  # by hook point (tokens, d)
@@ -158,9 +158,7 @@ class Runs:
         return not of_layer
 
 
-def described(
-    model: LoadedModel, layers: Sequence[torch.nn.Module], probed: Probed
-) -> DecoderShape | None:
+def described(model: LoadedModel, layers: Sequence[torch.nn.Module], probed: Probed) -> DecoderShape | None:
     """A model whose decoder `FusedDecoder` can be; None where it can't."""
     rotary = getattr(model.model.base_model, "rotary_emb", None)
     inv_freq = getattr(rotary, "inv_freq", None)
@@ -234,7 +232,9 @@ def files_of_tensors(folder: Path) -> dict[str, Path]:
 
 def files_beside(folder: Path) -> list[str]:
     """The files of a model's folder that it and its tokenizer are made of, besides weights."""
-    names = [path.relative_to(folder).as_posix() for at in (".", TEMPLATES) for path in (folder / at).glob("*")]
+    names = [
+        path.relative_to(folder).as_posix() for at in (".", TEMPLATES) for path in (folder / at).glob("*")
+    ]
     return [name for name in sorted(names) if is_setting(name) and (folder / name).is_file()]
 
 

@@ -38,7 +38,7 @@ class Stamps:
         """What was remembered of a subject; None where nothing was, or not under these versions."""
         whole = identity(subject)
         try:
-            stored = json.loads(self._path(whole).read_bytes())
+            stored = json.loads(self._path(subject).read_bytes())
             content = stored["content"]
             if stored["identity"] == whole and stored["sha256"] == digest(content) and type(content) is dict:
                 return content
@@ -49,7 +49,7 @@ class Stamps:
     def write(self, subject: Mapping[str, Any], content: Mapping[str, Any]) -> None:
         """Remember it, in place of what was; where that fails it is checked again at the next start."""
         whole = identity(subject)
-        path = self._path(whole)
+        path = self._path(subject)
         draft = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +60,9 @@ class Stamps:
         except OSError as error:
             log.debug("stamp.not_written", path=str(path), reason=error.strerror)
 
-    def _path(self, whole: Mapping[str, Any]) -> Path:
-        return self.folder / f"{digest(whole)[:32]}.json"
+    def _path(self, subject: Mapping[str, Any]) -> Path:
+        """One for each subject: under other versions it is written again."""
+        return self.folder / f"{digest(subject)[:32]}.json"
 
 
 def identity(subject: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,8 +98,8 @@ class TrieEngine:
     ) -> None:
         """Changes the model: its attention and its linear layers, which it compiles if asked to.
 
-        With `unembedding`, the model's own, it predicts tokens too. A model that comes with `probed` values is
-        fused already, and must give them. Raises CannotPack.
+        With `unembedding`, the model's own, it predicts tokens too. A model that comes with `probed` values
+        is fused already, and must give them. Raises CannotPack.
         """
         self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices, model.bos)
         self._unembedding = unembedding
@@ -121,6 +121,7 @@ class TrieEngine:
         self._points = tuple(dict.fromkeys([*self._read, *self._written]))
         self._concurrent = model.devices == "cpu" and keeps_nothing(model.model, encoders)
         self._compiled = False  # whether attention is one kernel
+        self._rows: Callable[[int], int] = padded_rows  # how many rows to run for n nodes
         self._probed: Probed | None = None  # until it is remembered
         texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
         plain = self._plain(model, texts) if probed is None else self._known(model, probed)
@@ -248,7 +249,6 @@ class TrieEngine:
         if set(probed.places) != set(self._points):
             raise CannotPack("other hook points than are known")
         self._trunk = Trunk(model.model, [probed.places[name] for name in self._points])
-        self._rows = padded_rows
         return probed.values
 
     def remember(self, model: LoadedModel, stamps: ModelStamps) -> None:
@@ -334,9 +334,9 @@ def preparations(
 ) -> tuple[Callable[[], None], ...]:
     """Have oneDNN make its kernels for the numbers of rows that fused layers and encoders meet in a piece.
 
-    Kernels made while batches run would stay in the heap and fragment it: run these within `lasting`, the first
-    ones first. oneDNN makes a kernel only by multiplying, which takes long for a large model: `Preparing` knows
-    when to stop.
+    Kernels made while batches run would stay in the heap and fragment it: run these within `lasting`, the
+    first ones first. oneDNN makes a kernel only by multiplying, which takes long for a large model:
+    `daemon.executor.preparing` knows when to stop.
     """
     fused = {
         tuple(product.shape for product in layer.products): layer

@@ -17,7 +17,6 @@ from daemon.recipes import ROLES, Recipe
 from daemon.records import TokenizedSample
 
 
-
 def texts_table(samples: Sequence[TokenizedSample], recipe: Recipe, schema: pa.Schema) -> pa.Table:
     """A row for each text, in the order of samples and of the recipe.
 
