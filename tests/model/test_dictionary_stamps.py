@@ -17,6 +17,7 @@ from daemon.model.hub import Hub
 from daemon.model.sae import LoadedSae, load_sae
 from daemon.model.stamps import Stamps
 from tests.support import tiny
+from tests.support.hub import hub_here, running_hub
 
 HOOK = "blocks.1.hook_resid_post"
 ARCHITECTURES = ["standard", "jumprelu", "topk", "gated", *tiny.TRANSCODERS]
@@ -154,3 +155,32 @@ def test_prepend_bos_is_asked_for_at_each_start(tmp_path, stamps):
         )
         assert entry.vouched
         assert entry.info.prepend_bos is habit
+
+
+def test_a_hubs_dictionary_goes_by_its_commit(tmp_path, stamps, no_saelens):
+    tiny.save_sae(tmp_path / "one" / HOOK, HOOK)
+    tiny.save_sae(tmp_path / "two" / HOOK, HOOK, seed=1)
+
+    def from_hub() -> LoadedSae:
+        section = SaeSection(release="x/saes", id=HOOK)
+        return load_sae(section, device="cpu", dtype=torch.float32, hub=Hub(), stamps=stamps)
+
+    with running_hub() as hub, hub_here(hub, tmp_path / "cache"):
+        commit = hub.add("x/saes", tmp_path / "one")
+        first = from_hub()
+        assert first.origin is not None
+        stamps.remember(first.sae, first.origin)
+        second = from_hub()
+        assert second.vouched
+        assert second.info == first.info
+        assert second.info.revision == commit
+        assert torch.equal(second.W_dec, first.W_dec)
+        newer = hub.add("x/saes", tmp_path / "two")
+        third = from_hub()
+        assert not third.vouched
+        assert third.info.revision == newer
+        hub.add("x/saes", tmp_path / "one")
+        no_saelens()
+        assert from_hub().info == first.info
+        hub.down()
+        assert from_hub().info == first.info
