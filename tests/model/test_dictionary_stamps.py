@@ -122,7 +122,11 @@ def test_a_damaged_stamp_is_passed_over(tmp_path, stamps):
     first = remembered(folder, stamps)
     (path,) = stamps.stamps.folder.iterdir()
     whole = json.loads(path.read_text())
-    for content in ({}, {**whole["content"], "tensors": ["W_gone"]}, {**whole["content"], "facts": {"d_in": 1}}):
+    for content in (
+        {},
+        {**whole["content"], "tensors": ["W_gone"]},
+        {**whole["content"], "facts": {"d_in": 1}},
+    ):
         stamps.stamps.write(whole["identity"]["subject"], content)
         entry = load(folder, stamps)
         assert not entry.vouched

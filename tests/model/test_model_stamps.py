@@ -170,7 +170,7 @@ def test_a_stored_tokenizer_reads_as_transformers_own(tmp_path, monkeypatch):
     chat = Conversation((Message("user", "one"), Message("assistant", "two")))
     expected = ChatTemplate.of(plain.tokenizer)
     assert expected is not None
-    for tokenizer in (stored, pickle.loads(pickle.dumps(stored))):  # noqa: S301 - made here
+    for tokenizer in (stored, pickle.loads(pickle.dumps(stored))):
         template = ChatTemplate.of(tokenizer)
         assert template is not None
         assert template.encode(chat, "all", None) == expected.encode(chat, "all", None)
