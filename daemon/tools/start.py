@@ -68,7 +68,7 @@ def to_ready(folder: Path, options: Sequence[str]) -> Measured:
     """Start the daemon on an empty inbox and stop it once it is ready."""
     (folder / "inbox").mkdir()
     before, began = cpu_seconds(), time.perf_counter()
-    with started(folder, [*options, "--no-http"]) as daemon:
+    with started(folder, [*options, "--http", "127.0.0.1:0"]) as daemon:
         assert daemon.stderr is not None
         seconds = wait_for(READY, daemon.stderr) - began
         daemon.send_signal(signal.SIGTERM)
