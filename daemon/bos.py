@@ -13,5 +13,7 @@ def bos_of(tokenizer: Any) -> int | None:
 
 def puts_bos(tokenizer: Any) -> bool:
     """Whether a tokenizer by its own habit puts BOS before a text."""
+    if (known := getattr(tokenizer, "puts_bos", None)) is not None:
+        return bool(known)
     bos = bos_of(tokenizer)
     return bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]

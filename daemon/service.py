@@ -29,10 +29,8 @@ from daemon.model_wiring import Compute, load_compute
 from daemon.observe import logs
 from daemon.observe.board import StatusBoard
 from daemon.observe.health import DRAINING, LOADING, Health
-from daemon.observe.http import serve_http
 from daemon.observe.metrics import Metrics
 from daemon.observe.notify import Notify
-from daemon.observe.page import status_routes
 from daemon.observe.progress import Progress
 from daemon.observe.recorder import Recorder, Tally
 from daemon.observe.reports import report_routes
@@ -414,6 +412,9 @@ class Service:
         if not self.config.http.enabled:
             yield
             return
+        from daemon.observe.http import serve_http
+        from daemon.observe.page import status_routes
+
         address, registry, health = self.config.http.address, self.metrics.registry, self.health
         routes = [
             *status_routes(lambda: self.board.status(health)),

@@ -25,6 +25,7 @@ from daemon.batching.batcher import Batcher
 from daemon.config import PRESETS, Config
 from daemon.executor.device_thread import DeviceThread
 from daemon.executor.local import LocalExecutor
+from daemon.executor.preparing import prepare_all, preparing
 from daemon.model.smollm2 import default_cache_dir
 from daemon.model_info import ModelInfo
 from daemon.model_wiring import Compute, load_compute, read_rules, study_settings
@@ -96,7 +97,8 @@ async def computing(
         compute = await device.call(lambda: load(config))
         local = LocalExecutor(device, compute.runner)
         on_executor(local)
-        yield Computing(local, compute.tokenizer, compute.max_batch_tokens)
+        async with preparing(device, compute.preparations if patient else ()):
+            yield Computing(local, compute.tokenizer, compute.max_batch_tokens)
         return
     cluster = cluster_of(config)
     from daemon.executor.crew import Crew
@@ -176,10 +178,13 @@ def load_in_worker(
     )
     config = config.model_copy(update={"sae": saes})
     if measures or config.batching.max_batch_tokens != "auto":
-        return load(config)
-    fixed = config.batching.model_copy(update={"max_batch_tokens": 1})
-    compute = load(config.model_copy(update={"batching": fixed}))
-    return dataclasses.replace(compute, max_batch_tokens=0)
+        compute = load(config)
+    else:
+        fixed = config.batching.model_copy(update={"max_batch_tokens": 1})
+        compute = load(config.model_copy(update={"batching": fixed}))
+        compute = dataclasses.replace(compute, max_batch_tokens=0)
+    prepare_all(compute.preparations)
+    return compute
 
 
 def part_bytes(config: Config) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
-from daemon.model.sae import ARCHITECTURES
+from daemon.model.saeformat import ARCHITECTURES
 from daemon.model.trie_engine import TrieEngine
 from tests.sweep import CLASSES, Case, class_cases, sweep
 

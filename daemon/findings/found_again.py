@@ -19,9 +19,11 @@ from daemon.config import PRESETS, SaeSection
 from daemon.errors import LensdError
 from daemon.findings.manifests import Manifest, SaeEntry
 from daemon.findings.results import IntArray
+from daemon.model.dictionary import WEIGHTS_NAME, name_of
 from daemon.model.hub import cached_commit, storage_of
 from daemon.model.location import BUNDLED, folder_sha256, official_name
-from daemon.model.sae import CENTRED, WEIGHTS_NAME, load_sae, name_of
+from daemon.model.sae import load_sae
+from daemon.model.saelens import CENTRED
 from daemon.model.smollm2 import WEIGHTS_SHA256, default_cache_dir, sha256_of
 
 MOST_DICTIONARY_BYTES = 512 << 20  # of one that has to be loaded whole

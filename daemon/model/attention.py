@@ -172,7 +172,6 @@ def attending(plan: Plan) -> Iterator[None]:
         current.reset(token)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def trie_attention(
     module: nn.Module,
     query: Tensor,
@@ -237,4 +236,13 @@ def register() -> None:
     """Make `trie_attention` known to Hugging Face modules. Safe to repeat."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(IMPLEMENTATION, trie_attention)
+    if IMPLEMENTATION not in AttentionInterface():
+        AttentionInterface.register(IMPLEMENTATION, trie_attention)
+
+
+def leave_uncompiled() -> None:
+    """Have the compiler of torch, which takes a second to import, keep out of `trie_attention`."""
+    from transformers import AttentionInterface
+
+    disable: Callable[..., object] = torch.compiler.disable
+    AttentionInterface.register(IMPLEMENTATION, disable(trie_attention))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from daemon.devices import on_cuda, to_device
-from daemon.model.attention import Call
+from daemon.model.attention import Call, leave_uncompiled
 from daemon.model.trie import Trie
 
 BLOCK = 128  # queries, and keys, that are looked at or skipped together
@@ -36,6 +36,7 @@ def can_compile(device: str) -> bool:
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
     """Compile each layer for any number of tokens. `restore_layers` takes it back."""
+    leave_uncompiled()
     for layer in layers:
         layer.forward = compiled(layer.forward)
 

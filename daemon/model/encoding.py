@@ -92,19 +92,20 @@ def encoder_of(
 ) -> Encoder:
     """The fastest encoder of a dictionary that agrees with the dictionary's own, else that one.
 
+    Of a dictionary that a stamp vouches for, the encoder that agreed when the stamp was written.
     `model_dtype` is what the residuals are before they are the dictionary's. The product runs on `device`:
     the dictionary's own, or MPS for a dictionary on the host.
     """
     decoder = DecoderRows.of(entry.W_dec)
-    plain = PlainEncoder(entry, decoder)
     device = device or entry.W_dec.device
     build = ACTIVATIONS.get(entry.info.architecture)
-    normalises = entry.sae.cfg.normalize_activations in NORMALISING
+    if entry.vouched and build is not None:
+        return normalising(entry, FusedEncoder(entry, decoder, build, product, device))
+    plain = PlainEncoder(entry, decoder)
     if build is not None:
         for multiply in (split_product, product) if can_split(entry, model_dtype) else (product,):
             try:
-                fused = FusedEncoder(entry, decoder, build, multiply, device)
-                encoder = NormalisingEncoder(entry, fused) if normalises else fused
+                encoder = normalising(entry, FusedEncoder(entry, decoder, build, multiply, device))
                 if agree(plain, encoder, entry, model_dtype):
                     return encoder
             except (TypeError, RuntimeError) as error:  # of a torch that has no such product
@@ -115,6 +116,12 @@ def encoder_of(
                 log.info("sae.not_split", sae=entry.info.source, reason=str(error))
     log.info("sae.encoded_by_saelens", sae=entry.info.source, architecture=entry.info.architecture)
     return plain
+
+
+def normalising(entry: LoadedSae, fused: FusedEncoder) -> FusedEncoder | NormalisingEncoder:
+    """The encoder with what a dictionary does to rows before, if it does."""
+    normalises = entry.sae.cfg.normalize_activations in NORMALISING
+    return NormalisingEncoder(entry, fused) if normalises else fused
 
 
 def can_split(entry: LoadedSae, model_dtype: torch.dtype) -> bool:
@@ -338,8 +345,7 @@ def by_rows(encode: Callable[[Tensor], Tensor], x: Tensor, d_sae: int, device: t
 
 
 def standard(sae: Any, device: str | torch.device) -> Callable[[Tensor], Tensor]:
-    activation: Callable[[Tensor], Tensor] = sae.activation_fn
-    return activation
+    return torch.relu
 
 
 def jumprelu(sae: Any, device: str | torch.device) -> Callable[[Tensor], Tensor]:
@@ -348,18 +354,23 @@ def jumprelu(sae: Any, device: str | torch.device) -> Callable[[Tensor], Tensor]
 
 
 def topk(sae: Any, device: str | torch.device) -> Callable[[Tensor], Tensor]:
+    k = int(sae.cfg.k)
+
+    def activate(pre_acts: Tensor) -> Tensor:
+        largest, indices = torch.topk(pre_acts, k, dim=-1, sorted=False)
+        return torch.zeros_like(pre_acts).scatter_(-1, indices, largest.relu())
+
     if not sae.cfg.rescale_acts_by_decoder_norm:
-        return standard(sae, device)
+        return activate
     norms = to_device(sae.W_dec.norm(dim=-1), device)
-    activation = standard(sae, device)
-    return lambda pre_acts: activation(pre_acts * norms)
+    return lambda pre_acts: activate(pre_acts * norms)
 
 
 def gated(sae: Any, device: str | torch.device) -> Callable[[Tensor], Tensor]:
     scale, b_mag, b_gate = (to_device(one, device) for one in (sae.r_mag.exp(), sae.b_mag, sae.b_gate))
 
     def activate(pre_acts: Tensor) -> Tensor:
-        magnitudes: Tensor = sae.activation_fn(pre_acts * scale + b_mag)
+        magnitudes = torch.relu(pre_acts * scale + b_mag)
         return magnitudes.where(pre_acts + b_gate > 0, 0)
 
     return activate

@@ -58,6 +58,16 @@ class FusedDecoderLayer(nn.Module):
         )
 
     @property
+    def heads(self) -> Heads:
+        """How it attends."""
+        return self._heads
+
+    @property
+    def epsilons(self) -> tuple[float, float]:
+        """What the norms before the attention and before the MLP add to the mean square."""
+        return self._epsilons
+
+    @property
     def products(self) -> tuple[ChunkedLinear, ChunkedLinear, GatedMlp]:
         """The modules that multiply."""
         return self._qkv, self._out, self._mlp

@@ -233,8 +233,8 @@ def repository_of(release: str) -> str:
 
 
 @contextlib.contextmanager
-def serving(snapshot: Snapshot) -> Iterator[None]:
-    """Within it SAELens reads a dictionary's files from one commit, by way of the cache.
+def serving(snapshot: Snapshot) -> Iterator[list[str]]:
+    """Within it SAELens reads a dictionary's files from one commit, by way of the cache; yields their names.
 
     It asks for the newest commit by itself, and for the shapes of tensors past the cache.
     """
@@ -242,15 +242,19 @@ def serving(snapshot: Snapshot) -> Iterator[None]:
 
     def fetch(repo_id: str, filename: str, subfolder: str | None = None, **_: Any) -> str:
         assert repo_id == snapshot.repo, (repo_id, snapshot.repo)
-        return str(snapshot.file(f"{subfolder}/{filename}" if subfolder else filename))
+        name = f"{subfolder}/{filename}" if subfolder else filename
+        path = snapshot.file(name)
+        served.append(name)
+        return str(path)
 
     def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
         headers = tensor_headers(Path(fetch(repo_id, filename)), f"{repo_id}/{filename}")
         return {name: list(header.shape) for name, header in headers.items()}
 
+    served: list[str] = []
     theirs = loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes
     loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes = fetch, shapes
     try:
-        yield
+        yield served
     finally:
         loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes = theirs

@@ -55,7 +55,6 @@ def locate_model(
     """
     if not name.strip():
         raise ConfigError("model.name is empty: name a preset, a folder or a model of the hub")
-    quiet_libraries()
     with loading(f"model {name}"):
         folder = Path(name).expanduser()
         if revision is not None and (name == BUNDLED or folder.exists()):
@@ -74,6 +73,7 @@ def locate_model(
             )
         if name.startswith((".", "/", "~")):
             raise ConfigError(f"model {name}: no such folder")
+        quiet_libraries()
         snapshot = (hub or Hub()).snapshot(official_name(name), revision)
         fetch_settings(snapshot, f"model {name}")
         return ModelLocation(name, str(snapshot.folder), None, snapshot)

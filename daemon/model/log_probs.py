@@ -70,7 +70,11 @@ class Predictions:
 def token_log_probs(unembedding: Unembedding, hidden: Tensor, rows: IntArray, tokens: IntArray) -> Tensor:
     """(W,) of tokens (W,), each predicted from a row of hidden (P, d_model); `rows` (W,) ascend."""
     on_cpu = hidden.device.type == "cpu"
-    step = CPU_ROWS if on_cpu else max(1, LOGITS.get(hidden.device.type, LOGITS["mps"]) // len(unembedding.weight))
+    step = (
+        CPU_ROWS
+        if on_cpu
+        else max(1, LOGITS.get(hidden.device.type, LOGITS["mps"]) // len(unembedding.weight))
+    )
 
     def of_step(start: int) -> Tensor:
         given = hidden[start : start + step]

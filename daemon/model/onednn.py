@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from daemon.model.row_sizes import MOST_ROWS, RowSizes
 
@@ -213,6 +212,8 @@ def pack_linears(layers: Iterable[nn.Module]) -> int:
 
 def packed_linear(module: nn.Module) -> ChunkedLinear | None:
     """A linear layer on a CPU, or Hugging Face's transposed one, in the form that multiplies by chunks."""
+    from transformers.pytorch_utils import Conv1D
+
     if type(module) is nn.Linear:
         weight, bias = module.weight, module.bias
     elif isinstance(module, Conv1D):

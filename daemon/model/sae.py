@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 import torch
 from torch import Tensor
 
 from daemon.errors import ConfigError
-from daemon.model.cards import card_of, neuronpedia_id_of
-from daemon.model.completeness import check_finite
-from daemon.model.failures import loading, quiet_libraries
-from daemon.model.folding import fold_normalisation
-from daemon.model.hub import Hub, repository_of, serving
-from daemon.model.pickles import weights_only_pickles
+from daemon.model.dictionary import HOOK_NAME, SaeSource, name_of
+from daemon.model.dictionary_stamps import DictionaryStamps, Origin
+from daemon.model.hub import Hub
 from daemon.model.placement import Placement
 from daemon.model.sae_names import names_of
-from daemon.model.saeformat import ARCHITECTURES, TRANSCODERS, check_dictionary, check_folded, judged
-from daemon.model.smollm2 import sha256_of
-from daemon.model.weightfiles import check_floating, read_object, tensor_headers
+from daemon.model.saelens import Found, from_saelens
 from daemon.model_info import Fit, SaeInfo
 
-HOOK_NAME = re.compile(r"blocks\.(\d+)\.\S+")
 RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
-# Places whose raw values, less their mean, are what TransformerLens gives with centred writing weights.
-CENTRED = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
-WEIGHTS_NAME = "sae_weights.safetensors"
-CROSS_LAYER_LOADERS = {"mntss_clt_layer_transcoder"}  # of SAELens
 
 log = structlog.get_logger()
-
-
-class SaeSource(Protocol):
-    """Where a dictionary comes from; `daemon.config.SaeSection` is one."""
-
-    @property
-    def release(self) -> str | None: ...
-    @property
-    def id(self) -> str | None: ...
-    @property
-    def path(self) -> Path | None: ...
-    @property
-    def name(self) -> str | None: ...  # that it is given
-    @property
-    def prepend_bos(self) -> bool | None: ...  # in place of what its metadata says
-    @property
-    def revision(self) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +30,12 @@ class LoadedSae:
     """A dictionary on the device with what its model must give it."""
 
     info: SaeInfo
-    sae: Any  # sae_lens.SAE; the library's generics say nothing useful here
+    sae: Any  # sae_lens.SAE, or the `Dictionary` that a stamp vouches for
     center_residual: bool  # it was trained on weights processed by TransformerLens
     card: Fit = field(default_factory=Fit)  # what its makers measured
     reconstructs: bool = True  # else its decoder's sum is no reconstruction, and has no error
+    vouched: bool = False  # whether a stamp says that its fast encoder agreed with SAELens's
+    origin: Origin | None = None  # what a stamp is made of, once it did
 
     @property
     def hook_names(self) -> tuple[str, ...]:
@@ -114,15 +85,18 @@ def load_saes(
     dtype: torch.dtype,
     bos_habit: Callable[[], bool],
     hub: Hub | None = None,
+    stamps: DictionaryStamps | None = None,
 ) -> tuple[LoadedSae, ...]:
     """Every dictionary, in order of layer, checked against the model's shape.
 
     `bos_habit` tells whether the model's tokenizer puts BOS before a text: so do those that say nothing.
-    Raises ConfigError, naming the dictionary, where one can't be loaded or does not fit.
+    Those that `stamps` vouch for come without SAELens. Raises ConfigError, naming the dictionary, where one
+    can't be loaded or does not fit.
     """
     hub = hub or Hub()
     loaded = [
-        load_sae(source, device=device, dtype=dtype, bos_habit=bos_habit, hub=hub) for source in sources
+        load_sae(source, device=device, dtype=dtype, bos_habit=bos_habit, hub=hub, stamps=stamps)
+        for source in sources
     ]
     for entry in loaded:
         info = entry.info
@@ -156,43 +130,34 @@ def load_sae(
     dtype: torch.dtype,
     bos_habit: Callable[[], bool] = lambda: False,
     hub: Hub | None = None,
+    stamps: DictionaryStamps | None = None,
 ) -> LoadedSae:
     """One dictionary from a SAELens folder or release; without `bos_habit`, for a tokenizer that puts no BOS.
 
     Raises ConfigError, or MachineError where the hub fails.
     """
-    name = name_of(source)
-    revision = None
-    folded = False
-    if source.path is not None:
-        sae = load_from_folder(source.path, device, dtype)
-        with loading(f"SAE {source.path}"):
-            folded = fold_normalisation(sae, source.path, f"SAE {source.path}")
+    hub = hub or Hub()
+    if stamps is not None and (known := stamps.find(source, hub)) is not None:
+        found = Found(known.dictionary, known.facts, known.revision)
     else:
-        sae, revision = load_from_hub(source, device, dtype, hub or Hub())
-    sae.requires_grad_(False)
-    sae.turn_off_forward_pass_hook_z_reshaping()  # engines give the heads side by side already
-    check_supported(sae, name)
-    hook_name, hook_name_out = hooks_of(sae, name)
+        found = from_saelens(source, device, dtype, hub)
+    name, facts = name_of(source), found.facts
     info = SaeInfo(
-        hook_name=hook_name,
-        hook_name_out=hook_name_out,
-        layer=layer_of(hook_name),
-        d_in=sae.cfg.d_in,
-        d_sae=sae.cfg.d_sae,
-        d_out=getattr(sae.cfg, "d_out", sae.cfg.d_in),
-        architecture=sae.cfg.architecture(),
+        hook_name=facts.hook_name,
+        hook_name_out=facts.hook_name_out,
+        layer=layer_of(facts.hook_name),
+        d_in=facts.d_in,
+        d_sae=facts.d_sae,
+        d_out=facts.d_out,
+        architecture=facts.architecture,
         source=name,
-        weights_sha256=tensors_sha256(sae)
-        if source.path is None or folded
-        else sha256_of(source.path / WEIGHTS_NAME),
-        settings_sha256=settings_sha256(sae.cfg.to_dict()),
-        prepend_bos=prepends_bos(source, sae.cfg.metadata.prepend_bos, name, bos_habit),
-        revision=revision,
-        neuronpedia_id=neuronpedia_id_of(sae, source.release, source.id),
+        weights_sha256=facts.weights_sha256,
+        settings_sha256=facts.settings_sha256,
+        prepend_bos=prepends_bos(source, facts.prepend_bos, name, bos_habit),
+        revision=found.revision,
+        neuronpedia_id=facts.neuronpedia_id,
     )
-    reconstructs = source.path is not None or not is_cross_layer(source)
-    if not reconstructs:
+    if not facts.reconstructs:
         log.warning(
             "sae.not_for_reconstruction",
             sae=name,
@@ -200,16 +165,13 @@ def load_sae(
         )
     return LoadedSae(
         info=info,
-        sae=sae,
-        center_residual=reads_centred(sae, (hook_name, hook_name_out), name),
-        card=card_of(sae, source.release, source.id),
-        reconstructs=reconstructs,
+        sae=found.sae,
+        center_residual=facts.center_residual,
+        card=facts.card,
+        reconstructs=facts.reconstructs,
+        vouched=found.vouched,
+        origin=found.origin,
     )
-
-
-def name_of(source: SaeSource) -> str:
-    """As messages name it."""
-    return source.path.name if source.path is not None else f"{source.release}/{source.id}"
 
 
 def prepends_bos(source: SaeSource, said: bool | None, name: str, bos_habit: Callable[[], bool]) -> bool:
@@ -225,54 +187,6 @@ def prepends_bos(source: SaeSource, said: bool | None, name: str, bos_habit: Cal
     return habit
 
 
-def is_cross_layer(source: SaeSource) -> bool:
-    """Whether SAELens adds up what the dictionary writes to many layers, which is what no layer has."""
-    from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name
-
-    return get_conversion_loader_name(source.release) in CROSS_LAYER_LOADERS
-
-
-def check_supported(sae: Any, name: str) -> None:
-    """Raises ConfigError where a loaded dictionary would not compute as it did in training."""
-    architecture = sae.cfg.architecture()
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(
-            f"SAE {name}: architecture {architecture} is not supported: use one of {', '.join(ARCHITECTURES)}"
-        )
-    check_folded(sae.cfg.normalize_activations or "none", f"SAE {name}")
-    check_finite(f"SAE {name}", sae.state_dict().items())
-
-
-def reads_centred(sae: Any, hooks: Sequence[str], name: str) -> bool:
-    """Whether the values that a dictionary was trained on had no mean. Raises ConfigError."""
-    kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
-    centred = bool(kwargs.get("center_writing_weights", False))
-    for hook in hooks:
-        if centred and not CENTRED.fullmatch(hook):
-            raise ConfigError(
-                f"SAE {name}: was trained on weights that TransformerLens had processed, and what these give"
-                f" at {hook} can't be told from the model's own: use one with from_pretrained_no_processing"
-            )
-    return centred
-
-
-def hooks_of(sae: Any, name: str) -> tuple[str, str]:
-    """The hook points that a dictionary reads and reconstructs. Raises ConfigError."""
-    read = sae.cfg.metadata.hook_name
-    written = read
-    if sae.cfg.architecture() in TRANSCODERS:
-        written = getattr(sae.cfg.metadata, "hook_name_out", None)
-        if written is None:
-            raise ConfigError(f"SAE {name}: a transcoder whose metadata has no hook_name_out: add it")
-    for hook in (read, written):
-        if not HOOK_NAME.fullmatch(hook or ""):
-            raise ConfigError(
-                f"SAE {name}: hook {hook!r} is not supported: use a dictionary at a hook point of"
-                " TransformerLens inside a layer, such as blocks.L.hook_resid_post"
-            )
-    return read, written
-
-
 def layer_of(hook_name: str) -> int:
     """`blocks.5.hook_mlp_out` -> 5."""
     match = HOOK_NAME.fullmatch(hook_name)
@@ -284,108 +198,3 @@ def last_layer_read(saes: Sequence[LoadedSae]) -> int:
     """The last layer that dictionaries need computed; -1 where only the input of the first is read."""
     hooks = [hook for entry in saes for hook in entry.hook_names]
     return max(layer_of(hook) - hook.endswith("hook_resid_pre") for hook in hooks)
-
-
-def load_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
-    from sae_lens import SAE
-
-    what = f"SAE {path}"
-    quiet_libraries()
-    with loading(what):
-        if path.is_file():
-            raise ConfigError(f"{what}: a file: give the folder that it lies in, in SAELens format")
-        for needed in ("cfg.json", WEIGHTS_NAME):
-            if not (path / needed).is_file():
-                pickled = [
-                    file.name for file in sorted(path.glob("*")) if file.suffix in (".pt", ".pth", ".bin")
-                ]
-                instead = f" (pickled weights, {pickled[0]}, are not loaded)" if pickled else ""
-                raise ConfigError(f"{what}: no {needed} there{instead}: give a folder in SAELens format")
-        tensors = tensor_headers(path / WEIGHTS_NAME, what)
-        check_floating(tensors, what)
-        shapes = {name: entry.shape for name, entry in tensors.items()}
-        cfg = read_object(path / "cfg.json", what)
-        if cfg.get("finetuning_scaling_factor") is True and "scaling_factor" not in shapes:
-            raise ConfigError(
-                f"{what}: its cfg.json says finetuning_scaling_factor, but its weights have no"
-                " scaling_factor: use complete weights, or set it to false"
-            )
-        if "scaling_factor" in shapes and is_neutral(path / WEIGHTS_NAME, "scaling_factor"):
-            del shapes["scaling_factor"]
-        check_dictionary(cfg, shapes, what)
-        return SAE.load_from_disk(path, device=device, dtype=str(dtype).removeprefix("torch."))
-
-
-def is_neutral(path: Path, name: str) -> bool:
-    """Whether a tensor of a file is all ones, as SAELens judges it."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        tensor = file.get_tensor(name).float()
-    return torch.allclose(tensor, torch.ones_like(tensor))
-
-
-def load_from_hub(source: SaeSource, device: str, dtype: torch.dtype, hub: Hub) -> tuple[Any, str]:
-    """A dictionary of a release, and the commit of its repository."""
-    from sae_lens import SAE
-    from sae_lens.loading.pretrained_sae_loaders import (
-        NAMED_PRETRAINED_SAE_LOADERS,
-        get_conversion_loader_name,
-    )
-
-    what = f"SAE {source.release}/{source.id}"
-    quiet_libraries()
-    with loading(what), weights_only_pickles(what):
-        check_known(source, what)
-        load = NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(source.release)]
-        snapshot = hub.snapshot(repository_of(source.release or ""), source.revision)
-        with serving(snapshot):
-            sae = SAE.from_pretrained(
-                release=source.release,
-                sae_id=source.id,
-                device=device,
-                dtype=str(dtype).removeprefix("torch."),
-                converter=judged(load, what),
-            )
-        snapshot.remember()
-        return sae, snapshot.commit
-
-
-def check_known(source: SaeSource, what: str) -> None:
-    """Raises ConfigError for a release or an id that SAELens's list does not have.
-
-    A repository of the hub may go by its own name.
-    """
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    releases = get_pretrained_saes_directory()
-    release, sae_id = source.release or "", source.id or ""
-    if release not in releases:
-        if release.count("/") != 1:
-            hint = difflib.get_close_matches(release, releases, n=3)
-            raise ConfigError(
-                f"{what}: Release {release} not found in SAELens's list, and no OWNER/NAME of the hub:"
-                f" {'did you mean ' + ' or '.join(hint) + '?' if hint else 'check the name'}"
-            )
-        return
-    ids = releases[release].saes_map
-    if sae_id not in ids:
-        hint = difflib.get_close_matches(sae_id, ids, n=3, cutoff=0.3) or list(ids)[:3]
-        raise ConfigError(f"{what}: that release has no such id: it has {', '.join(hint)} and more")
-
-
-def settings_sha256(settings: dict[str, Any]) -> str:
-    """Hash of a configuration as it was loaded, but for the device and where the dictionary is shown."""
-    told = {key: value for key, value in settings.items() if key != "device"}
-    if isinstance(told.get("metadata"), dict):
-        told["metadata"] = {k: v for k, v in told["metadata"].items() if k != "neuronpedia_id"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def tensors_sha256(sae: Any) -> str:
-    """Hash of the parameters as loaded, for dictionaries that are no single file here."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().to(torch.float32).contiguous().numpy().data)
-    return digest.hexdigest()

@@ -62,8 +62,11 @@ PROCESSING = {
 log = structlog.get_logger()
 
 
-def check_dictionary(cfg: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """`cfg` is cfg.json as it stands, `shapes` those of the tensors. Raises ConfigError."""
+def check_dictionary(cfg: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], what: str) -> bool:
+    """`cfg` is cfg.json as it stands, `shapes` those of the tensors; returns whether a warning was logged.
+
+    Raises ConfigError.
+    """
     if of_training := {"topk_threshold", "log_threshold"} & set(shapes):
         raise ConfigError(f"{what}: a checkpoint of training (it holds {named(of_training)}): {EXPORT}")
     check_types(cfg, what)
@@ -72,7 +75,7 @@ def check_dictionary(cfg: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     check_activation(cfg, architecture, what)
     check_foreign(cfg, settings, what)
     check_read(cfg, settings, what)
-    check_places(cfg, settings, what)
+    of_a_revision = check_places(cfg, settings, what)
     if (mode := settings.get("normalize_activations", "none")) not in (*RUN_TIME_NORMALIZATIONS, *FOLDS):
         raise ConfigError(
             f"{what}: normalize_activations = {shown(mode)} in its cfg.json is not known: expected one of"
@@ -91,6 +94,7 @@ def check_dictionary(cfg: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
             keys=sorted(unknown)[:10],
             message="SAELens leaves them out: see that they change nothing that the dictionary computes",
         )
+    return of_a_revision or bool(unknown)
 
 
 def check_types(cfg: Mapping[str, Any], what: str) -> None:
@@ -213,8 +217,8 @@ def check_read(cfg: Mapping[str, Any], settings: Mapping[str, Any], what: str) -
                 )
 
 
-def check_places(cfg: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> None:
-    """Where the dictionary reads, and of what model."""
+def check_places(cfg: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> bool:
+    """Where the dictionary reads, and of what model; returns whether that is a revision, which is logged."""
     metadata = settings.get("metadata") or {}
     for key in HEAD_KEYS:
         for place in (cfg, metadata):
@@ -252,6 +256,7 @@ def check_places(cfg: Mapping[str, Any], settings: Mapping[str, Any], what: str)
             revision=str(revision),
             message="see that the model is that one",
         )
+    return bool(revision)
 
 
 def expected_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -349,13 +354,17 @@ def shown(value: Any) -> str:
     return cut_short(repr(value))
 
 
-def judged(load: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """A loader of SAELens's that checks configuration and tensors before a dictionary is made of them."""
+def judged(load: Callable[..., Any], what: str, warned: list[bool]) -> Callable[..., Any]:
+    """A loader of SAELens's that checks configuration and tensors before a dictionary is made of them.
+
+    `warned` is told whether a warning was logged.
+    """
 
     def loader(*args: Any, **kwargs: Any) -> Any:
         loaded = load(*args, **kwargs)
         cfg, tensors = loaded[0], loaded[1]
-        check_dictionary(cfg, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, what)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        warned.append(check_dictionary(cfg, shapes, what))
         return loaded
 
     return loader

@@ -7,7 +7,7 @@ about analysis, files or samples.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -30,11 +30,19 @@ from daemon.model.compiled_layers import FlexPlan, can_compile, compile_layers, 
 from daemon.model.cuda_streams import Launch
 from daemon.model.encoding import Encoder, FusedEncoder, NormalisingEncoder
 from daemon.model.extraction import Counted, Extraction, Started
+from daemon.model.fused_decoder import FusedDecoder
 from daemon.model.fused_layers import fuse_layers
 from daemon.model.hook_points import check_widths, hook_points_of
-from daemon.model.invariance import INVARIANT, differing_place, settle_encoders, settle_products
+from daemon.model.invariance import (
+    INVARIANT,
+    differing_place,
+    preparations,
+    settle_encoders,
+    settle_products,
+)
 from daemon.model.loading import LENGTH_DEPENDENT_ROPE, LoadedModel, model_info
 from daemon.model.log_probs import Predictions, with_log_probs
+from daemon.model.model_stamps import ModelStamps, Probed, Runs
 from daemon.model.onednn import pack_linears
 from daemon.model.placement import is_hooked, lighten_hooks
 from daemon.model.plain_hooks import PlainHooks, hook_tensor
@@ -43,6 +51,7 @@ from daemon.model.positions import SaeStage, comparable_cards
 from daemon.model.probe import Difference, packed_texts
 from daemon.model.row_sizes import RowSizes
 from daemon.model.sae import LoadedSae
+from daemon.model.stamps import Stamps
 from daemon.model.trie import Trie, build_trie
 from daemon.model.trunk import Trunk, UnknownModel, leave_files, place_of
 from daemon.model.unembedding import Unembedding
@@ -86,10 +95,12 @@ class TrieEngine:
         *,
         compiles: bool = False,
         unembedding: Unembedding | None = None,
+        probed: Probed | None = None,
     ) -> None:
         """Changes the model: its attention and its linear layers, which it compiles if asked to.
 
-        With `unembedding`, the model's own, it predicts tokens too. Raises CannotPack.
+        With `unembedding`, the model's own, it predicts tokens too. A model that comes with `probed` values
+        is fused already, and must give them. Raises CannotPack.
         """
         self._stage = SaeStage(tuple(saes), tuple(encoders), positions, model.devices, model.bos)
         self._unembedding = unembedding
@@ -111,12 +122,17 @@ class TrieEngine:
         self._points = tuple(dict.fromkeys([*self._read, *self._written]))
         self._concurrent = model.devices == "cpu" and keeps_nothing(model.model, encoders)
         self._compiled = False  # whether attention is one kernel
+        self._packed = False  # whether it has weights of its own
         on_cpu = compute_devices(model.devices) == ("cpu",)
         self._sizes = RowSizes() if on_cpu else None  # None: products have any number of rows
+        self._probed: Probed | None = None  # until it is remembered
         texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
-        plain = self._plain(model, texts)
+        plain = self._plain(model, texts) if probed is None else self._known(model, probed)
         check_widths(self._stage.saes, points, {name: plain[name].shape[1] for name in self._points})
-        self._adopt(model, texts, plain)
+        if probed is None:
+            self._adopt(model, texts, plain)
+        else:
+            self._probe(texts, plain)
         if compiles:
             self._compile(texts, plain)
         self._trunk.drop_idle()
@@ -124,13 +140,26 @@ class TrieEngine:
             self._trunk.leave_files()
             if unembedding is not None:
                 leave_files(unembedding.head)
-        self._sizes = settle_products(self._trunk.layers)
-        encoders_agree = settle_encoders(encoders)
-        self._info = replace(self._info, bits=self._bits(texts, encoders_agree))
 
     @property
     def info(self) -> ModelInfo:
         return self._info
+
+    def settle(self, model: LoadedModel, stamps: Stamps | None = None) -> None:
+        """Have products run with numbers of rows that give the same bits, and try whether texts have them.
+
+        What numbers these are is remembered in `stamps`. `info.bits` tells what came of it.
+        """
+        if self._sizes is not None:
+            self._sizes = settle_products(self._trunk.layers, stamps)
+        agree = settle_encoders(self.encoders, stamps)
+        texts = [text[: model.context] for text in packed_texts(model.vocabulary)]
+        self._info = replace(self._info, bits=self._bits(texts, encoders_agree=agree))
+
+    @property
+    def preparations(self) -> tuple[Callable[[], None], ...]:
+        """Short pieces of work that have oneDNN make the kernels of later batches: see `preparations`."""
+        return preparations(self._trunk.layers, self.encoders) if self._concurrent else ()
 
     @property
     def shares_prefixes(self) -> bool:
@@ -222,7 +251,7 @@ class TrieEngine:
             values = self._trunk.run(tokens, depth, self._no_mask, keep, ahead)
         return dict(zip((*self._points, *self._ahead), values, strict=True))
 
-    def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    def _plain(self, model: LoadedModel, texts: Sequence[Sequence[int]]) -> Mapping[str, Tensor]:
         """The values of each text run by itself: per hook point (tokens, d).
 
         Finds where the trunk is to read them. Raises CannotPack where no plain module has them.
@@ -236,10 +265,36 @@ class TrieEngine:
             read = [plain.read(text) for text in texts]
         except RUN_ERRORS as error:
             raise CannotPack(reason_of(error), model_changed=False) from error
-        names = zip((*self._points, *self._ahead), (*self._points, *end), strict=True)
-        return {name: torch.cat([values[point] for values in read]) for name, point in names}
+        names = (*self._points, *self._ahead)
+        of_point = zip(names, (*self._points, *end), strict=True)
+        values = {name: torch.cat([one[point] for one in read]) for name, point in of_point}
+        self._probed = Probed(dict(zip(names, places, strict=True)), values)
+        return values
 
-    def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
+    def _known(self, model: LoadedModel, probed: Probed) -> Mapping[str, Tensor]:
+        """The same of a model whose plain values are known. Raises CannotPack where others are needed."""
+        if set(probed.places) != set(self._points):
+            raise CannotPack("other hook points than are known")
+        self._trunk = Trunk(model.model, [probed.places[name] for name in self._points])
+        return probed.values
+
+    def remember(self, model: LoadedModel, stamps: ModelStamps) -> None:
+        """Have the model's plain values, which are let go of here, remembered for the next start."""
+        probed, self._probed = self._probed, None
+        if probed is None:
+            return
+        trie = self._filled(build_trie([text[: model.context] for text in packed_texts(model.vocabulary)]))
+        plan, keep = self._plan(trie), torch.from_numpy(trie.path)
+
+        def run(decoder: FusedDecoder) -> Iterator[Tensor]:
+            tokens, depth = (torch.from_numpy(row).unsqueeze(0) for row in (trie.tokens, trie.depth))
+            with torch.inference_mode(), attending(plan):
+                for hidden in decoder.hidden_states(tokens, depth):
+                    yield hidden.flatten(0, 1).index_select(0, keep)
+
+        stamps.remember(model, self._trunk.layers, probed, Runs(self._run(trie, plan, keep), run))
+
+    def _adopt(self, model: LoadedModel, texts: Sequence[Sequence[int]], plain: Mapping[str, Tensor]) -> None:
         """Give the model attention over a trie and packed weights, and compare its values with `plain`."""
         config = model.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -273,7 +328,7 @@ class TrieEngine:
         """The trie with as many more nodes as products on a CPU want."""
         return trie if self._sizes is None else trie.filled(self._sizes.padded(len(trie)))
 
-    def _bits(self, texts: Sequence[Sequence[int]], encoders_agree: bool) -> str:
+    def _bits(self, texts: Sequence[Sequence[int]], *, encoders_agree: bool) -> str:
         """Whether a text's values are the same bits in any company; or what was not, or not tried."""
         if self._device != "cpu" or self._several:
             return f"not tried on {self._info.device}"
@@ -289,7 +344,7 @@ class TrieEngine:
         run = self._filled(trie)
         return list(self._run(run, self._plan(run), to_device(trie.path, self._device)).values())
 
-    def _compile(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> None:
+    def _compile(self, texts: Sequence[Sequence[int]], plain: Mapping[str, Tensor]) -> None:
         """Compile the layers, and on an accelerator the attention; restore them where that does not work."""
         began = time.perf_counter()
         layers = [
@@ -308,7 +363,7 @@ class TrieEngine:
             return
         log.info("engine.compiled", seconds=round(time.perf_counter() - began, 1))
 
-    def _probe(self, texts: Sequence[Sequence[int]], plain: dict[str, Tensor]) -> Plan:
+    def _probe(self, texts: Sequence[Sequence[int]], plain: Mapping[str, Tensor]) -> Plan:
         """Run texts as a trie; returns their plan. Raises CannotPack where values differ from `plain`."""
         trie = self._filled(build_trie(texts))
         plan = self._plan(trie)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from aiohttp import web
-
 from daemon.records import Outcome
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 PREFIX = "reports"
 
@@ -35,6 +37,7 @@ def report_path(outcome: Outcome) -> str | None:
 
 def report_routes(outbox: Path, *, name: str, enabled: Callable[[], bool]) -> list[web.RouteDef]:
     """Return the route of pages called `name` in folders of `outbox`; each request asks `enabled`."""
+    from aiohttp import web
 
     async def page(request: web.Request) -> web.StreamResponse:
         folder = request.match_info["folder"]

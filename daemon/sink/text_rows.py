@@ -16,8 +16,6 @@ import pyarrow as pa
 from daemon.recipes import ROLES, Recipe
 from daemon.records import TokenizedSample
 
-ROLE_OF_TOKEN = pa.array([None, *ROLES])
-
 
 def texts_table(samples: Sequence[TokenizedSample], recipe: Recipe, schema: pa.Schema) -> pa.Table:
     """A row for each text, in the order of samples and of the recipe.
@@ -43,7 +41,7 @@ def texts_table(samples: Sequence[TokenizedSample], recipe: Recipe, schema: pa.S
             offsets_of([text.starts for text in texts]), pa.array(joined([text.starts for text in texts]))
         ),
         "token_roles": pa.ListArray.from_arrays(
-            offsets_of(roles), ROLE_OF_TOKEN.take(pa.array(joined(roles)))
+            offsets_of(roles), pa.array([None, *ROLES]).take(pa.array(joined(roles)))
         ),
     }
     return pa.Table.from_arrays([pa.array(columns[name]) for name in schema.names], schema=schema)

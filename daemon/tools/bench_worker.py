@@ -24,6 +24,7 @@ import torch
 
 from daemon.batching.batcher import Batcher
 from daemon.config import Config
+from daemon.executor.preparing import prepare_all
 from daemon.model.trie import build_trie
 from daemon.model_info import compute_devices
 from daemon.model_wiring import Compute, load_compute, load_parts, tokenizer_of
@@ -71,7 +72,7 @@ class LensdWorker:
     def __init__(self, config: Config, files: Sequence[Path], batch_sizes: Sequence[int]) -> None:
         self._work = in_a_thread(lambda: Work.of(*load_parts(config)))
         self._config, self._files = config, files
-        self._compute = in_a_thread(lambda: load_compute(config))
+        self._compute = in_a_thread(lambda: prepared(config))
         parts = read_files(config, self._compute.tokenizer, files)
         self._samples = [sample for part in parts for sample in part.samples]
         device = compute_devices(self._compute.engine.info.device)[0]
@@ -136,6 +137,13 @@ class LensdWorker:
             seconds = time.perf_counter() - began
         assert tally.committed == len(self._files), tally
         return seconds
+
+
+def prepared(config: Config) -> Compute:
+    """All that a run needs, with the kernels that a daemon makes between its first batches."""
+    compute = load_compute(config)
+    prepare_all(compute.preparations)
+    return compute
 
 
 def unlimited(compute: Compute) -> Compute:

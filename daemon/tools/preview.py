@@ -10,11 +10,13 @@ from typing import Any
 from daemon.bos import bos_of, puts_bos
 from daemon.config import Config, SaeSection
 from daemon.errors import ConfigError, FileError
+from daemon.model.dictionary import name_of
 from daemon.model.failures import loading, quiet_libraries
 from daemon.model.hub import Hub, repository_of, serving
 from daemon.model.loading import check_config, context_of, load_tokenizer
 from daemon.model.location import ModelLocation, locate_model
-from daemon.model.sae import check_known, name_of, prepends_bos
+from daemon.model.sae import prepends_bos
+from daemon.model.saelens import check_known
 from daemon.model.smollm2 import default_cache_dir
 from daemon.model.weightfiles import read_object
 from daemon.model_wiring import read_rules

@@ -66,7 +66,7 @@ def packed(
     log_probs: bool = False,
 ) -> TrieEngine:
     hf, entries = loaded(model, saes, dtype, device, device_map)
-    return TrieEngine(
+    engine = TrieEngine(
         hf,
         entries,
         [encoder_of(entry) for entry in entries],
@@ -74,6 +74,8 @@ def packed(
         compiles=compiles,
         unembedding=unembedding_of(hf.model) if log_probs else None,
     )
+    engine.settle(hf)
+    return engine
 
 
 def random_texts(lengths: list[int]) -> list[list[int]]:
