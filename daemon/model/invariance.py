@@ -72,7 +72,8 @@ def known_sizes(kinds: Mapping[str, Make], stamps: Stamps | None) -> RowSizes:
 def tried_linear(linear: ChunkedLinear) -> tuple[str, Make]:
     """The kind of a product, and what makes one of the kind to be tried."""
     n_out, width = linear.shape
-    kind = f"{type(linear).__name__} {n_out} {width} {linear.dtype}"
+    biased = "biased" if linear.bias is not None else "plain"  # another kernel
+    kind = f"{type(linear).__name__} {n_out} {width} {linear.dtype} {biased}"
     if linear.dtype in ROUNDED:
         new = OneDnnLinear if isinstance(linear, OneDnnLinear) else TorchLinear
         return kind, partial(

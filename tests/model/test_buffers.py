@@ -46,6 +46,7 @@ from pathlib import Path
 import torch
 from daemon.model import onednn
 onednn.faster = lambda dtype: sys.argv[2] == "onednn"
+from daemon.executor.preparing import prepare_all
 from daemon.model_wiring import load_compute
 from daemon.config import load_config
 from tests.batching.test_splitting import batch_of
@@ -53,6 +54,7 @@ from tests.batching.test_splitting import batch_of
 torch.set_num_threads(2)
 with torch.inference_mode():
     compute = load_compute(load_config(Path(sys.argv[1]), {}, {}))
+    prepare_all(compute.preparations)
     os.write(1, f"mapped: {Path('/proc/self/maps').read_text().count('model.safetensors')}\\n".encode())
     for lengths in ([300, 290], [40] * 30, [9] * 250, [20] * 90, [7, 400, 31, 90, 150, 210, 500]):
         texts = [(n, *(token % 250 for token in range(1, length))) for n, length in enumerate(lengths)]
