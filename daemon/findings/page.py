@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import os
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -37,17 +36,6 @@ def page(report: Report) -> str:
         script=Markup(script),
         policy=policy(style, script),
     )
-
-
-def write_page(report: Report, path: Path) -> None:
-    """Write the page; the file is there whole or not at all."""
-    text = page(report)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @functools.cache

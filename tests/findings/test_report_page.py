@@ -7,14 +7,13 @@ import hashlib
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from daemon.findings import figures, tables
 from daemon.findings import page as pages
-from daemon.findings.page import page, write_page
+from daemon.findings.page import page
 from daemon.findings.results import Estimate, Report
 from tests.support import reports
 
@@ -365,10 +364,3 @@ def test_hostile_text_stays_text(report: Report, written: str, text: str) -> Non
     made.encode()
     assert len(made) < len(written) * 1.5
     assert max(map(len, re.findall("w+", made))) <= pages.MOST_CHARACTERS
-
-
-def test_file_appears_whole(small: Report, tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    write_page(small, path)
-    assert path.read_text(encoding="utf-8") == page(small)
-    assert [one.name for one in tmp_path.iterdir()] == ["report.html"]

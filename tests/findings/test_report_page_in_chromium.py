@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from daemon.findings.page import write_page
+from daemon.findings.page import page
 from daemon.findings.results import Report
 from tests.observe.browser import CHROMIUM, Page, chromium, tab
 from tests.support import reports
@@ -67,7 +67,7 @@ def files(report: Report, small: Report, tmp_path_factory: pytest.TempPathFactor
         "prevalence": reports.prevalences(width=16),
     }
     for name, one in kinds.items():
-        write_page(one, folder / f"{name}.html")
+        (folder / f"{name}.html").write_text(page(one), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in kinds}
 
 
