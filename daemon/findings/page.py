@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from daemon.escaping import cut_short, escape_control
-from daemon.findings import cells, figures, numbers, sentences, tables
+from daemon.findings import cautions, cells, figures, method_text, numbers, sentences, tables
 from daemon.findings.results import Report
 
 STATIC = Path(__file__).parent / "static"
@@ -67,7 +67,9 @@ def environment() -> Environment:
         auto_reload=False,
         finalize=visible,
     )
-    environment.globals.update(cells=cells, numbers=numbers, sentences=sentences, tables=tables)
+    environment.globals.update(
+        cautions=cautions, cells=cells, method_text=method_text, numbers=numbers, sentences=sentences, tables=tables
+    )
     environment.filters["name"] = short_name
     environment.filters["title"] = lambda text: cut_short(escape_control(text), MOST_TITLE)
     environment.filters["link"] = safe_link

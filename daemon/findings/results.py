@@ -108,7 +108,7 @@ class PairedFeatures:
     firing: FloatArray  # (F,) rate_negative - rate_positive
     firing_low: FloatArray
     firing_high: FloatArray
-    firing_p: FloatArray  # exact McNemar
+    firing_p: FloatArray  # McNemar
 
     activation: FloatArray  # (F,) mean difference, in units of the activation
     activation_low: FloatArray
@@ -368,3 +368,5 @@ class Report:
     details: tuple[FeatureDetail, ...]  # in the order in which they are shown
     has_texts: bool
     notes: tuple[str, ...]
+    small_groups: tuple[str, ...] = ()  # with too few samples, inside or outside, to be compared
+    length_range: tuple[int, int] | None = None  # least and greatest difference of a pair, in tokens
