@@ -24,6 +24,7 @@ from daemon.findings.sentences import VERDICT_ORDER
 
 SHOWN_FEATURES = 500
 PRINTED_FEATURES = 100  # on paper, unless more are found
+PRINTED_DETAILS = 10  # features that are open on paper
 SHOWN_GROUPED = 60  # features of one group and text
 SHOWN_GHOSTS = 40
 SHOWN_PREVALENT = 60
