@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
 import json
 import os
@@ -264,6 +265,13 @@ def exploring(outbox: Path, python_path: str) -> Iterator[tuple[subprocess.Popen
         process.communicate()
 
 
+def status_for(port: int, host: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("GET", "/", headers={"Host": host})
+        return connection.getresponse().status
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 async def test_page_lists_our_features_and_asks_nothing_of_the_network(tmp_path: Path, atlas: str) -> None:
@@ -281,6 +289,9 @@ async def test_page_lists_our_features_and_asks_nothing_of_the_network(tmp_path:
                 assert outside == []
                 complaints = [text for text in page.complaints if not any(word in text for word in EXPECTED)]
                 assert complaints == []
+        port = int(address.rstrip("/").rpartition(":")[2])
+        for host, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("evil.example", 421)):
+            assert status_for(port, host) == status
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     assert list(tmp_path.glob("lensd-explore-*")) == []
