@@ -42,7 +42,7 @@ def hosts_of(scope: Message) -> set[bytes]:
 
 def main() -> None:
     """Run `embedding-atlas` with the arguments of this process."""
-    uvicorn = importlib.import_module("uvicorn")
+    uvicorn: Any = importlib.import_module("uvicorn")
     serve = uvicorn.run
 
     def run(app: App, *, host: str, port: int, **options: Any) -> None:

@@ -24,7 +24,7 @@ def cautions(report: Report) -> Iterator[str]:
             f"No pair is of equal length{differences(report)}. What the page says at equal length is"
             " extrapolation of the regression alone, and no pair can check it."
         )
-    elif 0 < report.n_pairs and report.n_matched < min(INFORMATIVE_MATCHED, report.n_pairs):
+    elif report.n_pairs > 0 and report.n_matched < min(INFORMATIVE_MATCHED, report.n_pairs):
         yield (
             f"Only {numbers.counted(report.n_matched, 'pair')} of {numbers.count(report.n_pairs)}"
             f" {'is' if report.n_matched == 1 else 'are'} of equal length{differences(report)}. What the page"
@@ -38,7 +38,8 @@ def differences(report: Report) -> str:
         return ""
     least, most = report.length_range
     if least <= 0 <= most:
-        return f": {report.run.negative} has from {tokens(least)} to {tokens(most)} than {report.run.positive}"
+        span = f"from {tokens(least)} to {tokens(most)}"
+        return f": {report.run.negative} has {span} than {report.run.positive}"
     low, high = sorted((abs(least), abs(most)))
     more = "more" if least > 0 else "fewer"
     span = numbers.counted(high, "token") if low == high else f"{low} to {numbers.counted(high, 'token')}"

@@ -139,4 +139,3 @@ def array_of(values: np.ndarray[tuple[int], np.dtype[np.generic]]) -> pa.Array:
     if values.dtype.kind in "US":
         return pa.array(values.tolist(), pa.string())
     return pa.array(values, from_pandas=True)
-

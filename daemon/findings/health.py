@@ -31,7 +31,7 @@ DEMO_RANGES: dict[str, tuple[float, float, float]] = {
 
 
 def health_of(study: Study, counts: Counts) -> tuple[DictionaryHealth, ...]:
-    """Return every dictionary's L0, FVU and dead features, with a sentence where these are not as expected."""
+    """Return every dictionary's L0, FVU and dead features, and sentences on what is not as expected."""
     return tuple(dictionary(study, counts, number) for number in range(len(study.saes)))
 
 

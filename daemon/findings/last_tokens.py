@@ -25,8 +25,8 @@ def alike_note(study: Study) -> str:
     if not found:
         return ""
     return (
-        f"The dictionaries read the last token alone, and {', '.join(found)}: what fires there says how the"
-        " model goes on from the whole text, not which words it has, and varies little from text to text."
+        f"The dictionaries read the last token alone, and {' and '.join(found)}: what fires there answers to"
+        " the text before it, not to a word of its own."
     )
 
 

@@ -5,6 +5,7 @@ Knows what a manifest says, not what the tables hold.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class SaeEntry(Entry):
 
     @property
     def prefix(self) -> str:
-        """With which its columns begin."""
+        """Return the name with which its columns begin."""
         return self.name or default_name(self.layer)
 
 
@@ -116,17 +117,17 @@ class Manifest(Entry):
 
     @property
     def content(self) -> str:
-        """The same for the same input."""
+        """Return a key that is the same for the same input."""
         return self.input.sha256 or self.unit
 
     def setting(self, section: str, key: str) -> Any:
-        """A setting of the run; None where the manifest does not say."""
+        """Return a setting of the run; None where the manifest does not say."""
         found = self.config.get(section)
         return found.get(key) if isinstance(found, dict) else None
 
     @property
     def analysis(self) -> tuple[tuple[str, str], ...]:
-        """The settings that change what columns and features hold, as text."""
+        """Return the settings that change what columns and features hold, as text."""
         return tuple(
             (key, str(default if (value := self.setting("analysis", key)) is None else value))
             for key, default in ANALYSIS_DEFAULTS.items()
@@ -176,13 +177,13 @@ class PublishedFolder:
 
     @property
     def name(self) -> str:
-        """As it is shown; of one that is not published yet the name of its input."""
+        """Return the name as it is shown; of one that is not published yet the name of its input."""
         unpublished = self.path.name == self.manifest.unit
         return self.manifest.input.name if unpublished else self.path.name
 
     @property
     def place(self) -> str:
-        """Where it is shown to be."""
+        """Return where it is shown to be."""
         return self.name if self.path.name == self.manifest.unit else str(self.path)
 
     def file(self, name: str) -> Path:
@@ -190,7 +191,7 @@ class PublishedFolder:
 
 
 def open_folders(paths: Sequence[Path]) -> tuple[PublishedFolder, ...]:
-    """The published folders that are named, or lie in an outbox that is named; each input once.
+    """Return the published folders that are named, or lie in an outbox that is named; each input once.
 
     They come in the order named, of an outbox by name. Of one input read twice the newest counts. Raises
     ConfigError where there are none, or where they don't belong in one report.
@@ -206,7 +207,7 @@ def open_folders(paths: Sequence[Path]) -> tuple[PublishedFolder, ...]:
 
 
 def folders_of(paths: Iterable[Path]) -> list[Path]:
-    """Paths of published folders, none twice. Hidden ones, such as `.staging`, hold no finished results."""
+    """Return paths of published folders, none twice; hidden ones, such as `.staging`, are not finished."""
     found: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
@@ -271,7 +272,8 @@ def check_together(folders: Sequence[PublishedFolder]) -> None:
 def value_apart(name: str, one: Mapping[str, str], all_of: Sequence[Mapping[str, str]]) -> str:
     """Return a setting's value, of a long one the part in which it differs from the others'."""
     value = one.get(name, "none")
-    same = len(os.path.commonprefix([other.get(name, "none") for other in all_of]))
+    letters = zip(*(other.get(name, "none") for other in all_of), strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda some: len(set(some)) == 1, letters))
     return cut_short(value if same < MOST_VALUE // 2 else f"...{value[same - 10 :]}", MOST_VALUE)
 
 

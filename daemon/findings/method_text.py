@@ -38,7 +38,8 @@ def tests_of_groups(report: Report) -> str:
         shared = report.run.samples - report.n_clusters
         return (
             f"Firing, activation and columns: linear regression on the group, with errors by cluster, since"
-            f" {numbers.counted(shared, 'sample repeats', 'samples repeat')} the text of another; no exact test."
+            f" {numbers.counted(shared, 'sample repeats', 'samples repeat')} the text of"
+            " another; no exact test."
         )
     return (
         "Firing: Fisher's exact test. Activation, among the samples that fire, and columns: Mann-Whitney"

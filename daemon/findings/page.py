@@ -86,7 +86,12 @@ def environment() -> Environment:
         finalize=visible,
     )
     environment.globals.update(
-        cautions=cautions, cells=cells, method_text=method_text, numbers=numbers, sentences=sentences, tables=tables
+        cautions=cautions,
+        cells=cells,
+        method_text=method_text,
+        numbers=numbers,
+        sentences=sentences,
+        tables=tables,
     )
     environment.filters["name"] = short_name
     environment.filters["title"] = lambda text: cut_short(escape_control(text), MOST_TITLE)

@@ -57,7 +57,7 @@ class ReportOptions:
 
 
 def make_report(study: Study, options: ReportOptions, progress: ReportProgress) -> Report:
-    """Read and compare a study. Raises ConfigError for groups that can't be made and files that are damaged."""
+    """Read and compare a study. Raises ConfigError for groups that can't be made and damaged files."""
     grouping = group_samples(study, options.by)
     reasons = reject_reasons(study)
     progress.begin("counting activations", study.n_rows())

@@ -92,7 +92,8 @@ def findings(report: Report) -> list[str]:
     sentences += lengths(report)
     sentences += probes(report)
     if not sentences and report.prevalence:
-        sentences.append(f"Nothing is compared: these samples have no contrast, and {without_groups(report)}.")
+        why = without_groups(report)
+        sentences.append(f"Nothing is compared: these samples have no contrast, and {why}.")
         sentences.append(
             "The page says how often each feature fires, and which fire together. It tests nothing."
         )
@@ -160,7 +161,8 @@ def features(report: Report, features: PairedFeatures) -> list[str]:
             return [f"No feature fires in enough texts to be tested between {one} and {other}."]
         return [
             f"No feature differs between {one} and {other} in enough pairs to be tested: of"
-            f" {numbers.counted(often, 'feature')} that fire often enough, each is the same in nearly all pairs."
+            f" {numbers.counted(often, 'feature')} that fire often enough, each is the same in nearly all"
+            " pairs."
         ]
     if found == 0:
         return [

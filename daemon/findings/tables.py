@@ -62,7 +62,7 @@ class FeatureRow:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the paired difference in activation."""
+        """Return standard deviation of the paired difference in activation."""
         return spread(self.activation, self.d_z)
 
 

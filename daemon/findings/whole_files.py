@@ -43,7 +43,8 @@ def writing(path: Path, folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{path}: can't write into {folder} ({error.strerror}): name a file in a folder that you may write"
+            f"{path}: can't write into {folder} ({error.strerror}):"
+            " name a file in a folder that you may write"
         ) from None
 
 

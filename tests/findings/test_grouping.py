@@ -108,7 +108,7 @@ def test_what_makes_no_groups_is_one_line(made, by, said):
 def test_where_nothing_makes_groups_no_other_column_is_proposed(made):
     for row in made.metrics:
         row |= {"domain": None, "complexity": None, "extra": "{}"}
-    with pytest.raises(ConfigError, match="makes groups: leave --by out$"):
+    with pytest.raises(ConfigError, match=r"makes groups: leave --by out$"):
         groups(made, "domain")
 
 

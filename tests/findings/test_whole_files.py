@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -33,7 +34,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param == "copied":
         monkeypatch.setattr(whole_files, "linked", lambda file, place: False)
     elif request.param == "can't be linked":
-        monkeypatch.setattr(whole_files, "open_unnamed", lambda folder: tempfile.TemporaryFile(dir=folder))
+        without = functools.partial(tempfile.TemporaryFile, "w+b")
+        monkeypatch.setattr(whole_files, "open_unnamed", lambda folder: without(dir=folder))
 
 
 @pytest.mark.usefixtures("way")
