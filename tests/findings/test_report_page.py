@@ -497,3 +497,40 @@ def test_page_leaves_out_examples_that_do_not_fit(small: Report, monkeypatch: py
 
 def test_names_break_at_their_underscores() -> None:
     assert pages.column_name("a_<b>_c") == "a_<wbr>&lt;b&gt;_<wbr>c"
+
+
+def test_of_many_columns_those_found_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = reports.groups()
+    columns = report.grouped_columns
+    assert tables.first_found(columns, len(columns)) == list(columns)
+    kept = tables.first_found(columns, 4)
+    assert len(kept) == 4
+    order = [(tables.VERDICT_ORDER[one.verdict], 2 if one.q is None else one.q) for one in columns]
+    assert sorted(order)[:4] == sorted(order[columns.index(one)] for one in kept)
+    assert [columns.index(one) for one in kept] == sorted(columns.index(one) for one in kept)
+    monkeypatch.setattr(tables, "SHOWN_GROUP_COLUMNS", 4)
+    assert f"4 of {len(columns)}, those found first, then by q" in words(page(report))
+
+
+def test_largest_page_is_bounded(report: Report) -> None:
+    names = tuple(f"group {n}" for n in range(30))
+    one = next(one for one in report.columns if one.sae is not None)
+    dictionaries = tuple(replace(report.run.dictionaries[0], name=f"d{n}") for n in range(25))
+    many = tuple(
+        replace(one, column=f"{sae.name}_metric_{n}", sae=sae.name, group=group)
+        for group in (None, *names)
+        for sae in dictionaries
+        for n in range(11)
+    )
+    report = replace(
+        report,
+        run=replace(report.run, dictionaries=dictionaries),
+        columns=many,
+        group_names=names,
+        group_column="domain",
+        shapes=report.shapes[:1] * 2000,
+    )
+    made = page(report)
+    assert "40 are shown: those found first, then by q." in words(made)
+    assert "the first 500 of 2,000 rows" in words(made)
+    assert len(made.encode()) <= pages.MOST_BYTES
