@@ -76,6 +76,13 @@ def notes(drawn: Drawn) -> list[str]:
         found.append(
             f"no {TEXTS} in every folder: samples without one are shown by their ids, not by their texts"
         )
+    contrast = drawn.study.manifest.recipe.contrast
+    if contrast is not None:
+        one, other = (compare.tokens_of(drawn.study, text) for text in (contrast.positive, contrast.negative))
+        if not (one == other).any():
+            found.append(
+                "no pair is of equal length: what holds does so by extrapolation of a regression alone"
+            )
     return found
 
 

@@ -21,7 +21,6 @@ from daemon.findings.study import Study
 DOMAIN = "domain"
 MOST_GROUPS = 30
 FEW_NUMBERS = 8
-MOST_TRIED, MOST_CHOICES = 20, 5  # fields that are proposed where one was refused
 QUANTILES = (0.25, 0.5, 0.75)
 NAME_LENGTH = 60
 NO_GROUPS = ("sample_id", "record_index", "extra")  # have a value of their own for each sample
@@ -48,14 +47,12 @@ def group_samples(study: Study, by: str | None) -> Grouping:
     if values is None or not any(value is not None for value in values):
         if by is None:
             return nowhere
-        said = "every sample has a value of its own" if column in NO_GROUPS else "no sample has a value"
-        raise ConfigError(f"--by {column}: {said} there: {choices(study, column)}")
+        raise ConfigError(f"--by {column}: no sample has a value there: {known_columns(study)}")
     names, group = grouped(values)
     if len(names) > MOST_GROUPS or (by is not None and len(names) < 2):
-        values_there = f"{len(names)} different values" if len(names) > 1 else "a single value"
-        said = f"{values_there}, where a report has room for 2 to {MOST_GROUPS}"
+        said = f"{len(names)} different values, where a report has room for 2 to {MOST_GROUPS}"
         if by is not None:
-            raise ConfigError(f"--by {column}: {said}: {choices(study, column)}")
+            raise ConfigError(f"--by {column}: {said}: {known_columns(study)}")
         note = f"No groups: {column} has {said}. --by COLUMN chooses another column."
         return Grouping(None, (), nowhere.group, note)
     return Grouping(column, names, group)
@@ -82,26 +79,14 @@ def fields_of(extra: str | None) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def choices(study: Study, refused: str) -> str:
-    """Return what to do instead: some columns and fields of the first samples that do make groups."""
+def known_columns(study: Study) -> str:
+    """The columns and fields by which the first samples could be grouped."""
     fields: dict[str, None] = {}
     if "extra" in study.columns:
         for text in study.metrics(["extra"])["extra"].slice(0, 100).to_pylist():
             fields |= dict.fromkeys(fields_of(text))
     known = [name for name in (DOMAIN, "complexity") if name in study.columns]
-    tried = [name for name in [*known, *list(fields)[:MOST_TRIED]] if name != refused]
-    found = [name for name in tried if makes_groups(study, name)][:MOST_CHOICES]
-    if not found:
-        return "no other column or field that was tried makes groups: leave --by out"
-    return f"name another, such as {', '.join(cut_short(name, 40) for name in found)}"
-
-
-def makes_groups(study: Study, column: str) -> bool:
-    """Return whether a column or field has between 2 and MOST_GROUPS values."""
-    values = column_values(study, column)
-    if values is None or all(value is None for value in values):
-        return False
-    return 2 <= len(grouped(values)[0]) <= MOST_GROUPS
+    return f"name another, such as {', '.join(cut_short(name, 40) for name in [*known, *list(fields)[:5]])}"
 
 
 def grouped(values: Sequence[Any]) -> tuple[tuple[str, ...], IntArray]:

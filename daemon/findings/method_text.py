@@ -34,14 +34,14 @@ def tests_of_pairs(report: Report) -> str:
 
 def tests_of_groups(report: Report) -> str:
     """Return which tests the p-values of groups are of."""
-    if clustered(report):
-        shared = report.run.samples - report.n_clusters
-        return (
-            f"Firing, activation and columns: linear regression on the group, with errors by cluster, since"
-            f" {numbers.counted(shared, 'sample repeats', 'samples repeat')} the text of"
-            " another; no exact test."
-        )
+    repeated = report.run.samples - report.n_clusters
+    alike = (
+        f" {numbers.counted(repeated, 'sample repeats', 'samples repeat')} the text of another: samples"
+        " of one side with the same text count once."
+        if clustered(report)
+        else ""
+    )
     return (
-        "Firing: Fisher's exact test. Activation, among the samples that fire, and columns: Mann-Whitney"
-        " test, by a normal approximation."
+        "Firing: Fisher's exact test. Activation, among the texts that fire, and columns: Mann-Whitney test,"
+        f" by a normal approximation.{alike} Where a number has no interval, too few texts fire for one."
     )

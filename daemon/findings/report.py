@@ -165,12 +165,12 @@ def without_pairs(
         report,
         n_clusters=int(cluster.max()) + 1,
         grouped=grouped,
-        small_groups=small_groups(samples, settings),
         grouped_columns=tuple(grouped_columns(study, samples, settings)) if grouped else (),
         controls=("tokens",) if grouped else (),
         prevalence=common,
         details=details_of(study, counts, wanted, shown, progress),
         notes=(*report.notes, *notes),
+        small_groups=small_groups(samples, settings.min_group),
     )
 
 
@@ -193,8 +193,9 @@ def pieces_of(study: Study, counts: Counts, text: str, progress: ReportProgress)
 
 def grouped_columns(study: Study, samples: Samples, settings: GroupedSettings) -> Iterable[GroupedColumn]:
     """Compare every column of every dictionary in each group that has enough samples."""
-    small = small_groups(samples, settings)
-    groups = [group for group, name in enumerate(samples.group_names) if name not in small]
+    sizes = np.bincount(samples.group[samples.group >= 0], minlength=len(samples.group_names))
+    n = len(samples.group)
+    groups = [group for group, size in enumerate(sizes) if min(size, n - size) >= settings.min_group]
     found: list[GroupedColumn] = []
     for sae in study.saes:
         for column in LAYER_COLUMNS:
@@ -212,14 +213,12 @@ def grouped_columns(study: Study, samples: Samples, settings: GroupedSettings) -
     return fdr_grouped_columns(found, settings)
 
 
-def small_groups(samples: Samples, settings: GroupedSettings) -> tuple[str, ...]:
+def small_groups(samples: Samples, min_group: int) -> tuple[str, ...]:
     """Return the names of the groups with fewer than `min_group` samples inside or outside."""
     sizes = np.bincount(samples.group[samples.group >= 0], minlength=len(samples.group_names)).tolist()
     n = len(samples.group)
     return tuple(
-        name
-        for name, size in zip(samples.group_names, sizes, strict=True)
-        if min(size, n - size) < settings.min_group
+        name for name, size in zip(samples.group_names, sizes, strict=True) if min(size, n - size) < min_group
     )
 
 

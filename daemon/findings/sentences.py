@@ -202,7 +202,7 @@ def grouped(report: Report, findings: Sequence[GroupedFeatures]) -> str:
     holding = sum(n_found(one.verdict, ("holds",)) for one in findings)
     groups = list(dict.fromkeys(one.group for one in findings))
     one_of = f"one of {numbers.counted(len(groups), 'group')}" if len(groups) > 1 else groups[0]
-    where = f"between {one_of} ({report.group_column}) and all others"
+    where = f"between {one_of} and {others(report)} ({report.group_column})"
     rate = f"at a false discovery rate of {numbers.target(report.target)}"
     if not found:
         return f"No feature is found to differ {where} {rate}."
@@ -211,6 +211,13 @@ def grouped(report: Report, findings: Sequence[GroupedFeatures]) -> str:
         f" {numbers.count(holding) if holding else 'none'}"
         f" still {'stands' if holding == 1 else 'stand'} at {held_equal(report)}."
     )
+
+
+def others(report: Report) -> str:
+    """Return with what a group is compared: the other one, where there are but two and one comparison."""
+    groups = {one.group for one in report.grouped} | {one.group for one in report.grouped_columns}
+    rest = [name for name in report.group_names if name not in groups]
+    return rest[0] if len(groups) == 1 and len(report.group_names) == 2 and rest else "all others"
 
 
 def n_found(verdicts: Iterable[str], of: Sequence[str] = ("holds", "controls")) -> int:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from daemon.cli import main
-from daemon.findings import command, compare, sentences
+from daemon.findings import cautions, command, compare, sentences
 from daemon.findings.activations import count_activations
 from daemon.findings.grouping import Grouping
 from daemon.findings.health import health_of, reject_reasons
@@ -167,15 +167,42 @@ def test_without_a_contrast_groups_are_compared_and_without_groups_nothing(tmp_p
     assert {one.column for one in report.grouped_columns} >= {"l1_gini", "l3_l0_norm"}
     assert report.features is None
     assert report.prevalence == ()
+    assert report.small_groups == ()
     assert len(report.details[0].examples[0].texts) == 1
     for row in made.metrics:
         row["domain"] = None
     made.write()
     report = report_of(made.path)
-    assert report.grouped == report.grouped_columns == ()
+    assert report.grouped == report.grouped_columns == report.small_groups == ()
     (common,) = report.prevalence
     np.testing.assert_allclose(common.rate[common.sae == 0], (acts > 0).mean(0))
     assert report.details
+
+
+def test_groups_that_are_too_small_are_named(tmp_path):
+    made = make(tmp_path / f"a-{'1' * 12}", PAIRS, seed=4, recipe=PLAIN_RECIPE)
+    for number, row in enumerate(made.metrics):
+        row["domain"] = f"d{number % 10}"
+    made.write()
+    report = report_of(made.path)
+    assert report.grouped == ()
+    assert report.small_groups == tuple(f"d{number}" for number in range(10))
+    assert (
+        "the groups of domain have too few samples, inside or outside: d0, d1"
+        in sentences.findings(report)[0]
+    )
+
+
+def test_pairs_of_no_equal_length_are_told(tmp_path):
+    made = make(tmp_path / f"a-{'1' * 12}", PAIRS, seed=4)
+    for number, row in enumerate(made.metrics):
+        row["n_tokens_hall"] = row["n_tokens_fact"] + 2 + number % 3
+    made.write()
+    report = report_of(made.path)
+    assert (report.n_matched, report.length_range) == (0, (2, 4))
+    assert next(cautions.cautions(report)).startswith(
+        "No pair is of equal length: hall has 2 to 4 tokens more"
+    )
 
 
 def test_features_that_can_t_be_tested_are_not_shown(tmp_path):
@@ -405,7 +432,7 @@ def test_a_tiny_models_outbox_from_run_to_page(tmp_path):
         if args[0] == "run":
             assert result.returncode == 0, result.stderr
     assert result.returncode == 2
-    assert "--by source: a single value" in result.stderr
+    assert "--by source: 1 different value" in result.stderr
     report = report_of(tmp_path / "outbox")
     assert report.details
     assert all(detail.promotes and not detail.words_missing for detail in report.details)

@@ -534,3 +534,15 @@ def test_largest_page_is_bounded(report: Report) -> None:
     assert "40 are shown: those found first, then by q." in words(made)
     assert "the first 500 of 2,000 rows" in words(made)
     assert len(made.encode()) <= pages.MOST_BYTES
+
+
+def test_two_groups_are_named(report: Report) -> None:
+    groups = reports.groups()
+    one = replace(groups.grouped[0], group="north")
+    column = replace(groups.grouped_columns[0], group="north")
+    two = replace(groups, group_names=("north", "south"), grouped=(one,), grouped_columns=(column,))
+    assert sentences.others(two) == "south"
+    assert "between north and south (domain)" in sentences.findings(two)[0]
+    assert "One group against the other, south ." in words(page(two))
+    assert sentences.others(groups) == "all others"
+    assert "between one of 5 groups and all others (domain)" in sentences.findings(groups)[0]
