@@ -192,7 +192,7 @@ def pieces_of(study: Study, counts: Counts, text: str, progress: ReportProgress)
 
 
 def grouped_columns(study: Study, samples: Samples, settings: GroupedSettings) -> Iterable[GroupedColumn]:
-    """Compare every column of every dictionary in each group that has enough samples."""
+    """Every column of every dictionary in each group that has enough samples."""
     sizes = np.bincount(samples.group[samples.group >= 0], minlength=len(samples.group_names))
     n = len(samples.group)
     groups = [group for group, size in enumerate(sizes) if min(size, n - size) >= settings.min_group]
