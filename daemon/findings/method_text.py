@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from daemon.findings import numbers
 from daemon.findings.paired_tests import EXACT_TIED_UP_TO, EXACT_UP_TO
 from daemon.findings.results import Report
 
@@ -29,19 +28,4 @@ def tests_of_pairs(report: Report) -> str:
         "Firing: exact McNemar test. Activation and columns: Wilcoxon signed-rank test, exact up to"
         f" {EXACT_UP_TO} pairs that differ ({EXACT_TIED_UP_TO} where some differ equally), else by a normal"
         " approximation."
-    )
-
-
-def tests_of_groups(report: Report) -> str:
-    """Return which tests the p-values of groups are of."""
-    repeated = report.run.samples - report.n_clusters
-    alike = (
-        f" {numbers.counted(repeated, 'sample repeats', 'samples repeat')} the text of another: samples"
-        " of one side with the same text count once."
-        if clustered(report)
-        else ""
-    )
-    return (
-        "Firing: Fisher's exact test. Activation, among the texts that fire, and columns: Mann-Whitney test,"
-        f" by a normal approximation.{alike} Where a number has no interval, too few texts fire for one."
     )
