@@ -15,7 +15,6 @@ from daemon.findings.details import Shown, Wanted, details_of, top_grouped, top_
 from daemon.findings.grouped import (
     ActivationBlock,
     GroupedSettings,
-    Samples,
     fdr_grouped_columns,
     grouped_column,
     grouped_features,
@@ -36,6 +35,7 @@ from daemon.findings.results import (
     ShapeShares,
 )
 from daemon.findings.study import TEXTS, Study
+from daemon.findings.units import Samples, compared_groups, small_groups
 
 SHAPE = "shape_class"
 TITLE_NAMES = 3
@@ -166,6 +166,7 @@ def without_pairs(
         prevalence=common,
         details=details_of(study, counts, wanted, shown, progress),
         notes=(*report.notes, *notes),
+        small_groups=small_groups(samples, settings.min_group),
     )
 
 
@@ -188,9 +189,7 @@ def pieces_of(study: Study, counts: Counts, text: str, progress: ReportProgress)
 
 def grouped_columns(study: Study, samples: Samples, settings: GroupedSettings) -> Iterable[GroupedColumn]:
     """Every column of every dictionary in each group that has enough samples."""
-    sizes = np.bincount(samples.group[samples.group >= 0], minlength=len(samples.group_names))
-    n = len(samples.group)
-    groups = [group for group, size in enumerate(sizes) if min(size, n - size) >= settings.min_group]
+    groups = compared_groups(samples, settings.min_group)
     found: list[GroupedColumn] = []
     for sae in study.saes:
         for column in LAYER_COLUMNS:
@@ -204,7 +203,7 @@ def grouped_columns(study: Study, samples: Samples, settings: GroupedSettings) -
                     label, sae.prefix, column.unit, column.meaning, samples.text, samples.group_names[group],
                     0, 0, None, None, None, None, None, None, "few",
                 )  # fmt: skip
-                found.append(grouped_column(values, samples, group, blank))
+                found.append(grouped_column(values, samples, group, blank, settings))
     return fdr_grouped_columns(found, settings)
 
 
