@@ -1,9 +1,9 @@
 """95% intervals of a difference between the units inside a group and outside it.
 
 Of firing rates Newcombe's (1998, method 10), from Wilson's interval (1927) of either rate. Of activations the
-same made for means of numbers most of which are zero: the variance of one unit's activation is phi m - m^2 for
-a mean m, where phi is the mean square over the mean of its activations, as phi = 1 for a rate. So the score
-interval of either mean is a quadratic in m, and it has a width where no unit fires.
+same for means of numbers most of which are zero: where phi is the mean square of the activations over their
+mean m, the variance of one is phi m - m^2, with phi = 1 for a rate. So the score interval of either mean is a
+quadratic in m, and it has a width where no unit fires.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from daemon.findings.results import BoolArray, FloatArray, IntArray
 from daemon.findings.sparse import Columns, stored, sums, sums_of_powers, take_rows, with_values
 
 UPPER = (1 + CONFIDENCE) / 2
-MIN_EXPECTED = 10  # firing units that the smaller side has on average if the group makes no difference
+MIN_EXPECTED = 12  # firing units that the smaller side has on average if the group makes no difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,9 @@ class GroupRegression:
         return Intervals(self.value, self.value - reach, self.value + reach)
 
 
-def group_regression(columns: Columns, inside: BoolArray, n_tokens: FloatArray | None = None) -> GroupRegression:
+def group_regression(
+    columns: Columns, inside: BoolArray, n_tokens: FloatArray | None = None
+) -> GroupRegression:
     """Regress each of the columns (u, k) on belonging to the group, beside an intercept and the tokens.
 
     The error is HC2 (MacKinnon and White 1985), each side's part of it with a degree of freedom for each of
@@ -115,9 +117,7 @@ def wilson(share: FloatArray, n: float) -> tuple[FloatArray, FloatArray]:
     return _score_ends(share, np.ones_like(share), n, np.full_like(share, z))
 
 
-def _score_ends(
-    mean: FloatArray, phi: FloatArray, n: float, t: FloatArray
-) -> tuple[FloatArray, FloatArray]:
+def _score_ends(mean: FloatArray, phi: FloatArray, n: float, t: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return both m with (mean - m)^2 = t^2 (phi m - m^2) / n."""
     c = t**2 / n
     middle = mean + c * phi / 2

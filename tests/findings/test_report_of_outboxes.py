@@ -159,7 +159,8 @@ def test_without_a_contrast_groups_are_compared_and_without_groups_nothing(tmp_p
     made = make(tmp_path / f"a-{'1' * 12}", PAIRS, seed=4, recipe=PLAIN_RECIPE)
     made.write()
     report = report_of(made.path)
-    assert [one.group for one in report.grouped] == ["north", "south"]
+    assert [(one.group, one.against) for one in report.grouped] == [("north", "south")]  # once, not twice
+    assert {(one.group, one.against) for one in report.grouped_columns} == {("north", "south")}
     acts = dense(made, "text", 0)
     north = np.array([row["domain"] == "north" for row in made.metrics])
     inside = report.grouped[0].sae == 0
