@@ -8,6 +8,7 @@ quadratic in m, and it has a width where no unit fires.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ from daemon.findings.results import BoolArray, FloatArray, IntArray
 from daemon.findings.sparse import Columns, stored, sums, sums_of_powers, take_rows, with_values
 
 UPPER = (1 + CONFIDENCE) / 2
+OWN_SIZE = 5  # firing units from which the size of a side's activations is its own
+POWERS = 2  # of the tokens: an activation need not rise evenly with them
 MIN_EXPECTED = 12  # firing units that the smaller side has on average if the group makes no difference
 
 
@@ -38,15 +41,13 @@ class GroupRegression:
 def group_regression(
     columns: Columns, inside: BoolArray, n_tokens: FloatArray | None = None
 ) -> GroupRegression:
-    """Regress each of the columns (u, k) on belonging to the group, beside an intercept and the tokens.
+    """Regress each of the columns (u, k) on belonging to the group, beside an intercept, the tokens and
+    their square.
 
     The error is HC2 (MacKinnon and White 1985), each side's part of it with a degree of freedom for each of
     its units but one, put together by Satterthwaite (1946). Without tokens that is Welch's t (1947).
     """
-    controls = [np.ones(len(inside))]
-    if n_tokens is not None:
-        controls.append(n_tokens - n_tokens.mean())
-    x = np.column_stack([inside.astype(np.float64), *controls])
+    x = np.column_stack([inside.astype(np.float64), *_controls(n_tokens, len(inside))])
     k, (n, r) = columns.shape[1], x.shape
     n_inside, n_outside = int(inside.sum()), int((~inside).sum())
     if min(n_inside, n_outside) < 2 or n <= r or not np.isfinite(x).all() or not _independent(x):
@@ -70,6 +71,17 @@ def group_regression(
     return GroupRegression(coefficients[:, 0], np.sqrt(variance), df)
 
 
+def _controls(n_tokens: FloatArray | None, n: int) -> Iterator[FloatArray]:
+    """Yield an intercept, and as many powers of the tokens as there are lengths to tell them apart."""
+    yield np.ones(n)
+    if n_tokens is None:
+        return
+    lengths = len(np.unique(n_tokens))
+    z = (n_tokens - n_tokens.mean()) / (n_tokens.std() or 1.0)
+    for power in range(1, min(lengths, POWERS + 1)):
+        yield z**power
+
+
 def _independent(x: FloatArray) -> bool:
     scale = np.sqrt((x**2).sum(axis=0))
     return bool((scale > 0).all() and np.linalg.matrix_rank(x / scale, tol=1e-6) == x.shape[1])
@@ -82,13 +94,17 @@ def activation_intervals(activations: Columns, fired: Columns, inside: BoolArray
     MIN_EXPECTED firing units at the rate of all. None either for activations below zero.
     """
     n, total = len(inside), stored(fired).astype(np.float64)
-    pooled = _phi(activations, np.zeros(activations.shape[1]))
+    pooled = _phi(activations)
     ends = []
     for side in (inside, ~inside):
-        own, units = take_rows(activations, side), int(side.sum())
-        mean = sums(own) / max(units, 1)
-        t = special.stdtrit(np.maximum(stored(take_rows(fired, side)), 1), UPPER)
-        ends.append((mean, *_score_ends(mean, _phi(own, pooled), max(units, 1), t)))
+        own, units = take_rows(activations, side), max(int(side.sum()), 1)
+        firing = stored(take_rows(fired, side)).astype(np.float64)
+        phi, df = _phi(own), firing
+        # Too few activations to tell their size by: that of all, if it is larger.
+        few = firing < OWN_SIZE
+        phi, df = np.where(few, np.fmax(phi, pooled), phi), np.where(few, np.maximum(total, 1), df)
+        mean = sums(own) / units
+        ends.append((mean, *_score_ends(mean, phi, units, special.stdtrit(df, UPPER))))
     low, high = _difference_ends(ends[0], ends[1])
     negative = np.bincount(_columns_below_zero(activations), minlength=activations.shape[1]) > 0
     expected = total * min(int(inside.sum()), int((~inside).sum())) / n
@@ -125,10 +141,11 @@ def _score_ends(mean: FloatArray, phi: FloatArray, n: float, t: FloatArray) -> t
     return (middle - reach) / (1 + c), (middle + reach) / (1 + c)
 
 
-def _phi(activations: Columns, otherwise: FloatArray) -> FloatArray:
-    """Return the mean square over the mean of each column."""
+def _phi(activations: Columns) -> FloatArray:
+    """Return the mean square over the mean of each column; NaN where nothing fires."""
     total = sums(activations)
-    return np.divide(sums_of_powers(activations, 2), total, out=otherwise.copy(), where=total > 0)
+    nothing = np.full(activations.shape[1], np.nan)
+    return np.divide(sums_of_powers(activations, 2), total, out=nothing, where=total > 0)
 
 
 def _difference_ends(

@@ -79,8 +79,8 @@ def firing_at_equal_length(fired: Columns, inside: BoolArray, n_tokens: FloatArr
     """
     k, total = fired.shape[1], stored(fired)
     tokens, place = np.unique(n_tokens, return_inverse=True)
-    scale = float(n_tokens.std())
-    if not np.isfinite(tokens).all() or scale == 0:
+    scale = float(n_tokens.std()) or 1.0
+    if not np.isfinite(tokens).all():
         return np.full(k, np.nan)
     x = (tokens - n_tokens.mean()) / scale
     units = np.bincount(place, minlength=len(x)).astype(np.float64)
@@ -129,7 +129,7 @@ def _score_test(
         centre = (units * x) @ variance / whole
         tilted = ((units * x**2) @ variance) - centre**2 * whole
         shared = ((units_inside * x) @ variance) - centre * own
-        left = given_total - shared**2 / tilted
+        left = given_total - np.where(tilted > 1e-9 * whole, shared**2 / tilted, 0)
         chance = np.clip(1 - given_total / mean, 1e-9, 1 - 1e-9)
         trials = np.maximum(mean / chance, seen)
         above = np.where(seen > 0, special.betainc(np.maximum(seen, 1e-9), trials - seen + 1, chance), 1.0)

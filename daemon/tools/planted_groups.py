@@ -1,8 +1,8 @@
 """Planted groups: how often the comparison of a group with all other samples is right.
 
 The population is that of `planted.py`. Texts of the group have the activations of its negative texts, all
-others those of its positive ones, and are longer. One text in five comes two to four times. The group is small
-or large. What the statistics find is compared with what is true, and so it is with the groups shuffled.
+others those of its positive ones, and are longer. One text in five comes two to four times. What the
+statistics find in small and in large groups is compared with what is true, and so it is in shuffled groups.
 """
 
 from __future__ import annotations

@@ -337,7 +337,7 @@ def test_a_tiny_models_outbox_from_run_to_page(tmp_path):
         if args[0] == "run":
             assert result.returncode == 0, result.stderr
     assert result.returncode == 2
-    assert "--by source: 1 different values" in result.stderr
+    assert "--by source: 1 different value," in result.stderr
     report = report_of(tmp_path / "outbox")
     assert report.details
     assert all(detail.promotes and not detail.words_missing for detail in report.details)
