@@ -84,7 +84,7 @@ def firing_at_equal_length(fired: Columns, inside: BoolArray, n_tokens: FloatArr
         return np.full(k, np.nan)
     x = (tokens - n_tokens.mean()) / scale
     units = np.bincount(place, minlength=len(x)).astype(np.float64)
-    units_inside = np.bincount(place, inside, minlength=len(x))
+    units_inside = np.bincount(place, inside, minlength=len(x)).astype(np.float64)
     sums = np.asarray(fired.T @ ((n_tokens - n_tokens.mean()) / scale))
     seen = np.asarray(fired.T @ inside.astype(np.float64))
     p = np.full(k, np.nan)

@@ -47,6 +47,7 @@ EFFECTS = {
     "activation": "activation",
     "adjusted": "equal_length",
 }  # and what is true of each
+SHAPE = (len(EFFECTS), len(RARITY), len(KINDS))  # of the table of intervals
 
 
 def draw_groups(
@@ -72,7 +73,8 @@ def draw_tokens(inside: BoolArray, rng: np.random.Generator) -> FloatArray:
     """Draw the tokens of texts (n,) inside the group and outside it."""
     tokens = np.rint(rng.lognormal(np.log(MEAN_TOKENS), 0.25, len(inside)))
     longer = np.where(inside, np.rint(rng.normal(LONGER, DEVIATION, len(inside))), 0)
-    return np.maximum(tokens + longer, 5)
+    lengths: FloatArray = np.maximum(tokens + longer, 5)
+    return lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +127,8 @@ class GroupTally:
     length_found: list[float] = field(default_factory=list)
     length_holds: list[float] = field(default_factory=list)
     shuffled: list[float] = field(default_factory=list)
-    covered: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_SHAPE, np.int64))
-    intervals: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_SHAPE, np.int64))
+    covered: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(SHAPE, np.int64))
+    intervals: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(SHAPE, np.int64))
 
     def add(self, people: Population, true: GroupTruth, found: GroupedFeatures) -> None:
         """Count one draw. The group is the second, so that its differences are others - group."""
@@ -151,9 +153,6 @@ class GroupTally:
                 for k in range(len(KINDS)):
                     self.intervals[at, place, k] += np.count_nonzero(given & rare & (kind == k))
                     self.covered[at, place, k] += np.count_nonzero(inside & rare & (kind == k))
-
-
-_SHAPE = (len(EFFECTS), len(RARITY), len(KINDS))
 
 
 def simulate_groups(
