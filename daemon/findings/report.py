@@ -155,6 +155,8 @@ def without_pairs(
     wanted: Wanted = top_grouped(grouped, options.features) or top_prevalent(common, options.features)
     shown = Shown((text,), cluster, grouping)
     notes = [note] * bool(note)
+    if grouped:
+        notes += notes_of_groups(samples, grouping)
     if len(study.texts) > 1:
         notes.append(f"Of the texts {', '.join(study.texts)} the page is about {text}: none are compared.")
     return replace(
@@ -168,6 +170,16 @@ def without_pairs(
         notes=(*report.notes, *notes),
         small_groups=small_groups(samples, settings.min_group),
     )
+
+
+def notes_of_groups(samples: Samples, grouping: Grouping) -> Iterator[str]:
+    """Yield which samples count less than once."""
+    n, texts = len(samples.cluster), len(np.unique(samples.cluster))
+    without = int((samples.group < 0).sum())
+    if without:
+        yield f"{without:,} of {n:,} samples have no value of {grouping.column}: they are in no comparison."
+    if texts < n:
+        yield f"{n:,} samples have {texts:,} different texts: those of one side with the same text count once."
 
 
 def compared_text(study: Study) -> str:

@@ -131,6 +131,8 @@ def grouped(report: Report, findings: Sequence[GroupedFeatures]) -> str:
     holding = sum(n_found(one.verdict, ("holds",)) for one in findings)
     groups = numbers.counted(len({one.group for one in findings}), "group")
     where = f"between one of {groups} ({report.group_column}) and all others"
+    if findings and findings[0].against is not None:
+        where = f"between {findings[0].group} and {findings[0].against} ({report.group_column})"
     rate = f"at a false discovery rate of {numbers.target(report.target)}"
     if not found:
         return f"No feature is found to differ {where} {rate}."

@@ -199,6 +199,8 @@ def lines(tallies: Sequence[tuple[int, int, GroupTally]]) -> Iterator[str]:
         for at, effect in enumerate(EFFECTS):
             for place, (least, most) in enumerate(RARITY):
                 covered, given = tally.covered[at, place], tally.intervals[at, place]
+                if not given.any():
+                    continue
                 cells = [percent(covered.sum(), given.sum())]
                 cells += [percent(c, g) for c, g in zip(covered, given, strict=True)]
                 where = f"{100 * least:g} to {100 * most:g}%"
