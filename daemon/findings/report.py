@@ -179,7 +179,7 @@ def notes_of_groups(samples: Samples, grouping: Grouping) -> Iterator[str]:
     if without:
         yield f"{without:,} of {n:,} samples have no value of {grouping.column}: they are in no comparison."
     if texts < n:
-        yield f"{n:,} samples have {texts:,} different texts: those of one side with the same text count once."
+        yield f"{n:,} samples have {texts:,} different texts: on one side the same text counts once."
 
 
 def compared_text(study: Study) -> str:

@@ -208,6 +208,7 @@ class GroupedColumn:
     adjusted_p: float | None
     verdict: Verdict
     against: str | None = None  # the other group where there are but two; None: all others
+    same_sign: bool = False  # of the difference as it is and at equal length, with intervals or without
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from daemon.findings.grouped import (
     fdr_grouped_columns,
     grouped_column,
     grouped_features,
+    skewed_least,
 )
 from daemon.findings.prevalence import co_occurrence, prevalence
 from daemon.findings.probe import probe_pairs, share_with_interval
@@ -225,6 +226,22 @@ def test_grouped_column_equals_plain_computation() -> None:
     np.testing.assert_allclose(
         [column.q for column in together], multipletests([found.p, other.p], method="fdr_bh")[1], **CLOSE
     )
+
+
+def test_a_skewed_column_has_no_interval_of_a_small_group() -> None:
+    rng = np.random.default_rng(11)
+    group = (np.arange(400) >= 30).astype(np.int64)
+    samples = Samples(np.arange(400), np.rint(rng.normal(40, 8, 400)), group, ("a", "b"), "fact")
+    skewed = grouped_column(rng.lognormal(0, 1, 400), samples, 0, grouped_labels())
+    assert skewed.difference is skewed.adjusted is None
+    assert skewed.p is not None and skewed.adjusted_p is not None  # ranks don't mind
+    larger = grouped_column(rng.lognormal(0, 1, 400) * np.where(group, 1, 4), samples, 0, grouped_labels())
+    assert (larger.difference, larger.verdict) == (None, "holds")
+    even = grouped_column(rng.normal(0, 1, 400), samples, 0, grouped_labels())
+    assert even.difference is not None and even.adjusted is not None
+    values = rng.lognormal(0, 0.5, 300)
+    assert skewed_least(values) == pytest.approx(10 * stats.skew(values) ** 2)
+    assert skewed_least(np.ones(5)) == skewed_least(np.zeros(0)) == 0
 
 
 def test_prevalence_counts_samples() -> None:
