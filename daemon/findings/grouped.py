@@ -43,7 +43,6 @@ from daemon.findings.sparse import Columns, as_columns, column_of, fires, ordere
 from daemon.findings.units import Samples, Units, compared_groups, units_of
 from daemon.findings.verdicts import as_verdict, verdicts
 
-
 SKEWNESS = 10  # units for each square of the skewness
 
 
