@@ -179,6 +179,24 @@ def test_without_a_contrast_groups_are_compared_and_without_groups_nothing(tmp_p
     assert report.details
 
 
+def test_samples_that_count_less_are_told(tmp_path):
+    made = make(tmp_path / f"a-{'1' * 12}", PAIRS, seed=4, recipe=PLAIN_RECIPE)
+    for row in made.metrics[:4]:
+        row["domain"] = None
+    made.metrics[4]["domain"] = "east"
+    texts = [row for row in made.texts if row["text"] == "text"]
+    texts[10]["content"] = texts[12]["content"]
+    made.write()
+    report = report_of(made.path)
+    assert report.small_groups == ("east",)
+    assert [(one.group, one.n_inside, one.n_outside) for one in report.grouped] == [
+        ("north", 26, 28),  # of the others two have one text
+        ("south", 28, 27),
+    ]
+    assert "4 of 60 samples have no value of domain: they are in no comparison." in report.notes
+    assert "60 samples have 30 different texts: on one side the same text counts once." in report.notes
+
+
 def test_features_that_can_t_be_tested_are_not_shown(tmp_path):
     made = make(tmp_path / f"a-{'1' * 12}", 3)
     made.write()
