@@ -15,7 +15,6 @@ from daemon.findings.details import Shown, Wanted, details_of, top_grouped, top_
 from daemon.findings.grouped import (
     ActivationBlock,
     GroupedSettings,
-    Samples,
     fdr_grouped_columns,
     grouped_column,
     grouped_features,
@@ -37,6 +36,7 @@ from daemon.findings.results import (
     ShapeShares,
 )
 from daemon.findings.study import TEXTS, Study
+from daemon.findings.units import Samples, compared_groups, small_groups
 
 SHAPE = "shape_class"
 TITLE_NAMES = 3
@@ -159,6 +159,8 @@ def without_pairs(
     wanted: Wanted = top_grouped(grouped, options.features) or top_prevalent(common, options.features)
     shown = Shown((text,), cluster, grouping)
     notes = [note] * bool(note)
+    if grouped:
+        notes += notes_of_groups(samples, grouping)
     if len(study.texts) > 1:
         notes.append(f"Of the texts {', '.join(study.texts)} the page is about {text}: none are compared.")
     return replace(
@@ -172,6 +174,16 @@ def without_pairs(
         notes=(*report.notes, *notes),
         small_groups=small_groups(samples, settings.min_group),
     )
+
+
+def notes_of_groups(samples: Samples, grouping: Grouping) -> Iterator[str]:
+    """Yield which samples count less than once."""
+    n, texts = len(samples.cluster), len(np.unique(samples.cluster))
+    without = int((samples.group < 0).sum())
+    if without:
+        yield f"{without:,} of {n:,} samples have no value of {grouping.column}: they are in no comparison."
+    if texts < n:
+        yield f"{n:,} samples have {texts:,} different texts: on one side the same text counts once."
 
 
 def compared_text(study: Study) -> str:
@@ -193,9 +205,7 @@ def pieces_of(study: Study, counts: Counts, text: str, progress: ReportProgress)
 
 def grouped_columns(study: Study, samples: Samples, settings: GroupedSettings) -> Iterable[GroupedColumn]:
     """Every column of every dictionary in each group that has enough samples."""
-    sizes = np.bincount(samples.group[samples.group >= 0], minlength=len(samples.group_names))
-    n = len(samples.group)
-    groups = [group for group, size in enumerate(sizes) if min(size, n - size) >= settings.min_group]
+    groups = compared_groups(samples, settings.min_group)
     found: list[GroupedColumn] = []
     for sae in study.saes:
         for column in LAYER_COLUMNS:
@@ -209,17 +219,8 @@ def grouped_columns(study: Study, samples: Samples, settings: GroupedSettings) -
                     label, sae.prefix, column.unit, column.meaning, samples.text, samples.group_names[group],
                     0, 0, None, None, None, None, None, None, "few",
                 )  # fmt: skip
-                found.append(grouped_column(values, samples, group, blank))
+                found.append(grouped_column(values, samples, group, blank, settings))
     return fdr_grouped_columns(found, settings)
-
-
-def small_groups(samples: Samples, min_group: int) -> tuple[str, ...]:
-    """Return the names of the groups with fewer than `min_group` samples inside or outside."""
-    sizes = np.bincount(samples.group[samples.group >= 0], minlength=len(samples.group_names)).tolist()
-    n = len(samples.group)
-    return tuple(
-        name for name, size in zip(samples.group_names, sizes, strict=True) if min(size, n - size) < min_group
-    )
 
 
 def shape_shares(study: Study, grouping: Grouping) -> Iterator[ShapeShares]:

@@ -151,7 +151,8 @@ def test_without_a_contrast_groups_are_compared_and_without_groups_nothing(tmp_p
     made = make(tmp_path / f"a-{'1' * 12}", PAIRS, seed=4, recipe=PLAIN_RECIPE)
     made.write()
     report = report_of(made.path)
-    assert [one.group for one in report.grouped] == ["north", "south"]
+    assert [(one.group, one.against) for one in report.grouped] == [("north", "south")]  # once, not twice
+    assert {(one.group, one.against) for one in report.grouped_columns} == {("north", "south")}
     acts = dense(made, "text", 0)
     north = np.array([row["domain"] == "north" for row in made.metrics])
     inside = report.grouped[0].sae == 0
@@ -195,6 +196,24 @@ def test_pairs_of_no_equal_length_are_told(tmp_path):
     assert next(cautions.cautions(report)).startswith(
         "No pair is of equal length: hall has 2 to 4 tokens more"
     )
+
+
+def test_samples_that_count_less_are_told(tmp_path):
+    made = make(tmp_path / f"a-{'1' * 12}", PAIRS, seed=4, recipe=PLAIN_RECIPE)
+    for row in made.metrics[:4]:
+        row["domain"] = None
+    made.metrics[4]["domain"] = "east"
+    texts = [row for row in made.texts if row["text"] == "text"]
+    texts[10]["content"] = texts[12]["content"]
+    made.write()
+    report = report_of(made.path)
+    assert report.small_groups == ("east",)
+    assert [(one.group, one.n_inside, one.n_outside) for one in report.grouped] == [
+        ("north", 26, 28),  # of the others two have one text
+        ("south", 28, 27),
+    ]
+    assert "4 of 60 samples have no value of domain: they are in no comparison." in report.notes
+    assert "60 samples have 30 different texts: on one side the same text counts once." in report.notes
 
 
 def test_features_that_can_t_be_tested_are_not_shown(tmp_path):
@@ -314,7 +333,7 @@ def test_a_tiny_models_outbox_from_run_to_page(tmp_path):
         if args[0] == "run":
             assert result.returncode == 0, result.stderr
     assert result.returncode == 2
-    assert "--by source: 1 different values" in result.stderr
+    assert "--by source: 1 different value," in result.stderr
     report = report_of(tmp_path / "outbox")
     assert report.details
     assert all(detail.promotes and not detail.words_missing for detail in report.details)
