@@ -74,7 +74,7 @@ def exit_code(error: Exception) -> int:
     return MACHINE_FAILED
 
 
-def complain(error: BaseException, code: int) -> int:
+def complain(error: BaseException | str, code: int) -> int:
     sys.stderr.write(escape_control(f"lensd: {error}") + "\n")
     return code
 
@@ -232,12 +232,18 @@ def show_status(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from daemon.findings.command import write_report
-    from daemon.findings.report import ReportOptions
-    from daemon.findings.sentences import findings
+    from daemon.findings.interrupts import Interrupted, interruptible
 
-    options = ReportOptions(by=args.by, features=args.features)
-    report = write_report(args.outboxes, options, args.output, args.data)
+    try:
+        with interruptible():
+            from daemon.findings.command import write_report
+            from daemon.findings.report import ReportOptions
+            from daemon.findings.sentences import findings
+
+            options = ReportOptions(by=args.by, features=args.features)
+            report = write_report(args.outboxes, options, args.output, args.data)
+    except Interrupted as error:
+        return complain("interrupted: nothing was written", error.exit_code)
     for sentence in findings(report):
         say(sentence)
     say(str(args.output))

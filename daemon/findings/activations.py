@@ -31,7 +31,7 @@ class Counts:
     positions: npt.NDArray[np.int32]  # (n_saes, n_texts, n_samples) rows of each text
 
     def dead(self, sae: int) -> int:
-        """Features of a dictionary that fire on no text."""
+        """Count the features of a dictionary that fire on no text."""
         return int((self.per_feature[sae].sum(0) == 0).sum())
 
 
@@ -75,7 +75,7 @@ def check_positions(study: Study, positions: npt.NDArray[np.int32]) -> None:
 def matrices(
     study: Study, rows: ActivationRows, texts: Sequence[int]
 ) -> Iterator[tuple[int, int, IntArray, sparse.csr_array]]:
-    """Of each dictionary and text in some rows: the sample of each of R rows, and them as (R, d_sae)."""
+    """Give, of each dictionary and text, the sample of each of its R rows, and the rows as (R, d_sae)."""
     lengths = np.diff(rows.offsets)
     kind = rows.sae * len(study.texts) + rows.text
     for sae, entry in enumerate(study.saes):
@@ -100,7 +100,7 @@ def matrices(
 
 
 def pool(study: Study, sample: IntArray, acts: sparse.csr_array) -> tuple[sparse.csr_array, IntArray]:
-    """The sum over the rows of each sample, as (samples, d_sae), and which samples: where they have several.
+    """Sum the rows of each sample that has several; return the sums, (samples, d_sae), and the samples.
 
     The rows of a sample follow one another. One cut in two by the pieces of the file comes twice.
     """
@@ -126,7 +126,7 @@ class Span:
 def plan_passes(
     study: Study, counts: Counts, texts: Sequence[int], budget: int = BUDGET_BYTES
 ) -> list[list[Span]]:
-    """Spans of features for each pass, so that the activations of each pass fit the budget.
+    """Return spans of features for each pass, so that the activations of each pass fit the budget.
 
     One feature that alone does not fit is a pass of its own.
     """
@@ -159,7 +159,7 @@ def activation_blocks(
     budget: int = BUDGET_BYTES,
     on_rows: OnRows = lambda _: None,
 ) -> Iterator[StudyBlock]:
-    """Every feature of every dictionary, block by block, in their order.
+    """Give every feature of every dictionary, block by block, in their order.
 
     What a block holds is let go once the next one is asked for.
     """
@@ -191,7 +191,7 @@ class FeatureColumns:
     by_text: dict[str, sparse.csc_array]  # (n_samples, k)
 
     def of(self, text: str, feature: int) -> tuple[IntArray, FloatArray]:
-        """The samples that fire a feature, and how much."""
+        """Return the samples that fire a feature, and how much."""
         columns, place = self.by_text[text], int(np.flatnonzero(self.features == feature)[0])
         begin, end = columns.indptr[place : place + 2]
         return columns.indices[begin:end].astype(np.int64), columns.data[begin:end].astype(np.float64)
@@ -200,7 +200,7 @@ class FeatureColumns:
 def feature_columns(
     study: Study, counts: Counts, wanted: Sequence[tuple[int, int]], on_rows: OnRows = lambda _: None
 ) -> dict[int, FeatureColumns]:
-    """By dictionary the activations of some of its features; `wanted` are (dictionary, feature)."""
+    """Return by dictionary the activations of its `wanted` features, which are (dictionary, feature)."""
     features = {
         sae: np.array(sorted({feature for owner, feature in wanted if owner == sae}), np.int64)
         for sae in sorted({sae for sae, _ in wanted})
@@ -235,7 +235,7 @@ def joined(
     positions: npt.NDArray[np.int32],
     k: int,
 ) -> sparse.csc_array:
-    """(n_samples, k) of pieces with the sample of each activation."""
+    """Join pieces, with the sample of each activation, to (n_samples, k)."""
     sample = np.concatenate([np.zeros(0, np.int64), *(which for which, _ in pieces)])
     column = np.concatenate([np.zeros(0, np.int64), *(found.coords[1] for _, found in pieces)])
     values = np.concatenate([np.zeros(0), *(found.data for _, found in pieces)])
@@ -245,7 +245,7 @@ def joined(
 
 
 def value_type(study: Study) -> np.dtype[np.floating]:
-    """Of activations in blocks: as stored, or means in double precision."""
+    """Return the type of activations in blocks: as stored, or of means double precision."""
     return np.dtype(np.float64 if study.pools_positions else np.float32)
 
 
@@ -281,7 +281,7 @@ class Filling:
         self._next[text] += lengths
 
     def finished(self) -> StudyBlock:
-        """The block, in which each sample comes once for each feature."""
+        """Return the block, in which each sample comes once for each feature."""
         by_text = {}
         for text, starts in self._starts.items():
             values, samples = self._values.pop(text), self._samples.pop(text)

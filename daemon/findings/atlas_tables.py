@@ -65,14 +65,14 @@ class Drawn:
 
     @property
     def ranks(self) -> IntArray:
-        """(n_samples,) place of each sample among those drawn, -1 where it is not."""
+        """Return the place (n_samples,) of each sample among those drawn, -1 where it is not."""
         ranks = np.full(self.study.n_samples, -1, np.int64)
         ranks[self.samples] = np.arange(len(self.samples))
         return ranks
 
     @property
     def note(self) -> str | None:
-        """A line for whoever believes that all are there."""
+        """Return a line that says how many are shown; None where all are."""
         if len(self.samples) == self.study.n_samples:
             return None
         return (
@@ -82,7 +82,7 @@ class Drawn:
 
 
 def draw(study: Study, most_texts: int = MOST_TEXTS, most_activations: int = MOST_ACTIVATIONS) -> Drawn:
-    """All samples, or as many of them, at random, as keep within both bounds; at least one."""
+    """Choose all samples, or at random as many as keep within both bounds; at least one."""
     by_activations = study.n_samples * most_activations // max(study.n_stored(), 1)
     most = max(min(most_texts // len(study.texts), by_activations), 1)
     if study.n_samples <= most:
@@ -100,7 +100,7 @@ class Gathered:
 
 
 def gather(drawn: Drawn) -> Gathered:
-    """Activations of one pass over features.parquet.
+    """Gather the activations in one pass over features.parquet.
 
     A text with several positions has their mean, silent ones counted as 0. Raises ConfigError where a feature
     is beyond its dictionary.
@@ -138,14 +138,14 @@ def gather(drawn: Drawn) -> Gathered:
 
 
 def names_of_features(drawn: Drawn) -> list[str]:
-    """Each column of the activations, such as l7/506."""
+    """Return the name of each column of the activations, such as l7/506."""
     return [f"{sae.prefix}/{feature}" for sae in drawn.study.saes for feature in range(sae.d_sae)]
 
 
 def text_table(
     drawn: Drawn, contents: Sequence[str | None], activations: sparse.csr_array, places: FloatArray
 ) -> pa.Table:
-    """A row for each text of each sample: what it is, its numbers, the features that fire, where it lies.
+    """Return a row for each text of each sample: its numbers, the features that fire, where it lies.
 
     Of a text without content its sample's id is shown.
     """
@@ -181,7 +181,7 @@ def text_table(
 
 
 def drawn_metrics(drawn: Drawn) -> pa.Table:
-    """The rows of metrics.parquet of the samples that are drawn, the columns that all folders have."""
+    """Return the rows of metrics.parquet of the samples that are drawn, the columns that all folders have."""
     study = drawn.study
     names = [name for name in metrics_schema(study.folders[0]).names if name in study.columns]
     is_drawn = drawn.ranks >= 0
@@ -197,7 +197,7 @@ def drawn_metrics(drawn: Drawn) -> pa.Table:
 
 
 def columns_of_text(columns: Sequence[str], study: Study, text: str) -> dict[str, str]:
-    """The columns of one text, and their names without it; differences between texts keep theirs."""
+    """Return the columns of one text, and their names without it; differences between texts keep theirs."""
     found = {}
     for name in columns:
         if name in KEYS or name == "extra":
@@ -211,7 +211,7 @@ def columns_of_text(columns: Sequence[str], study: Study, text: str) -> dict[str
 
 
 def without_text(name: str, study: Study, text: str) -> str | None:
-    """`name` without the text, as in l7_fact_gini or stability_fact_std; None where it has none."""
+    """Return `name` without the text, as in l7_fact_gini or stability_fact_std; None where it has none."""
     for sae in study.saes:
         begin = f"{sae.prefix}_{text}_"
         if name.startswith(begin):
@@ -225,7 +225,7 @@ def without_text(name: str, study: Study, text: str) -> str | None:
 def feature_table(
     drawn: Drawn, words: Mapping[int, str], gathered: Gathered, verdicts: Sequence[str] | None = None
 ) -> pa.Table:
-    """A row for each feature that fires on a text: how often, how much, on which texts and words.
+    """Return a row for each feature that fires: how often, how much, on which texts and words.
 
     `verdicts` has one for each of all features, or is left out.
 
@@ -279,13 +279,13 @@ def feature_table(
 
 
 def rates_in(rows: sparse.csr_array) -> FloatArray:
-    """(n_features,) share of the rows in which each fires."""
+    """Return the share (n_features,) of the rows in which each fires."""
     rates: FloatArray = np.bincount(rows.indices, minlength=rows.shape[1]) / max(rows.shape[0], 1)
     return rates
 
 
 def top_words(by_token: sparse.csr_array, feature: int, words: Mapping[int, str]) -> str:
-    """The tokens on which a feature is strongest in sum, strongest first."""
+    """Return the tokens on which a feature is strongest in sum, strongest first."""
     first, last = by_token.indptr[feature : feature + 2]
     strongest = np.argsort(-by_token.data[first:last], kind="stable")
     found = [words.get(token, "") for token in by_token.indices[first:last][strongest].tolist()]
@@ -293,7 +293,7 @@ def top_words(by_token: sparse.csr_array, feature: int, words: Mapping[int, str]
 
 
 def described(row: Mapping[str, Any], study: Study) -> str:
-    """One line for the list of features."""
+    """Return one line for the list of features."""
     verdict = VERDICTS.get(row.get("verdict", ""))
     rates = ", ".join(f"{text} {row[f'rate_{text}']:.1%}" for text in study.texts)
     parts = [verdict, row.get("tokens"), f"fires on {rates}; mean activation {row['mean_activation']:.3g}"]

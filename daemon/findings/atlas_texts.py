@@ -25,7 +25,7 @@ class Texts:
 
 
 def read_contents(study: Study, samples: IntArray) -> Texts:
-    """The texts of some samples, (S,) ascending. Raises ConfigError where a texts.parquet is damaged."""
+    """Return the texts of samples, (S,) ascending. Raises ConfigError where a texts.parquet is damaged."""
     ranks = np.full(study.n_samples, -1, np.int64)
     ranks[samples] = np.arange(len(samples))
     places = {text: place for place, text in enumerate(study.texts)}

@@ -42,9 +42,12 @@ def by_content(study: Study, text: str) -> IntArray:
             check_columns(path, file.schema_arrow.names, ("record_index", "text", "content"))
             for batch in file.iter_batches(4096, columns=["record_index", "text", "content"]):
                 chosen = batch.filter(pc.equal(batch["text"].cast(pa.string()), text))
-                place = np.searchsorted(known, chosen["record_index"].to_numpy())
-                for row, content in zip(place.tolist(), chosen["content"].to_pylist(), strict=True):
-                    if row < len(known):
+                records = chosen["record_index"].to_numpy()
+                place = np.searchsorted(known, records)
+                ours = known[np.minimum(place, len(known) - 1)] == records
+                contents = chosen["content"].to_pylist()
+                for row, own, content in zip(place.tolist(), ours.tolist(), contents, strict=True):
+                    if own:
                         told = (content or "").encode("utf-8", "surrogatepass")
                         digests[first + row] = (
                             hashlib.blake2b(told, digest_size=15).digest() + b"."
@@ -82,8 +85,10 @@ def refined(cluster: IntArray, numbers: FloatArray, tolerance: float) -> IntArra
 
 
 def numbered(keys: np.ndarray[tuple[int], np.dtype[np.generic]]) -> IntArray:
-    """(n,) the same number for equal keys, from 0 in the order in which they first come."""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse]
+    """(n,) the same number for equal keys, from 0 in the order of the keys.
+
+    So the number of a text depends on the texts alone: in whichever order folders come, draws by number are
+    the same.
+    """
+    number: IntArray = np.unique(keys, return_inverse=True)[1].astype(np.int64)
+    return number

@@ -42,7 +42,7 @@ class Shown:
 
 
 def top_paired(features: PairedFeatures, most: int) -> Wanted:
-    """Features that hold first, then by false discovery rate, then by effect; tested ones only."""
+    """Return features that hold first, then by false discovery rate, then by effect; tested ones only."""
     effect = -np.abs(np.nan_to_num(features.d_z))
     order = np.lexsort((effect, np.nan_to_num(features.q, nan=2.0), features.verdict != "holds"))
     chosen = order[features.tested[order]][:most]
@@ -50,7 +50,7 @@ def top_paired(features: PairedFeatures, most: int) -> Wanted:
 
 
 def top_grouped(grouped: Sequence[GroupedFeatures], most: int) -> Wanted:
-    """The same over all groups, each feature once."""
+    """Return the same over all groups, each feature once."""
     if not grouped:
         return []
     q = np.concatenate([np.where(one.tested, np.nan_to_num(one.q, nan=2.0), 3.0) for one in grouped])
@@ -65,7 +65,7 @@ def top_grouped(grouped: Sequence[GroupedFeatures], most: int) -> Wanted:
 
 
 def top_prevalent(prevalence: Sequence[Prevalence], most: int) -> Wanted:
-    """The most frequent features, those that fire on more than half of the samples last."""
+    """Return the most frequent features, those that fire on more than half of the samples last."""
     if not prevalence:
         return []
     one = prevalence[-1]
@@ -173,7 +173,7 @@ def detail(
 def group_rates(
     columns: FeatureColumns, feature: int, shown: Shown
 ) -> tuple[tuple[str, float, float, int], ...]:
-    """Of each group the share of its samples that fire, in the first text and in a second one."""
+    """Return the share of each group's samples that fire, in the first text and in a second one."""
     group, names = shown.grouping.group, shown.grouping.names
     sizes = np.bincount(group[group >= 0], minlength=len(names))
     rates = []

@@ -47,7 +47,7 @@ Key = tuple[int, int, int, int]  # sample, text, dictionary, feature
 def strongest(
     columns: FeatureColumns, feature: int, texts: Sequence[str], cluster: IntArray, most: int = EXAMPLES
 ) -> list[int]:
-    """The samples in whose texts a feature is strongest, no two of one cluster, strongest first."""
+    """Return the samples in whose texts a feature is strongest, no two of one cluster, strongest first."""
     found = [columns.of(text, feature) for text in texts]
     sample = np.concatenate([which for which, _ in found])
     value = np.concatenate([values for _, values in found])
@@ -62,7 +62,7 @@ def strongest(
 def histogram(
     columns: FeatureColumns, feature: int, texts: Sequence[str]
 ) -> tuple[FloatArray, tuple[tuple[str, IntArray], ...]]:
-    """Edges (bins + 1,) from 0 to the largest activation, and how many of each text's lie in each bin."""
+    """Return edges (bins + 1,) from 0 to the largest activation, and each text's counts in the bins."""
     values = {text: columns.of(text, feature)[1] for text in texts}
     top = max((float(found.max()) for found in values.values() if len(found)), default=1.0)
     edges = np.linspace(0.0, top, BINS + 1)
@@ -72,7 +72,7 @@ def histogram(
 def read_positions(
     study: Study, wanted: Iterable[tuple[int, int, int]], on_rows: OnRows = lambda _: None
 ) -> dict[Key, Readings]:
-    """Features at the positions of some samples' texts; `wanted` are (sample, dictionary, feature)."""
+    """Return features at the positions of some samples' texts; `wanted` are (sample, dictionary, feature)."""
     features: dict[tuple[int, int], list[int]] = {}
     for sample, sae, feature in wanted:
         features.setdefault((sample, sae), []).append(feature)
@@ -99,7 +99,7 @@ def read_positions(
 
 
 def read_texts(study: Study, samples: Iterable[int]) -> dict[tuple[int, str], TextRow]:
-    """Rows of texts.parquet by sample and name of the text; none where a folder has no such file."""
+    """Return rows of texts.parquet by sample and name of the text; none where a folder has no such file."""
     wanted = np.unique(np.fromiter(samples, np.int64))
     found: dict[tuple[int, str], TextRow] = {}
     for number, folder in enumerate(study.folders):
@@ -132,7 +132,7 @@ def text_row(row: Mapping[str, object]) -> TextRow:
 
 
 def show_text(name: str, row: TextRow | None, read: Readings | None, activation: float) -> ShownText:
-    """A text around the token where a feature is strongest; of one that is silent its end.
+    """Return a text around the token where a feature is strongest; of one that is silent its end.
 
     Without the places of its tokens the text is one token; without the text there is none.
     """
@@ -163,7 +163,7 @@ def show_text(name: str, row: TextRow | None, read: Readings | None, activation:
 
 
 def shift_of(row: TextRow, read: Readings | None) -> int | None:
-    """By how much positions in features.parquet exceed places in `token_ids`: a BOS may be counted in one.
+    """Return how far positions in features.parquet exceed places in `token_ids`: a BOS may be counted in one.
 
     None where the two are not of the same tokens.
     """

@@ -1,7 +1,7 @@
 """`lensd explore`: hands published folders to embedding-atlas, which shows them in a browser.
 
 Makes its tables in a temporary folder, starts its server on loopback, and ends both. embedding-atlas is a
-program of its own here: this module imports nothing of it.
+program of its own here: this module imports nothing of it. `atlas_server` runs it.
 """
 
 from __future__ import annotations
@@ -70,12 +70,19 @@ def require_embedding_atlas() -> None:
 
 
 def notes(drawn: Drawn) -> list[str]:
-    """A line for each thing that is not shown as one would expect."""
+    """Return a line for each thing that is not shown as one would expect."""
     found = [] if drawn.note is None else [drawn.note]
     if not drawn.study.has(TEXTS):
         found.append(
             f"no {TEXTS} in every folder: samples without one are shown by their ids, not by their texts"
         )
+    contrast = drawn.study.manifest.recipe.contrast
+    if contrast is not None:
+        one, other = (compare.tokens_of(drawn.study, text) for text in (contrast.positive, contrast.negative))
+        if not (one == other).any():
+            found.append(
+                "no pair is of equal length: what holds does so by extrapolation of a regression alone"
+            )
     return found
 
 
@@ -92,7 +99,7 @@ def write_tables(drawn: Drawn, folder: Path) -> None:
 
 
 def verdicts_of(study: Study) -> list[str] | None:
-    """What a report of all samples says of each feature of each dictionary; None without a contrast."""
+    """Return what a report says of each feature of each dictionary; None without a contrast."""
     contrast = study.manifest.recipe.contrast
     if contrast is None:
         return None
@@ -108,7 +115,7 @@ def verdicts_of(study: Study) -> list[str] | None:
 
 
 def first_view(drawn: Drawn, texts: pa.Table) -> dict[str, Any]:
-    """The charts that the page begins with, as embedding-atlas describes them; its user adds others.
+    """Return the charts that the page begins with, as embedding-atlas describes them.
 
     With a contrast its list of features tells how well each tells the two texts apart.
     """
@@ -150,7 +157,7 @@ def first_view(drawn: Drawn, texts: pa.Table) -> dict[str, Any]:
 
 
 def free_port(port: int | None) -> int:
-    """The port, or one that is free. Raises ConfigError where it is taken."""
+    """Return the port, or one that is free. Raises ConfigError where it is taken."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -163,7 +170,7 @@ def free_port(port: int | None) -> int:
 
 @contextlib.contextmanager
 def serving(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server of embedding-atlas that answers. Raises MachineError where none comes up."""
+    """Run a server of embedding-atlas until the block ends. Raises MachineError where none comes up."""
     with (folder / LOG_FILE).open("wb") as log:
         server = subprocess.Popen(
             command_line(port),
@@ -187,12 +194,12 @@ def command_line(port: int) -> list[str]:
     table = ["--table", FEATURES_TABLE, FEATURES_FILE]
     table += ["--table-relation", FEATURES_TABLE, "mainKey=UNNEST(features);key=feature"]
     place = ["--duckdb", "wasm", "--host", HOST, "--port", str(port), "--no-auto-port"]
-    command = [sys.executable, "-P", "-m", "embedding_atlas.cli", SAMPLES_FILE]
+    command = [sys.executable, "-P", "-m", "daemon.findings.atlas_server", SAMPLES_FILE]
     return [*command, *columns, *table, "--state", STATE_FILE, *place]
 
 
 def offline(folder: Path) -> dict[str, str]:
-    """No hub, and none of its cache: that is by names of files, which are the same each time."""
+    """Return an environment without a hub, and without its cache, whose keys are names of files."""
     return {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -1,4 +1,4 @@
-"""How the dictionaries do on the samples of a study, and what became of records that gave no sample."""
+"""Tells how the dictionaries do on the samples of a study, and why records gave no sample."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from daemon.findings.study import Study
 from daemon.model_info import Fit
 
 REJECTS = "rejects.jsonl"
+ALIKE = (
+    " Or the texts are much alike where they are read: FVU is a share of the variance among them, and a small"
+    " variance makes it large."
+)
 MOST_REASONS = 1000  # different ones that are told apart
 
 # Of the bundled dictionaries by hash, at last tokens: the lowest and highest mean L0 of the demo's four
@@ -27,7 +31,7 @@ DEMO_RANGES: dict[str, tuple[float, float, float]] = {
 
 
 def health_of(study: Study, counts: Counts) -> tuple[DictionaryHealth, ...]:
-    """Every dictionary's L0, FVU and dead features, with a sentence where these are not as expected."""
+    """Return every dictionary's L0, FVU and dead features, and sentences on what is not as expected."""
     return tuple(dictionary(study, counts, number) for number in range(len(study.saes)))
 
 
@@ -56,7 +60,7 @@ def dictionary(study: Study, counts: Counts, number: int) -> DictionaryHealth:
 
 
 def weighted(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
-    """The mean over folders, each by its samples; None where one folder has none."""
+    """Return the mean over folders, each by its samples; None where one folder has none."""
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not sum(weights):
         return None
@@ -71,6 +75,7 @@ def warnings_of(
     found = [
         f"{'Mean L0' if kind == 'l0' else 'FVU'} is {value:.3g}, its card says {expected:.3g}:"
         " far from it. It may read another layer, model or scale than it was trained on."
+        f"{ALIKE if kind == 'fvu' else ''}"
         for kind, value, expected in far(fit, card)
     ]
     if of_demo is not None and not found:
@@ -89,7 +94,7 @@ def warnings_of(
 
 
 def reject_reasons(study: Study) -> tuple[tuple[str, int], ...]:
-    """How many records were rejected for each reason, most frequent first.
+    """Count the records that were rejected for each reason, most frequent first.
 
     Raises ConfigError for a file that is damaged or has another number of lines than its manifest says.
     """

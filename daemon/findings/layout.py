@@ -27,7 +27,7 @@ def equal_shares(activations: sparse.csr_array, widths: Sequence[int]) -> sparse
 
 
 def principal_components(rows: sparse.csr_array) -> FloatArray:
-    """(n, 2) scores of the rows (n, d) on their first two principal components, 0 where they have fewer.
+    """Return the scores (n, 2) of rows (n, d) on their first two principal components, 0 without one.
 
     The rows are centred within the products, and stay sparse. Of each component's two directions the one
     is taken in which its largest loading is positive, so that the layout is the same each time.

@@ -5,8 +5,9 @@ Knows what a manifest says, not what the tables hold.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from daemon.model_info import default_name
 
 MANIFEST = "manifest.json"
 SHOWN_NAMES = 3  # of the folders of a group
+SHOWN_DIFFERENCES = 4  # between groups
+MOST_VALUE = 60  # characters of a setting
 ANALYSIS_DEFAULTS: dict[str, Any] = {  # of settings that change what columns and features hold
     "tokens": "all",
     "positions": "last",
@@ -63,7 +66,7 @@ class SaeEntry(Entry):
 
     @property
     def prefix(self) -> str:
-        """With which its columns begin."""
+        """Return the name with which its columns begin."""
         return self.name or default_name(self.layer)
 
 
@@ -114,17 +117,17 @@ class Manifest(Entry):
 
     @property
     def content(self) -> str:
-        """The same for the same input."""
+        """Return a key that is the same for the same input."""
         return self.input.sha256 or self.unit
 
     def setting(self, section: str, key: str) -> Any:
-        """A setting of the run; None where the manifest does not say."""
+        """Return a setting of the run; None where the manifest does not say."""
         found = self.config.get(section)
         return found.get(key) if isinstance(found, dict) else None
 
     @property
     def analysis(self) -> tuple[tuple[str, str], ...]:
-        """The settings that change what columns and features hold, as text."""
+        """Return the settings that change what columns and features hold, as text."""
         return tuple(
             (key, str(default if (value := self.setting("analysis", key)) is None else value))
             for key, default in ANALYSIS_DEFAULTS.items()
@@ -135,26 +138,28 @@ class Manifest(Entry):
         return dict(self.analysis)["positions"]
 
     @property
-    def setup(self) -> dict[str, Any]:
-        """All that folders of one report share, by the name of what it is."""
-        model, recipe = self.model, self.recipe
-        return {
-            "the recipe": (tuple(recipe.texts.items()), recipe.contrast),
-            "the model": (
-                model.weights_sha256 or (model.name, model.revision),
-                model.settings_sha256,
-                model.dtype,
-            ),
-            "the dictionaries": tuple(
-                (sae.prefix, sae.weights_sha256, sae.prepend_bos, sae.d_sae) for sae in self.saes
-            ),
-            "the settings of the analysis": self.analysis,
-            "the version of the analysis": self.analysis_version,
-        }
+    def told(self) -> dict[str, str]:
+        """Return all that folders of one report share, by the name of what it is."""
+        model, contrast = self.model, self.recipe.contrast
+        found = {f"text {name}": repr(template) for name, template in self.recipe.texts.items()}
+        found["texts"] = ", ".join(self.recipe.texts)
+        found["contrast"] = f"{contrast.negative} - {contrast.positive}" if contrast else "none"
+        found["reference"] = contrast.reference if contrast else "none"
+        found["weights of the model"] = model.weights_sha256 or f"{model.name} {model.revision}"
+        found["settings of the model"] = model.settings_sha256
+        found["dtype"] = model.dtype
+        found["dictionaries"] = ", ".join(sae.prefix for sae in self.saes)
+        for sae in self.saes:
+            found[f"weights of {sae.prefix}"] = sae.weights_sha256 or "unknown"
+            found[f"d_sae of {sae.prefix}"] = str(sae.d_sae)
+            found[f"prepend_bos of {sae.prefix}"] = str(sae.prepend_bos)
+        found |= {f"analysis.{key}": value for key, value in self.analysis}
+        found["analysis version"] = str(self.analysis_version)
+        return found
 
     @property
     def described(self) -> str:
-        """What was run, in a few words."""
+        """Return in a few words what was run."""
         names = ", ".join(sae.prefix for sae in self.saes)
         recipe = self.recipe.name or "-".join(self.recipe.texts)
         return (
@@ -172,13 +177,13 @@ class PublishedFolder:
 
     @property
     def name(self) -> str:
-        """As it is shown; of one that is not published yet the name of its input."""
+        """Return the name as it is shown; of one that is not published yet the name of its input."""
         unpublished = self.path.name == self.manifest.unit
         return self.manifest.input.name if unpublished else self.path.name
 
     @property
     def place(self) -> str:
-        """Where it is shown to be."""
+        """Return where it is shown to be."""
         return self.name if self.path.name == self.manifest.unit else str(self.path)
 
     def file(self, name: str) -> Path:
@@ -186,7 +191,7 @@ class PublishedFolder:
 
 
 def open_folders(paths: Sequence[Path]) -> tuple[PublishedFolder, ...]:
-    """The published folders that are named, or lie in an outbox that is named; each input once.
+    """Return the published folders that are named, or lie in an outbox that is named; each input once.
 
     They come in the order named, of an outbox by name. Of one input read twice the newest counts. Raises
     ConfigError where there are none, or where they don't belong in one report.
@@ -202,7 +207,7 @@ def open_folders(paths: Sequence[Path]) -> tuple[PublishedFolder, ...]:
 
 
 def folders_of(paths: Iterable[Path]) -> list[Path]:
-    """Paths of published folders, none twice. Hidden ones, such as `.staging`, hold no finished results."""
+    """Return paths of published folders, none twice; hidden ones, such as `.staging`, are not finished."""
     found: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
@@ -244,19 +249,32 @@ def check_together(folders: Sequence[PublishedFolder]) -> None:
     """Raises ConfigError where folders are of different runs: numbers of these can't be pooled."""
     groups: dict[str, list[PublishedFolder]] = {}
     for folder in folders:
-        groups.setdefault(repr(folder.manifest.setup), []).append(folder)
+        groups.setdefault(repr(folder.manifest.told), []).append(folder)
     if len(groups) == 1:
         return
-    setups = [group[0].manifest.setup for group in groups.values()]
-    differing = [key for key in setups[0] if len({repr(setup[key]) for setup in setups}) > 1]
+    told = [group[0].manifest.told for group in groups.values()]
+    names = dict.fromkeys(name for one in told for name in one)
+    differing = [name for name in names if len({one.get(name) for one in told}) > 1]
+    shown = differing[:SHOWN_DIFFERENCES]
+    more = len(differing) - len(shown)
     listed = "; ".join(
-        f"({number}) {names_of(group)}: {group[0].manifest.described}"
-        for number, group in enumerate(groups.values(), 1)
+        f"({number}) {names_of(group)}: {group[0].manifest.described};"
+        f" {', '.join(f'{name} {value_apart(name, one, told)}' for name in shown)}"
+        for number, (group, one) in enumerate(zip(groups.values(), told, strict=True), 1)
     )
     raise ConfigError(
-        f"these {len(folders)} folders don't belong in one report, they differ in {' and '.join(differing)}:"
+        f"these {len(folders)} folders don't belong in one report, they differ in"
+        f" {' and '.join(shown)}{f' and {more} more' if more else ''}:"
         f" name the folders of one of these: {listed}"
     )
+
+
+def value_apart(name: str, one: Mapping[str, str], all_of: Sequence[Mapping[str, str]]) -> str:
+    """Return a setting's value, of a long one the part in which it differs from the others'."""
+    value = one.get(name, "none")
+    letters = zip(*(other.get(name, "none") for other in all_of), strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda some: len(set(some)) == 1, letters))
+    return cut_short(value if same < MOST_VALUE // 2 else f"...{value[same - 10 :]}", MOST_VALUE)
 
 
 def names_of(folders: Sequence[PublishedFolder]) -> str:

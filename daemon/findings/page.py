@@ -9,45 +9,51 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import os
+from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from daemon.escaping import cut_short, escape_control
-from daemon.findings import cells, figures, numbers, sentences, tables
+from daemon.findings import cautions, cells, figures, method_text, numbers, sentences, tables
 from daemon.findings.results import Report
 
 STATIC = Path(__file__).parent / "static"
+MOST_BYTES = 5_000_000  # of a page: a browser opens it at once, and a mail takes it
 MOST_CHARACTERS = 2000  # of any one value
 MOST_NAME = 60  # of a name in a table
 MOST_TITLE = 160
 
 
 def page(report: Report) -> str:
-    """Return the whole page."""
+    """Return the whole page, with examples of as many features as fit into MOST_BYTES."""
+    drawn = figures.draw(report)
+    shown = len(report.details)
+    made = render(report, drawn, shown)
+    if (size := len(made.encode())) > MOST_BYTES:
+        bare = len(render(report, drawn, 0).encode())
+        while size > MOST_BYTES and shown:
+            shown = min(shown - 1, max(int(0.98 * shown * (MOST_BYTES - bare) / (size - bare)), 0))
+            made = render(report, drawn, shown)
+            size = len(made.encode())
+    return made
+
+
+def render(report: Report, drawn: figures.Figures, shown: int) -> str:
+    """Return the page with examples of the first `shown` features."""
     template = environment().get_template("page.html")
     style, script = (asset(name) for name in ("report.css", "report.js"))
     return template.render(
-        report=report,
+        report=replace(report, details=report.details[:shown]),
+        left_out=len(report.details) - shown,
+        most_megabytes=MOST_BYTES // 1_000_000,
         run=report.run,
-        figures=figures.draw(report),
+        figures=drawn,
         style=Markup(style),  # the project's own files, whose hashes the policy names
         script=Markup(script),
         policy=policy(style, script),
     )
-
-
-def write_page(report: Report, path: Path) -> None:
-    """Write the page; the file is there whole or not at all."""
-    text = page(report)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @functools.cache
@@ -79,9 +85,17 @@ def environment() -> Environment:
         auto_reload=False,
         finalize=visible,
     )
-    environment.globals.update(cells=cells, numbers=numbers, sentences=sentences, tables=tables)
+    environment.globals.update(
+        cautions=cautions,
+        cells=cells,
+        method_text=method_text,
+        numbers=numbers,
+        sentences=sentences,
+        tables=tables,
+    )
     environment.filters["name"] = short_name
     environment.filters["title"] = lambda text: cut_short(escape_control(text), MOST_TITLE)
+    environment.filters["column"] = column_name
     environment.filters["link"] = safe_link
     return environment
 
@@ -96,6 +110,11 @@ def visible(value: object) -> object:
 def short_name(text: str, most: int = MOST_NAME) -> str:
     """Return a name, token or word, cut where it is long."""
     return cut_short(escape_control(text[: most + 1]), most)
+
+
+def column_name(text: str) -> Markup:
+    """Return a column's name, which may break after its underscores alone."""
+    return Markup("_<wbr>").join(short_name(text).split("_"))
 
 
 def safe_link(address: str | None) -> str | None:

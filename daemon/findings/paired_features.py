@@ -228,15 +228,21 @@ def d_z(differences: Columns) -> FloatArray:
 
 
 def _groups(difference: Columns, mean: FloatArray, study: _Study) -> tuple[FloatArray, IntArray]:
-    """Return the share of groups with enough pairs whose mean has the sign of all, and how many there are."""
+    """Return the share of the groups whose mean has the sign of all, and of how many.
+
+    A group counts where it has enough pairs and its mean is not zero: one in which a feature is silent, or
+    differs as much either way, neither agrees nor disagrees.
+    """
     pairs, k = study.pairs, difference.shape[1]
     sizes = np.bincount(pairs.group[pairs.group >= 0], minlength=len(pairs.group_names))
-    counted = np.flatnonzero(sizes >= study.settings.min_group_pairs)
-    if not len(counted):
+    enough = np.flatnonzero(sizes >= study.settings.min_group_pairs)
+    if not len(enough):
         return np.full(k, np.nan), np.zeros(k, dtype=np.int64)
-    totals = sum_rows(difference, pairs.group, len(sizes)).toarray()[counted]
-    agreeing = (np.sign(totals) == np.sign(mean)).mean(axis=0)
-    return np.where(mean != 0, agreeing, np.nan), np.full(k, len(counted), dtype=np.int64)
+    signs = np.sign(sum_rows(difference, pairs.group, len(sizes)).toarray()[enough])
+    counted = (signs != 0).sum(axis=0)
+    agreeing = ((signs == np.sign(mean)) & (signs != 0)).sum(axis=0)
+    known = (counted > 0) & (mean != 0)
+    return np.where(known, agreeing / np.maximum(counted, 1), np.nan), counted.astype(np.int64)
 
 
 def _assemble(results: list[_BlockResult], settings: PairedSettings) -> PairedFeatures:

@@ -7,6 +7,7 @@ half.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ import scipy.linalg
 import scipy.sparse
 from scipy import special
 
+from daemon.findings.means import CONFIDENCE
 from daemon.findings.results import Estimate, FloatArray, IntArray, Pairs, ProbeResult
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -26,6 +28,9 @@ PENALTIES = (1e-2, 1e-1, 1.0)  # times the mean squared singular value
 MAX_WIDTH = 2048  # where there are more pairs and more regressors: those regressors that most pairs have
 MAX_ENTRIES = 2**26  # of pairs times regressors, 256 MiB: with more pairs fewer regressors are kept
 MIN_WIDTH = 256
+MOST_REPEATS = 10  # divisions into folds
+LEAST_REPEATS = 3
+REPEATED_PAIRS = 10_000  # pairs times divisions, about: of many pairs the division matters less
 
 
 def probe_pairs(differences: Any, pairs: Pairs, name: str, seed: int = 0) -> ProbeResult:
@@ -34,7 +39,8 @@ def probe_pairs(differences: Any, pairs: Pairs, name: str, seed: int = 0) -> Pro
     Least squares to the labels is the direction of linear discriminant analysis (Fisher 1936), ridge its
     regularised form (Friedman 1989). Of five folds of whole clusters each is held out once; the penalty is
     the one that does best on the next fold when trained on the other three. A pair is told rightly where the
-    probe's value is above zero; a tie counts half.
+    probe's value is above zero; a tie counts half. The accuracy is the mean over several divisions into
+    folds, which the numbers of the clusters decide and not the order of the pairs.
     """
     n, matched = pairs.n, int(pairs.matched.sum())
     if pairs.n_clusters < MIN_CLUSTERS:
@@ -47,40 +53,61 @@ def probe_pairs(differences: Any, pairs: Pairs, name: str, seed: int = 0) -> Pro
     if not finite.all():
         reason = f"{int((~finite).sum())} of {n} differences are not finite"
         return ProbeResult(name, None, None, n, matched, reason)
-    fold = np.random.default_rng([seed, 2]).permutation(pairs.n_clusters)[pairs.cluster] % FOLDS
-    score = _held_out_scores(x, fold)
-    correct = _told(score)
+    order = _order(x, pairs)
+    x, cluster, equal = x[order], pairs.cluster[order], pairs.matched[order]
+    repeats = int(np.clip(REPEATED_PAIRS // n, LEAST_REPEATS, MOST_REPEATS))
+    rng = np.random.default_rng([seed, 2])
+    folds = [rng.permutation(pairs.n_clusters)[cluster] % FOLDS for _ in range(repeats)]
+    correct = np.array([_told(score) for score in _held_out_scores(x, folds)])
     return ProbeResult(
         name=name,
-        accuracy=share_with_interval(correct, pairs.cluster),
-        matched=share_with_interval(correct[pairs.matched], pairs.cluster[pairs.matched]),
+        accuracy=share_with_interval(correct, cluster),
+        matched=share_with_interval(correct[:, equal], cluster[equal]),
         n=n,
         n_matched=matched,
     )
 
 
 def share_with_interval(correct: FloatArray, cluster: IntArray) -> Estimate | None:
-    """Return the mean of `correct` with Wilson's interval (1927) at the effective size (Korn and Graubard
-    1998).
+    """Return the mean of `correct` (divisions, n) with Wilson's interval (1927) at the effective size (Korn
+    and Graubard 1998).
 
-    The effective size is that of independent pairs whose mean has the variance that the clusters show.
+    The effective size is that of independent pairs whose mean has the variance that is seen: of one division,
+    by clusters and no less than that of independent pairs, and that of the divisions' mean.
     """
-    n = len(correct)
+    divisions, n = correct.shape
     if n == 0:
         return None
-    share = float(correct.mean())
-    size = float(n)
-    _, numbered = np.unique(cluster, return_inverse=True)
-    clusters = int(numbered.max()) + 1
-    if 1 < clusters < n and 0 < share < 1:
-        totals = np.bincount(numbered, correct - share)
-        variance = (totals**2).sum() / n**2 * clusters / (clusters - 1)
-        size = min(size, share * (1 - share) / variance) if variance > 0 else size
+    share, size = float(correct.mean()), float(n)
+    independent = share * (1 - share) / n
+    if 0 < share < 1:
+        seen = [max(_variance(one, cluster), independent) for one in correct]
+        between = float(correct.mean(axis=1).var(ddof=1)) / divisions if divisions > 1 else 0.0
+        size = share * (1 - share) / (float(np.mean(seen)) + between)
     size = max(size, 1.0)
-    z = float(special.ndtri(0.975))
+    z = float(special.ndtri((1 + CONFIDENCE) / 2))
     middle = (share + z**2 / (2 * size)) / (1 + z**2 / size)
     reach = z / (1 + z**2 / size) * np.sqrt(share * (1 - share) / size + z**2 / (4 * size**2))
     return Estimate(share, max(0.0, float(middle - reach)), min(1.0, float(middle + reach)))
+
+
+def _variance(correct: FloatArray, cluster: IntArray) -> float:
+    """Return the variance of the mean (n,) by clusters; 0 where each is of one pair."""
+    n, share = len(correct), float(correct.mean())
+    _, numbered = np.unique(cluster, return_inverse=True)
+    clusters = int(numbered.max()) + 1
+    if not 1 < clusters < n:
+        return 0.0
+    totals = np.bincount(numbered, correct - share)
+    return float((totals**2).sum() / n**2 * clusters / (clusters - 1))
+
+
+def _order(x: Float32Array, pairs: Pairs) -> IntArray:
+    """Return the order of the pairs by cluster and content, so that sums don't depend on that of folders."""
+    order: IntArray = np.lexsort(
+        (x.sum(axis=1), x[:, 0] if x.shape[1] else pairs.d_tokens, pairs.d_tokens, pairs.cluster)
+    )
+    return order
 
 
 def _regressors(differences: Any) -> Float32Array:
@@ -102,12 +129,18 @@ def _regressors(differences: Any) -> Float32Array:
     return scaled
 
 
-def _held_out_scores(x: Float32Array, fold: IntArray) -> FloatArray:
-    """Return the value of each pair's difference under the probe trained without its fold."""
-    score = np.zeros(len(x))
-    if x.shape[1] == 0:
-        return score
-    fits = _Primal.of(x, fold) if x.shape[1] <= len(x) else _Dual(x, fold, x @ x.T)
+def _held_out_scores(x: Float32Array, folds: list[IntArray]) -> Iterator[FloatArray]:
+    """Yield for each division the value of each pair's difference, from the probe without its fold."""
+    kernel = x @ x.T if x.shape[1] > len(x) else None
+    for fold in folds:
+        if x.shape[1] == 0:
+            yield np.zeros(len(x))
+        else:
+            yield _scores(_Primal.of(x, fold) if kernel is None else _Dual(x, fold, kernel), fold)
+
+
+def _scores(fits: _Primal | _Dual, fold: IntArray) -> FloatArray:
+    score = np.zeros(len(fold))
     for held_out in range(FOLDS):
         inner = (held_out + 1) % FOLDS
         scores = [fits.score((held_out, inner), inner, penalty) for penalty in PENALTIES]

@@ -15,13 +15,13 @@ from daemon.findings.details import Shown, Wanted, details_of, top_grouped, top_
 from daemon.findings.grouped import (
     ActivationBlock,
     GroupedSettings,
-    Samples,
     fdr_grouped_columns,
     grouped_column,
     grouped_features,
 )
 from daemon.findings.grouping import Grouping, group_samples
 from daemon.findings.health import health_of, reject_reasons
+from daemon.findings.last_tokens import alike_note
 from daemon.findings.manifests import ContrastEntry
 from daemon.findings.paired_features import PairedSettings
 from daemon.findings.prevalence import prevalence
@@ -36,6 +36,7 @@ from daemon.findings.results import (
     ShapeShares,
 )
 from daemon.findings.study import TEXTS, Study
+from daemon.findings.units import Samples, compared_groups, small_groups
 
 SHAPE = "shape_class"
 TITLE_NAMES = 3
@@ -48,7 +49,7 @@ POOLED = (
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """What a report is asked for."""
+    """Holds what a report is asked for."""
 
     by: str | None = None  # column or field that makes groups; None: domain
     features: int = 50  # that are shown with examples
@@ -56,13 +57,15 @@ class ReportOptions:
 
 
 def make_report(study: Study, options: ReportOptions, progress: ReportProgress) -> Report:
-    """Raises ConfigError for groups that can't be made, and for files that are damaged."""
+    """Read and compare a study. Raises ConfigError for groups that can't be made and damaged files."""
     grouping = group_samples(study, options.by)
     reasons = reject_reasons(study)
     progress.begin("counting activations", study.n_rows())
     counts = count_activations(study, progress.advance)
     notes = [grouping.note] * bool(grouping.note)
     notes += [POOLED] * study.pools_positions + [NO_TEXTS] * (not study.has(TEXTS))
+    alike = alike_note(study)
+    notes += [alike] * bool(alike)
     report = Report(
         run=summary(study, counts, reasons),
         target=options.target,
@@ -100,7 +103,7 @@ def with_pairs(
     options: ReportOptions,
     progress: ReportProgress,
 ) -> Report:
-    """The report of a contrast."""
+    """Return the report of a contrast."""
     settings = PairedSettings(target=options.target)
     pairs, note = compare.pairs_of(study, contrast, grouping)
     progress.begin("comparing columns")
@@ -122,6 +125,7 @@ def with_pairs(
         n_pairs=pairs.n,
         n_clusters=pairs.n_clusters,
         n_matched=int(pairs.matched.sum()),
+        length_range=(int(pairs.d_tokens.min()), int(pairs.d_tokens.max())) if pairs.n else None,
         controls=("tokens",) if pairs.d_log_prob is None else ("tokens", "log-probability"),
         columns=columns,
         features=found.features,
@@ -140,7 +144,7 @@ def without_pairs(
     options: ReportOptions,
     progress: ReportProgress,
 ) -> Report:
-    """The report of texts that are not compared within a sample: by group, else how often features fire."""
+    """Compare the samples of one text by group; without groups count how often features fire."""
     text = compared_text(study)
     cluster, note = clusters_of(study, text)
     settings = GroupedSettings(target=options.target)
@@ -155,6 +159,8 @@ def without_pairs(
     wanted: Wanted = top_grouped(grouped, options.features) or top_prevalent(common, options.features)
     shown = Shown((text,), cluster, grouping)
     notes = [note] * bool(note)
+    if grouped:
+        notes += notes_of_groups(samples, grouping)
     if len(study.texts) > 1:
         notes.append(f"Of the texts {', '.join(study.texts)} the page is about {text}: none are compared.")
     return replace(
@@ -166,11 +172,22 @@ def without_pairs(
         prevalence=common,
         details=details_of(study, counts, wanted, shown, progress),
         notes=(*report.notes, *notes),
+        small_groups=small_groups(samples, settings.min_group),
     )
 
 
+def notes_of_groups(samples: Samples, grouping: Grouping) -> Iterator[str]:
+    """Yield which samples count less than once."""
+    n, texts = len(samples.cluster), len(np.unique(samples.cluster))
+    without = int((samples.group < 0).sum())
+    if without:
+        yield f"{without:,} of {n:,} samples have no value of {grouping.column}: they are in no comparison."
+    if texts < n:
+        yield f"{n:,} samples have {texts:,} different texts: on one side the same text counts once."
+
+
 def compared_text(study: Study) -> str:
-    """The text that is looked at where none are compared: the last, which others begin."""
+    """Return the text that a page without a contrast is about: the last one, which others begin."""
     return study.texts[-1]
 
 
@@ -180,7 +197,7 @@ def blocks_of(study: Study, counts: Counts, text: str, progress: ReportProgress)
 
 
 def pieces_of(study: Study, counts: Counts, text: str, progress: ReportProgress) -> Iterator[ActivationBlock]:
-    """The same, of no more activations at a time than are compared at once."""
+    """Give the same in pieces, as small as they are compared."""
     for block in blocks_of(study, counts, text, progress):
         for first, last in compare.pieces(block.activations, block.activations[:0]):
             yield ActivationBlock(block.sae, block.first + first, block.activations[:, first:last])
@@ -188,9 +205,7 @@ def pieces_of(study: Study, counts: Counts, text: str, progress: ReportProgress)
 
 def grouped_columns(study: Study, samples: Samples, settings: GroupedSettings) -> Iterable[GroupedColumn]:
     """Every column of every dictionary in each group that has enough samples."""
-    sizes = np.bincount(samples.group[samples.group >= 0], minlength=len(samples.group_names))
-    n = len(samples.group)
-    groups = [group for group, size in enumerate(sizes) if min(size, n - size) >= settings.min_group]
+    groups = compared_groups(samples, settings.min_group)
     found: list[GroupedColumn] = []
     for sae in study.saes:
         for column in LAYER_COLUMNS:
@@ -204,12 +219,12 @@ def grouped_columns(study: Study, samples: Samples, settings: GroupedSettings) -
                     label, sae.prefix, column.unit, column.meaning, samples.text, samples.group_names[group],
                     0, 0, None, None, None, None, None, None, "few",
                 )  # fmt: skip
-                found.append(grouped_column(values, samples, group, blank))
+                found.append(grouped_column(values, samples, group, blank, settings))
     return fdr_grouped_columns(found, settings)
 
 
 def shape_shares(study: Study, grouping: Grouping) -> Iterator[ShapeShares]:
-    """How often each class of shape occurs, over all samples and in each group."""
+    """Count how often each class of shape occurs, over all samples and in each group."""
     for sae in study.saes:
         for text in study.texts:
             name = layer_column_name(sae.prefix, text, SHAPE)
@@ -230,7 +245,7 @@ def counted(names: Sequence[str], codes: IntArray) -> tuple[tuple[str, int], ...
 
 
 def summary(study: Study, counts: Counts, reasons: tuple[tuple[str, int], ...]) -> RunSummary:
-    """What was run, of all folders together."""
+    """Describe what was run, of all folders together."""
     manifests = [folder.manifest for folder in study.folders]
     first, contrast = study.manifest, study.manifest.recipe.contrast
     names = list(dict.fromkeys(one.input.name for one in manifests))

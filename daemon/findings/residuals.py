@@ -23,7 +23,7 @@ Vectors = npt.NDArray[np.float32]
 def residual_differences(
     study: Study, contrast: ContrastEntry, samples: IntArray, counts: Counts, progress: ReportProgress
 ) -> tuple[dict[int, Vectors], str]:
-    """By dictionary negative - positive of some samples, (k, d_in), and why there is none.
+    """Return by dictionary negative - positive of some samples, (k, d_in), and why there is none.
 
     Where a text has several positions, its vector is their mean.
     """
@@ -59,7 +59,7 @@ def residual_differences(
 
 
 def vectors_of(lists: pa.ListArray, width: int) -> Vectors | None:
-    """(n, width) of lists, NaN where one is null; None where one is of another length."""
+    """Return lists as (n, width), NaN where one is null; None where one is of another length."""
     known = np.asarray(lists.is_valid().to_numpy(zero_copy_only=False), np.bool_)
     flat = np.asarray(lists.flatten().to_numpy(zero_copy_only=False), np.float32)
     if (np.asarray(lists.value_lengths().to_numpy(zero_copy_only=False))[known] != width).any():

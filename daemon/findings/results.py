@@ -108,7 +108,7 @@ class PairedFeatures:
     firing: FloatArray  # (F,) rate_negative - rate_positive
     firing_low: FloatArray
     firing_high: FloatArray
-    firing_p: FloatArray  # exact McNemar
+    firing_p: FloatArray  # McNemar
 
     activation: FloatArray  # (F,) mean difference, in units of the activation
     activation_low: FloatArray
@@ -133,8 +133,8 @@ class PairedFeatures:
     held_out: FloatArray  # (F,) mean difference on the other half
     held_out_low: FloatArray
     held_out_high: FloatArray
-    groups_agreeing: FloatArray  # (F,) share of the groups, of those with enough pairs, with the sign of all
-    groups_counted: IntArray  # (F,) how many groups have enough
+    groups_agreeing: FloatArray  # (F,) share of the counted groups that have the sign of all
+    groups_counted: IntArray  # (F,) groups with enough pairs whose mean difference is not zero
     verdict: npt.NDArray[np.str_]  # (F,) of Verdict
 
     @property
@@ -157,11 +157,14 @@ class SwapControl:
 
 @dataclass(frozen=True, slots=True)
 class GroupedFeatures:
-    """Every feature in one group of samples against all others. Arrays: one entry for each of F features."""
+    """Every feature in one group of samples against all others. Arrays: one entry for each of F features.
+
+    Counts, rates and means are of distinct texts: samples of one side with the same text count once.
+    """
 
     group: str
     text: str  # of the samples, that is compared
-    n_inside: int
+    n_inside: int  # distinct texts
     n_outside: int
     sae: IntArray
     feature: IntArray
@@ -173,15 +176,16 @@ class GroupedFeatures:
     firing_high: FloatArray
     firing_p: FloatArray  # Fisher exact
     activation: FloatArray  # mean inside - mean outside
-    activation_low: FloatArray
+    activation_low: FloatArray  # NaN where too few fire for the interval to be right
     activation_high: FloatArray
     activation_p: FloatArray  # Mann-Whitney, among the samples that fire
     q: FloatArray  # over all features, tests and groups
     adjusted: FloatArray  # difference at equal length
     adjusted_low: FloatArray
     adjusted_high: FloatArray
-    adjusted_p: FloatArray
+    adjusted_p: FloatArray  # of firing and magnitude at equal length
     verdict: npt.NDArray[np.str_]
+    against: str | None = None  # the other group where there are but two; None: all others
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +198,7 @@ class GroupedColumn:
     meaning: str
     text: str
     group: str
-    n_inside: int
+    n_inside: int  # distinct texts
     n_outside: int
     mean_inside: float | None
     difference: Estimate | None
@@ -203,6 +207,8 @@ class GroupedColumn:
     adjusted: Estimate | None
     adjusted_p: float | None
     verdict: Verdict
+    against: str | None = None  # the other group where there are but two; None: all others
+    same_sign: bool = False  # of the difference as it is and at equal length, with intervals or without
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,3 +374,5 @@ class Report:
     details: tuple[FeatureDetail, ...]  # in the order in which they are shown
     has_texts: bool
     notes: tuple[str, ...]
+    small_groups: tuple[str, ...] = ()  # with too few samples, inside or outside, to be compared
+    length_range: tuple[int, int] | None = None  # least and greatest difference of a pair, in tokens

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+from daemon.analysis.sae_fit import FVU_FACTOR, FVU_MORE, L0_FACTOR, MIN_READINGS
 from daemon.findings import numbers
+from daemon.findings.cautions import extrapolates
+from daemon.findings.paired_features import PairedSettings
 from daemon.findings.results import (
     ColumnFinding,
+    ControlledDifference,
     Estimate,
-    GroupedColumn,
     GroupedFeatures,
     PairedFeatures,
     ProbeResult,
     Report,
+    RunSummary,
     SwapControl,
     Verdict,
 )
@@ -24,11 +30,23 @@ VERDICTS: dict[str, str] = {
     "none": "not found",
     "few": "too few",
 }
+OFTEN = PairedSettings().min_firing
+EXTRAPOLATED = ", extrapolated"
 VERDICT_ORDER: dict[str, int] = {verdict: place for place, verdict in enumerate(VERDICTS)}
 
 
-def verdict(verdict: str) -> str:
-    return VERDICTS[str(verdict)]
+def verdict(verdict: str, *, extrapolated: bool = False, constant: bool = False) -> str:
+    """Return the words of a verdict; `extrapolated` where no pair is of equal length, `constant` where all
+    pairs are equal.
+    """
+    if constant and verdict == "few":
+        return "no difference"
+    return VERDICTS[str(verdict)] + (EXTRAPOLATED if extrapolated and verdict == "holds" else "")
+
+
+def is_constant(difference: ControlledDifference) -> bool:
+    """Return whether the two texts of every pair have the same number."""
+    return difference.deviation == 0 and difference.raw is not None and difference.raw.value == 0
 
 
 def listed(words: Iterable[str]) -> str:
@@ -74,11 +92,54 @@ def findings(report: Report) -> list[str]:
     sentences += lengths(report)
     sentences += probes(report)
     if not sentences and report.prevalence:
-        sentences.append("Nothing is compared: these samples have no contrast, and no group was asked for.")
+        why = without_groups(report)
+        sentences.append(f"Nothing is compared: these samples have no contrast, and {why}.")
         sentences.append(
             "The page says how often each feature fires, and which fire together. It tests nothing."
         )
     return sentences or ["These samples allow no finding; the notes below say why."]
+
+
+def without_groups(report: Report) -> str:
+    """Return why no groups are compared, as part of a sentence."""
+    if report.small_groups:
+        return (
+            f"the groups of {report.group_column} have too few samples, inside or outside:"
+            f" {named(report.small_groups)}"
+        )
+    if report.group_column:
+        return f"{report.group_column} makes one group alone"
+    return "no column makes groups (--by COLUMN names one)"
+
+
+def named(names: Sequence[str], most: int = 12) -> str:
+    """Return `a, b, c and 3 more`."""
+    more = [f"{numbers.count(len(names) - most)} more"] * (len(names) > most)
+    return listed([*names[:most], *more])
+
+
+def health(run: RunSummary) -> str:
+    """Return how far from their cards the dictionaries are where none is warned of."""
+    if run.samples < MIN_READINGS:
+        return (
+            f"Not judged: {numbers.counted(run.samples, 'sample')} are too few to hold a dictionary against"
+            f" its card, {MIN_READINGS} are needed."
+        )
+    unknown = [one.name for one in run.dictionaries if one.card_l0 is None and one.card_fvu is None]
+    if len(unknown) == len(run.dictionaries):
+        return "Not judged: no dictionary has a card with its L0 and variance unexplained."
+    limits = (
+        f"a warning begins above {L0_FACTOR:g} times the card's L0 or below 1/{L0_FACTOR:g} of it, and above"
+        f" {FVU_FACTOR:g} times its variance unexplained, at least {FVU_MORE * 100:g} points more"
+    )
+    left_out = f"; {listed(unknown)} {is_are(len(unknown))} not judged, without a card" if unknown else ""
+    return f"No dictionary is far from its card: {limits}{left_out}."
+
+
+def clear_but_not_found(some: Iterable[ColumnFinding]) -> bool:
+    """Return whether an interval of a column that is not found leaves out 0."""
+    raw = [one.difference.raw for one in some if one.difference.verdict == "none"]
+    return any(one is not None and (one.low > 0 or one.high < 0) for one in raw)
 
 
 def features_found(report: Report) -> int:
@@ -95,7 +156,14 @@ def features(report: Report, features: PairedFeatures) -> list[str]:
     rate = numbers.target(report.target)
     equal = held_equal(report)
     if tested == 0:
-        return [f"No feature fires in enough pairs to be tested between {one} and {other}."]
+        often = int(np.sum((features.rate_positive + features.rate_negative) * report.n_pairs > OFTEN - 0.5))
+        if not often:
+            return [f"No feature fires in enough texts to be tested between {one} and {other}."]
+        return [
+            f"No feature differs between {one} and {other} in enough pairs to be tested: of"
+            f" {numbers.counted(often, 'feature')} that fire often enough, each is the same in nearly all"
+            " pairs."
+        ]
     if found == 0:
         return [
             f"None of {numbers.counted(tested, 'tested feature')} is found to differ between {one} and"
@@ -108,7 +176,10 @@ def features(report: Report, features: PairedFeatures) -> list[str]:
     )
     if holding == 0:
         return [f"{first} none still does at {equal}."]
-    return [f"{first} {numbers.count(holding)} still {'does' if holding == 1 else 'do'} at {equal}."]
+    still = f"{numbers.count(holding)} still {'does' if holding == 1 else 'do'}"
+    if extrapolates(report):
+        return [f"{first} {still} by extrapolation of a regression alone, since no pair is of equal length."]
+    return [f"{first} {still} at {equal}."]
 
 
 def swapped(control: SwapControl, found: int) -> str:
@@ -129,8 +200,9 @@ def swapped(control: SwapControl, found: int) -> str:
 def grouped(report: Report, findings: Sequence[GroupedFeatures]) -> str:
     found = sum(n_found(one.verdict) for one in findings)
     holding = sum(n_found(one.verdict, ("holds",)) for one in findings)
-    groups = numbers.counted(len({one.group for one in findings}), "group")
-    where = f"between one of {groups} ({report.group_column}) and all others"
+    groups = list(dict.fromkeys(one.group for one in findings))
+    one_of = f"one of {numbers.counted(len(groups), 'group')}" if len(groups) > 1 else groups[0]
+    where = f"between {one_of} and {others(report)} ({report.group_column})"
     rate = f"at a false discovery rate of {numbers.target(report.target)}"
     if not found:
         return f"No feature is found to differ {where} {rate}."
@@ -139,6 +211,13 @@ def grouped(report: Report, findings: Sequence[GroupedFeatures]) -> str:
         f" {numbers.count(holding) if holding else 'none'}"
         f" still {'stands' if holding == 1 else 'stand'} at {held_equal(report)}."
     )
+
+
+def others(report: Report) -> str:
+    """Return with what a group is compared: the other one, where there are but two and one comparison."""
+    groups = {one.group for one in report.grouped} | {one.group for one in report.grouped_columns}
+    rest = [name for name in report.group_names if name not in groups]
+    return rest[0] if len(groups) == 1 and len(report.group_names) == 2 and rest else "all others"
 
 
 def n_found(verdicts: Iterable[str], of: Sequence[str] = ("holds", "controls")) -> int:
@@ -153,7 +232,7 @@ def columns(report: Report) -> list[str]:
         some = [one for one in everywhere if (one.sae is not None) == of_dictionary]
         if some:
             several = "columns" if not of_dictionary else "columns of the dictionaries"
-            sentences.append(verdicts_of(some, noun, several))
+            sentences.append(verdicts_of(some, noun, several, extrapolates(report)))
     if report.grouped_columns:
         some_verdicts = Counter(one.verdict for one in report.grouped_columns)
         total = numbers.counted(
@@ -163,17 +242,16 @@ def columns(report: Report) -> list[str]:
     return sentences
 
 
-def verdicts_of(some: Sequence[ColumnFinding | GroupedColumn], noun: str, several: str) -> str:
-    counts = Counter(
-        one.difference.verdict if isinstance(one, ColumnFinding) else one.verdict for one in some
-    )
-    holding = [
-        effect(one) for one in some if isinstance(one, ColumnFinding) and one.difference.verdict == "holds"
-    ]
-    named = f": {listed(holding)}" if 0 < len(holding) <= 4 else ""
+def verdicts_of(some: Sequence[ColumnFinding], noun: str, several: str, extrapolated: bool) -> str:
+    """Return how many columns have each verdict, with the names of a few that hold."""
+    constant = sum(is_constant(one.difference) for one in some if one.difference.verdict == "few")
+    counts = Counter(one.difference.verdict for one in some)
+    holding = [effect(one) for one in some if one.difference.verdict == "holds"]
+    shown = f": {listed(holding)}" if 0 < len(holding) <= 4 else ""
     if len(some) == counts["none"] > 1:
         return f"None of {numbers.counted(len(some), noun, several)} is found to differ."
-    return f"Of {numbers.counted(len(some), noun, several)}, {counted_verdicts(counts, named)}."
+    said = counted_verdicts(counts, shown, constant=constant, extrapolated=extrapolated)
+    return f"Of {numbers.counted(len(some), noun, several)}, {said}."
 
 
 def effect(one: ColumnFinding) -> str:
@@ -183,18 +261,25 @@ def effect(one: ColumnFinding) -> str:
     return f"{one.column} ({one.orientation}: {value}{unit}, {interval})" if interval else one.column
 
 
-def counted_verdicts(counts: Counter[Verdict], named: str = "") -> str:
-    holds = counts["holds"]
-    parts = [f"{numbers.count(holds) if holds else 'none'} {'holds' if holds == 1 else 'hold'}{named}"]
-    if named:
-        parts[0] += ";"
+def counted_verdicts(
+    counts: Counter[Verdict], named: str = "", *, constant: int = 0, extrapolated: bool = False
+) -> str:
+    """Return how many have each verdict; `constant` of those that are too few are equal in all pairs."""
+    holds, few = counts["holds"], counts["few"] - constant
+    by = " by extrapolation" if holds and extrapolated else ""
+    first = f"{numbers.count(holds) if holds else 'none'} {'holds' if holds == 1 else 'hold'}{by}{named}"
+    parts = []
     if counts["controls"]:
         parts.append(f"{numbers.count(counts['controls'])} {were(counts['controls'])} lost to controls")
     if counts["none"]:
         parts.append(f"{numbers.count(counts['none'])} {were(counts['none'])} not found to differ")
-    if counts["few"]:
-        parts.append(f"{numbers.count(counts['few'])} had too few samples to test")
-    return listed(parts)
+    if constant:
+        parts.append(f"{numbers.count(constant)} {were(constant)} equal in all pairs")
+    if few:
+        parts.append(f"{numbers.count(few)} had too few samples to test")
+    if named and parts:
+        return f"{first}; {listed(parts)}"
+    return listed([first, *parts])
 
 
 def were(number: int) -> str:

@@ -125,7 +125,11 @@ def runs_of(columns: Columns, key: FloatArray) -> Runs:
 
 def keep_rows(columns: Columns, rows: BoolArray) -> Columns:
     """Return columns of the same shape in which all other rows are zero."""
-    kept = rows[columns.indices]
+    return keep_values(columns, rows[columns.indices])
+
+
+def keep_values(columns: Columns, kept: BoolArray) -> Columns:
+    """Return columns of the same shape with only these of the stored values (nnz,)."""
     ends = np.concatenate([[0], np.cumsum(kept)])[columns.indptr]
     return scipy.sparse.csc_matrix((columns.data[kept], columns.indices[kept], ends), shape=columns.shape)
 

@@ -182,6 +182,8 @@ def reading(path: Path) -> Iterator[None]:
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """A file that is read piece by piece. Raises ConfigError where it is none."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: a folder, a pipe or a device: restore the file, or leave the folder out")
     with reading(path):
         source = pa.OSFile(os.fsencode(path))  # a name need not be UTF-8
         return pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)

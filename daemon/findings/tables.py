@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,19 +16,27 @@ from daemon.findings.results import (
     ControlledDifference,
     Estimate,
     FeatureDetail,
+    GroupedColumn,
     GroupedFeatures,
     IntArray,
     PairedFeatures,
     Prevalence,
+    Report,
 )
 from daemon.findings.sentences import VERDICT_ORDER
 
 SHOWN_FEATURES = 500
 PRINTED_FEATURES = 100  # on paper, unless more are found
+PRINTED_DETAILS = 10  # features that are open on paper
 SHOWN_GROUPED = 60  # features of one group and text
 SHOWN_GHOSTS = 40
 SHOWN_PREVALENT = 60
+SHOWN_GROUP_COLUMNS = 1200  # rows of columns by group, all groups together
+SHOWN_SHAPES = 500
 GHOST_FIRINGS = 5
+
+
+AnyColumn = TypeVar("AnyColumn", ColumnFinding, GroupedColumn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,7 @@ class FeatureRow:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the paired difference in activation."""
+        """Return standard deviation of the paired difference in activation."""
         return spread(self.activation, self.d_z)
 
 
@@ -201,6 +210,25 @@ def prevalent(one: Prevalence) -> list[tuple[int, int, float, float]]:
         for i in order
         if one.rate[i] > 0
     ]
+
+
+def first_found(findings: Sequence[AnyColumn], most: int) -> list[AnyColumn]:
+    """Return all of these columns in their order; of more than `most` those found first, then by q."""
+    if len(findings) <= most:
+        return list(findings)
+
+    def rank(place: int) -> tuple[int, float]:
+        one = findings[place]
+        judged = one.difference if isinstance(one, ColumnFinding) else one
+        return VERDICT_ORDER[str(judged.verdict)], 2.0 if judged.q is None else judged.q
+
+    return [findings[place] for place in sorted(sorted(range(len(findings)), key=rank)[:most])]
+
+
+def rows_per_group(report: Report) -> int:
+    """Return how many columns of each group its table shows."""
+    compared = {one.group for one in report.columns if one.group is not None}
+    return SHOWN_GROUP_COLUMNS // max(len(compared), 1)
 
 
 def metric(finding: ColumnFinding) -> str:

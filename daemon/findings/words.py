@@ -41,7 +41,7 @@ class Words:
 
 
 def words_of(study: Study, wanted: Mapping[int, IntArray]) -> dict[tuple[int, int], Words]:
-    """Words by (dictionary, feature) of the features (k,) wanted of each dictionary. Never raises."""
+    """Return words by (dictionary, feature) of the features (k,) wanted of each dictionary. Never raises."""
     from daemon.findings.found_again import decoder_rows
 
     found: dict[tuple[int, int], Words] = {}
@@ -61,7 +61,7 @@ def words_of(study: Study, wanted: Mapping[int, IntArray]) -> dict[tuple[int, in
 
 
 def model_end(study: Study) -> ModelEnd | str:
-    """The model's end, or why there is none."""
+    """Return the model's end, or why there is none."""
     from daemon.findings.found_again import model_folder, offline
 
     try:
@@ -72,7 +72,7 @@ def model_end(study: Study) -> ModelEnd | str:
 
 
 def reason(error: Exception) -> str:
-    """One line of what went wrong."""
+    """Return one line of what went wrong."""
     said = " ".join(str(error).split())
     if isinstance(error, LensdError):
         return cut_short(said, 200)
@@ -106,7 +106,7 @@ class ModelEnd:
         self._spell = Vocabulary(folder)
 
     def words(self, rows: Tensor) -> list[Words]:
-        """Words of decoder rows (k, d_model)."""
+        """Return words of decoder rows (k, d_model)."""
         import torch
 
         directions = rows - rows.mean(-1, keepdim=True) if self._centres else rows
@@ -125,7 +125,7 @@ class ModelEnd:
         )
 
     def _pieces(self, d_model: int) -> Any:
-        """Rows of the unembedding, (n, d_model) at a time."""
+        """Give rows of the unembedding, (n, d_model) at a time."""
         with self._open(self._unembedding) as file:
             weights = file.get_slice(self._unembedding)
             vocabulary, width = weights.get_shape()
@@ -136,7 +136,7 @@ class ModelEnd:
                 yield weights[first : first + size].float()
 
     def _norm(self, module: Any, name: str) -> tuple[Tensor, bool]:
-        """What the final norm multiplies values with (d_model,), and whether it takes their mean away.
+        """Return what the final norm multiplies values with (d_model,), and whether it takes their mean away.
 
         Families define it in their own ways, such as 1 + weight: so the module is asked.
         """
@@ -161,7 +161,7 @@ class ModelEnd:
         return int(max(self._tensors.values(), key=lambda entry: entry.shape).shape[-1])
 
     def _name_of(self, parameter: str) -> str:
-        """The name in the checkpoint, which may lack or have more of what comes before it."""
+        """Return the name in the checkpoint, which may lack or have more of what comes before it."""
         inner = parameter.split(".", 1)[-1]
         alike = [
             stored
@@ -185,7 +185,7 @@ class ModelEnd:
 
 
 def stored_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:
-    """By the name that Transformers gives a tensor when it loads it, its name in the checkpoint."""
+    """Return names in the checkpoint by the names that Transformers gives tensors when it loads them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
@@ -194,14 +194,14 @@ def stored_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:
 
 
 def logit_scale(config: Any) -> float:
-    """By how much a family multiplies its logits."""
+    """Return by how much a family multiplies its logits."""
     factors = [getattr(config, name, None) or 1.0 for name in SCALES]
     divisors = [getattr(config, name, None) or 1.0 for name in DIVISORS]
     return float(math.prod(factors) / math.prod(divisors))
 
 
 def final_norm_name(model: Any) -> str:
-    """The norm beside a decoder's layers, by its name in the model. Raises LensdError."""
+    """Return the norm beside a decoder's layers, by its name in the model. Raises LensdError."""
     from torch import nn
 
     text = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
@@ -219,7 +219,7 @@ def final_norm_name(model: Any) -> str:
 
 
 def last_norms(children: Mapping[str, Any]) -> list[str]:
-    """The first norm that a decoder declares behind its layers; without one, those that it calls final."""
+    """Return the first norm that a decoder declares behind its layers, else those that it calls final."""
     from torch import nn
 
     names = list(children)
@@ -253,13 +253,13 @@ class Vocabulary:
         self._names = {token: name for name, token in self._backend.get_vocab().items()}
 
     def known(self, size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """(size,) whether a row of the unembedding belongs to a token."""
+        """Return (size,) whether a row of the unembedding belongs to a token."""
         found = np.zeros(size, np.bool_)
         found[[token for token in self._names if token < size]] = True
         return found
 
     def spelled(self, token: int) -> str:
-        """The token as text; a space that it begins with is kept."""
+        """Return the token as text; a space that it begins with is kept."""
         text = str(self._backend.decode([token], skip_special_tokens=False))
         begins = self._names[token][:1] in SPACES and self._names[token] != ""
         return f" {text}" if begins and not text.startswith(" ") else text

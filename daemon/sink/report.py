@@ -18,6 +18,7 @@ from daemon.escaping import cut_short, escape_control
 from daemon.records import FileTotals
 
 REPORT = "report.html"
+PARTIAL = f".{REPORT}.*.partial"  # as `daemon.findings.whole_files` names a file for a moment
 COMMAND = (sys.executable, "-m", "daemon.cli", "report")
 LIMIT_SECONDS = 900.0  # after which a report is given up
 NICENESS = 10  # the model goes before it
@@ -50,9 +51,10 @@ class ReportMaker:
     def make(self, folder: Path) -> FileTotals:
         """Write `report.html` into a folder that holds results and their manifest. It is not flushed.
 
-        Raises ReportFailed with one line; nothing of the file is left then.
+        Raises ReportFailed with one line; nothing of the file is left then, half-written or whole.
         """
         path = folder / REPORT
+        remove_partial(folder)  # of an earlier attempt, which a crash ended
         try:
             self._run([*self._command, os.fspath(folder), "--output", os.fspath(path)])
             with path.open("rb") as file:
@@ -61,6 +63,8 @@ class ReportMaker:
         except (ReportFailed, OSError) as error:
             path.unlink(missing_ok=True)
             raise ReportFailed(str(error)) from None
+        finally:
+            remove_partial(folder)
 
     def close(self) -> None:
         """End what is running; nothing starts any more. Safe to repeat."""
@@ -94,6 +98,12 @@ class ReportMaker:
                 self._running.discard(process)
         if process.returncode:
             raise ReportFailed(last_line(said) or f"ended with exit code {process.returncode}")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a report that was killed may have left of its page."""
+    for path in folder.glob(PARTIAL):
+        path.unlink(missing_ok=True)
 
 
 def last_line(said: bytes) -> str:

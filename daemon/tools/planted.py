@@ -113,11 +113,13 @@ def draw(people: Population, n: int, seed: int, clustered: bool = True) -> tuple
     lengths = draw_lengths(n, clustered, rng)
     of_cluster, f = np.unique(lengths.cluster, return_index=True)[1], people.n_features
     chance = rng.random((len(of_cluster), f), dtype=np.float32)
-    positive = _activations(people, lengths.positive[of_cluster], chance, False, rng).tocsr()[lengths.cluster]
+    positive = draw_activations(people, lengths.positive[of_cluster], chance, False, rng).tocsr()[
+        lengths.cluster
+    ]
     chance = chance[lengths.cluster]
     own = rng.random((n, f), dtype=np.float32) >= SHARED
     chance[own] = rng.random(int(own.sum()), dtype=np.float32)
-    negative = _activations(people, lengths.negative, chance, True, rng)
+    negative = draw_activations(people, lengths.negative, chance, True, rng)
     pairs = Pairs(
         cluster=lengths.cluster,
         d_tokens=lengths.negative - lengths.positive,
@@ -128,7 +130,7 @@ def draw(people: Population, n: int, seed: int, clustered: bool = True) -> tuple
     return FeatureBlock(0, 0, positive.tocsc(), negative), pairs
 
 
-def _activations(
+def draw_activations(
     people: Population,
     tokens: FloatArray,
     chance: npt.NDArray[np.float32],
@@ -141,14 +143,14 @@ def _activations(
     fired = chance < rate
     sloped = np.flatnonzero(people.rate_slope)
     longer = tokens - MEAN_TOKENS
-    fired[:, sloped] = chance[:, sloped] < _rates(people, sloped, longer)
+    fired[:, sloped] = chance[:, sloped] < rates_of_length(people, sloped, longer)
     row, feature = np.nonzero(fired)
     log = log_mean[feature] + people.log_slope[feature] * longer[row]
     activation = np.exp(log + people.log_sd[feature] * rng.standard_normal(len(row)))
     return scipy.sparse.csc_matrix((activation, (row, feature)), shape=fired.shape)
 
 
-def _rates(people: Population, features: IntArray, longer: FloatArray) -> FloatArray:
+def rates_of_length(people: Population, features: IntArray, longer: FloatArray) -> FloatArray:
     """Return the firing rates (texts, some features) of texts that are so many tokens more than the mean."""
     odds = special.logit(people.rate[features]) + people.rate_slope[features] * longer[:, None]
     rates: FloatArray = special.expit(odds)
@@ -178,7 +180,7 @@ def truth(people: Population) -> Truth:
         if people.rate_slope[feature]:
             means = []
             for tokens in (lengths.positive, lengths.negative):
-                rates = _rates(one, np.zeros(1, dtype=np.int64), tokens - MEAN_TOKENS)[:, 0]
+                rates = rates_of_length(one, np.zeros(1, dtype=np.int64), tokens - MEAN_TOKENS)[:, 0]
                 log = one.log_mean[0] + one.log_slope[0] * (tokens - MEAN_TOKENS)
                 means.append((rates.mean(), (rates * np.exp(log)).mean() * moment[feature]))
             firing[feature], activation[feature] = np.subtract(means[1], means[0])
@@ -222,14 +224,14 @@ class Tally:
         raw = np.isin(found.verdict, ("holds", "controls"))
         holds = found.verdict == "holds"
         of_length = people.of_length
-        self.raw_fdp.append(_share(raw & ~people.planted & ~of_length, raw))
-        self.holds_fdp.append(_share(holds & ~people.planted, holds))
-        self.power.append(_share(raw & people.planted, people.planted))
-        self.holds_power.append(_share(holds & people.planted, people.planted))
-        self.length_found.append(_share(raw & of_length, of_length))
-        self.length_holds.append(_share(holds & of_length, of_length))
+        self.raw_fdp.append(share(raw & ~people.planted & ~of_length, raw))
+        self.holds_fdp.append(share(holds & ~people.planted, holds))
+        self.power.append(share(raw & people.planted, people.planted))
+        self.holds_power.append(share(holds & people.planted, people.planted))
+        self.length_found.append(share(raw & of_length, of_length))
+        self.length_holds.append(share(holds & of_length, of_length))
         if (raw & of_length).any():
-            self.length_flagged.append(_share(raw & of_length & ~holds, raw & of_length))
+            self.length_flagged.append(share(raw & of_length & ~holds, raw & of_length))
         self.swapped.append(float(swapped.found.mean()))
         kind = np.where(people.planted, 1, np.where(of_length, 2, 0))
         rate = (found.rate_positive + found.rate_negative) / 2
@@ -246,7 +248,7 @@ class Tally:
                     self.covered[at, place, k] += np.count_nonzero(inside & rare & (kind == k))
 
 
-def _share(some: BoolArray, of: BoolArray) -> float:
+def share(some: BoolArray, of: BoolArray) -> float:
     return float(some.sum() / max(of.sum(), 1))
 
 
@@ -293,12 +295,12 @@ def lines(tally: Tally) -> Iterator[str]:
     for at, effect in enumerate(EFFECTS):
         for place, (least, most) in enumerate(RARITY):
             covered, given = tally.covered[at, place], tally.intervals[at, place]
-            cells = [_percent(covered.sum(), given.sum())]
-            cells += [_percent(c, g) for c, g in zip(covered, given, strict=True)]
+            cells = [percent(covered.sum(), given.sum())]
+            cells += [percent(c, g) for c, g in zip(covered, given, strict=True)]
             yield f"| {effect} | {100 * least:g} to {100 * most:g}% | " + " | ".join(cells) + " |"
 
 
-def _percent(part: int, of: int) -> str:
+def percent(part: int, of: int) -> str:
     return f"{100 * part / of:.1f}" if of else "-"
 
 

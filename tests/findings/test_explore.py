@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
 import json
 import os
@@ -19,7 +20,7 @@ import pytest
 
 from daemon.errors import ConfigError
 from daemon.findings.atlas_tables import draw, feature_table, gather
-from daemon.findings.explore import explore, free_port, write_tables
+from daemon.findings.explore import explore, free_port, notes, write_tables
 from daemon.findings.layout import equal_shares, principal_components
 from daemon.findings.study import open_study
 from tests.observe.browser import CHROMIUM, chromium, tab
@@ -162,6 +163,17 @@ def test_texts_that_were_not_kept_are_shown_by_their_ids(tmp_path: Path) -> None
     assert "tokens" not in features.columns
 
 
+def test_verdicts_by_extrapolation_are_told(tmp_path: Path) -> None:
+    folder = publish(tmp_path / "outbox", "a", 3)
+    assert notes(draw(open_study([folder]))) == [
+        "no pair is of equal length: what holds does so by extrapolation of a regression alone"
+    ]
+    metrics = pd.read_parquet(folder / "metrics.parquet")
+    metrics["n_tokens_fact_hall"] = metrics["n_tokens_fact"]
+    metrics.to_parquet(folder / "metrics.parquet")
+    assert notes(draw(open_study([folder]))) == []
+
+
 def test_a_large_outbox_is_drawn_from(tmp_path: Path) -> None:
     study = open_study([publish(tmp_path, "a", 20)])
     drawn = draw(study, most_texts=20)
@@ -258,10 +270,17 @@ def exploring(outbox: Path, python_path: str) -> Iterator[tuple[subprocess.Popen
     )
     try:
         assert process.stdout is not None
-        yield process, process.stdout.readline().strip()
+        yield process, next(line.strip() for line in process.stdout if line.startswith("http"))
     finally:
         process.kill()
         process.communicate()
+
+
+def status_for(port: int, host: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("GET", "/", headers={"Host": host})
+        return connection.getresponse().status
 
 
 @pytest.mark.slow
@@ -281,6 +300,9 @@ async def test_page_lists_our_features_and_asks_nothing_of_the_network(tmp_path:
                 assert outside == []
                 complaints = [text for text in page.complaints if not any(word in text for word in EXPECTED)]
                 assert complaints == []
+        port = int(address.rstrip("/").rpartition(":")[2])
+        for host, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("evil.example", 421)):
+            assert status_for(port, host) == status
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     assert list(tmp_path.glob("lensd-explore-*")) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -12,22 +14,23 @@ from statsmodels.stats.proportion import confint_proportions_2indep, proportion_
 
 from daemon.findings.grouped import (
     ActivationBlock,
-    Samples,
     fdr_grouped_columns,
     grouped_column,
     grouped_features,
+    skewed_least,
 )
 from daemon.findings.prevalence import co_occurrence, prevalence
 from daemon.findings.probe import probe_pairs, share_with_interval
-from daemon.findings.results import GroupedColumn, Pairs
+from daemon.findings.results import GroupedColumn, GroupedFeatures, Pairs
+from daemon.findings.units import Samples, small_groups
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
-def make_samples(n: int, *, clustered: bool = False) -> Samples:
+def make_samples(n: int) -> Samples:
     rng = np.random.default_rng(0)
     return Samples(
-        cluster=np.arange(n) // 2 if clustered else np.arange(n),
+        cluster=np.arange(n),
         n_tokens=np.rint(rng.normal(40, 8, n)),
         group=rng.choice([-1, 0, 1, 2], n, p=[0.1, 0.35, 0.5, 0.05]),
         group_names=("a", "b", "small"),
@@ -43,11 +46,6 @@ def make_activations(samples: Samples, features: int, *, levels: bool = False) -
     return (rng.random((n, features)) < rate) * (np.ceil(size) if levels else size)
 
 
-def regression(y: np.ndarray, samples: Samples, inside: np.ndarray, *controls: np.ndarray):
-    design = np.column_stack([inside.astype(float), np.ones(len(y)), *controls])
-    return sm.OLS(y, design).fit(cov_type="cluster", cov_kwds={"groups": samples.cluster}, use_t=True)
-
-
 @pytest.mark.parametrize("levels", [False, True])
 def test_grouped_features_equal_plain_computation(levels: bool) -> None:
     samples = make_samples(150)
@@ -57,52 +55,136 @@ def test_grouped_features_equal_plain_computation(levels: bool) -> None:
         ActivationBlock(0, 6, scipy.sparse.csc_matrix(activations[:, 6:])),
     ]
     results = grouped_features(blocks, samples)
-    assert [result.group for result in results] == ["a", "b"]  # the third has too few samples
+    assert [(one.group, one.against) for one in results] == [
+        ("a", None),
+        ("b", None),
+    ]  # the third is too small
     combined = []
     for group, result in enumerate(results):
-        inside = samples.group == group
+        inside, outside = samples.group == group, (samples.group >= 0) & (samples.group != group)
+        assert (result.n_inside, result.n_outside) == (inside.sum(), outside.sum())
         for f in range(10):
             y = activations[:, f]
             fired = y != 0
             table = [
                 [np.sum(fired & inside), np.sum(~fired & inside)],
-                [np.sum(fired & ~inside), np.sum(~fired & ~inside)],
+                [np.sum(fired & outside), np.sum(~fired & outside)],
             ]
-            firing_p = stats.fisher_exact(table).pvalue if fired.sum() >= 10 else np.nan
+            enough = (fired & (inside | outside)).sum() >= 10
+            firing_p = stats.fisher_exact(table).pvalue if enough else np.nan
             np.testing.assert_allclose(result.firing_p[f], firing_p, **CLOSE)
-            parts = y[fired & inside], y[fired & ~inside]
-            enough = fired.sum() >= 10 and min(map(len, parts)) >= 9
+            parts = y[fired & inside], y[fired & outside]
+            enough = enough and min(map(len, parts)) >= 9
             activation_p = stats.mannwhitneyu(*parts, method="asymptotic").pvalue if enough else np.nan
             np.testing.assert_allclose(result.activation_p[f], activation_p, **CLOSE)
-            defined = np.sort([p for p in (firing_p, activation_p) if not np.isnan(p)])
-            combined.append(np.min(defined * len(defined) / np.arange(1, len(defined) + 1), initial=9))
-            plain = regression(y, samples, inside)
-            np.testing.assert_allclose(result.activation[f], plain.params[0], **CLOSE)
-            adjusted = regression(y, samples, inside, samples.n_tokens)
-            np.testing.assert_allclose(result.adjusted[f], adjusted.params[0], **CLOSE)
+            combined.append(plain_simes(firing_p, activation_p))
+            assert result.tested[f] == (not np.isnan(combined[-1]))
+            difference = y[inside].mean() - y[outside].mean()
+            np.testing.assert_allclose(result.activation[f], difference, **CLOSE)
+            used = inside | outside
+            design = np.column_stack([inside, np.ones(len(y)), samples.n_tokens, samples.n_tokens**2])[used]
+            adjusted = sm.OLS(y[used], design).fit()
+            np.testing.assert_allclose(result.adjusted[f], adjusted.params[0], rtol=1e-7)
             if result.tested[f]:
-                np.testing.assert_allclose(result.activation_low[f], plain.conf_int()[0, 0], **CLOSE)
-                np.testing.assert_allclose(result.adjusted_p[f], adjusted.pvalues[0], **CLOSE)
                 ends = confint_proportions_2indep(
-                    table[0][0], inside.sum(), table[1][0], (~inside).sum(), method="newcomb"
+                    table[0][0], inside.sum(), table[1][0], outside.sum(), method="newcomb"
                 )
                 np.testing.assert_allclose([result.firing_low[f], result.firing_high[f]], ends, **CLOSE)
+                assert 0 <= result.adjusted_p[f] <= 1
     combined = np.array(combined)
-    tested = combined < 9
+    tested = ~np.isnan(combined)
     q = np.concatenate([result.q for result in results])
     np.testing.assert_allclose(q[tested], multipletests(combined[tested], method="fdr_bh")[1], **CLOSE)
     assert np.isnan(q[~tested]).all()
 
 
-def test_grouped_features_of_clusters_are_tested_by_regression() -> None:
-    samples = make_samples(160, clustered=True)
-    activations = make_activations(samples, 8)[:, 2:]
-    result = grouped_features([ActivationBlock(0, 0, scipy.sparse.csc_matrix(activations))], samples)[0]
-    for f in range(6):
-        fired = regression((activations[:, f] != 0).astype(float), samples, samples.group == 0)
-        active = regression(activations[:, f], samples, samples.group == 0)
-        np.testing.assert_allclose(result.firing_p[f], fired.pvalues[0], **CLOSE)
-        np.testing.assert_allclose(result.activation_p[f], active.pvalues[0], **CLOSE)
+def plain_simes(*p: float) -> float:
+    defined = np.sort([one for one in p if not np.isnan(one)])
+    return float(np.min(defined * len(defined) / np.arange(1, len(defined) + 1))) if len(defined) else np.nan
+
+
+def test_repeated_texts_count_once() -> None:
+    """Every number is that of the same study with each text once on either side."""
+    samples = make_samples(150)
+    activations = make_activations(samples, 8)
+    again = np.concatenate([np.arange(150), np.repeat(np.flatnonzero(samples.group >= 0)[:30], 3)])
+    repeated = replace(
+        samples,
+        cluster=samples.cluster[again],
+        n_tokens=samples.n_tokens[again],
+        group=samples.group[again],
+    )
+    once = grouped_features([ActivationBlock(0, 0, scipy.sparse.csc_matrix(activations))], samples)
+    often = grouped_features([ActivationBlock(0, 0, scipy.sparse.csc_matrix(activations[again]))], repeated)
+    assert len(once) == len(often) == 2
+    for one, other in zip(once, often, strict=True):
+        for name in GroupedFeatures.__dataclass_fields__:
+            mine, theirs = getattr(one, name), getattr(other, name)
+            if isinstance(mine, np.ndarray) and mine.dtype.kind == "f":
+                np.testing.assert_allclose(mine, theirs, **CLOSE)
+            else:
+                np.testing.assert_array_equal(mine, theirs)
+
+
+def test_p_values_of_repeated_texts_are_those_of_shuffled_texts() -> None:
+    """Against draws of which texts are in the group, samples of a text always together."""
+    rng = np.random.default_rng(8)
+    texts, draws = 90, 4000
+    group = (np.arange(texts) < 35).astype(np.int64)
+    rate = np.where(group == 1, 0.45, 0.3)
+    active = (rng.random(texts) < rate) * rng.lognormal(0.4 * group, 0.6)
+    text = np.repeat(np.arange(texts), rng.integers(1, 5, texts))
+    samples = Samples(text, np.full(len(text), 9.0), group[text], ("a", "b"), "fact")
+    block = ActivationBlock(0, 0, scipy.sparse.csc_matrix(active[text][:, None]))
+    (found,) = grouped_features([block], samples)
+    fired = active > 0
+    shuffles = [rng.permutation(group) == 1 for _ in range(draws)]
+
+    def share_as_odd(seen: float, drawn: list[float]) -> float:
+        return float(np.mean(np.abs(np.array(drawn) - np.mean(drawn)) >= abs(seen - np.mean(drawn)) - 1e-9))
+
+    counts = [float(fired[one].sum()) for one in shuffles]
+    p = share_as_odd(fired[group == 1].sum(), counts)
+    assert found.firing_p[0] == pytest.approx(p, abs=0.03)
+    ranks, labels = stats.rankdata(active[fired]), group[fired] == 1
+    sums = [ranks[rng.permutation(labels)].sum() for _ in range(draws)]
+    p = share_as_odd(ranks[labels].sum(), sums)
+    assert found.activation_p[0] == pytest.approx(p, abs=0.03)
+
+
+@pytest.mark.parametrize("repeats", [0, 1, 150])
+@pytest.mark.parametrize(("texts", "size"), [(430, 20), (430, 100), (1000, 50)])
+def test_nothing_is_found_where_nothing_differs(texts: int, size: int, repeats: int) -> None:
+    """Also where one text is there twice, and where many are, some of them in both groups."""
+    rng = np.random.default_rng([texts, size, repeats])
+    fired = rng.random((texts, 600)) < rng.uniform(0.01, 0.3, 600)
+    activations = fired * rng.lognormal(0, 0.5, (texts, 600))
+    tokens = rng.integers(5, 30, texts).astype(float)
+    text = np.concatenate([np.arange(texts), rng.integers(0, texts, repeats)])
+    group = np.zeros(len(text), np.int64)
+    group[rng.permutation(len(text))[: size + repeats // 5 + 1]] = 1
+    samples = Samples(text, tokens[text], group, ("a", "b"), "fact")
+    (found,) = grouped_features([ActivationBlock(0, 0, scipy.sparse.csc_matrix(activations[text]))], samples)
+    assert found.tested.sum() > 300
+    assert np.isin(found.verdict, ("holds", "controls")).sum() == 0
+    assert np.nanmean(found.adjusted_p < 0.05) < 0.07
+    assert np.nanmean(found.firing_p < 0.05) < 0.07
+
+
+def test_of_two_groups_there_is_one_comparison() -> None:
+    samples = make_samples(150)
+    samples = replace(samples, group=np.minimum(samples.group, 1), group_names=("a", "b"))
+    block = ActivationBlock(0, 0, scipy.sparse.csc_matrix(make_activations(samples, 4)))
+    (found,) = grouped_features([block], samples)
+    assert (found.group, found.against) == ("a", "b")
+    assert (found.n_inside, found.n_outside) == ((samples.group == 0).sum(), (samples.group == 1).sum())
+
+
+def test_small_groups_are_named() -> None:
+    samples = make_samples(150)
+    assert small_groups(samples, 20) == ("small",)
+    copies = replace(samples, cluster=np.zeros(150, np.int64))
+    assert small_groups(copies, 20) == ("a", "b", "small")  # one text, however often, is one
 
 
 def test_groups_that_are_too_small_have_no_result() -> None:
@@ -121,14 +203,22 @@ def test_grouped_column_equals_plain_computation() -> None:
     rng = np.random.default_rng(2)
     values = rng.normal(0, 1, 150) + (samples.group == 0)
     values[:7] = np.nan
-    rows, inside = ~np.isnan(values), samples.group == 0
+    rows, inside = ~np.isnan(values) & (samples.group >= 0), samples.group == 0
     found = grouped_column(values, samples, 0, grouped_labels())
-    plain = stats.mannwhitneyu(values[rows & inside], values[rows & ~inside], method="asymptotic")
+    parts = values[rows & inside], values[rows & ~inside]
+    plain = stats.mannwhitneyu(*parts, method="asymptotic")
     np.testing.assert_allclose(found.p, plain.pvalue, **CLOSE)
-    assert (found.n_inside, found.n_outside) == ((rows & inside).sum(), (rows & ~inside).sum())
-    assert found.difference is not None
-    difference = np.mean(values[rows & inside]) - np.mean(values[rows & ~inside])
-    np.testing.assert_allclose(found.difference.value, difference, **CLOSE)
+    assert (found.n_inside, found.n_outside) == tuple(map(len, parts))
+    assert found.difference is not None and found.adjusted is not None
+    welch = stats.ttest_ind(*parts, equal_var=False)
+    ends = welch.confidence_interval()
+    np.testing.assert_allclose([found.difference.low, found.difference.high], [ends.low, ends.high], **CLOSE)
+    np.testing.assert_allclose(found.difference.value, parts[0].mean() - parts[1].mean(), **CLOSE)
+    design = np.column_stack([inside, np.ones(150), samples.n_tokens, samples.n_tokens**2])[rows]
+    adjusted = sm.OLS(values[rows], design).fit(cov_type="HC2")
+    np.testing.assert_allclose(found.adjusted.value, adjusted.params[0], rtol=1e-7)
+    half = (found.adjusted.high - found.adjusted.low) / 2
+    assert 1.96 < half / adjusted.bse[0] < 2.0  # Student's t of a hundred degrees of freedom or so
     assert (found.group, found.text, found.verdict) == ("a", "fact", "holds")
     other = grouped_column(rng.normal(0, 1, 150), samples, 1, grouped_labels())
     together = fdr_grouped_columns([found, other])
@@ -136,6 +226,22 @@ def test_grouped_column_equals_plain_computation() -> None:
     np.testing.assert_allclose(
         [column.q for column in together], multipletests([found.p, other.p], method="fdr_bh")[1], **CLOSE
     )
+
+
+def test_a_skewed_column_has_no_interval_of_a_small_group() -> None:
+    rng = np.random.default_rng(11)
+    group = (np.arange(400) >= 30).astype(np.int64)
+    samples = Samples(np.arange(400), np.rint(rng.normal(40, 8, 400)), group, ("a", "b"), "fact")
+    skewed = grouped_column(rng.lognormal(0, 1, 400), samples, 0, grouped_labels())
+    assert skewed.difference is skewed.adjusted is None
+    assert skewed.p is not None and skewed.adjusted_p is not None  # ranks don't mind
+    larger = grouped_column(rng.lognormal(0, 1, 400) * np.where(group, 1, 4), samples, 0, grouped_labels())
+    assert (larger.difference, larger.verdict) == (None, "holds")
+    even = grouped_column(rng.normal(0, 1, 400), samples, 0, grouped_labels())
+    assert even.difference is not None and even.adjusted is not None
+    values = rng.lognormal(0, 0.5, 300)
+    assert skewed_least(values) == pytest.approx(10 * stats.skew(values) ** 2)
+    assert skewed_least(np.ones(5)) == skewed_least(np.zeros(0)) == 0
 
 
 def test_prevalence_counts_samples() -> None:
@@ -169,6 +275,29 @@ def test_couples_are_the_strongest_of_all() -> None:
 
 def pairs_of(cluster: np.ndarray, d_tokens: np.ndarray) -> Pairs:
     return Pairs(cluster, d_tokens, None, np.full(len(cluster), -1), ())
+
+
+def test_probe_does_not_depend_on_the_order_of_pairs() -> None:
+    rng = np.random.default_rng(9)
+    cluster = np.sort(rng.integers(0, 70, 110))
+    cluster = np.unique(cluster, return_inverse=True)[1]
+    d_tokens = rng.integers(-2, 3, 110).astype(float)
+    for x in (rng.normal(0.1, 1, (110, 30)), rng.normal(0.1, 1, (110, 300))):
+        first = probe_pairs(x, pairs_of(cluster, d_tokens), "x")
+        for seed in range(4):
+            order = np.random.default_rng(seed).permutation(110)
+            assert probe_pairs(x[order], pairs_of(cluster[order], d_tokens[order]), "x") == first
+
+
+def test_probe_of_other_divisions_says_nearly_the_same() -> None:
+    rng = np.random.default_rng(10)
+    x, pairs = rng.normal(0.04, 1, (300, 80)), pairs_of(np.arange(300), np.zeros(300))
+    found = [probe_pairs(x, pairs, "x", seed).accuracy for seed in range(6)]
+    values = [one.value for one in found if one is not None]
+    assert len(values) == 6
+    assert np.std(values) < 0.013  # of one division 0.019
+    assert len(set(values)) > 1
+    assert all(one.high - one.low > 0.1 for one in found if one is not None)  # of 300 pairs, not of 3,000
 
 
 def test_probe_finds_a_direction_and_nothing_in_noise() -> None:
@@ -238,8 +367,8 @@ def test_probe_refuses_what_is_not_finite_and_survives_zeros() -> None:
 
 def test_interval_of_a_share_is_wilsons() -> None:
     correct = np.repeat([1.0, 0.0], [70, 30])
-    found = share_with_interval(correct, np.arange(100))
+    found = share_with_interval(correct[None], np.arange(100))
     assert found is not None
     expected = proportion_confint(70, 100, method="wilson")
     np.testing.assert_allclose([found.low, found.high], expected, **CLOSE)
-    assert share_with_interval(np.zeros(0), np.zeros(0, int)) is None
+    assert share_with_interval(np.zeros((3, 0)), np.zeros(0, int)) is None

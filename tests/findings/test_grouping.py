@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 
@@ -89,8 +90,8 @@ def test_equal_numbers_are_never_in_two_groups(made):
     ("by", "said"),
     [
         ("nothing", "no sample has a value there: name another, such as domain, complexity, source, score"),
-        ("sample_id", "no sample has a value there"),
-        ("alike", "1 different values, where a report has room for 2 to 30"),
+        ("sample_id", "every sample has one of its own: name another, such as domain, complexity, source"),
+        ("alike", "1 different value, where a report has room for 2 to 30"),
         ("title", "40 different values"),
     ],
 )
@@ -112,23 +113,78 @@ def test_fields_that_are_no_values_make_no_groups(made):
     assert named[:5] == [None, None, None, None, "src 1"]
 
 
+def field(made, name, values):
+    for row, value in zip(made.metrics, itertools.cycle(values), strict=False):
+        row["extra"] = json.dumps(json.loads(row["extra"]) | {name: value})
+    grouping, _ = groups(made, name)
+    assert len(set(grouping.names)) == len(grouping.names) == len(set(grouping.group.tolist()) - {-1})
+    return grouping.names
+
+
+def test_texts_that_begin_alike_are_groups_of_their_own(made):
+    begun = "https://example.org/" + "deep/" * 20
+    names = field(made, "page", [begun + "A", begun + "B", begun + "A" + "x" * 80 + "C", "short"])
+    assert max(map(len, names)) <= 60
+    assert [name[-1] for name in names] == ["A", "C", "B", "t"]
+
+
+def test_texts_alike_at_both_ends_are_numbered(made):
+    names = field(made, "page", ["a" * 90 + str(number) + "b" * 90 for number in range(3)])
+    assert [name[-3:] for name in names] == ["(1)", "(2)", "(3)"]
+
+
+def test_whole_numbers_are_shown_with_all_their_digits(made):
+    assert field(made, "year", [20240101, 20240102, 5]) == ("5", "20240101", "20240102")
+    assert field(made, "year", [2**53, 2**53 + 1]) == (str(2**53), str(2**53 + 1))
+    assert field(made, "year", [0.1, 0.10000000001, 2.0, 10]) == ("0.1", "0.10000000001", "2", "10")
+    names = field(made, "year", list(range(20240101, 20240141)))
+    assert names[0] == "20240101 to 20240110"
+    assert names[-1] == "20240131 to 20240140"
+
+
+def test_a_number_and_its_text_are_two_groups(made):
+    assert field(made, "kind", [1, "1", True, "true", 1.0]) == ("1", "true", '"1"', '"true"')
+
+
+def test_numbers_beyond_float64_are_text(made):
+    assert field(made, "huge", [10**400, 10**400 + 1, 3])[0] == "3"
+    assert len(field(made, "huge", [10**400 + number for number in range(12)])) == 12
+
+
+def test_numbers_that_are_none_are_no_values(made):
+    assert field(made, "part", [1.5, float("nan"), 2.5, float("inf"), None])[:2] == ("1.5", "2.5")
+
+
 def clusters(made):
     made.write()
     found, note = clusters_of(open_study([made.path]), "prompt")
     return found.tolist(), note
 
 
-def numbered(keys):
-    first = {}
-    return [first.setdefault(key, len(first)) for key in keys]
+def same_clusters(found, keys):
+    return len(set(found)) == len(set(keys)) == len(set(zip(found, keys, strict=True)))
 
 
 def test_equal_prompts_are_one_cluster(made):
     prompts = [row["content"] for row in made.texts if row["text"] == "prompt"]
     found, note = clusters(made)
-    assert found == numbered(prompts)
+    assert same_clusters(found, prompts)
     assert max(found) + 1 == 20
     assert note == ""
+
+
+def test_numbers_of_clusters_do_not_depend_on_the_order_of_samples(made, tmp_path):
+    other = make(tmp_path / f"b-{'2' * 12}", 30, seed=6, first_record=100)
+    for row in other.texts[:40]:
+        row["content"] += " too"
+    paths = [made.write(), other.write()]
+    by_path = []
+    for order in (paths, paths[::-1]):
+        study = open_study(order)
+        found = clusters_of(study, "prompt")[0]
+        parts = [found[first:last].tolist() for first, last in itertools.pairwise(study.starts)]
+        by_path.append({folder.path: part for folder, part in zip(study.folders, parts, strict=True)})
+    assert by_path[0] == by_path[1]
 
 
 def test_without_texts_equal_prompts_are_told_by_what_was_measured(made):
@@ -142,7 +198,7 @@ def test_without_texts_equal_prompts_are_told_by_what_was_measured(made):
             value = first.setdefault((prompt, name), row[name])
             row[name] = value if isinstance(value, int) else value * (1 + rng.normal(0, 1e-7))
     found, note = clusters(made)
-    assert found == numbered(prompts)
+    assert same_clusters(found, prompts)
     assert "no texts.parquet" in note
 
 

@@ -175,7 +175,7 @@ def check_effects(
     expected_d_z = difference.mean() / deviation if deviation > 0 else math.nan
     np.testing.assert_allclose(found.d_z[f], expected_d_z, **CLOSE)
     shares = pd.Series(difference).groupby(pairs.group).agg(["mean", "size"]).drop(index=-1, errors="ignore")
-    counted = shares[shares["size"] >= 20]
+    counted = shares[(shares["size"] >= 20) & (shares["mean"].abs() > 1e-12)]
     assert found.groups_counted[f] == len(counted)
     if len(counted) and difference.mean() != 0:
         expected = (np.sign(counted["mean"]) == np.sign(difference.mean())).mean()

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from daemon.cli import main
-from daemon.findings import command, compare, sentences
+from daemon.findings import cautions, compare, sentences
 from daemon.findings.activations import count_activations
 from daemon.findings.grouping import Grouping
 from daemon.findings.health import health_of, reject_reasons
@@ -38,14 +38,6 @@ def made(tmp_path):
     made = make(tmp_path / "outbox" / f"a-{'1' * 12}", PAIRS, seed=4)
     made.write()
     return made
-
-
-@pytest.fixture
-def plain_page(monkeypatch):
-    """Pages without figures, which take the most time."""
-    monkeypatch.setattr(
-        command, "write_page", lambda report, path: path.write_bytes(b"<title>" + command.MARK)
-    )
 
 
 def report_of(path, **options):
@@ -159,7 +151,8 @@ def test_without_a_contrast_groups_are_compared_and_without_groups_nothing(tmp_p
     made = make(tmp_path / f"a-{'1' * 12}", PAIRS, seed=4, recipe=PLAIN_RECIPE)
     made.write()
     report = report_of(made.path)
-    assert [one.group for one in report.grouped] == ["north", "south"]
+    assert [(one.group, one.against) for one in report.grouped] == [("north", "south")]  # once, not twice
+    assert {(one.group, one.against) for one in report.grouped_columns} == {("north", "south")}
     acts = dense(made, "text", 0)
     north = np.array([row["domain"] == "north" for row in made.metrics])
     inside = report.grouped[0].sae == 0
@@ -167,15 +160,60 @@ def test_without_a_contrast_groups_are_compared_and_without_groups_nothing(tmp_p
     assert {one.column for one in report.grouped_columns} >= {"l1_gini", "l3_l0_norm"}
     assert report.features is None
     assert report.prevalence == ()
+    assert report.small_groups == ()
     assert len(report.details[0].examples[0].texts) == 1
     for row in made.metrics:
         row["domain"] = None
     made.write()
     report = report_of(made.path)
-    assert report.grouped == report.grouped_columns == ()
+    assert report.grouped == report.grouped_columns == report.small_groups == ()
     (common,) = report.prevalence
     np.testing.assert_allclose(common.rate[common.sae == 0], (acts > 0).mean(0))
     assert report.details
+
+
+def test_groups_that_are_too_small_are_named(tmp_path):
+    made = make(tmp_path / f"a-{'1' * 12}", PAIRS, seed=4, recipe=PLAIN_RECIPE)
+    for number, row in enumerate(made.metrics):
+        row["domain"] = f"d{number % 10}"
+    made.write()
+    report = report_of(made.path)
+    assert report.grouped == ()
+    assert report.small_groups == tuple(f"d{number}" for number in range(10))
+    assert (
+        "the groups of domain have too few samples, inside or outside: d0, d1"
+        in sentences.findings(report)[0]
+    )
+
+
+def test_pairs_of_no_equal_length_are_told(tmp_path):
+    made = make(tmp_path / f"a-{'1' * 12}", PAIRS, seed=4)
+    for number, row in enumerate(made.metrics):
+        row["n_tokens_hall"] = row["n_tokens_fact"] + 2 + number % 3
+    made.write()
+    report = report_of(made.path)
+    assert (report.n_matched, report.length_range) == (0, (2, 4))
+    assert next(cautions.cautions(report)).startswith(
+        "No pair is of equal length: hall has 2 to 4 tokens more"
+    )
+
+
+def test_samples_that_count_less_are_told(tmp_path):
+    made = make(tmp_path / f"a-{'1' * 12}", PAIRS, seed=4, recipe=PLAIN_RECIPE)
+    for row in made.metrics[:4]:
+        row["domain"] = None
+    made.metrics[4]["domain"] = "east"
+    texts = [row for row in made.texts if row["text"] == "text"]
+    texts[10]["content"] = texts[12]["content"]
+    made.write()
+    report = report_of(made.path)
+    assert report.small_groups == ("east",)
+    assert [(one.group, one.n_inside, one.n_outside) for one in report.grouped] == [
+        ("north", 26, 28),  # of the others two have one text
+        ("south", 28, 27),
+    ]
+    assert "4 of 60 samples have no value of domain: they are in no comparison." in report.notes
+    assert "60 samples have 30 different texts: on one side the same text counts once." in report.notes
 
 
 def test_features_that_can_t_be_tested_are_not_shown(tmp_path):
@@ -184,47 +222,6 @@ def test_features_that_can_t_be_tested_are_not_shown(tmp_path):
     report = report_of(made.path)
     assert report.details == ()
     assert set(report.features.verdict) == {"few"}
-
-
-@pytest.mark.parametrize(
-    ("output", "said"),
-    [
-        ("page.txt", "the page is HTML"),
-        ("metrics.parquet", "the page is HTML"),
-        ("none/page.html", "no such folder"),
-        ("folder.html", "is a folder"),
-        ("mine.html", "no report of lensd's"),
-    ],
-)
-def test_a_page_takes_no_other_file_s_place(made, tmp_path, capsys, output, said):
-    (tmp_path / "folder.html").mkdir()
-    (tmp_path / "mine.html").write_text("<title>mine</title>")
-    assert lensd(made.path, "-o", tmp_path / output) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-    assert (tmp_path / "mine.html").read_text() == "<title>mine</title>"
-
-
-def test_an_earlier_page_and_table_are_replaced(made, plain_page, tmp_path):
-    page, data = tmp_path / "page.html", tmp_path / "features.parquet"
-    assert lensd(made.path, "-o", page, "--data", data, "--features", 1) == 0
-    page.write_text(page.read_text() + "<!-- of before -->")
-    assert lensd(made.path, "-o", page, "--data", data, "--features", 1) == 0
-    assert "of before" not in page.read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.parquet", "outbox", "page.html"]
-
-
-def test_a_table_takes_no_other_file_s_place(made, tmp_path, capsys):
-    assert lensd(made.path, "-o", tmp_path / "p.html", "--data", made.path / "metrics.parquet") == 2
-    assert lensd(made.path, "-o", tmp_path / "p.html", "--data", tmp_path / "x.csv") == 2
-    assert "no table of lensd report's" in capsys.readouterr().err
-    assert pq.read_table(made.path / "metrics.parquet").num_rows == PAIRS
-
-
-def test_a_page_may_lie_in_the_folder_itself(made, plain_page):
-    assert lensd(made.path, "-o", made.path / "report.html", "--features", 1) == 0
-    assert open_study([made.path.parent]).n_samples == PAIRS
 
 
 def test_a_folder_that_is_not_published_yet_goes_by_the_name_of_its_input(made, tmp_path):
@@ -336,7 +333,7 @@ def test_a_tiny_models_outbox_from_run_to_page(tmp_path):
         if args[0] == "run":
             assert result.returncode == 0, result.stderr
     assert result.returncode == 2
-    assert "--by source: 1 different values" in result.stderr
+    assert "--by source: 1 different value," in result.stderr
     report = report_of(tmp_path / "outbox")
     assert report.details
     assert all(detail.promotes and not detail.words_missing for detail in report.details)

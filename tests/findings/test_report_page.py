@@ -6,57 +6,18 @@ import base64
 import hashlib
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from daemon.findings import figures, tables
 from daemon.findings import page as pages
-from daemon.findings.page import page, write_page
+from daemon.findings.page import page
 from daemon.findings.results import Estimate, Report
 from tests.support import reports
+from tests.support.outline import Outline
 
-VOID = {"meta", "link", "br", "input"}
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
-
-
-class Outline(HTMLParser):
-    """Elements in order, each as (tag, attributes, text within it)."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self._open: list[int] = []
-        self.feed(text)
-        self.close()
-        assert self._open == [], "an element is not closed"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs), []))
-        if tag not in VOID:
-            self._open.append(len(self.elements) - 1)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs), []))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.elements[self._open.pop()][0] == tag
-
-    def handle_data(self, data: str) -> None:
-        for place in self._open:
-            self.elements[place][2].append(data)
-
-    def attributes(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes, _ in self.elements if name == tag]
-
-    def texts(self, tag: str, **wanted: str) -> list[str]:
-        return [
-            " ".join("".join(text).split())
-            for name, attributes, text in self.elements
-            if name == tag and all(attributes.get(key) == value for key, value in wanted.items())
-        ]
 
 
 @pytest.fixture(scope="module")
@@ -365,10 +326,3 @@ def test_hostile_text_stays_text(report: Report, written: str, text: str) -> Non
     made.encode()
     assert len(made) < len(written) * 1.5
     assert max(map(len, re.findall("w+", made))) <= pages.MOST_CHARACTERS
-
-
-def test_file_appears_whole(small: Report, tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    write_page(small, path)
-    assert path.read_text(encoding="utf-8") == page(small)
-    assert [one.name for one in tmp_path.iterdir()] == ["report.html"]

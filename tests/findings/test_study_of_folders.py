@@ -138,11 +138,14 @@ def test_of_an_input_that_was_read_twice_the_newest_counts(tmp_path):
 @pytest.mark.parametrize(
     ("change", "differs"),
     [
-        ({"analysis_version": 3}, "the version of the analysis"),
-        ({"config": {"analysis": {"positions": "last", "seed": 7}}}, "the settings of the analysis"),
-        ({"recipe": {"name": "mine", "texts": {"prompt": "{q}"}, "contrast": None}}, "the recipe"),
-        ("sae", "the dictionaries"),
-        ("model", "the model"),
+        ({"analysis_version": 3}, "analysis version"),
+        ({"config": {"analysis": {"positions": "last", "seed": 7}}}, "analysis.seed"),
+        (
+            {"recipe": {"name": "mine", "texts": {"prompt": "{q}"}, "contrast": None}},
+            "text prompt and text fact and text hall and texts and 2 more",
+        ),
+        ("sae", "weights of l3"),
+        ("model", "dtype"),
     ],
 )
 def test_folders_of_different_runs_are_refused_with_what_differs(tmp_path, change, differs):
@@ -163,6 +166,21 @@ def test_folders_of_different_runs_are_refused_with_what_differs(tmp_path, chang
     assert f"(2) {second.path}" in said
     assert "\n" not in said
     assert open_study([second.path]).n_samples == 9
+
+
+def test_the_values_that_differ_are_said(tmp_path):
+    first, second = folders(tmp_path)
+    first.manifest["config"]["analysis"]["noise_draws"] = 8
+    second.manifest["config"]["analysis"]["noise_draws"] = 9
+    first.manifest["recipe"]["texts"]["prompt"] = "x" * 200 + "{prompt}"
+    second.manifest["recipe"]["texts"]["prompt"] = "x" * 200 + "{prompt}?"
+    first.write()
+    second.write()
+    with pytest.raises(ConfigError) as caught:
+        open_study([tmp_path])
+    said = str(caught.value)
+    assert "text prompt ...xx{prompt}', analysis.noise_draws 8; (2)" in said
+    assert said.endswith("text prompt ...xx{prompt}?', analysis.noise_draws 9")
 
 
 def test_settings_that_change_no_number_make_no_difference(tmp_path):

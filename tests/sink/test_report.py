@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import sys
 import threading
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon.sink.report import REPORT, ReportFailed, ReportMaker
+from daemon.findings import whole_files
+from daemon.sink.report import PARTIAL, REPORT, ReportFailed, ReportMaker
 
 WRITES = "import pathlib, sys; pathlib.Path(sys.argv[3]).write_text(sys.argv[1])"
 FAILS = (
@@ -47,6 +49,23 @@ def test_a_page_that_fails_leaves_nothing_and_says_why(tmp_path: Path, script: s
 def test_a_page_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     with pytest.raises(ReportFailed, match="not done after"):
         maker(WAITS, limit_seconds=0.2).make(tmp_path)
+
+
+def test_a_report_that_is_killed_leaves_no_part_of_its_page(tmp_path: Path) -> None:
+    killed = (
+        "import os, pathlib, signal, sys; page = pathlib.Path(sys.argv[3]);"
+        " page.with_name(f'.{page.name}.{os.getpid()}.partial').write_text('half');"
+        " os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    (tmp_path / f".{REPORT}.1.partial").write_text("of before")
+    (tmp_path / "metrics.parquet").write_text("PAR1")
+    with pytest.raises(ReportFailed, match="exit code -9"):
+        maker(killed).make(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.parquet"]
+
+
+def test_the_name_of_a_part_is_that_of_the_command() -> None:
+    assert fnmatch.fnmatch(whole_files.PARTIAL.format(name=REPORT, pid=12), PARTIAL)
 
 
 def test_closing_ends_what_is_being_made_and_nothing_starts_any_more(tmp_path: Path) -> None:

@@ -92,10 +92,10 @@ function openTarget() {
 addEventListener("hashchange", openTarget);
 openTarget();
 
-// On paper everything is open.
+// On paper the first features are open; what else is, the reader opened.
 let closed = [];
 addEventListener("beforeprint", () => {
-  closed = Array.from(document.querySelectorAll("details:not([open])"));
+  closed = Array.from(document.querySelectorAll("details[data-printed]:not([open])"));
   for (const one of closed) one.open = true;
 });
 addEventListener("afterprint", () => {
