@@ -85,7 +85,7 @@ def load_compute(config: Config) -> Compute:
         runner=runner,
         tokenizer=tokenizer_of(model, config, engine.info.saes),
         max_batch_tokens=max_batch_tokens,
-        preparations=engine.preparations if isinstance(engine, TrieEngine) else (),
+        preparations=engine.preparations,
     )
 
 

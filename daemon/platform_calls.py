@@ -188,6 +188,25 @@ def processor_name() -> str:
     return next((line for line in lines if line.startswith("model name")), platform.processor())
 
 
+def processor_features() -> str:
+    """The CPU's instruction sets as Linux lists them, since one name stands for several CPUs; else nothing."""
+    try:
+        lines = CPU_INFO.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def link_descriptor(descriptor: int, folder: Path, name: str) -> None:
+    """Give an open file a free name in a folder. Raises OSError, also where the system can't."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # With a folder's descriptor Python calls linkat, which follows the link under /proc to the file.
+        os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=opened, follow_symlinks=True)
+    finally:
+        os.close(opened)
+
+
 def sysctl(name: str) -> str | None:
     """A string that the kernel has under a name; None where there is no `sysctlbyname`, or no such name."""
     read = function("sysctlbyname")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from daemon.errors import ConfigError
+from daemon.platform_calls import link_descriptor
 
 PARTIAL = ".{name}.{pid}.partial"  # `daemon.sink.report` removes such files of a report that was killed
 
@@ -83,16 +84,9 @@ def publish(file: BinaryIO, path: Path) -> None:
 def linked(file: BinaryIO, place: Path) -> bool:
     """Link the file to a name that is free; return whether the system can."""
     try:
-        folder = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY)
+        link_descriptor(file.fileno(), place.parent, place.name)
     except OSError:
         return False
-    try:
-        # With a folder's descriptor Python calls linkat, which follows the link under /proc to the file.
-        os.link(f"/proc/self/fd/{file.fileno()}", place.name, dst_dir_fd=folder, follow_symlinks=True)
-    except OSError:
-        return False
-    finally:
-        os.close(folder)
     return True
 
 

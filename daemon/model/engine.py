@@ -5,7 +5,7 @@ An engine belongs to the device's thread, which may have others use it side by s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from daemon.model.encoding import Encoder
@@ -31,6 +31,11 @@ class Engine(Protocol):
 
     @property
     def encoders(self) -> tuple[Encoder, ...]: ...
+
+    @property
+    def preparations(self) -> Sequence[Callable[[], None]]:
+        """Short pieces of work that make later batches faster, the most useful first."""
+        ...
 
     def extract(self, texts: Sequence[Sequence[int]]) -> Extraction:
         """Read N texts, given as token ids, and encode them with every SAE: `start` and `finish`.

@@ -8,7 +8,7 @@ text at a time, at the hook points that are read. Knows nothing about analysis, 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -47,6 +47,7 @@ class PaddedEngine:
 
     shares_prefixes = False
     concurrent = False
+    preparations: tuple[Callable[[], None], ...] = ()
 
     def __init__(
         self,

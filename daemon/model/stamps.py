@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 import torch
 
-from daemon.platform_calls import processor_name
+from daemon.platform_calls import processor_features, processor_name
 
 PACKAGES = ("lensd", "sae-lens", "transformer-lens", "transformers", "tokenizers", "safetensors", "numpy")
 CODE = ("*.py", "analysis/*.py", "model/*.py", "native/*.py", "native/*.so")  # that results depend on
@@ -84,17 +84,8 @@ def surroundings() -> Mapping[str, str | int]:
         "python": platform.python_version(),
         "processor": processor_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "features": processor_features(),
+        "features": digest(processor_features()),
     }
-
-
-def processor_features() -> str:
-    """Hash of the processor's instruction sets, where Linux names them: one name stands for several."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return digest([line for line in lines if line.startswith(("flags", "Features"))][:1])
 
 
 def installed(package: str) -> str:
