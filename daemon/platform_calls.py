@@ -189,7 +189,7 @@ def processor_name() -> str:
 
 
 def processor_features() -> str:
-    """The CPU's instruction sets as Linux lists them, since one name stands for several CPUs; else nothing."""
+    """The CPU's instruction sets as Linux lists them: one name stands for several CPUs; else nothing."""
     try:
         lines = CPU_INFO.read_text(errors="replace").splitlines()
     except OSError:

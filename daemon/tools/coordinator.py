@@ -67,6 +67,7 @@ class RandomEngine:
     shares_prefixes = True
     concurrent = False
     encoders = ()
+    preparations = ()
 
     def __init__(self, info: ModelInfo) -> None:
         self.info = info
