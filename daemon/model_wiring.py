@@ -112,17 +112,22 @@ def read_rules(config: Config) -> ReadRules:
 
 
 def load_parts(
-    config: Config, hub: Hub | None = None, location: ModelLocation | None = None
+    config: Config, hub: Hub | None = None, location: ModelLocation | None = None, *, stamped: bool = True
 ) -> tuple[LoadedModel, tuple[LoadedSae, ...]]:
-    """The model and its dictionaries, their weights accepted. Raises ConfigError or MachineError."""
+    """The model and its dictionaries, their weights accepted. Raises ConfigError or MachineError.
+
+    Dictionaries that a stamp vouches for have no methods of SAELens; without `stamped` all have them.
+    """
     hub = hub or Hub()
     model = load_bare_model(config, hub, location)
-    saes = load_dictionaries(config, model, hub)
+    saes = load_dictionaries(config, model, hub, dictionary_stamps(model) if stamped else None)
     accept_together(model, saes, log_probs=config.analysis.log_probs)
     return model, saes
 
 
-def load_dictionaries(config: Config, model: LoadedModel, hub: Hub) -> tuple[LoadedSae, ...]:
+def load_dictionaries(
+    config: Config, model: LoadedModel, hub: Hub, stamps: DictionaryStamps | None
+) -> tuple[LoadedSae, ...]:
     saes = load_saes(
         config.sae,
         hub=hub,
@@ -131,7 +136,7 @@ def load_dictionaries(config: Config, model: LoadedModel, hub: Hub) -> tuple[Loa
         device=exact_device(model.device) if model.placement is None else "cpu",
         dtype=sae_dtype(model),
         bos_habit=lambda: puts_bos(model.tokenizer),
-        stamps=dictionary_stamps(model),
+        stamps=stamps,
     )
     names = [entry.info.name for entry in saes]
     check_columns(names, config.recipes, log_probs=config.analysis.log_probs)
@@ -201,7 +206,7 @@ def vouched_engine(
     if known is None:
         return None
     model = known.model
-    saes = load_dictionaries(config, model, hub)
+    saes = load_dictionaries(config, model, hub, dictionary_stamps(model))
     encoders = encoders_of(model, saes)
     try:
         engine = TrieEngine(model, saes, encoders, config.analysis.positions, probed=known.probed)

@@ -168,7 +168,7 @@ class BaselineWorker:
         """`limits` gives how many samples, evenly chosen, a variant is run on; all where it says nothing."""
         of_each = limits if isinstance(limits, dict) else {}
         of_all = limits if isinstance(limits, int) else None
-        model, saes = load_parts(config)
+        model, saes = load_parts(config, stamped=False)  # dictionaries as SAELens has them
         tokenizer = tokenizer_of(model, config, [entry.info for entry in saes])
         parts = read_files(config, tokenizer, files)
         samples = [sample for part in parts for sample in part.samples]

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 from daemon import service, supervisor
+from daemon.executor import preparing
 from daemon.observe import health
 from daemon.records import Batch
 from tests.reliability.hooks import before_each_batch, bound_by_modes, gated
@@ -101,7 +102,10 @@ def dying_idle(die: str, dead_seconds: float) -> Iterator[None]:
         set_exception(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
         Path(f"{die}.told").touch()
 
-    with quick(dead_seconds):
+    async def nothing(*_: object) -> None:
+        """In place of what would keep the thread busy for a while after the start."""
+
+    with quick(dead_seconds), mock.patch.object(preparing, "prepare", nothing):
         threading.Thread(target=watch, daemon=True).start()
         yield
 
