@@ -48,6 +48,9 @@ typedef struct {
     const float *cos, *sin;  /* (n, d_head), or NULL: heads are turned already */
 } Given;
 
+/* The sizes of both structures: a caller that was made for others must not call. */
+int64_t lensd_sizes(void) { return sizeof(Attention) << 32 | sizeof(Given); }
+
 INLINE vector all(float value) { return (vector){0} + value; }
 INLINE vector choose(whole where, vector yes, vector no) { return (vector)((where & (whole)yes) | (~where & (whole)no)); }
 INLINE int64_t tiles_of(int64_t n) { return (n + WIDTH - 1) / WIDTH; }

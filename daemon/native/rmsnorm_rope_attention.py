@@ -54,9 +54,9 @@ class Routines:
 
 @functools.cache
 def routines() -> Routines | None:
-    """None where lensd was installed without a C compiler."""
+    """None without a library: installed without a C compiler, or built of another version of the code."""
     found = library()
-    if found is None:
+    if found is None or built_sizes(found) != (ctypes.sizeof(Attention), ctypes.sizeof(Given)):
         return None
     add_norm, turn, attend = found.lensd_add_norm, found.lensd_turn, found.lensd_attend
     add_norm.argtypes = [*[POINTER] * 3, INTEGER, NUMBER, INTEGER, INTEGER]
@@ -64,6 +64,17 @@ def routines() -> Routines | None:
     attend.argtypes = [POINTER, INTEGER, INTEGER]
     add_norm.restype = turn.restype = None
     return Routines(add_norm, turn, attend)
+
+
+def built_sizes(found: ctypes.CDLL) -> tuple[int, int] | None:
+    """The sizes of `Attention` and `Given` in a library; None of one that doesn't tell."""
+    try:
+        sizes = found.lensd_sizes
+    except AttributeError:
+        return None
+    sizes.restype = INTEGER
+    both: int = sizes()
+    return divmod(both, 1 << 32)
 
 
 @dataclass(frozen=True, slots=True)

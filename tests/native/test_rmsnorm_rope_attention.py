@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from daemon.model.trie import Trie, build_trie
+from daemon.native import rmsnorm_rope_attention as module
 from daemon.native.rmsnorm_rope_attention import BLOCK, WIDTH, Heads, InputNorm, Nodes, add_norm, routines
 from tests.support.effort import examples
 from tests.support.torch_threads import torch_threads
@@ -162,6 +163,18 @@ def test_add_norm_adds_and_norms(rows, threads):
     assert_close(x.double(), added, rtol=1e-6, atol=1e-6)
     expected = added / (added.square().mean(1, keepdim=True) + EPSILON).sqrt()
     assert_close(normed.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_library_of_another_version_is_not_called(monkeypatch):
+    class Older:
+        """Tells nothing of its structures."""
+
+    for sizes in (None, (1, 2)):
+        monkeypatch.setattr(module, "built_sizes", lambda _, sizes=sizes: sizes)
+        assert module.routines.__wrapped__() is None
+    monkeypatch.undo()
+    assert module.built_sizes(Older()) is None
+    assert module.routines.__wrapped__() is not None
 
 
 def test_heads_that_fill_no_vector_are_left_to_torch():
